@@ -1,0 +1,1 @@
+"""agentmem: one memory API over three kinds of memory, on any model provider."""

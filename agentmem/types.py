@@ -1,0 +1,207 @@
+"""Values that travel: what goes into the verbs and what comes out of them.
+
+All are pydantic models. They know nothing of stores or providers and hold no open resource, so they can be kept,
+compared, serialised and sent elsewhere.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import html
+from collections.abc import Iterator
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = [
+    "CacheUse",
+    "Erasure",
+    "Hit",
+    "Message",
+    "Record",
+    "Reply",
+    "Role",
+    "Scope",
+    "Segment",
+    "ToolCall",
+    "Usage",
+]
+
+Role = Literal["system", "user", "assistant", "tool"]
+
+LEVELS = ("tenant", "user", "agent", "session")
+
+
+class _Value(BaseModel):
+    """A frozen value with a table for notebooks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    def _repr_html_(self) -> str:
+        rows = "".join(
+            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
+            for name, value in self
+        )
+        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
+
+
+class Scope(_Value):
+    """Whose memory it is: any of tenant, user, agent and session. ``None`` means that the level is not set.
+
+    Values are compared byte for byte: nothing is trimmed, folded or treated as a wildcard.
+    """
+
+    tenant: str | None = None
+    user: str | None = None
+    agent: str | None = None
+    session: str | None = None
+
+    def levels(self) -> Iterator[tuple[str, str | None]]:
+        """The four levels from the widest to the narrowest, as (name, value)."""
+        for level in LEVELS:
+            yield level, getattr(self, level)
+
+    def within(self, other: Scope) -> bool:
+        """True if this scope is ``other`` or lies beneath it: every level that ``other`` sets has the same value here."""
+        return all(value is None or value == getattr(self, level) for level, value in other.levels())
+
+    def __str__(self) -> str:
+        return " ".join(f"{level}={value!r}" for level, value in self.levels() if value is not None) or "(root)"
+
+
+class Record(_Value):
+    """One remembered text, exactly as it was given."""
+
+    id: str
+    text: str
+    role: Role = "user"
+    name: str | None = None
+    at: dt.datetime | None = Field(default=None, description="when it was said or happened, as the caller told it")
+    valid_from: dt.datetime | None = None
+    valid_until: dt.datetime | None = None
+    scope: Scope = Scope()
+    metadata: dict[str, Any] = {}
+    source: str | None = Field(default=None, description="where it came from: a file, an address, a tool")
+    trust: Literal["trusted", "untrusted"] = "trusted"
+    created: dt.datetime | None = Field(default=None, description="when agentmem stored this version")
+    version: int = 1
+
+    def __str__(self) -> str:
+        return f"[{self.id}] {self.name or self.role}: {self.text}"
+
+
+class Hit(_Value):
+    """A record found by a search. ``why`` holds each signal's part of the score by name (``bm25``, ``dense``, ...)."""
+
+    record: Record
+    score: float
+    why: dict[str, float] = {}
+
+    def __str__(self) -> str:
+        return f"{self.score:.3f} {self.record}"
+
+
+class ToolCall(_Value):
+    """A call of a tool that the model asks for. ``arguments`` is the parsed JSON object."""
+
+    id: str
+    name: str
+    arguments: dict[str, Any] = {}
+
+
+class Message(_Value):
+    """One message of a prompt. ``records`` are the ids of the records that its text was made from (lineage)."""
+
+    role: Role
+    content: str
+    name: str | None = None
+    tool_calls: tuple[ToolCall, ...] = ()
+    tool_call_id: str | None = None
+    records: tuple[str, ...] = ()
+
+
+class Segment(_Value):
+    """A part of a prompt with one rate of change, in the order system, core, history, turn.
+
+    A ``stable`` segment is byte-equal in the next request, or grows only at its end (history); a cache may be kept up to
+    the end of any stable segment. What follows the last stable segment is new in every request and is never cached.
+    """
+
+    name: Literal["system", "core", "history", "turn"]
+    messages: tuple[Message, ...]
+    stable: bool
+
+
+class Usage(_Value):
+    """What one request used. ``input_tokens`` counts the whole prompt, cached tokens included, on every provider.
+
+    ``cached_tokens`` were read from a cache, ``written_tokens`` were newly put into one (where the provider says so, or
+    the KV pages that were sealed). Seconds are wall time: to the first piece of text, and in all.
+    """
+
+    input_tokens: int = 0
+    cached_tokens: int = 0
+    written_tokens: int = 0
+    output_tokens: int = 0
+    first_token_s: float | None = None
+    total_s: float = 0.0
+
+    def __str__(self) -> str:
+        first = "" if self.first_token_s is None else f", first token after {self.first_token_s:.2f} s"
+        return (
+            f"{self.input_tokens} tokens in ({self.cached_tokens} cached, {self.written_tokens} written), "
+            f"{self.output_tokens} out{first}, {self.total_s:.2f} s in all"
+        )
+
+
+class CacheUse(_Value):
+    """What was expected of the cache, what came, and why not.
+
+    ``expected_tokens`` is the longest prefix that an earlier request of this handle left cacheable; ``reason`` is set when
+    fewer tokens came from the cache than that.
+    """
+
+    kind: Literal["none", "auto", "breakpoints", "slots", "tensors"] = "none"
+    expected_tokens: int = 0
+    cached_tokens: int = 0
+    reason: str | None = None
+
+
+class Reply(_Value):
+    """What ``chat`` returns. ``records`` are the ids under which this turn was remembered (empty if it was not)."""
+
+    text: str
+    usage: Usage = Usage()
+    recalled: list[Hit] = []
+    cache: CacheUse = CacheUse()
+    tool_calls: tuple[ToolCall, ...] = ()
+    finish_reason: str | None = None
+    model: str = ""
+    records: tuple[str, ...] = ()
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Erasure(_Value):
+    """The receipt of ``forget``: what was removed, and where. With ``dry_run`` nothing was removed yet.
+
+    ``hosted`` says, per provider that saw one of the records, what it may still hold and until when.
+    """
+
+    dry_run: bool = False
+    records: list[str] = []
+    versions: int = Field(default=0, description="rows of older versions of these records")
+    vectors: int = 0
+    pages: list[str] = Field(default=[], description="keys of the KV pages made from these records, in hex")
+    cores: list[str] = Field(default=[], description="scopes whose core block held one of these records")
+    loras: list[str] = Field(default=[], description="LoRA versions that learnt one of these records, now retired")
+    hosted: list[str] = []
+
+    def __str__(self) -> str:
+        verb = "would forget" if self.dry_run else "forgot"
+        lines = [
+            f"{verb} {len(self.records)} records ({self.versions} older versions, {self.vectors} vectors), "
+            f"{len(self.pages)} KV pages, {len(self.cores)} core blocks, {len(self.loras)} LoRA versions"
+        ]
+        return "\n".join(lines + [f"  {note}" for note in self.hosted])
