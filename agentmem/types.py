@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
     "CacheUse",
+    "Context",
     "Erasure",
     "Hit",
     "Message",
@@ -25,6 +26,8 @@ __all__ = [
     "Segment",
     "ToolCall",
     "Usage",
+    "Value",
+    "Verification",
 ]
 
 Role = Literal["system", "user", "assistant", "tool"]
@@ -32,8 +35,8 @@ Role = Literal["system", "user", "assistant", "tool"]
 LEVELS = ("tenant", "user", "agent", "session")
 
 
-class _Value(BaseModel):
-    """A frozen value with a table for notebooks."""
+class Value(BaseModel):
+    """What all of these are: frozen, compared by content, with a table for notebooks."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -45,7 +48,7 @@ class _Value(BaseModel):
         return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
 
 
-class Scope(_Value):
+class Scope(Value):
     """Whose memory it is: any of tenant, user, agent and session. ``None`` means that the level is not set.
 
     Values are compared byte for byte: nothing is trimmed, folded or treated as a wildcard.
@@ -69,7 +72,7 @@ class Scope(_Value):
         return " ".join(f"{level}={value!r}" for level, value in self.levels() if value is not None) or "(root)"
 
 
-class Record(_Value):
+class Record(Value):
     """One remembered text, exactly as it was given."""
 
     id: str
@@ -90,7 +93,7 @@ class Record(_Value):
         return f"[{self.id}] {self.name or self.role}: {self.text}"
 
 
-class Hit(_Value):
+class Hit(Value):
     """A record found by a search. ``why`` holds each signal's part of the score by name (``bm25``, ``dense``, ...)."""
 
     record: Record
@@ -101,7 +104,7 @@ class Hit(_Value):
         return f"{self.score:.3f} {self.record}"
 
 
-class ToolCall(_Value):
+class ToolCall(Value):
     """A call of a tool that the model asks for. ``arguments`` is the parsed JSON object."""
 
     id: str
@@ -109,7 +112,7 @@ class ToolCall(_Value):
     arguments: dict[str, Any] = {}
 
 
-class Message(_Value):
+class Message(Value):
     """One message of a prompt. ``records`` are the ids of the records that its text was made from (lineage)."""
 
     role: Role
@@ -120,7 +123,7 @@ class Message(_Value):
     records: tuple[str, ...] = ()
 
 
-class Segment(_Value):
+class Segment(Value):
     """A part of a prompt with one rate of change, in the order system, core, history, turn.
 
     A ``stable`` segment is byte-equal in the next request, or grows only at its end (history); a cache may be kept up to
@@ -132,7 +135,7 @@ class Segment(_Value):
     stable: bool
 
 
-class Usage(_Value):
+class Usage(Value):
     """What one request used. ``input_tokens`` counts the whole prompt, cached tokens included, on every provider.
 
     ``cached_tokens`` were read from a cache, ``written_tokens`` were newly put into one (where the provider says so, or
@@ -154,7 +157,7 @@ class Usage(_Value):
         )
 
 
-class CacheUse(_Value):
+class CacheUse(Value):
     """What was expected of the cache, what came, and why not.
 
     ``expected_tokens`` is the longest prefix that an earlier request of this handle left cacheable; ``reason`` is set when
@@ -167,7 +170,7 @@ class CacheUse(_Value):
     reason: str | None = None
 
 
-class Reply(_Value):
+class Reply(Value):
     """What ``chat`` returns. ``records`` are the ids under which this turn was remembered (empty if it was not)."""
 
     text: str
@@ -183,10 +186,12 @@ class Reply(_Value):
         return self.text
 
 
-class Erasure(_Value):
+class Erasure(Value):
     """The receipt of ``forget``: what was removed, and where. With ``dry_run`` nothing was removed yet.
 
-    ``hosted`` says, per provider that saw one of the records, what it may still hold and until when.
+    ``replies`` are records that were written with one of these records in the prompt. They are memories of their own and
+    were kept; forget them by these ids if they repeat what should be gone. ``hosted`` says, per provider that saw one of
+    the records, what it may still hold and until when.
     """
 
     dry_run: bool = False
@@ -196,6 +201,7 @@ class Erasure(_Value):
     pages: list[str] = Field(default=[], description="keys of the KV pages made from these records, in hex")
     cores: list[str] = Field(default=[], description="scopes whose core block held one of these records")
     loras: list[str] = Field(default=[], description="LoRA versions that learnt one of these records, now retired")
+    replies: list[str] = []
     hosted: list[str] = []
 
     def __str__(self) -> str:
@@ -204,4 +210,35 @@ class Erasure(_Value):
             f"{verb} {len(self.records)} records ({self.versions} older versions, {self.vectors} vectors), "
             f"{len(self.pages)} KV pages, {len(self.cores)} core blocks, {len(self.loras)} LoRA versions"
         ]
+        if self.replies:
+            lines.append(f"  kept {len(self.replies)} replies written with them in the prompt: {', '.join(self.replies)}")
         return "\n".join(lines + [f"  {note}" for note in self.hosted])
+
+
+class Context(Value):
+    """A block of records ready to be put into a prompt: ``str()`` of it, or ``.text``. ``tokens`` is its length."""
+
+    text: str
+    tokens: int
+    hits: list[Hit] = []
+
+    def __str__(self) -> str:
+        return self.text
+
+
+class Verification(Value):
+    """What ``verify`` found. Each problem names the damaged thing and what to do about it."""
+
+    records: int
+    pages: int
+    loras: int
+    problems: list[str] = []
+
+    @property
+    def ok(self) -> bool:
+        """True if nothing is damaged."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        held = f"{self.records} records, {self.pages} KV pages, {self.loras} LoRA versions"
+        return "\n".join([f"{held}: " + ("all sound" if self.ok else f"{len(self.problems)} problems"), *self.problems])

@@ -1,0 +1,93 @@
+"""Settings: keyword, then environment (``AGENTMEM_…``), then ``agentmem.toml``, then the default.
+
+Knows names, types and defaults; opens nothing but the TOML file.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from .errors import ConfigError
+
+__all__ = ["Settings", "read"]
+
+FILE = "agentmem.toml"
+
+
+class Settings(BaseSettings):
+    """Every setting of a `Memory`. Unknown names are refused.
+
+    In the environment a name is written ``AGENTMEM_RECALL_K``, a provider's value ``AGENTMEM_PROVIDERS__LOCAL__DEVICE``.
+    """
+
+    model_config = SettingsConfigDict(
+        env_prefix="AGENTMEM_", env_nested_delimiter="__", extra="forbid", frozen=True, validate_default=False
+    )
+
+    path: str = Field(default="./memory", description="the folder; ':memory:' keeps nothing")
+    model: str | None = Field(default=None, description="'scheme:name'; without one every verb but chat and training works")
+    embedder: str = Field(default="default", description="'default', 'minilm', 'wordllama', 'none', 'openai:…', 'st:/folder'")
+    reembed: bool = Field(default=True, description="embed again what another embedder left; False refuses to open instead")
+    system: str | None = Field(default=None, description="the system text of chats that give none")
+    recall_k: int = Field(default=6, ge=0, description="records recalled for a turn at most")
+    recall_tokens: int = Field(default=500, ge=0, description="tokens of recalled records in a turn at most")
+    core_tokens: int = Field(default=512, ge=0, description="tokens of the core block at most; 0 for none")
+    history_tokens: int = Field(default=3000, ge=0, description="tokens of the running conversation kept in the prompt")
+    page_tokens: int = Field(default=256, ge=16, multiple_of=16, description="the token grid: tokens per KV page")
+    page_budget: int = Field(default=8 << 30, ge=0, description="bytes of KV pages on disk; 0 turns activation memory off")
+    providers: dict[str, dict[str, Any]] = Field(
+        default={}, description="one table per scheme: [providers.openai] base_url = …, [providers.local] device = …"
+    )
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Keyword, environment, file: the TOML file comes in by a private keyword of `read`."""
+        keywords = dict(init_settings())
+        from_file = keywords.pop("_file", {})
+        return (
+            InitSettingsSource(settings_cls, keywords),
+            env_settings,
+            InitSettingsSource(settings_cls, from_file),
+        )
+
+
+def read(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Settings:
+    """The settings. ``config`` names a TOML file; without it ``agentmem.toml`` of the working folder is read, if it exists.
+
+    A keyword that is None counts as not given. Raises `ConfigError` for an unknown or ill-typed setting or file.
+    """
+    values = {name: value for name, value in keywords.items() if value is not None}
+    path = Path(config) if config is not None else Path(FILE)
+    if config is not None or path.is_file():
+        try:
+            values["_file"] = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise ConfigError(f"can't read the configuration {path}: {error.strerror}") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"{path} is not valid TOML: {error}") from error
+    try:
+        return Settings(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = ".".join(str(part) for part in first["loc"])
+        # A provider's table may hold a key, so its values are never repeated.
+        given = "" if name.startswith("providers") else f" (given: {first.get('input')!r})"
+        raise ConfigError(f"setting {name!r}: {first['msg']}{given}") from None

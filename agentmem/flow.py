@@ -1,0 +1,185 @@
+"""One logic, two faces: a verb is a generator that yields what it needs from outside and is sent the answer.
+
+The drivers here run such a flow synchronously or under asyncio. They know nothing of what a flow does. After the sans-I/O
+auth flows of httpx.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Callable, Generator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from .errors import Unavailable
+from .provider import Generation, Provider, Request
+
+if TYPE_CHECKING:
+    from .plaintext.embed import Embedder
+
+__all__ = ["Embed", "Flow", "Generate", "arun", "astream", "run", "stream"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Embed:
+    """A need: these texts as vectors, float32 [len(texts), dimension]."""
+
+    embedder: Embedder
+    texts: Sequence[str]
+    query: bool = False
+
+    def answer(self) -> Any:
+        """The vectors, waited for in this thread."""
+        return self.embedder.embed(self.texts, query=self.query)
+
+    async def aanswer(self) -> Any:
+        """The vectors, awaited."""
+        return await self.embedder.aembed(self.texts, query=self.query)
+
+
+@dataclass(frozen=True)
+class Generate:
+    """A need: the answer to a request, as a whole `Generation`."""
+
+    provider: Provider
+    request: Request
+
+    def answer(self) -> Generation:
+        """The answer, waited for in this thread."""
+        return self.provider.generate(self.request)
+
+    async def aanswer(self) -> Generation:
+        """The answer, awaited."""
+        return await self.provider.agenerate(self.request)
+
+
+#: A verb: yields needs, is sent their answers, returns the verb's result.
+Flow = Generator[Embed | Generate, Any, T]
+
+
+def run(flow: Flow[T]) -> T:
+    """Run a flow to its result in this thread."""
+    pieces = stream(flow, pieces=False)
+    try:
+        while True:
+            next(pieces)
+    except StopIteration as stop:
+        result: T = stop.value
+        return result
+
+
+def stream(flow: Flow[T], *, pieces: bool = True) -> Generator[str, None, T]:
+    """Run a flow, yielding the text of its generation piece by piece; the generator's return value is the result."""
+    answer: Any = None
+    failure: Exception | None = None
+    try:
+        while True:
+            done, need = _advance(flow, answer, failure)
+            if done:
+                return need
+            answer, failure = None, None
+            try:
+                if pieces and isinstance(need, Generate):
+                    answer = yield from _pieces(need)
+                else:
+                    answer = need.answer()
+            except Exception as error:  # noqa: BLE001 - the flow decides what a failure means
+                failure = error
+    finally:
+        flow.close()
+
+
+def _pieces(need: Generate) -> Generator[str, None, Generation]:
+    source = need.provider.stream(need.request)
+    try:
+        for piece in source:
+            if isinstance(piece, Generation):
+                return piece
+            yield piece
+    finally:
+        _close(source)
+    raise Unavailable(f"{need.provider.name} ended its stream without a last message")
+
+
+def _close(source: object) -> None:
+    """Close an iterator that has a ``close``: a consumer that stops early must not leave a socket or a lock behind."""
+    close = getattr(source, "close", None)
+    if close is not None:
+        close()
+
+
+async def arun(flow: Flow[T]) -> T:
+    """Run a flow to its result under asyncio; its local work runs in worker threads, never on the event loop."""
+    result: list[T] = []
+    async with contextlib.aclosing(astream(flow, result.append, pieces=False)) as pieces:
+        async for _ in pieces:
+            pass
+    return result[0]
+
+
+async def astream(
+    flow: Flow[T], finished: Callable[[T], object], *, pieces: bool = True
+) -> AsyncGenerator[str, None]:
+    """Like `stream` under asyncio. An async generator can't return a value, so the result goes to ``finished``.
+
+    Cancelled during a local step, it first lets the step end (a transaction is whole or was never begun), then raises.
+    """
+    answer: Any = None
+    failure: Exception | None = None
+    try:
+        while True:
+            done, need = await _in_thread(_advance, flow, answer, failure)
+            if done:
+                finished(need)
+                return
+            answer, failure = None, None
+            try:
+                if pieces and isinstance(need, Generate):
+                    source = need.provider.astream(need.request)
+                    try:
+                        async for piece in source:
+                            if isinstance(piece, Generation):
+                                answer = piece
+                                break
+                            yield piece
+                    finally:
+                        await _aclose(source)
+                    if answer is None:
+                        raise Unavailable(f"{need.provider.name} ended its stream without a last message")
+                else:
+                    answer = await need.aanswer()
+            except Exception as error:  # noqa: BLE001 - the flow decides what a failure means
+                failure = error
+    finally:
+        flow.close()
+
+
+async def _aclose(source: object) -> None:
+    aclose = getattr(source, "aclose", None)
+    if aclose is not None:
+        await aclose()
+
+
+def _advance(flow: Flow[T], answer: Any, failure: Exception | None) -> tuple[bool, Any]:
+    """One step of a flow: (False, its next need) or (True, its result). StopIteration can't cross a future."""
+    try:
+        return False, flow.send(answer) if failure is None else flow.throw(failure)
+    except StopIteration as stop:
+        return True, stop.value
+
+
+async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
+    """``asyncio.to_thread``, but a cancellation is raised only when the work has ended."""
+    task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        while not task.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()  # seen: the cancellation is what the caller hears of
+        raise
