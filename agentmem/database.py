@@ -39,10 +39,11 @@ CREATE TABLE records (
     checksum INTEGER NOT NULL                   -- CRC-32 over the row's content (records.py)
 );
 CREATE INDEX records_scope ON records (tenant, user, agent, session, seq);
+CREATE INDEX records_user ON records (user, seq); -- for handles that set a user but no tenant
 CREATE TABLE versions (
     id TEXT NOT NULL, version INTEGER NOT NULL, text TEXT NOT NULL, metadata TEXT NOT NULL,
-    created REAL NOT NULL, PRIMARY KEY (id, version)
-) WITHOUT ROWID;
+    created REAL NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (id, version)
+);
 CREATE VIRTUAL TABLE records_fts USING fts5 (
     text, name, content='records', content_rowid='seq', tokenize='porter unicode61'
 );
@@ -51,11 +52,14 @@ CREATE TABLE spaces (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, dimension INTEGER NOT NULL
 );
 CREATE TABLE vectors (
-    seq INTEGER NOT NULL, space INTEGER NOT NULL, vector BLOB NOT NULL, PRIMARY KEY (space, seq)
-) WITHOUT ROWID;
--- What happened to the vectors, in order: an index that has applied change N needs only what follows.
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, vector BLOB NOT NULL, checksum INTEGER NOT NULL,
+    PRIMARY KEY (space, seq)
+);
+-- What happened to the vectors, in order: an index that has applied change N needs only what follows. The nonce tells
+-- this history from another one with the same numbers (a restored backup).
 CREATE TABLE changes (
-    change INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, seq INTEGER NOT NULL, added INTEGER NOT NULL
+    change INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, seq INTEGER NOT NULL, added INTEGER NOT NULL,
+    nonce INTEGER NOT NULL DEFAULT (random())
 );
 
 -- Lineage: which records a derived thing was made from. kind is page, core or lora.

@@ -1,0 +1,273 @@
+"""What may be remembered: turns the caller's input into drafts, or refuses it before anything is written.
+
+Knows the accepted shapes, sizes and values of text, metadata, dates and scopes. Knows nothing of the database: whatever
+passes here is stored and comes back exactly as it was given.
+"""
+
+from __future__ import annotations
+
+import datetime as dt
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, cast, get_args
+
+from ..errors import InvalidInput, ScopeError
+from ..types import LEVELS, Message, Role, Scope
+
+__all__ = ["Draft", "check_k", "check_metadata", "check_scope", "check_text", "drafts", "moment", "narrow", "utc_seconds"]
+
+MAX_TEXT_BYTES = 16 * 1024 * 1024
+MAX_METADATA_BYTES = 1024 * 1024
+MAX_METADATA_DEPTH = 64
+MAX_SCOPE_BYTES = 512
+MAX_NAME_BYTES = 512
+MAX_SOURCE_BYTES = 4096
+
+MESSAGE_KEYS = frozenset({"role", "content", "name", "at", "metadata"})
+ROLES: tuple[str, ...] = get_args(Role)
+EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Draft:
+    """A record that is fit to be stored. ``metadata`` is the JSON text of the mapping."""
+
+    text: str
+    scope: Scope
+    role: Role = "user"
+    name: str | None = None
+    at: dt.datetime | None = None
+    valid_from: dt.datetime | None = None
+    valid_until: dt.datetime | None = None
+    metadata: str = "{}"
+    source: str | None = None
+
+    @property
+    def trust(self) -> str:
+        """What a tool returned was written by a stranger; everything else by the application or its user."""
+        return "untrusted" if self.role == "tool" else "trusted"
+
+    @property
+    def passage(self) -> str:
+        """The text as an embedder should read it: with the speaker's name in front, where there is one."""
+        return passage(self.text, self.name)
+
+
+def passage(text: str, name: str | None) -> str:
+    """``"name: text"``: who said a thing is part of its meaning."""
+    return f"{name}: {text}" if name else text
+
+
+def drafts(
+    content: object,
+    *,
+    scope: Scope,
+    metadata: Mapping[str, Any] | None = None,
+    at: dt.datetime | str | None = None,
+    valid_from: dt.datetime | str | None = None,
+    valid_until: dt.datetime | str | None = None,
+    source: str | None = None,
+) -> list[Draft]:
+    """The drafts of ``content``: a str, a `Message`, a mapping ``{"role", "content", "name"?, "at"?, "metadata"?}``, or a list.
+
+    ``metadata`` and ``at`` hold for all of them; a message's own win over them. Pure. Raises `InvalidInput` or `ScopeError`
+    for the first thing that can't be stored exactly.
+    """
+    check_scope(scope)
+    shared = check_metadata(metadata)
+    start, end = moment(valid_from, "valid_from"), moment(valid_until, "valid_until")
+    if start is not None and end is not None and utc_seconds(end) <= utc_seconds(start):
+        raise InvalidInput(f"valid_until {end.isoformat()} must lie after valid_from {start.isoformat()}")
+    if source is not None:
+        source = _line(source, "source", MAX_SOURCE_BYTES)
+    said = moment(at, "at")
+    messages = content if isinstance(content, (list, tuple)) else [content]
+    found: list[Draft] = []
+    for number, message in enumerate(messages):
+        where = f"message {number}" if isinstance(content, (list, tuple)) else "the content"
+        role, text, name, own_at, own_metadata = _parts(message, where)
+        found.append(
+            Draft(
+                text=check_text(text, f"the text of {where}"),
+                scope=scope,
+                role=role,
+                name=None if name is None else _line(name, f"the name of {where}", MAX_NAME_BYTES),
+                at=said if own_at is None else moment(own_at, f"at of {where}"),
+                valid_from=start,
+                valid_until=end,
+                metadata=_dumped({**shared, **check_metadata(own_metadata)}),
+                source=source,
+            )
+        )
+    return found
+
+
+def _parts(message: object, where: str) -> tuple[Role, object, object, Any, Any]:
+    """(role, text, name, at, metadata) of one message, the last four as yet unchecked."""
+    if isinstance(message, str):
+        return "user", message, None, None, None
+    if isinstance(message, Message):
+        return message.role, message.content, message.name, None, None
+    if isinstance(message, Mapping):
+        unknown = [key for key in message if key not in MESSAGE_KEYS]
+        if unknown:
+            raise InvalidInput(f"{where} has the unknown key {unknown[0]!r}: use {', '.join(sorted(MESSAGE_KEYS))}")
+        for key in ("role", "content"):
+            if key not in message:
+                raise InvalidInput(f"{where} lacks {key!r}: a message is {{'role': ..., 'content': ...}}")
+        role = message["role"]
+        if not isinstance(role, str) or role not in ROLES:
+            raise InvalidInput(f"{where} has the role {role!r}: use one of {', '.join(ROLES)}")
+        return cast(Role, role), message["content"], message.get("name"), message.get("at"), message.get("metadata")
+    raise InvalidInput(f"{where} is a {type(message).__name__}: give a str, a message mapping, or a list of them")
+
+
+def check_text(text: object, what: str = "the text") -> str:
+    """``text`` if it is a str that can be stored exactly and is not blank, else `InvalidInput`."""
+    if not isinstance(text, str):
+        raise InvalidInput(f"{what} is a {type(text).__name__}: give a str")
+    text = str.__str__(text)
+    if not text.strip():
+        raise InvalidInput(f"{what} is empty or blank: there is nothing to work on")
+    return _storable(text, what, MAX_TEXT_BYTES)
+
+
+def _line(value: object, what: str, most: int) -> str:
+    if not isinstance(value, str) or not value:
+        raise InvalidInput(f"{what} is {value!r:.80}: give a non-empty str or leave it out")
+    return _storable(str.__str__(value), what, most)
+
+
+def _storable(text: str, what: str, most: int) -> str:
+    if "\0" in text:
+        raise InvalidInput(f"{what} has a NUL character at position {text.index(chr(0))}: remove it")
+    try:
+        size = len(text.encode())
+    except UnicodeEncodeError as error:
+        raise InvalidInput(
+            f"{what} has the lone surrogate {text[error.start]!a} at position {error.start}: it is no Unicode text"
+        ) from error
+    if size > most:
+        raise InvalidInput(f"{what} has {size} bytes in UTF-8, the most is {most}: split it")
+    return text
+
+
+def moment(value: object, what: str) -> dt.datetime | None:
+    """A point in time from a datetime or an ISO 8601 string. A naive one stays naive; where it is compared it is UTC."""
+    if value is None:
+        return None
+    if isinstance(value, (str, dt.datetime)):
+        try:
+            return dt.datetime.fromisoformat(value if isinstance(value, str) else value.isoformat())
+        except ValueError as error:
+            raise InvalidInput(f"{what} is {value!r:.80}: write it like 2026-03-31 or 2026-03-31T14:00:00Z") from error
+    raise InvalidInput(f"{what} is a {type(value).__name__}: give a datetime or an ISO 8601 string")
+
+
+def utc_seconds(when: dt.datetime) -> float:
+    """Seconds since 1970-01-01 UTC; a naive time counts as UTC. Exact over the years 1 to 9999."""
+    return ((when if when.tzinfo else when.replace(tzinfo=dt.UTC)) - EPOCH) / dt.timedelta(seconds=1)
+
+
+def check_metadata(metadata: object) -> dict[str, Any]:
+    """``metadata`` as a dict if JSON gives it back exactly: str keys, and values of str, int, float, bool, None, list, dict.
+
+    Refuses what JSON would alter (tuples, other key types, subclasses) as well as what it can't hold (NaN, infinities,
+    bytes, dates, cycles), more than 64 levels and more than 1 MiB.
+    """
+    if metadata is None:
+        return {}
+    if not isinstance(metadata, Mapping):
+        raise InvalidInput(f"metadata is a {type(metadata).__name__}: give a mapping with str keys")
+    plain = dict(metadata)
+    left = MAX_METADATA_BYTES
+    pending: list[tuple[object, int]] = [(plain, 1)]
+    while pending:
+        value, depth = pending.pop()
+        left -= 1
+        if depth > MAX_METADATA_DEPTH:
+            raise InvalidInput(f"metadata is nested deeper than {MAX_METADATA_DEPTH} levels, or contains itself")
+        if left < 0 or len(pending) > MAX_METADATA_BYTES:
+            raise InvalidInput(f"metadata is larger than {MAX_METADATA_BYTES} bytes: store the bulk elsewhere, keep a reference")
+        if type(value) is dict:
+            for key, item in value.items():
+                if type(key) is not str:
+                    raise InvalidInput(f"metadata has the key {key!r:.80} of type {type(key).__name__}: keys are str")
+                _storable(key, "a metadata key", MAX_METADATA_BYTES)
+                pending.append((item, depth + 1))
+        elif type(value) is list:
+            pending.extend((item, depth + 1) for item in value)
+        elif type(value) is str:
+            _storable(value, "a metadata value", MAX_METADATA_BYTES)
+        elif type(value) is float:
+            if not math.isfinite(value):
+                raise InvalidInput(f"metadata holds {value}: JSON has no such number")
+        elif value is not None and type(value) not in (bool, int):
+            raise InvalidInput(
+                f"metadata holds a {type(value).__name__} ({value!r:.80}): use str, int, float, bool, None, list or dict"
+            )
+    _dumped(plain)
+    return plain
+
+
+def _dumped(metadata: dict[str, Any]) -> str:
+    try:
+        text = json.dumps(metadata, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+        json.loads(text)
+    except ValueError as error:  # an int of more digits than Python converts
+        raise InvalidInput(f"metadata can't be written as JSON: {error}") from error
+    if len(text.encode()) > MAX_METADATA_BYTES:
+        raise InvalidInput(f"metadata is larger than {MAX_METADATA_BYTES} bytes: store the bulk elsewhere, keep a reference")
+    return text
+
+
+def check_scope(scope: Scope) -> Scope:
+    """``scope`` if each level is None or a usable str, else `ScopeError`. Values are never trimmed, folded or expanded."""
+    if not isinstance(scope, Scope):
+        raise ScopeError(f"the scope is a {type(scope).__name__}: give a Scope")
+    for level, value in scope.levels():
+        _check_level(level, value)
+    return scope
+
+
+def _check_level(level: str, value: object) -> str | None:
+    if value is None:
+        return None
+    if not isinstance(value, str):
+        raise ScopeError(f"the scope's {level} is a {type(value).__name__} ({value!r:.80}): give a str")
+    if not value:
+        raise ScopeError(f"the scope's {level} is an empty str: give a name, or leave the level out")
+    try:
+        return _storable(str.__str__(value), f"the scope's {level}", MAX_SCOPE_BYTES)
+    except InvalidInput as error:
+        raise ScopeError(str(error)) from error
+
+
+def narrow(scope: Scope, **levels: object) -> Scope:
+    """The scope beneath ``scope`` with the given levels set; None leaves a level as it is.
+
+    Raises `ScopeError` for a malformed value, an unknown level, and for a level that ``scope`` has set to another value: a
+    handle can't be turned to a sibling.
+    """
+    values = {level: value for level, value in scope.levels() if value is not None}
+    for level, value in levels.items():
+        if level not in LEVELS:
+            raise ScopeError(f"{level!r} is no scope level: use {', '.join(LEVELS)}")
+        checked = _check_level(level, value)
+        if checked is None:
+            continue
+        if values.get(level, checked) != checked:
+            raise ScopeError(f"this handle is bound to {level}={values[level]!r} and can't reach {level}={checked!r}")
+        values[level] = checked
+    return check_scope(Scope(**values))
+
+
+def check_k(k: object, what: str = "k") -> int:
+    """``k`` if it is an int of at least 1, else `InvalidInput`. How many there are bounds it from above."""
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise InvalidInput(f"{what} is {k!r:.80}: give an int of at least 1")
+    if k < 1:
+        raise InvalidInput(f"{what} is {k}: give an int of at least 1")
+    return min(int(k), 2**62)
