@@ -1,0 +1,1 @@
+"""Plaintext memory: records (SQLite), their vectors (FAISS), embedding and search."""

@@ -13,10 +13,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, cast, get_args
 
-from ..errors import InvalidInput, ScopeError
-from ..types import LEVELS, Message, Role, Scope
+from agentmem.errors import InvalidInput, ScopeError
+from agentmem.types import LEVELS, Message, Role, Scope
 
-__all__ = ["Draft", "check_k", "check_metadata", "check_scope", "check_text", "drafts", "moment", "narrow", "utc_seconds"]
+__all__ = [
+    "Draft",
+    "check_k",
+    "check_metadata",
+    "check_scope",
+    "check_text",
+    "drafts",
+    "dump_metadata",
+    "moment",
+    "narrow",
+    "utc_seconds",
+]
 
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 MAX_METADATA_BYTES = 1024 * 1024
@@ -70,10 +81,11 @@ def drafts(
     valid_until: dt.datetime | str | None = None,
     source: str | None = None,
 ) -> list[Draft]:
-    """The drafts of ``content``: a str, a `Message`, a mapping ``{"role", "content", "name"?, "at"?, "metadata"?}``, or a list.
+    """The drafts of ``content``: a str, a `Message`, a mapping, or a list of those.
 
-    ``metadata`` and ``at`` hold for all of them; a message's own win over them. Pure. Raises `InvalidInput` or `ScopeError`
-    for the first thing that can't be stored exactly.
+    A mapping is ``{"role", "content", "name"?, "at"?, "metadata"?}``. The arguments ``metadata`` and ``at`` hold for
+    all messages; a message's own win over them. Pure. Raises `InvalidInput` or `ScopeError` for the first thing that
+    can't be stored exactly.
     """
     check_scope(scope)
     shared = check_metadata(metadata)
@@ -97,7 +109,7 @@ def drafts(
                 at=said if own_at is None else moment(own_at, f"at of {where}"),
                 valid_from=start,
                 valid_until=end,
-                metadata=_dumped({**shared, **check_metadata(own_metadata)}),
+                metadata=dump_metadata({**shared, **check_metadata(own_metadata)}),
                 source=source,
             )
         )
@@ -155,7 +167,7 @@ def _storable(text: str, what: str, most: int) -> str:
 
 
 def moment(value: object, what: str) -> dt.datetime | None:
-    """A point in time from a datetime or an ISO 8601 string. A naive one stays naive; where it is compared it is UTC."""
+    """A point in time from a datetime or an ISO 8601 string. A naive one stays naive and is compared as UTC."""
     if value is None:
         return None
     if isinstance(value, (str, dt.datetime)):
@@ -172,7 +184,7 @@ def utc_seconds(when: dt.datetime) -> float:
 
 
 def check_metadata(metadata: object) -> dict[str, Any]:
-    """``metadata`` as a dict if JSON gives it back exactly: str keys, and values of str, int, float, bool, None, list, dict.
+    """``metadata`` as a dict if JSON gives it back exactly: str keys; str, int, float, bool, None, list or dict inside.
 
     Refuses what JSON would alter (tuples, other key types, subclasses) as well as what it can't hold (NaN, infinities,
     bytes, dates, cycles), more than 64 levels and more than 1 MiB.
@@ -190,41 +202,49 @@ def check_metadata(metadata: object) -> dict[str, Any]:
         if depth > MAX_METADATA_DEPTH:
             raise InvalidInput(f"metadata is nested deeper than {MAX_METADATA_DEPTH} levels, or contains itself")
         if left < 0 or len(pending) > MAX_METADATA_BYTES:
-            raise InvalidInput(f"metadata is larger than {MAX_METADATA_BYTES} bytes: store the bulk elsewhere, keep a reference")
+            raise InvalidInput(
+                f"metadata is larger than {MAX_METADATA_BYTES} bytes: store the bulk elsewhere, keep a reference"
+            )
         if type(value) is dict:
-            for key, item in value.items():
+            for key in value:
                 if type(key) is not str:
                     raise InvalidInput(f"metadata has the key {key!r:.80} of type {type(key).__name__}: keys are str")
-                _storable(key, "a metadata key", MAX_METADATA_BYTES)
-                pending.append((item, depth + 1))
+                _check_leaf(key)
+            pending.extend((item, depth + 1) for item in value.values())
         elif type(value) is list:
             pending.extend((item, depth + 1) for item in value)
-        elif type(value) is str:
-            _storable(value, "a metadata value", MAX_METADATA_BYTES)
-        elif type(value) is float:
-            if not math.isfinite(value):
-                raise InvalidInput(f"metadata holds {value}: JSON has no such number")
-        elif value is not None and type(value) not in (bool, int):
-            raise InvalidInput(
-                f"metadata holds a {type(value).__name__} ({value!r:.80}): use str, int, float, bool, None, list or dict"
-            )
-    _dumped(plain)
+        else:
+            _check_leaf(value)
+    dump_metadata(plain)
     return plain
 
 
-def _dumped(metadata: dict[str, Any]) -> str:
+def _check_leaf(value: object) -> None:
+    if type(value) is str:
+        _storable(value, "a metadata text", MAX_METADATA_BYTES)
+    elif type(value) is float:
+        if not math.isfinite(value):
+            raise InvalidInput(f"metadata holds {value}: JSON has no such number")
+    elif value is not None and type(value) not in (bool, int):
+        raise InvalidInput(f"metadata holds a {type(value).__name__} ({value!r:.80}): JSON can't give it back")
+
+
+def dump_metadata(metadata: dict[str, Any]) -> str:
+    """The JSON text under which checked metadata is stored."""
     try:
         text = json.dumps(metadata, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         json.loads(text)
     except ValueError as error:  # an int of more digits than Python converts
         raise InvalidInput(f"metadata can't be written as JSON: {error}") from error
     if len(text.encode()) > MAX_METADATA_BYTES:
-        raise InvalidInput(f"metadata is larger than {MAX_METADATA_BYTES} bytes: store the bulk elsewhere, keep a reference")
+        raise InvalidInput(
+            f"metadata is larger than {MAX_METADATA_BYTES} bytes: store the bulk elsewhere, keep a reference"
+        )
     return text
 
 
 def check_scope(scope: Scope) -> Scope:
-    """``scope`` if each level is None or a usable str, else `ScopeError`. Values are never trimmed, folded or expanded."""
+    """``scope`` if each level is None or a usable str, else `ScopeError`. Values are taken as they are."""
     if not isinstance(scope, Scope):
         raise ScopeError(f"the scope is a {type(scope).__name__}: give a Scope")
     for level, value in scope.levels():
@@ -248,7 +268,7 @@ def _check_level(level: str, value: object) -> str | None:
 def narrow(scope: Scope, **levels: object) -> Scope:
     """The scope beneath ``scope`` with the given levels set; None leaves a level as it is.
 
-    Raises `ScopeError` for a malformed value, an unknown level, and for a level that ``scope`` has set to another value: a
+    Raises `ScopeError` for a malformed value, an unknown level, and a level that ``scope`` has set to another value: a
     handle can't be turned to a sibling.
     """
     values = {level: value for level, value in scope.levels() if value is not None}
@@ -269,5 +289,5 @@ def check_k(k: object, what: str = "k") -> int:
     if isinstance(k, bool) or not isinstance(k, int):
         raise InvalidInput(f"{what} is {k!r:.80}: give an int of at least 1")
     if k < 1:
-        raise InvalidInput(f"{what} is {k}: give an int of at least 1")
+        raise InvalidInput(f"{what} is {max(k, -(2**63))}: give an int of at least 1")
     return min(int(k), 2**62)

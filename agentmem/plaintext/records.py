@@ -1,0 +1,467 @@
+"""Records: the verbatim memory in ``memory.db``, its versions, its full-text rows and its vectors' bytes.
+
+Knows how a row is written whole, checked when it is read, changed and erased. Knows nothing of embedders, of the vector
+index or of ranking: vectors come in as numbers. The scope rule is in conditions.py.
+"""
+# ruff: noqa: S608 - SQL is put together from our own pieces; every value is bound
+
+from __future__ import annotations
+
+import builtins
+import datetime as dt
+import json
+import re
+import secrets
+import sqlite3
+import time
+import zlib
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from agentmem.database import Database
+from agentmem.errors import Corrupt, InvalidInput, NotFound, ScopeError, StoreError
+from agentmem.types import LEVELS, Record, Scope
+
+from .conditions import beneath, joined, matching, visible
+from .drafts import (
+    Draft,
+    check_k,
+    check_metadata,
+    check_scope,
+    check_text,
+    drafts,
+    dump_metadata,
+    narrow,
+    passage,
+    utc_seconds,
+)
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Vectors = npt.NDArray[np.float32]
+
+__all__ = [
+    "Deletion",
+    "Draft",
+    "Records",
+    "check_k",
+    "check_scope",
+    "drafts",
+    "narrow",
+    "new_id",
+]
+
+ID = re.compile(r"[0-9a-f]{32}")
+#: What the checksum of a row covers, in this order.
+CONTENT = (
+    *("id", "text", "role", "name", "at", "valid_from", "valid_until", "from_s", "until_s"),
+    *LEVELS,
+    *("metadata", "source", "trust", "created", "version"),
+)
+#: How many rows of ``changes`` are kept: an index that is further behind is rebuilt.
+KEPT_CHANGES = 65_536
+
+
+def new_id(now: float | None = None) -> str:
+    """A fresh record id: 32 hex digits that sort by time of creation (ms) and can't be guessed (RFC 9562, v7)."""
+    milliseconds = int((time.time() if now is None else now) * 1000) & (2**48 - 1)
+    random = secrets.randbits(74)
+    return f"{milliseconds << 80 | 7 << 76 | (random >> 62) << 64 | 2 << 62 | random & (2**62 - 1):032x}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deletion:
+    """How many rows of each kind `Records.delete` removed."""
+
+    records: int
+    versions: int
+    vectors: int
+
+
+class Records:
+    """The records of one folder. ``clock`` gives seconds since 1970; order never depends on it."""
+
+    def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
+        self._database = database
+        self._clock = clock
+
+    def insert(
+        self,
+        drafts: Sequence[Draft],
+        vectors: Vectors | None = None,
+        space: int | None = None,
+        *,
+        ids: Sequence[str] | None = None,
+    ) -> builtins.list[Record]:
+        """Store all drafts or none, in one transaction; when this returns they survive a crash.
+
+        ``vectors`` is float32 [len(drafts), dimension] in the embedding space ``space``. ``ids`` were made by `new_id`;
+        an id that is in use or was forgotten is refused.
+        """
+        ids = [new_id(self._clock()) for _ in drafts] if ids is None else [*ids]
+        if len(ids) != len(drafts) or len(set(ids)) != len(ids) or not all(map(_well_formed, ids)):
+            raise InvalidInput(f"{len(drafts)} records need {len(drafts)} different ids made by new_id()")
+        blobs = self._blobs(vectors, space, len(drafts))
+        if not drafts:
+            return []
+        for draft in drafts:
+            check_scope(draft.scope)
+        created = self._clock()
+        rows = [_row(draft, id_, created) for draft, id_ in zip(drafts, ids, strict=True)]
+        with self._database.write() as connection:
+            listed = json.dumps(ids)
+            for table, column, why in (("tombstones", "record", "was forgotten"), ("records", "id", "is in use")):
+                taken = connection.execute(
+                    f"SELECT {column} FROM {table} WHERE {column} IN (SELECT value FROM json_each(?))",
+                    (listed,),
+                ).fetchone()
+                if taken:
+                    raise InvalidInput(f"the id {taken[0]} {why}: leave the choice of ids to agentmem")
+            seqs = [_insert_row(connection, row) for row in rows]
+            connection.executemany(
+                "INSERT INTO records_fts (rowid, text, name) VALUES (?, ?, ?)",
+                [(seq, row["text"], row["name"]) for seq, row in zip(seqs, rows, strict=True)],
+            )
+            if blobs is not None:
+                tenants = [row["tenant"] for row in rows]
+                _write_vectors(connection, space, list(zip(tenants, seqs, blobs, strict=True)))
+        return [_record(row) for row in rows]
+
+    def get(self, id: str, scope: Scope) -> Record:  # noqa: A002 - the name in the public API
+        """The record with this id. `NotFound` for an unknown id and for one that this scope can't see, alike."""
+        return _record(self._row(id, scope))
+
+    def list(
+        self, scope: Scope, where: Mapping[str, Any] | None = None, limit: int = 100, after: str | None = None
+    ) -> builtins.list[Record]:
+        """Up to ``limit`` visible records in order of arrival, those behind the record ``after`` if it is given."""
+        limit = check_k(limit, "limit")
+        conditions = [visible(scope), matching(where)]
+        if after is not None:
+            try:
+                conditions.append(("records.seq > ?", [self._row(after, scope)["seq"]]))
+            except NotFound:
+                # The page's last record may have been forgotten meanwhile: ids sort by time, so the listing goes on.
+                conditions.append(("records.id > ?", [after]))
+        sql, values = joined(conditions)
+        rows = self._database.query(f"SELECT * FROM records WHERE {sql} ORDER BY seq LIMIT ?", [*values, limit])
+        return [_record(row) for row in rows]
+
+    def session(self, scope: Scope) -> builtins.list[Record]:
+        """The records exactly at ``scope``, in order of arrival: the history of a session."""
+        rows = self._database.query(
+            "SELECT * FROM records WHERE tenant = ? AND user = ? AND agent = ? AND session = ? ORDER BY seq",
+            _levels(scope),
+        )
+        return [_record(row) for row in rows]
+
+    def count(self, scope: Scope) -> int:
+        """How many records this scope can see."""
+        sql, values = visible(scope)
+        return int(self._database.query(f"SELECT count(*) FROM records WHERE {sql}", values)[0][0])
+
+    def at_rows(self, seqs: Iterable[int], scope: Scope) -> dict[int, Record]:
+        """The visible records in these rows, by row; what is gone or not visible is left out."""
+        sql, values = visible(scope)
+        rows = self._database.query(
+            f"SELECT * FROM records WHERE seq IN (SELECT value FROM json_each(?)) AND {sql}",
+            [json.dumps([int(seq) for seq in seqs]), *values],
+        )
+        return {int(row["seq"]): _record(row) for row in rows}
+
+    def history(self, id: str, scope: Scope) -> builtins.list[Record]:  # noqa: A002
+        """Every version of a record, the oldest first, the current one last."""
+        row = dict(self._row(id, scope))
+        past = self._database.query("SELECT * FROM versions WHERE id = ? ORDER BY version", (id,))
+        versions = []
+        for old in past:
+            if old["checksum"] != _version_checksum(old):
+                raise Corrupt(
+                    f"version {old['version']} of record {id} fails its checksum: forget it or restore a backup"
+                )
+            content = {key: old[key] for key in ("text", "metadata", "created", "version")}
+            versions.append(_build({**row, **content}))
+        return [*versions, _record(row)]
+
+    def update(
+        self,
+        id: str,  # noqa: A002
+        scope: Scope,
+        *,
+        text: str | None = None,
+        metadata: Mapping[str, Any] | None = None,
+        vector: Vectors | None = None,
+        space: int | None = None,
+    ) -> Record:
+        """Replace text, metadata or both; the old version is kept in the history. ``vector`` is the new text's.
+
+        Without ``vector`` a changed text has no vector until it is embedded (`pending`). `ScopeError` for a record that
+        a level above shares with this scope: it can be read here and changed only there.
+        """
+        if text is None and metadata is None:
+            raise InvalidInput("update needs a text, a metadata mapping, or both")
+        if text is not None:
+            text = check_text(text)
+        new_metadata = None if metadata is None else dump_metadata(check_metadata(metadata))
+        matrix = vector.reshape(1, -1) if vector is not None else None
+        blobs = self._blobs(matrix, space, 1)
+        with self._database.write() as connection:
+            row = dict(self._changeable(id, scope))
+            _record(row)  # a damaged row must not be copied into the history under a fresh checksum
+            old = {key: row[key] for key in ("id", "version", "text", "metadata", "created")}
+            connection.execute(
+                "INSERT INTO versions (id, version, text, metadata, created, checksum) VALUES (?, ?, ?, ?, ?, ?)",
+                (*old.values(), _version_checksum(old)),
+            )
+            new = {**row, "version": row["version"] + 1, "created": self._clock()}
+            new["text"] = row["text"] if text is None else text
+            new["metadata"] = row["metadata"] if new_metadata is None else new_metadata
+            new["checksum"] = _checksum(new)
+            connection.execute(
+                "UPDATE records SET text = ?, metadata = ?, created = ?, version = ?, checksum = ? WHERE seq = ?",
+                [new[key] for key in ("text", "metadata", "created", "version", "checksum", "seq")],
+            )
+            if new["text"] != row["text"]:
+                _drop_words(connection, row)
+                connection.execute(
+                    "INSERT INTO records_fts (rowid, text, name) VALUES (?, ?, ?)",
+                    (row["seq"], new["text"], row["name"]),
+                )
+                connection.execute("DELETE FROM vectors WHERE seq = ?", (row["seq"],))
+                if blobs is None:
+                    _note_changes(connection, [(row["tenant"], row["seq"], 0)])
+                else:
+                    _write_vectors(connection, space, [(row["tenant"], row["seq"], blobs[0])])
+        return _record(new)
+
+    def select(
+        self, scope: Scope, *, ids: Sequence[str] | None = None, where: Mapping[str, Any] | None = None
+    ) -> builtins.list[str]:
+        """The ids of records that this scope may forget: the named (`ScopeError` for a shared one), or all that match."""
+        if (ids is None) == (where is None):
+            raise InvalidInput("say which records: either ids or where, not both")
+        if ids is not None:
+            ids = [ids] if isinstance(ids, str) else ids
+            return list(dict.fromkeys(self._changeable(id_, scope)["id"] for id_ in ids))
+        sql, values = joined([beneath(scope), matching(where)])
+        return [row["id"] for row in self._database.query(f"SELECT id FROM records WHERE {sql} ORDER BY seq", values)]
+
+    def delete(self, ids: Sequence[str]) -> Deletion:
+        """Remove these records with their versions, words and vectors, and leave a tombstone for each id.
+
+        Joins the caller's transaction. Call `VectorIndex.rewrite` and `Database.scrub` once it is committed: until then
+        deleted bytes lie in the write-ahead log, in the full-text segments and in the index file.
+        """
+        versions = vectors = records = 0
+        damaged = False
+        with self._database.write() as connection:
+            for id_ in ids:
+                row = connection.execute("SELECT * FROM records WHERE id = ?", (id_,)).fetchone()
+                if row is None:
+                    continue
+                damaged = damaged or row["checksum"] != _checksum(row)
+                _drop_words(connection, row)
+                connection.execute("DELETE FROM records WHERE seq = ?", (row["seq"],))
+                versions += connection.execute("DELETE FROM versions WHERE id = ?", (id_,)).rowcount
+                vectors += connection.execute("DELETE FROM vectors WHERE seq = ?", (row["seq"],)).rowcount
+                _note_changes(connection, [(row["tenant"], row["seq"], 0)])
+                connection.execute("INSERT OR REPLACE INTO tombstones (record, at) VALUES (?, ?)", (id_, self._clock()))
+                records += 1
+            if damaged:
+                # The words of a damaged text are not the words that were indexed: start over from the other rows.
+                connection.execute("INSERT INTO records_fts (records_fts) VALUES ('rebuild')")
+        return Deletion(records=records, versions=versions, vectors=vectors)
+
+    def pending(self, space: int, limit: int = 256) -> builtins.list[tuple[int, str]]:
+        """(row, passage) of up to ``limit`` records that have no vector in ``space`` yet, the oldest first."""
+        rows = self._database.query(
+            "SELECT seq, text, name FROM records WHERE NOT EXISTS "
+            "(SELECT 1 FROM vectors WHERE vectors.space = ? AND vectors.seq = records.seq) ORDER BY seq LIMIT ?",
+            (space, limit),
+        )
+        return [(row["seq"], passage(row["text"], row["name"])) for row in rows]
+
+    def embed_rows(self, rows: Sequence[tuple[int, str]], vectors: Vectors, space: int) -> int:
+        """Give rows of `pending` their vectors, unless a text changed or went meanwhile; returns how many got one."""
+        blobs = self._blobs(vectors, space, len(rows)) or []
+        with self._database.write() as connection:
+            ready = []
+            for (seq, text), blob in zip(rows, blobs, strict=True):
+                row = connection.execute("SELECT tenant, text, name FROM records WHERE seq = ?", (seq,)).fetchone()
+                if row is not None and passage(row["text"], row["name"]) == text:
+                    ready.append((row["tenant"], seq, blob))
+            _write_vectors(connection, space, ready)
+        return len(ready)
+
+    def verify(self) -> builtins.list[str]:
+        """What is wrong with the records, versions, words and vectors, one line each; empty if all is well."""
+        problems = []
+        for (seq,) in self._database.query("SELECT seq FROM records ORDER BY seq"):
+            try:
+                rows = self._database.query("SELECT * FROM records WHERE seq = ?", (seq,))
+                if rows and rows[0]["checksum"] != _checksum(rows[0]):
+                    problems.append(f"record {rows[0]['id']}: the row fails its checksum")
+            except StoreError as error:
+                problems.append(f"record in row {seq}: {error}")
+        for id_, version in self._database.query("SELECT id, version FROM versions"):
+            try:
+                rows = self._database.query("SELECT * FROM versions WHERE id = ? AND version = ?", (id_, version))
+                if rows and rows[0]["checksum"] != _version_checksum(rows[0]):
+                    problems.append(f"record {id_}: version {version} fails its checksum")
+            except StoreError as error:
+                problems.append(f"record {id_}, version {version}: {error}")
+        vectors = "SELECT v.seq, v.vector, v.checksum, s.dimension FROM vectors v LEFT JOIN spaces s ON s.id = v.space"
+        for seq, vector, checksum, dimension in self._database.query(vectors):
+            if zlib.crc32(vector) != checksum or len(vector) != 4 * (dimension or 0):
+                problems.append(f"record in row {seq}: its vector fails its checksum")
+        stray = "SELECT count(*) FROM vectors WHERE seq NOT IN (SELECT seq FROM records)"
+        if self._database.query(stray)[0][0]:
+            problems.append("there are vectors that belong to no record")
+        try:
+            with self._database.write() as connection:
+                connection.execute("INSERT INTO records_fts (records_fts, rank) VALUES ('integrity-check', 1)")
+        except StoreError as error:
+            problems.append(f"the full-text index does not fit the records: {error}")
+        return problems
+
+    def _row(self, id_: object, scope: Scope) -> sqlite3.Row:
+        sql, values = visible(scope)
+        if not isinstance(id_, str):
+            raise InvalidInput(f"a record id is a str, not {id_!r:.80}")
+        rows = []
+        if _well_formed(id_):
+            rows = self._database.query(f"SELECT * FROM records WHERE id = ? AND {sql}", [id_, *values])
+        if not rows:
+            raise NotFound(f"no record {id_!r:.80} in this scope")
+        return rows[0]
+
+    def _changeable(self, id_: object, scope: Scope) -> sqlite3.Row:
+        row = self._row(id_, scope)
+        owner = _scope(row)
+        if not owner.within(scope):
+            raise ScopeError(f"record {id_} belongs to {owner}: it can be read in {scope}, but only changed there")
+        return row
+
+    def _blobs(self, vectors: Vectors | None, space: int | None, count: int) -> builtins.list[bytes] | None:
+        if vectors is None:
+            return None
+        import numpy as np
+
+        known = self._database.query("SELECT dimension FROM spaces WHERE id = ?", (space,))
+        if not known:
+            raise InvalidInput(f"there is no embedding space {space!r}: open one with index.open_space()")
+        matrix = np.asarray(vectors)
+        if matrix.shape != (count, known[0][0]):
+            raise InvalidInput(f"the vectors have the shape {matrix.shape}, {(count, known[0][0])} was expected")
+        if not np.isfinite(matrix).all() or not np.asarray(matrix, np.float64).any(axis=1).all():
+            raise InvalidInput("a vector is all zeros or holds NaN or infinity: the embedder failed")
+        return [row.tobytes() for row in np.ascontiguousarray(matrix, "<f4")]
+
+
+def _well_formed(id_: object) -> bool:
+    return isinstance(id_, str) and ID.fullmatch(id_) is not None
+
+
+def _levels(scope: Scope) -> builtins.list[str]:
+    return [value or "" for _, value in check_scope(scope).levels()]
+
+
+def _row(draft: Draft, id_: str, created: float) -> dict[str, Any]:
+    start, end = draft.valid_from, draft.valid_until
+    row: dict[str, Any] = {
+        "id": id_,
+        "text": draft.text,
+        "role": draft.role,
+        "name": draft.name,
+        "at": draft.at.isoformat() if draft.at else None,
+        "valid_from": start.isoformat() if start else None,
+        "valid_until": end.isoformat() if end else None,
+        "from_s": utc_seconds(start) if start else None,
+        "until_s": utc_seconds(end) if end else None,
+        **dict(zip(LEVELS, _levels(draft.scope), strict=True)),
+        "metadata": draft.metadata,
+        "source": draft.source,
+        "trust": draft.trust,
+        "created": created,
+        "version": 1,
+    }
+    return {**row, "checksum": _checksum(row)}
+
+
+def _insert_row(connection: sqlite3.Connection, row: Mapping[str, Any]) -> int:
+    columns = (*CONTENT, "checksum")
+    cursor = connection.execute(
+        f"INSERT INTO records ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
+        [row[column] for column in columns],
+    )
+    return int(cursor.lastrowid or 0)
+
+
+def _drop_words(connection: sqlite3.Connection, row: sqlite3.Row | Mapping[str, Any]) -> None:
+    connection.execute(
+        "INSERT INTO records_fts (records_fts, rowid, text, name) VALUES ('delete', ?, ?, ?)",
+        (row["seq"], row["text"], row["name"]),
+    )
+
+
+def _write_vectors(connection: sqlite3.Connection, space: int | None, rows: Sequence[tuple[str, int, bytes]]) -> None:
+    connection.executemany(
+        "INSERT OR REPLACE INTO vectors (seq, space, vector, checksum) VALUES (?, ?, ?, ?)",
+        [(seq, space, blob, zlib.crc32(blob)) for _, seq, blob in rows],
+    )
+    _note_changes(connection, [(tenant, seq, 1) for tenant, seq, _ in rows])
+
+
+def _note_changes(connection: sqlite3.Connection, changes: Sequence[tuple[str, int, int]]) -> None:
+    last = 0
+    for change in changes:
+        last = connection.execute("INSERT INTO changes (tenant, seq, added) VALUES (?, ?, ?)", change).lastrowid or 0
+        if last % 4096 == 0:
+            connection.execute("DELETE FROM changes WHERE change < ?", (last - KEPT_CHANGES,))
+
+
+def _checksum(row: sqlite3.Row | Mapping[str, Any]) -> int:
+    return _crc([row[key] for key in CONTENT])
+
+
+def _version_checksum(row: sqlite3.Row | Mapping[str, Any]) -> int:
+    return _crc([row[key] for key in ("id", "version", "text", "metadata", "created")])
+
+
+def _crc(values: builtins.list[Any]) -> int:
+    return zlib.crc32(json.dumps(values, ensure_ascii=False, default=repr).encode(errors="surrogatepass"))
+
+
+def _scope(row: sqlite3.Row | Mapping[str, Any]) -> Scope:
+    return Scope(**{level: row[level] or None for level in LEVELS})
+
+
+def _record(row: sqlite3.Row | Mapping[str, Any]) -> Record:
+    """The record of a row that passes its checksum, else `Corrupt`: never a text that was not given."""
+    if row["checksum"] != _checksum(row):
+        raise Corrupt(
+            f"record {row['id']} fails its checksum: forget it, or restore memory.db from an export or a backup"
+        )
+    return _build(row)
+
+
+def _build(row: sqlite3.Row | Mapping[str, Any]) -> Record:
+    times = {
+        key: dt.datetime.fromisoformat(row[key]) if row[key] else None for key in ("at", "valid_from", "valid_until")
+    }
+    return Record(
+        id=row["id"],
+        text=row["text"],
+        role=row["role"],
+        name=row["name"],
+        **times,
+        scope=_scope(row),
+        metadata=json.loads(row["metadata"]),
+        source=row["source"],
+        trust=row["trust"],
+        created=dt.datetime.fromtimestamp(row["created"], dt.UTC),
+        version=row["version"],
+    )
