@@ -101,7 +101,7 @@ class Records:
         ``vectors`` is float32 [len(drafts), dimension] in the embedding space ``space``. ``ids`` were made by `new_id`;
         an id that is in use or was forgotten is refused.
         """
-        ids = [new_id(self._clock()) for _ in drafts] if ids is None else [*ids]
+        ids = sorted(new_id(self._clock()) for _ in drafts) if ids is None else [*ids]
         if len(ids) != len(drafts) or len(set(ids)) != len(ids) or not all(map(_well_formed, ids)):
             raise InvalidInput(f"{len(drafts)} records need {len(drafts)} different ids made by new_id()")
         blobs = self._blobs(vectors, space, len(drafts))
@@ -130,7 +130,7 @@ class Records:
                 _write_vectors(connection, space, list(zip(tenants, seqs, blobs, strict=True)))
         return [_record(row) for row in rows]
 
-    def get(self, id: str, scope: Scope) -> Record:  # noqa: A002 - the name in the public API
+    def get(self, id: str, scope: Scope) -> Record:
         """The record with this id. `NotFound` for an unknown id and for one that this scope can't see, alike."""
         return _record(self._row(id, scope))
 
@@ -172,7 +172,7 @@ class Records:
         )
         return {int(row["seq"]): _record(row) for row in rows}
 
-    def history(self, id: str, scope: Scope) -> builtins.list[Record]:  # noqa: A002
+    def history(self, id: str, scope: Scope) -> builtins.list[Record]:
         """Every version of a record, the oldest first, the current one last."""
         row = dict(self._row(id, scope))
         past = self._database.query("SELECT * FROM versions WHERE id = ? ORDER BY version", (id,))
@@ -188,7 +188,7 @@ class Records:
 
     def update(
         self,
-        id: str,  # noqa: A002
+        id: str,
         scope: Scope,
         *,
         text: str | None = None,
@@ -240,7 +240,7 @@ class Records:
     def select(
         self, scope: Scope, *, ids: Sequence[str] | None = None, where: Mapping[str, Any] | None = None
     ) -> builtins.list[str]:
-        """The ids of records that this scope may forget: the named (`ScopeError` for a shared one), or all that match."""
+        """The ids of records that this scope may forget: the named (`ScopeError` for shared ones) or all matching."""
         if (ids is None) == (where is None):
             raise InvalidInput("say which records: either ids or where, not both")
         if ids is not None:
