@@ -1,1 +1,88 @@
-"""agentmem: one memory API over three kinds of memory, on any model provider."""
+"""agentmem: one memory API over three kinds of memory (records, KV caches, LoRA), on any model provider.
+
+Importing this imports nothing else: each public name is loaded when it is first used.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .async_memory import AsyncMemory as AsyncMemory
+    from .errors import AgentMemError as AgentMemError
+    from .errors import ConfigError as ConfigError
+    from .errors import Corrupt as Corrupt
+    from .errors import Full as Full
+    from .errors import Incompatible as Incompatible
+    from .errors import InvalidInput as InvalidInput
+    from .errors import Locked as Locked
+    from .errors import MissingDependency as MissingDependency
+    from .errors import NotFound as NotFound
+    from .errors import ProviderError as ProviderError
+    from .errors import RateLimited as RateLimited
+    from .errors import Rejected as Rejected
+    from .errors import ScopeError as ScopeError
+    from .errors import StoreError as StoreError
+    from .errors import TrainingError as TrainingError
+    from .errors import Unavailable as Unavailable
+    from .ledger import Report as Report
+    from .memory import Memory as Memory
+    from .types import Context as Context
+    from .types import Erasure as Erasure
+    from .types import Hit as Hit
+    from .types import Message as Message
+    from .types import Record as Record
+    from .types import Reply as Reply
+    from .types import Scope as Scope
+    from .types import Usage as Usage
+    from .types import Verification as Verification
+
+__version__ = "0.1.0"
+
+_MODULES = {
+    "async_memory": ("AsyncMemory",),
+    "errors": (
+        *(
+            "AgentMemError",
+            "ConfigError",
+            "Corrupt",
+            "Full",
+            "Incompatible",
+            "InvalidInput",
+            "Locked",
+            "MissingDependency",
+        ),
+        *(
+            "NotFound",
+            "ProviderError",
+            "RateLimited",
+            "Rejected",
+            "ScopeError",
+            "StoreError",
+            "TrainingError",
+            "Unavailable",
+        ),
+    ),
+    "ledger": ("Report",),
+    "memory": ("Memory",),
+    "types": ("Context", "Erasure", "Hit", "Message", "Record", "Reply", "Scope", "Usage", "Verification"),
+}
+_HOME = {name: module for module, names in _MODULES.items() for name in names}
+
+__all__ = [*_HOME, "__version__"]  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
+
+
+def __getattr__(name: str) -> Any:
+    """Load a public name from its module, and show it as ``agentmem.<name>`` in tracebacks."""
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(f"{__name__}.{_HOME[name]}"), name)
+    value.__module__ = __name__
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -28,7 +28,8 @@ FILE = "agentmem.toml"
 class Settings(BaseSettings):
     """Every setting of a `Memory`. Unknown names are refused.
 
-    In the environment a name is written ``AGENTMEM_RECALL_K``, a provider's value ``AGENTMEM_PROVIDERS__LOCAL__DEVICE``.
+    In the environment a name is written ``AGENTMEM_RECALL_K``, a provider's value
+    ``AGENTMEM_PROVIDERS__LOCAL__DEVICE``.
     """
 
     model_config = SettingsConfigDict(
@@ -36,16 +37,24 @@ class Settings(BaseSettings):
     )
 
     path: str = Field(default="./memory", description="the folder; ':memory:' keeps nothing")
-    model: str | None = Field(default=None, description="'scheme:name'; without one every verb but chat and training works")
-    embedder: str = Field(default="default", description="'default', 'minilm', 'wordllama', 'none', 'openai:…', 'st:/folder'")
-    reembed: bool = Field(default=True, description="embed again what another embedder left; False refuses to open instead")
+    model: str | None = Field(
+        default=None, description="'scheme:name'; without one every verb but chat and training works"
+    )
+    embedder: str = Field(
+        default="default", description="'default', 'minilm', 'wordllama', 'none', 'openai:…', 'st:/folder'"
+    )
+    reembed: bool = Field(
+        default=True, description="embed again what another embedder left; False refuses to open instead"
+    )
     system: str | None = Field(default=None, description="the system text of chats that give none")
     recall_k: int = Field(default=6, ge=0, description="records recalled for a turn at most")
     recall_tokens: int = Field(default=500, ge=0, description="tokens of recalled records in a turn at most")
     core_tokens: int = Field(default=512, ge=0, description="tokens of the core block at most; 0 for none")
     history_tokens: int = Field(default=3000, ge=0, description="tokens of the running conversation kept in the prompt")
     page_tokens: int = Field(default=256, ge=16, multiple_of=16, description="the token grid: tokens per KV page")
-    page_budget: int = Field(default=8 << 30, ge=0, description="bytes of KV pages on disk; 0 turns activation memory off")
+    page_budget: int = Field(
+        default=8 << 30, ge=0, description="bytes of KV pages on disk; 0 turns activation memory off"
+    )
     providers: dict[str, dict[str, Any]] = Field(
         default={}, description="one table per scheme: [providers.openai] base_url = …, [providers.local] device = …"
     )
@@ -56,8 +65,8 @@ class Settings(BaseSettings):
         settings_cls: type[BaseSettings],
         init_settings: PydanticBaseSettingsSource,
         env_settings: PydanticBaseSettingsSource,
-        dotenv_settings: PydanticBaseSettingsSource,
-        file_secret_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,  # noqa: ARG003 - not read: no hidden .env
+        file_secret_settings: PydanticBaseSettingsSource,  # noqa: ARG003
     ) -> tuple[PydanticBaseSettingsSource, ...]:
         """Keyword, environment, file: the TOML file comes in by a private keyword of `read`."""
         keywords = dict(init_settings())
@@ -70,7 +79,7 @@ class Settings(BaseSettings):
 
 
 def read(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Settings:
-    """The settings. ``config`` names a TOML file; without it ``agentmem.toml`` of the working folder is read, if it exists.
+    """The settings. ``config`` names a TOML file; else ``agentmem.toml`` of the working folder is read, if it exists.
 
     A keyword that is None counts as not given. Raises `ConfigError` for an unknown or ill-typed setting or file.
     """

@@ -19,7 +19,8 @@ from .errors import Corrupt, Full, Incompatible, Locked, StoreError
 
 __all__ = ["FORMAT", "Database"]
 
-#: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in place.
+#: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
+#: place.
 FORMAT = 1
 
 SCHEMA = """
@@ -62,7 +63,7 @@ CREATE TABLE changes (
     nonce INTEGER NOT NULL DEFAULT (random())
 );
 
--- Lineage: which records a derived thing was made from. kind is page, core or lora.
+-- Lineage: which records a derived thing was made from. kind is page, core, lora or reply.
 CREATE TABLE lineage (
     kind TEXT NOT NULL, key TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, key, record)
 ) WITHOUT ROWID;
@@ -74,7 +75,7 @@ CREATE TABLE erasures (id INTEGER PRIMARY KEY, at REAL NOT NULL, work TEXT NOT N
 
 CREATE TABLE cores (
     tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
-    text TEXT NOT NULL, built REAL NOT NULL, records INTEGER NOT NULL, -- records visible to the scope when it was built
+    ids TEXT NOT NULL, built REAL NOT NULL, records INTEGER NOT NULL, -- records visible to the scope when it was built
     PRIMARY KEY (tenant, user, agent, session)
 ) WITHOUT ROWID;
 CREATE TABLE pages (
@@ -85,7 +86,8 @@ CREATE TABLE loras (
     digest TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
     tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL, manifest TEXT NOT NULL
 ) WITHOUT ROWID;
--- One row per activation, newest last: the newest row of a scope is what is active (digest '' is none); rollback drops it.
+-- One row per activation, newest last: the newest row of a scope is what is active (digest '' is none); rollback drops
+-- it.
 CREATE TABLE activations (
     id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, digest TEXT NOT NULL,
     tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL
@@ -112,8 +114,8 @@ BUSY_S = 30.0
 class Database:
     """``memory.db`` of one folder, open for this process.
 
-    ``path`` is the file, or ``":memory:"``. Raises `Incompatible` for a newer format, `Corrupt` for a file that is not a
-    database, `Locked` where another process holds the write lock for longer than 30 seconds.
+    ``path`` is the file, or ``":memory:"``. Raises `Incompatible` for a newer format, `Corrupt` for a file that is not
+    a database, `Locked` where another process holds the write lock for longer than 30 seconds.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -133,7 +135,7 @@ class Database:
             connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 connection.row_factory = sqlite3.Row
-                connection.execute("PRAGMA busy_timeout = %d" % int(BUSY_S * 1000))
+                connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
                 connection.execute("PRAGMA secure_delete = ON")
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
@@ -150,7 +152,7 @@ class Database:
             return
         if found > FORMAT:
             raise Incompatible(
-                f"{self.path} has format {found}, this version of agentmem reads up to {FORMAT}: install a newer agentmem"
+                f"{self.path} has format {found}, this agentmem reads up to {FORMAT}: install a newer agentmem"
             )
         connection.execute("BEGIN IMMEDIATE")
         try:
@@ -209,8 +211,9 @@ class Database:
     def scrub(self) -> bool:
         """Drop the bytes of deleted rows from the full-text index and the write-ahead log.
 
-        FTS5 keeps deleted terms until its segments are merged (its own secure-delete needs SQLite 3.42), and the log keeps
-        old pages until it is truncated. Returns False if a reader of another process kept the log from being truncated.
+        FTS5 keeps deleted terms until its segments are merged (its own secure-delete needs SQLite 3.42), and the log
+        keeps old pages until it is truncated. Returns False if a reader of another process kept the log from being
+        truncated.
         """
         with self._lock, _mapped(self.path):
             connection = self._live()
@@ -219,7 +222,7 @@ class Database:
             return not busy
 
     def refuse_writes(self, why: str) -> None:
-        """After a failed write to the disk nothing more is promised: every later call raises until the folder is reopened."""
+        """After a failed write nothing more is promised: every later call raises until the folder is reopened."""
         self._broken = f"{why}; close this memory and open it again"
 
     def close(self) -> None:

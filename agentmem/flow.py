@@ -1,7 +1,7 @@
 """One logic, two faces: a verb is a generator that yields what it needs from outside and is sent the answer.
 
-The drivers here run such a flow synchronously or under asyncio. They know nothing of what a flow does. After the sans-I/O
-auth flows of httpx.
+The drivers here run such a flow synchronously or under asyncio. They know nothing of what a flow does. After the
+sans-I/O auth flows of httpx.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .provider import Generation, Provider, Request
 if TYPE_CHECKING:
     from .plaintext.embed import Embedder
 
-__all__ = ["Embed", "Flow", "Generate", "arun", "astream", "run", "stream"]
+__all__ = ["Embed", "Flow", "Generate", "arun", "astream", "local", "run", "stream"]
 
 T = TypeVar("T")
 
@@ -60,6 +60,12 @@ class Generate:
 Flow = Generator[Embed | Generate, Any, T]
 
 
+def local(work: Callable[..., T], *arguments: Any, **keywords: Any) -> Flow[T]:
+    """A flow that needs nothing from outside, so that the async face runs it in a thread as it does any local step."""
+    return work(*arguments, **keywords)
+    yield  # makes this a generator
+
+
 def run(flow: Flow[T]) -> T:
     """Run a flow to its result in this thread."""
     pieces = stream(flow, pieces=False)
@@ -79,7 +85,8 @@ def stream(flow: Flow[T], *, pieces: bool = True) -> Generator[str, None, T]:
         while True:
             done, need = _advance(flow, answer, failure)
             if done:
-                return need
+                result: T = need
+                return result
             answer, failure = None, None
             try:
                 if pieces and isinstance(need, Generate):
@@ -120,9 +127,7 @@ async def arun(flow: Flow[T]) -> T:
     return result[0]
 
 
-async def astream(
-    flow: Flow[T], finished: Callable[[T], object], *, pieces: bool = True
-) -> AsyncGenerator[str, None]:
+async def astream(flow: Flow[T], finished: Callable[[T], object], *, pieces: bool = True) -> AsyncGenerator[str, None]:
     """Like `stream` under asyncio. An async generator can't return a value, so the result goes to ``finished``.
 
     Cancelled during a local step, it first lets the step end (a transaction is whole or was never begun), then raises.

@@ -1,7 +1,7 @@
 """Every use and what it cost: one row per request in ``uses``, read back as a report.
 
-Counts are the provider's own (normalised by its adapter); money comes from the price table of ``genai-prices``, offline.
-Knows nothing of prompts or records; holds no text.
+Counts are the provider's own (normalised by its adapter); money comes from the price table of ``genai-prices``,
+offline. Knows nothing of prompts or records; holds no text.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ _log = logging.getLogger("agentmem")
 class Line(Value):
     """The uses of one model by one verb. Money is in US dollars; None where no price is known.
 
-    ``saved_tokens`` were read from a cache instead of being computed; ``saved_money`` is what they would have cost at the
-    uncached price, less what writing the cache cost.
+    ``saved_tokens`` were read from a cache instead of being computed; ``saved_money`` is what they would have cost at
+    the uncached price, less what writing the cache cost.
     """
 
     verb: str
@@ -70,7 +70,18 @@ class Report(Value):
         )
         table.add_column("verb")
         table.add_column("model")
-        for name in ("uses", "tokens in", "cached", "written", "out", "first token s", "seconds", "missed", "$", "$ saved"):
+        for name in (
+            "uses",
+            "tokens in",
+            "cached",
+            "written",
+            "out",
+            "first token s",
+            "seconds",
+            "missed",
+            "$",
+            "$ saved",
+        ):
             table.add_column(name, justify="right")
         for line in self.lines:
             first = "-" if line.first_token_s is None else f"{line.first_token_s:.2f}"
@@ -157,20 +168,21 @@ class Ledger:
         scope: Scope,
         usage: Usage,
         *,
-        cache: CacheUse = CacheUse(),
+        cache: CacheUse | None = None,
         size: int = 0,
         shown: Sequence[str] = (),
         holds_s: float | None = None,
     ) -> None:
-        """Write down one use. ``shown`` are the records that stood in the prompt; ``size`` is in bytes moved or written;
+        """Write down one use. ``shown`` are the records that stood in the prompt; ``size`` is in bytes written;
         ``holds_s`` is how long the provider may hold the prompt."""
         now = self._clock()
+        cache = cache or CacheUse()
         money, bare = price(model, usage) or (None, None)
         levels = [value or "" for _, value in scope.levels()]
         with self._database.write() as connection:
             connection.execute(
-                "INSERT INTO uses (at, verb, model, tenant, user, agent, session, input, cached, written, output, first_s,"
-                " total_s, bytes, expected, reason, money, uncached_money)"
+                "INSERT INTO uses (at, verb, model, tenant, user, agent, session, input, cached, written, output,"
+                " first_s, total_s, bytes, expected, reason, money, uncached_money)"
                 " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(now, verb, model, *levels),
@@ -179,8 +191,8 @@ class Ledger:
                 ),
             )
             connection.executemany(
-                "INSERT INTO shown VALUES (?, ?, ?, 1, ?) ON CONFLICT DO UPDATE SET at = excluded.at, times = times + 1,"
-                " holds_s = excluded.holds_s",
+                "INSERT INTO shown VALUES (?, ?, ?, 1, ?)"
+                " ON CONFLICT DO UPDATE SET at = excluded.at, times = times + 1, holds_s = excluded.holds_s",
                 [(record, model, now, holds_s) for record in dict.fromkeys(shown)],
             )
 
@@ -190,14 +202,14 @@ class Ledger:
         return {row[0]: int(row[1]) for row in rows}
 
     def may_hold(self, records: Sequence[str]) -> list[str]:
-        """One sentence per provider outside this machine that was shown one of the records: what it may hold, until when."""
+        """One sentence per provider outside this machine that was shown one of the records: what it may hold."""
         until: dict[str, float] = {}
         for record in records:
             for row in self._database.query("SELECT model, at, holds_s FROM shown WHERE record = ?", (record,)):
                 if row["holds_s"] is not None:
                     until[row["model"]] = max(until.get(row["model"], 0.0), row["at"] + row["holds_s"])
         return [
-            f"{model} was shown these records; its prompt cache may hold them until {_utc(end)}, its logs as its contract says"
+            f"{model} was shown them; its prompt cache may hold them until {_utc(end)}, its logs as its contract says"
             for model, end in sorted(until.items())
         ]
 
@@ -209,7 +221,7 @@ class Ledger:
             "SELECT verb, model, COUNT(*) AS uses, SUM(input) AS input, SUM(cached) AS cached, SUM(written) AS written,"
             " SUM(output) AS output, SUM(total_s) AS seconds, AVG(first_s) AS first, SUM(reason IS NOT NULL) AS missed,"
             " SUM(money) AS money, SUM(uncached_money - money) AS saved"
-            f" FROM uses WHERE {where} GROUP BY verb, model ORDER BY verb, model",  # noqa: S608 - level names only
+            f" FROM uses WHERE {where} GROUP BY verb, model ORDER BY verb, model",
             [value for _, value in set_levels],
         )
         return [_line(dict(row)) for row in rows]

@@ -1,9 +1,9 @@
 """What a model provider must do, and how one is found by its string.
 
-A provider turns a `Request` into a `Generation`. Core branches on its `Capabilities`, never on its name. Adapters live in
-``adapters/providers/`` (imported as ``agentmem.adapters.providers.<scheme>``): the folder is the registry, a new file is a
-new provider. Third parties join through the entry-point group ``agentmem.providers`` (name = scheme, value = the function
-`create`).
+A provider turns a `Request` into a `Generation`. Core branches on its `Capabilities`, never on its name. Adapters live
+in ``adapters/providers/`` (imported as ``agentmem.adapters.providers.<scheme>``): the folder is the registry, a new
+file is a new provider. Third parties join through the entry-point group ``agentmem.providers`` (name = scheme, value =
+the function `create`).
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Capabilities:
     embeds: bool = False
     #: Takes tool definitions and may answer with tool calls.
     tools: bool = False
-    #: How a prefix is kept: ``tensors`` (our own KV pages), ``slots`` (a server's slots), ``breakpoints`` (we mark the ends
-    #: of segments), ``auto`` (the prefix only has to stay byte-equal), ``none``.
+    #: How a prefix is kept: ``tensors`` (our own KV pages), ``slots`` (a server's slots), ``breakpoints`` (we mark the
+    #: ends of segments), ``auto`` (the prefix only has to stay byte-equal), ``none``.
     kv: Literal["none", "auto", "breakpoints", "slots", "tensors"] = "none"
     #: Serves `Request.loras`.
     loras: bool = False
@@ -54,7 +54,8 @@ class Capabilities:
     trains: bool = False
     #: The model's window in tokens, prompt and answer together; None if unknown.
     context_tokens: int | None = None
-    #: Seconds after its last use for which a provider outside this machine may hold a prompt's prefix; None if it holds none.
+    #: Seconds after its last use for which a provider outside this machine may hold a prompt's prefix; None if it holds
+    #: none.
     holds_prefix_s: float | None = None
 
 
@@ -62,7 +63,8 @@ class Capabilities:
 class Options:
     """Sampling options, in the field's usual words. ``None`` leaves a value to the provider's default.
 
-    ``max_tokens=0`` asks for prefill only: fill the cache, generate nothing. ``extra`` goes to the vendor's request as it is.
+    ``max_tokens=0`` asks for prefill only: fill the cache, generate nothing. ``extra`` goes to the vendor's request as
+    it is.
     """
 
     max_tokens: int | None = None
@@ -118,9 +120,9 @@ class Pages(Protocol):
         """Keep the full pages ``first ..`` of the prefix ``tokens``; returns how many pages were written.
 
         ``layers[i]`` is (K, V) of layer i: C-contiguous buffers (numpy arrays; bf16 as uint16 views) of shape
-        [kv_heads, positions, head_dim] that hold positions ``first * grid ..``. ``records[j]`` are the ids of the records
-        that page ``first + j`` was made from (all that stand in the prompt up to its end). Never raises for a full disk
-        or a read-only folder: it logs and returns 0.
+        [kv_heads, positions, head_dim] that hold positions ``first * grid ..``. ``records[j]`` are the ids of the
+        records that page ``first + j`` was made from (all that stand in the prompt up to its end). Never raises for a
+        full disk or a read-only folder: it logs and returns 0.
         """
         ...
 
@@ -156,8 +158,8 @@ class Generation:
 class Provider(Protocol):
     """A model behind a scheme. ``name`` is the canonical ``"scheme:model"``.
 
-    ``stream`` yields pieces of text and, last, the `Generation`. A provider without ``embeds`` raises `ConfigError` from
-    ``embed``. Errors of the vendor's SDK are mapped to `ProviderError` and its kin, with their cause kept.
+    ``stream`` yields pieces of text and, last, the `Generation`. A provider without ``embeds`` raises `ConfigError`
+    from ``embed``. Errors of the vendor's SDK are mapped to `ProviderError` and its kin, with their cause kept.
     """
 
     name: str
@@ -224,5 +226,5 @@ def _create(scheme: str) -> Callable[[str, Mapping[str, Any]], Any]:
         return entry.load()  # type: ignore[no-any-return]
     known = ", ".join(f"{s}:" for s in INSTALL)
     raise ConfigError(
-        f"no provider for {scheme!r}; write \"scheme:model\" with one of {known} (local: needs no key and no network)"
+        f'no provider for {scheme!r}; write "scheme:model" with one of {known} (local: needs no key and no network)'
     )

@@ -65,7 +65,7 @@ class Scope(Value):
             yield level, getattr(self, level)
 
     def within(self, other: Scope) -> bool:
-        """True if this scope is ``other`` or lies beneath it: every level that ``other`` sets has the same value here."""
+        """True if this scope is ``other`` or lies beneath it: every level that ``other`` sets is the same here."""
         return all(value is None or value == getattr(self, level) for level, value in other.levels())
 
     def __str__(self) -> str:
@@ -126,8 +126,8 @@ class Message(Value):
 class Segment(Value):
     """A part of a prompt with one rate of change, in the order system, core, history, turn.
 
-    A ``stable`` segment is byte-equal in the next request, or grows only at its end (history); a cache may be kept up to
-    the end of any stable segment. What follows the last stable segment is new in every request and is never cached.
+    A ``stable`` segment is byte-equal in the next request, or grows only at its end (history); a cache may be kept up
+    to the end of any stable segment. What follows the last stable segment is new in every request and is never cached.
     """
 
     name: Literal["system", "core", "history", "turn"]
@@ -160,8 +160,8 @@ class Usage(Value):
 class CacheUse(Value):
     """What was expected of the cache, what came, and why not.
 
-    ``expected_tokens`` is the longest prefix that an earlier request of this handle left cacheable; ``reason`` is set when
-    fewer tokens came from the cache than that.
+    ``expected_tokens`` is the longest prefix that an earlier request of this handle left cacheable; ``reason`` is set
+    when fewer tokens came from the cache than that.
     """
 
     kind: Literal["none", "auto", "breakpoints", "slots", "tensors"] = "none"
@@ -189,9 +189,9 @@ class Reply(Value):
 class Erasure(Value):
     """The receipt of ``forget``: what was removed, and where. With ``dry_run`` nothing was removed yet.
 
-    ``replies`` are records that were written with one of these records in the prompt. They are memories of their own and
-    were kept; forget them by these ids if they repeat what should be gone. ``hosted`` says, per provider that saw one of
-    the records, what it may still hold and until when.
+    ``replies`` are records that were written with one of these records in the prompt. They are memories of their own
+    and were kept; forget them by these ids if they repeat what should be gone. ``hosted`` says, per provider that saw
+    one of the records, what it may still hold and until when.
     """
 
     dry_run: bool = False
@@ -211,7 +211,9 @@ class Erasure(Value):
             f"{len(self.pages)} KV pages, {len(self.cores)} core blocks, {len(self.loras)} LoRA versions"
         ]
         if self.replies:
-            lines.append(f"  kept {len(self.replies)} replies written with them in the prompt: {', '.join(self.replies)}")
+            lines.append(
+                f"  kept {len(self.replies)} replies written with them in the prompt: {', '.join(self.replies)}"
+            )
         return "\n".join(lines + [f"  {note}" for note in self.hosted])
 
 

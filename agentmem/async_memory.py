@@ -1,0 +1,367 @@
+"""The door under asyncio: `AsyncMemory` has the verbs of `Memory`, awaited.
+
+The same flows, run by the async driver: providers are awaited, local work (SQLite, FAISS) runs in worker threads. A
+test holds the two faces' signatures against each other; docstrings are those of `Memory` and its handles.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+
+from . import chat as chats
+from . import flows, kinds, memory, transfer
+from .chat import Conversation
+from .engine import Engine
+from .flow import Flow, arun, astream, local
+from .flows import When
+from .kinds import PageEntry
+from .ledger import Report
+from .memory import NOT_GIVEN, Content, narrowed, opened
+from .provider import Provider
+from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
+
+if TYPE_CHECKING:
+    from .parametric.registry import LoraVersion
+    from .plaintext.embed import Embedder
+
+__all__ = [
+    "AsyncActivation",
+    "AsyncMemory",
+    "AsyncParametric",
+    "AsyncPlaintext",
+    "AsyncReplyStream",
+    "AsyncScopedMemory",
+]
+
+C = TypeVar("C", bound=type)
+
+
+def _documented(cls: C) -> C:
+    """Take the docstrings of the sync class of the same name: what a verb promises is written once."""
+    twin = getattr(memory, cls.__name__.removeprefix("Async"))
+    for name, member in vars(cls).items():
+        if not name.startswith("_") and not member.__doc__:
+            member.__doc__ = getattr(twin, name).__doc__
+    return cls
+
+
+class AsyncReplyStream:
+    """The pieces of a reply as they come; ``await .reply()`` is the whole `Reply`.
+
+    A turn is remembered when its last piece has come. Closed or cancelled before that, the request is given up and
+    nothing is remembered. Use it in ``async with`` where the loop over it may be left early.
+    """
+
+    def __init__(self, flow: Flow[Reply]) -> None:
+        self._replies: list[Reply] = []
+        self._pieces: AsyncGenerator[str, None] = astream(flow, self._replies.append)
+
+    def __aiter__(self) -> AsyncIterator[str]:
+        return self._pieces
+
+    async def __anext__(self) -> str:
+        return await anext(self._pieces)
+
+    async def reply(self) -> Reply:
+        """The whole reply; what has not come yet is waited for."""
+        async for _ in self._pieces:
+            pass
+        if not self._replies:
+            raise RuntimeError("the stream was closed before its end: there is no reply")
+        return self._replies[0]
+
+    async def close(self) -> None:
+        """Give the rest up."""
+        await self._pieces.aclose()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+@_documented
+class AsyncScopedMemory:
+    """Memory bound to a scope: it sees its own scope, everything beneath it, and what the levels above share.
+
+    Made by `Memory.scope`. Any number of handles, threads and processes may use one folder.
+    """
+
+    def __init__(self, engine: Engine, scope: Scope) -> None:
+        self._engine = engine
+        self._scope = scope
+        self._conversation = Conversation(scope)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._engine.settings.path!r}, {self._scope})"
+
+    def scope(
+        self, *, tenant: str = NOT_GIVEN, user: str = NOT_GIVEN, agent: str = NOT_GIVEN, session: str = NOT_GIVEN
+    ) -> AsyncScopedMemory:
+        return AsyncScopedMemory(
+            self._engine, narrowed(self._scope, tenant=tenant, user=user, agent=agent, session=session)
+        )
+
+    async def add(
+        self,
+        content: Content,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        at: When = None,
+        valid_from: When = None,
+        valid_until: When = None,
+        source: str | None = None,
+    ) -> builtins.list[Record]:
+        return await arun(
+            flows.add(
+                self._engine,
+                self._scope,
+                content,
+                metadata=metadata,
+                at=at,
+                valid_from=valid_from,
+                valid_until=valid_until,
+                source=source,
+            )
+        )
+
+    async def search(
+        self, query: str, *, k: int = 10, where: Mapping[str, Any] | None = None, at: When = None, explain: bool = False
+    ) -> builtins.list[Hit]:
+        return await arun(flows.search(self._engine, self._scope, query, k=k, where=where, at=at, explain=explain))
+
+    async def get(self, id: str) -> Record:
+        return await arun(local(self._engine.records.get, id, self._scope))
+
+    async def list(
+        self, where: Mapping[str, Any] | None = None, limit: int = 100, after: str | None = None
+    ) -> builtins.list[Record]:
+        return await arun(local(self._engine.records.list, self._scope, where, limit, after))
+
+    async def update(self, id: str, text: str | None = None, metadata: Mapping[str, Any] | None = None) -> Record:
+        return await arun(flows.update(self._engine, self._scope, id, text=text, metadata=metadata))
+
+    async def history(self, id: str) -> builtins.list[Record]:
+        return await arun(local(self._engine.records.history, id, self._scope))
+
+    async def forget(
+        self,
+        ids: str | Sequence[str] | None = None,
+        *,
+        where: Mapping[str, Any] | None = None,
+        everything: bool = False,
+        dry_run: bool = False,
+    ) -> Erasure:
+        return await arun(
+            local(flows.forget, self._engine, self._scope, ids, where=where, everything=everything, dry_run=dry_run)
+        )
+
+    async def context(self, query: str | None = None, *, max_tokens: int = 500) -> Context:
+        return await arun(flows.context(self._engine, self._scope, query, max_tokens=max_tokens))
+
+    @overload
+    async def chat(
+        self,
+        message: str | Message | Mapping[str, Any],
+        *,
+        system: str | None = ...,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        stream: Literal[False] = ...,
+        recall: bool = ...,
+        remember: bool = ...,
+        **options: Any,
+    ) -> Reply: ...
+
+    @overload
+    async def chat(
+        self,
+        message: str | Message | Mapping[str, Any],
+        *,
+        system: str | None = ...,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        stream: Literal[True],
+        recall: bool = ...,
+        remember: bool = ...,
+        **options: Any,
+    ) -> AsyncReplyStream: ...
+
+    async def chat(
+        self,
+        message: str | Message | Mapping[str, Any],
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stream: bool = False,
+        recall: bool = True,
+        remember: bool = True,
+        **options: Any,
+    ) -> Reply | AsyncReplyStream:
+        flow = chats.chat(
+            self._engine,
+            self._conversation,
+            message,
+            system=system,
+            tools=tools,
+            recall=recall,
+            remember=remember,
+            options=chats.options_of(options),
+        )
+        return AsyncReplyStream(flow) if stream else await arun(flow)
+
+    async def report(self) -> Report:
+        return await arun(local(flows.report, self._engine, self._scope))
+
+    async def export(self, path: str | os.PathLike[str]) -> int:
+        return await arun(local(transfer.export, self._engine, self._scope, path))
+
+    async def load(self, path: str | os.PathLike[str]) -> int:
+        return await arun(transfer.load(self._engine, self._scope, path))
+
+    @property
+    def plaintext(self) -> AsyncPlaintext:
+        return AsyncPlaintext(self._engine, self._scope)
+
+    @property
+    def activation(self) -> AsyncActivation:
+        return AsyncActivation(self._engine, self._scope, self._conversation)
+
+    @property
+    def parametric(self) -> AsyncParametric:
+        return AsyncParametric(self._engine, self._scope)
+
+
+@_documented
+class AsyncMemory(AsyncScopedMemory):
+    """An agent's memory in one folder. The root handle: it sees every scope.
+
+    ``path`` is the folder (default ``./memory``; ``":memory:"`` keeps nothing). ``model`` is ``"scheme:name"``
+    (``"local"``, ``"openai:…"``, ``"anthropic:…"``, ``"ollama:…"``, ``"llamacpp:…"``) or a `Provider`; without one
+    every verb but ``chat`` and training works. ``embedder`` likewise, ``"none"`` for search by words alone. Further
+    settings by keyword, environment or ``agentmem.toml`` (config.py).
+
+    Raises `ConfigError` for wrong settings, `MissingDependency` for a package that is not installed, `StoreError` for a
+    folder that can't be used. Close it, or use it in an ``async with`` block.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        model: str | Provider | None = None,
+        embedder: str | Embedder | None = None,
+        config: str | os.PathLike[str] | None = None,
+        clock: Callable[[], float] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            opened(path=path, model=model, embedder=embedder, config=config, clock=clock, settings=settings),
+            Scope(),
+        )
+
+    @classmethod
+    def from_config(cls, config: str | os.PathLike[str]) -> Self:
+        return cls(config=config)
+
+    async def verify(self) -> Verification:
+        return await arun(local(flows.verify, self._engine))
+
+    async def close(self) -> None:
+        await arun(local(self._engine.close))
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+
+@_documented
+class AsyncPlaintext:
+    """Direct handle: records and their index."""
+
+    def __init__(self, engine: Engine, scope: Scope) -> None:
+        self._engine = engine
+        self._scope = scope
+
+    async def count(self) -> int:
+        return await arun(local(self._engine.records.count, self._scope))
+
+    async def embed(self) -> int:
+        return await arun(flows.catch_up(self._engine))
+
+
+@_documented
+class AsyncActivation:
+    """Direct handle: KV pages. A page holds the model's states of one step of the token grid."""
+
+    def __init__(self, engine: Engine, scope: Scope, conversation: Conversation) -> None:
+        self._engine = engine
+        self._scope = scope
+        self._conversation = conversation
+
+    async def prime(self, *, system: str | None = None) -> Usage:
+        return await arun(chats.prime(self._engine, self._conversation, system=system))
+
+    async def entries(self) -> builtins.list[PageEntry]:
+        return await arun(local(kinds.entries, self._engine, self._scope))
+
+    async def pin(self, keys: Sequence[str] | None = None, *, pinned: bool = True) -> int:
+        return await arun(local(kinds.pin, self._engine, self._scope, keys, pinned=pinned))
+
+    async def evict(self, keys: Sequence[str] | None = None) -> int:
+        return await arun(local(kinds.evict, self._engine, self._scope, keys))
+
+    async def save(self, path: str | os.PathLike[str]) -> int:
+        return await arun(local(kinds.save, self._engine, self._scope, path))
+
+    async def restore(self, path: str | os.PathLike[str]) -> int:
+        return await arun(local(kinds.restore, self._engine, self._scope, path))
+
+
+@_documented
+class AsyncParametric:
+    """Direct handle: LoRA versions trained from records. Local models only."""
+
+    def __init__(self, engine: Engine, scope: Scope) -> None:
+        self._engine = engine
+        self._scope = scope
+
+    async def train(
+        self,
+        scope: Scope | AsyncScopedMemory | None = None,
+        records: Sequence[str | Record] | None = None,
+        *,
+        seed: int = 0,
+        epochs: int = 16,
+        activate: bool = True,
+    ) -> LoraVersion:
+        return await arun(
+            local(
+                kinds.train,
+                self._engine,
+                kinds.beneath(self._scope, scope),
+                records,
+                seed=seed,
+                epochs=epochs,
+                activate=activate,
+            )
+        )
+
+    async def versions(self) -> builtins.list[LoraVersion]:
+        return await arun(local(self._engine.registry.versions, self._scope))
+
+    async def active(self) -> LoraVersion | None:
+        return await arun(local(self._engine.registry.active, self._scope))
+
+    async def activate(self, version: str | LoraVersion | None, *, force: bool = False) -> LoraVersion | None:
+        return await arun(local(kinds.activate, self._engine, self._scope, version, force=force))
+
+    async def rollback(self) -> LoraVersion | None:
+        return await arun(local(kinds.rollback, self._engine, self._scope))
+
+    async def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
+        return await arun(local(kinds.export, self._engine, self._scope, version, path))

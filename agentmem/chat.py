@@ -1,0 +1,296 @@
+"""``chat`` as one flow: recall, lay out, generate, observe, remember.
+
+Branches on the provider's capabilities, never on its name. What a turn remembers is stored in one transaction after the
+answer came: a turn that fails or is cancelled leaves nothing half-done.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import threading
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from . import prompt
+from .engine import Engine
+from .errors import ConfigError, InvalidInput, NotFound, ProviderError
+from .flow import Flow, Generate
+from .flows import embedded, search
+from .plaintext.drafts import Draft, drafts
+from .plaintext.records import new_id
+from .provider import Generation, Options, Request
+from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
+
+__all__ = ["Conversation", "chat", "options_of", "prime"]
+
+_log = logging.getLogger("agentmem")
+
+#: What a chat's own turns carry as their source: the history of a session is made of these, not of records added by
+#: hand.
+SOURCE = "chat"
+#: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
+QUERY_CHARACTERS = 2000
+#: Providers outside this machine keep no prefix shorter than this, so none is expected back.
+HOSTED_MINIMUM = 1024
+
+
+class Conversation:
+    """A handle's running conversation: its scope, its session, and the prefix its last request left cacheable."""
+
+    def __init__(self, scope: Scope) -> None:
+        self.scope = scope
+        self.lock = threading.Lock()
+        self.prefix: tuple[Message, ...] = ()
+        self._session = scope if scope.session is not None else None
+
+    @property
+    def session(self) -> Scope:
+        """The scope that this conversation's turns are remembered under; opened at first use."""
+        with self.lock:
+            if self._session is None:
+                self._session = self.scope.model_copy(update={"session": new_id()})
+            return self._session
+
+
+def options_of(values: Mapping[str, Any]) -> Options:
+    """Keyword options as `Options`; names it does not know go to the vendor's request as ``extra``."""
+    known = {field.name for field in dataclasses.fields(Options)} - {"extra"}
+    mine = {name: value for name, value in values.items() if name in known}
+    extra = {**values.get("extra", {}), **{n: v for n, v in values.items() if n not in known and n != "extra"}}
+    stop = mine.get("stop", ())
+    mine["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
+    limit = mine.get("max_tokens")
+    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
+        raise InvalidInput(f"max_tokens must be a whole number of 0 or more, not {limit!r}")
+    for name in ("temperature", "top_p"):
+        value = mine.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2):
+            raise InvalidInput(f"{name} must be a number from 0 to 2, not {value!r}")
+    return Options(**mine, extra=extra)
+
+
+def chat(
+    engine: Engine,
+    conversation: Conversation,
+    message: Any,
+    *,
+    system: str | None = None,
+    tools: Sequence[Mapping[str, Any]] | None = None,
+    recall: bool = True,
+    remember: bool = True,
+    options: Options | None = None,
+) -> Flow[Reply]:
+    """One turn. The request is laid out so that everything before this turn is byte-equal to what the last one left."""
+    provider = engine.chat_provider()
+    if tools and not provider.capabilities.tools:
+        raise ConfigError(f"{provider.name} takes no tools: leave tools out, or choose a model that takes them")
+    session = conversation.session
+    turn_id, reply_id = new_id(), new_id()
+    asked, turn = _asked(message, session, turn_id)
+    history = _history(engine, session)
+    hits: list[Hit] = []
+    core: list[Record] = []
+    if recall:
+        core = _core(engine, conversation.scope, new_session=not history)
+        if turn.role == "user":
+            hits = yield from _recall(engine, conversation.scope, turn.content, {i for m in history for i in m.records})
+    in_core = {record.id for record in core}
+    segments = prompt.lay_out(
+        system=system if system is not None else engine.settings.system,
+        core=prompt.quote(core) if core else None,
+        core_records=[record.id for record in core],
+        history=history,
+        recalled=[hit.record for hit in hits if hit.record.id not in in_core],
+        turn=turn,
+        memories=recall,
+    )
+    request = _request(engine, conversation.scope, segments, tools=tools, options=options or Options())
+    generation: Generation = yield Generate(provider, request)
+    cache = _observe(engine, conversation, segments, generation)
+    kept: tuple[str, ...] = ()
+    vectors: Any = None
+    new: list[Draft] = []
+    if remember:
+        new = [asked, *_reply_drafts(generation, session)]
+        kept = (turn_id, reply_id)[: len(new)]
+        try:
+            vectors = yield from embedded(engine, new)
+        except ProviderError as error:
+            # The turn itself is what must not be lost; its vectors are made at the next search.
+            _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
+    with engine.database.write() as connection:
+        if new:
+            engine.records.insert(new, vectors, engine.space if vectors is not None else None, ids=list(kept))
+            if len(kept) == 2:
+                shown = {hit.record.id for hit in hits} | in_core
+                connection.executemany(
+                    "INSERT OR IGNORE INTO lineage VALUES ('reply', ?, ?)", [(reply_id, record) for record in shown]
+                )
+        engine.ledger.note(
+            "chat",
+            provider.name,
+            session,
+            generation.usage,
+            cache=cache,
+            shown=[record for segment in segments for m in segment.messages for record in m.records],
+            holds_s=provider.capabilities.holds_prefix_s,
+        )
+    return Reply(
+        text=generation.text,
+        usage=generation.usage,
+        recalled=hits,
+        cache=cache,
+        tool_calls=generation.tool_calls,
+        finish_reason=generation.finish_reason,
+        model=provider.name,
+        records=kept,
+    )
+
+
+def prime(engine: Engine, conversation: Conversation, *, system: str | None = None) -> Flow[Usage]:
+    """Prefill what the next turn of this conversation will begin with, so that its prefix is cached when it comes."""
+    provider = engine.chat_provider()
+    if provider.capabilities.kv == "none":
+        raise ConfigError(f"{provider.name} keeps no prefix: there is nothing to prime")
+    history = _history(engine, conversation.session)
+    core = _core(engine, conversation.scope, new_session=not history)
+    segments = prompt.lay_out(
+        system=system if system is not None else engine.settings.system,
+        core=prompt.quote(core) if core else None,
+        core_records=[record.id for record in core],
+        history=history,
+        turn=Message(role="user", content="."),  # every template and API wants a last message; it is never kept
+    )
+    request = _request(engine, conversation.scope, segments, tools=None, options=Options(max_tokens=0))
+    generation: Generation = yield Generate(provider, request)
+    _observe(engine, conversation, segments, generation)
+    engine.ledger.note("prime", provider.name, conversation.session, generation.usage)
+    return generation.usage
+
+
+def _asked(message: Any, session: Scope, turn_id: str) -> tuple[Draft, Message]:
+    """The new message, as what will be remembered and as what enters the prompt. A tool's result names its call in
+    ``tool_call_id``, which is kept in the metadata."""
+    call_id = None
+    if isinstance(message, Message):
+        call_id = message.tool_call_id
+    elif isinstance(message, Mapping) and "tool_call_id" in message:
+        message = dict(message)
+        call_id = message.pop("tool_call_id")
+    metadata = {"tool_call_id": call_id} if call_id is not None else None
+    found = drafts(message, scope=session, metadata=metadata, source=SOURCE)
+    if len(found) != 1 or found[0].role not in ("user", "tool"):
+        raise InvalidInput("chat takes one message, of the user or of a tool; store others with add")
+    draft = found[0]
+    turn = Message(role=draft.role, content=draft.text, name=draft.name, tool_call_id=call_id, records=(turn_id,))
+    return draft, turn
+
+
+def _history(engine: Engine, session: Scope) -> list[Message]:
+    records = [record for record in engine.records.session(session) if record.source == SOURCE]
+    return prompt.recent(prompt.conversation(records), engine.settings.history_tokens, engine.count)
+
+
+def _recall(engine: Engine, scope: Scope, query: str, present: set[str]) -> Flow[list[Hit]]:
+    """The best records for this turn that are not in the conversation already, within the budget."""
+    settings = engine.settings
+    if settings.recall_k == 0 or settings.recall_tokens == 0:
+        return []
+    found = yield from search(engine, scope, query[:QUERY_CHARACTERS], k=settings.recall_k + len(present))
+    fresh = [hit for hit in found if hit.record.id not in present][: settings.recall_k]
+    fitting = {record.id for record in prompt.fit([h.record for h in fresh], settings.recall_tokens, engine.count)}
+    return [hit for hit in fresh if hit.record.id in fitting]
+
+
+def _core(engine: Engine, scope: Scope, *, new_session: bool) -> list[Record]:
+    """The records of the scope's core block.
+
+    It stands still while a session runs, so that the prefix does; it is chosen again at the start of a session when the
+    scope has grown by half since, or when one of its records was forgotten or changed.
+    """
+    if engine.settings.core_tokens == 0:
+        return []
+    scope = scope.model_copy(update={"session": None})
+    levels = [value or "" for _, value in scope.levels()]
+    key = json.dumps(levels)
+    stored = engine.database.query(
+        "SELECT ids, records FROM cores WHERE tenant = ? AND user = ? AND agent = ? AND session = ?", levels
+    )
+    visible = engine.records.count(scope)
+    if stored and (not new_session or visible < 1.5 * stored[0]["records"] + 8):
+        # A record forgotten by another process this very moment is missing here: then the core is chosen again.
+        with contextlib.suppress(NotFound):
+            return [engine.records.get(record, scope) for record in json.loads(stored[0]["ids"])]
+    chosen = prompt.choose_core(
+        engine.records.newest(scope, limit=2000)[::-1],
+        engine.ledger.times_shown(),
+        least=engine.settings.page_tokens,
+        budget=engine.settings.core_tokens,
+        count=engine.count,
+    )
+    with engine.database.write() as connection:
+        connection.execute("DELETE FROM lineage WHERE kind = 'core' AND key = ?", (key,))
+        ids = json.dumps([record.id for record in chosen])
+        connection.execute(
+            "INSERT OR REPLACE INTO cores VALUES (?, ?, ?, ?, ?, ?, ?)", (*levels, ids, engine.clock(), visible)
+        )
+        connection.executemany("INSERT INTO lineage VALUES ('core', ?, ?)", [(key, record.id) for record in chosen])
+    return chosen
+
+
+def _request(
+    engine: Engine,
+    scope: Scope,
+    segments: tuple[Segment, ...],
+    *,
+    tools: Sequence[Mapping[str, Any]] | None,
+    options: Options,
+) -> Request:
+    return Request(
+        segments=segments,
+        options=options,
+        tools=tuple(tools or ()),
+        cache_key=engine.cache_key(scope),
+        pages=engine.page_view(scope),
+        loras=engine.active_loras(scope),
+    )
+
+
+def _observe(
+    engine: Engine, conversation: Conversation, segments: tuple[Segment, ...], generation: Generation
+) -> CacheUse:
+    """Compare what came from the cache with what the last request of this conversation left cacheable."""
+    capabilities = engine.chat_provider().capabilities
+    stable = tuple(message for segment in segments if segment.stable for message in segment.messages)
+    common = 0
+    for before, now in zip(conversation.prefix, stable, strict=False):
+        if before != now:
+            break
+        common += 1
+    broken = common < len(conversation.prefix)
+    expected = sum(engine.count(message.content) for message in conversation.prefix)
+    step = engine.settings.page_tokens if capabilities.kv == "tensors" else HOSTED_MINIMUM
+    expected = expected // step * step if capabilities.kv == "tensors" else expected * (expected >= step)
+    if capabilities.kv == "none" or (capabilities.kv == "tensors" and engine.settings.page_budget == 0):
+        expected = 0
+    conversation.prefix = stable
+    cached = generation.usage.cached_tokens
+    reason = None
+    # An expectation is counted message by message, so it can be off by the template's own tokens: a tenth is no miss.
+    if cached < 0.9 * expected:
+        reason = generation.miss or ("the prompt's prefix changed" if broken else "the cache did not hold the prefix")
+    return CacheUse(kind=capabilities.kv, expected_tokens=expected, cached_tokens=cached, reason=reason)
+
+
+def _reply_drafts(generation: Generation, session: Scope) -> list[Draft]:
+    """What the model said, as a draft; none if it said nothing that can be stored."""
+    calls = [call.model_dump() for call in generation.tool_calls]
+    text = generation.text if generation.text.strip() else "".join(f"[calls {call['name']}]" for call in calls)
+    text = text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+    if not text.strip():
+        return []
+    metadata = {"tool_calls": calls} if calls else None
+    return drafts({"role": "assistant", "content": text}, scope=session, metadata=metadata, source=SOURCE)

@@ -1,0 +1,256 @@
+"""The open folder and its parts: database, records, index, pages, LoRA registry, ledger, embedder, provider.
+
+Knows how the parts are put together and in which order they open and close; decides nothing. What is heavy (an
+embedder, a model, a page store) is made at its first use.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from . import provider as providers
+from .config import Settings
+from .database import Database
+from .errors import ConfigError, Incompatible, StoreError
+from .ledger import Ledger
+from .plaintext.records import Records
+from .provider import LoraRef, Pages, Provider
+from .types import Scope
+
+if TYPE_CHECKING:
+    from .activation.store import PageStore
+    from .parametric.registry import Registry
+    from .plaintext.embed import Embedder
+    from .plaintext.index import VectorIndex
+
+__all__ = ["Engine"]
+
+logging.getLogger("agentmem").addHandler(logging.NullHandler())
+
+
+class Engine:
+    """The parts of one memory folder, open. Safe to use from many threads.
+
+    ``provider`` and ``embedder`` may be given as objects (tests, third parties); else they are found by the settings'
+    strings. Raises `ConfigError` for an unknown model or embedder and `StoreError` for a folder that can't be used.
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        provider: Provider | None = None,
+        embedder: Embedder | None = None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self._lock = threading.RLock()
+        self._embedder = embedder
+        self._embedder_known = embedder is not None
+        self._spaces: dict[str, int] = {}
+        self._index: VectorIndex | None = None
+        self._pages: PageStore | None = None
+        self._registry: Registry | None = None
+        self.provider = provider
+        if provider is None and settings.model is not None:
+            scheme, _ = providers.split_name(settings.model)
+            self.provider = providers.load(settings.model, settings.providers.get(scheme, {}))
+        self._kept = settings.path != ":memory:"
+        self.folder = Path(settings.path) if self._kept else Path(tempfile.mkdtemp(prefix="agentmem-"))
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        except OSError as error:
+            raise StoreError(f"can't make the memory folder {self.folder}: {error.strerror}") from error
+        self.database = Database(self.folder / "memory.db" if self._kept else ":memory:")
+        self.records = Records(self.database, clock=clock)
+        self.ledger = Ledger(self.database, clock)
+        self.finish_erasures()
+
+    # ---- parts made at first use ----------------------------------------------------------------------------------
+
+    @property
+    def embedder(self) -> Embedder | None:
+        """The embedder of this folder's vectors, or None where search is lexical only."""
+        with self._lock:
+            if not self._embedder_known:
+                from .plaintext import embed
+
+                self._embedder = embed.load(self.settings.embedder, self.settings.providers)
+                self._embedder_known = True
+            return self._embedder
+
+    @property
+    def space(self) -> int | None:
+        """The number of the embedder's vector space in this folder (``spaces``), made if it is new.
+
+        Raises `Incompatible` where the folder holds another embedder's vectors and ``reembed`` is off.
+        """
+        embedder = self.embedder
+        if embedder is None:
+            return None
+        with self._lock:
+            if embedder.digest not in self._spaces:
+                self._spaces[embedder.digest] = self._find_space(embedder)
+            return self._spaces[embedder.digest]
+
+    def _find_space(self, embedder: Embedder) -> int:
+        found = self.database.query("SELECT id FROM spaces WHERE digest = ?", (embedder.digest,))
+        if found:
+            return int(found[0]["id"])
+        others = self.database.query("SELECT name FROM spaces WHERE id IN (SELECT space FROM vectors)")
+        if others and not self.settings.reembed:
+            raise Incompatible(
+                f"{self.folder} was embedded by {others[0]['name']!r}, not {embedder.name!r}: open it with that "
+                "embedder, or set reembed=True to embed its records again"
+            )
+        with self.database.write() as connection:
+            connection.execute(
+                "INSERT INTO spaces (name, digest, dimension) VALUES (?, ?, ?) ON CONFLICT (digest) DO NOTHING",
+                (embedder.name, embedder.digest, embedder.dimension),
+            )
+            row = connection.execute("SELECT id FROM spaces WHERE digest = ?", (embedder.digest,)).fetchone()
+        return int(row["id"])
+
+    @property
+    def index(self) -> VectorIndex | None:
+        """The FAISS index over the current embedder's vectors, or None without an embedder."""
+        with self._lock:
+            space, embedder = self.space, self.embedder
+            if self._index is None and space is not None and embedder is not None:
+                from .plaintext.index import VectorIndex
+
+                self._index = VectorIndex(self.database, self.folder / "index", space, embedder.dimension)
+            return self._index
+
+    @property
+    def pages(self) -> PageStore:
+        """The store of KV pages."""
+        with self._lock:
+            if self._pages is None:
+                from .activation.store import PageStore
+
+                self._pages = PageStore(
+                    self.database,
+                    self.folder / "pages",
+                    grid=self.settings.page_tokens,
+                    budget_bytes=self.settings.page_budget,
+                    clock=self.clock,
+                )
+            return self._pages
+
+    @property
+    def registry(self) -> Registry:
+        """The LoRA versions."""
+        with self._lock:
+            if self._registry is None:
+                from .parametric.registry import Registry
+
+                self._registry = Registry(self.database, self.folder / "lora", clock=self.clock)
+            return self._registry
+
+    # ---- what a request needs ------------------------------------------------------------------------------------
+
+    def chat_provider(self) -> Provider:
+        """The provider, or `ConfigError` where none is configured or it can't chat."""
+        if self.provider is None:
+            raise ConfigError(
+                'no model is configured: give Memory(model="local"), or "ollama:…", "openai:…", "anthropic:…"'
+            )
+        if not self.provider.capabilities.chat:
+            raise ConfigError(f"{self.provider.name} can't chat; choose another model")
+        return self.provider
+
+    def page_view(self, scope: Scope) -> Pages | None:
+        """The page store as one tenant sees it, for providers that work with tensors; None where it is off."""
+        provider = self.provider
+        if provider is None or provider.capabilities.kv != "tensors" or self.settings.page_budget == 0:
+            return None
+        # The salt keeps tenants apart; it is derived, not random, so that saved pages can be restored elsewhere.
+        return self.pages.view(hashlib.sha256(b"agentmem tenant\0" + (scope.tenant or "").encode()).digest())
+
+    def active_loras(self, scope: Scope) -> tuple[LoraRef, ...]:
+        """The LoRA versions that answer for this scope, where the provider can serve them."""
+        provider = self.provider
+        if provider is None or not provider.capabilities.loras:
+            return ()
+        version = self.registry.active(scope)
+        return () if version is None else (self.registry.ref(version),)
+
+    def cache_key(self, scope: Scope) -> str:
+        """An opaque routing key, equal for requests of one scope; scope names can't be read from it."""
+        names = json.dumps([value for _, value in scope.levels()]).encode()
+        return hashlib.blake2b(names, key=self._secret(), digest_size=16).hexdigest()
+
+    @functools.cache  # noqa: B019 - lives as long as the folder is open
+    def _secret(self) -> bytes:
+        with self.database.write() as connection:
+            connection.execute("INSERT OR IGNORE INTO meta VALUES ('secret', ?)", (secrets.token_hex(32),))
+            return bytes.fromhex(connection.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()[0])
+
+    @functools.lru_cache(maxsize=16_384)  # noqa: B019 - lives as long as the folder is open
+    def count(self, text: str) -> int:
+        """Tokens of a text: by the model's own tokenizer where that needs no request, else by tiktoken."""
+        provider = self.provider
+        if provider is not None and provider.capabilities.kv == "tensors":
+            return provider.count_tokens(text)
+        from .tokens import counter_for
+
+        return counter_for(provider.name if provider is not None else "").count(text)
+
+    # ---- erasing and closing -------------------------------------------------------------------------------------
+
+    def finish_erasures(self) -> None:
+        """Delete the files of erasures that are committed but not finished; called after each and at every open."""
+        for row in self.database.query("SELECT id, work FROM erasures"):
+            work = json.loads(row["work"])
+            if work["pages"]:
+                self.pages.delete(work["pages"])
+            if work["loras"]:
+                self.registry.retire(work["loras"])
+            if work["vectors"] and self._embedder_known and self.index is not None:
+                self.index.rewrite()
+            elif work["vectors"]:
+                # Not worth loading an embedder for: the index is derived and is rebuilt from the vectors that remain.
+                shutil.rmtree(self.folder / "index", ignore_errors=True)
+            self.database.scrub()
+            with self.database.write() as connection:
+                connection.execute("DELETE FROM erasures WHERE id = ?", (row["id"],))
+
+    def bytes_held(self) -> dict[str, int]:
+        """Bytes on disk by kind of memory."""
+        sizes = {"records": sum(_size(file) for file in self.folder.glob("memory.db*"))}
+        for kind, name in (("index", "index"), ("KV pages", "pages"), ("LoRA", "lora")):
+            sizes[kind] = sum(_size(file) for file in (self.folder / name).rglob("*"))
+        return sizes
+
+    def close(self) -> None:
+        """Write the index, close everything; safe to call twice."""
+        with self._lock:
+            if self._index is not None:
+                self._index.close()
+            if self._pages is not None:
+                self._pages.close()
+            if self.provider is not None:
+                self.provider.close()
+            self.database.close()
+            if not self._kept:
+                shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _size(file: Path) -> int:
+    try:
+        return file.stat().st_size if file.is_file() else 0
+    except OSError:  # deleted between listing and looking
+        return 0

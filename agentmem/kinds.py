@@ -1,0 +1,187 @@
+"""Direct handles for one kind of memory: ``mem.plaintext``, ``mem.activation``, ``mem.parametric``.
+
+Plain functions and flows over the engine; the two faces (memory.py, async_memory.py) run them.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .engine import Engine
+from .errors import ConfigError, InvalidInput, NotFound, ScopeError
+from .plaintext.drafts import check_scope
+from .types import Record, Scope, Usage, Value
+
+if TYPE_CHECKING:
+    from .parametric.registry import LoraVersion
+
+__all__ = [
+    "PageEntry",
+    "activate",
+    "beneath",
+    "entries",
+    "evict",
+    "export",
+    "pin",
+    "restore",
+    "rollback",
+    "save",
+    "train",
+]
+
+
+class PageEntry(Value):
+    """One KV page on disk: positions ``number * grid ..`` of a prefix, and the records it was made from."""
+
+    key: str
+    number: int
+    bytes: int
+    uses: int
+    pinned: bool
+    records: tuple[str, ...]
+
+
+# ---- activation
+# --------------------------------------------------------------------------------------------------------
+
+
+def entries(engine: Engine, scope: Scope) -> list[PageEntry]:
+    """The pages made from records of this scope and beneath; on the root handle all of them."""
+    mine = None if scope == Scope() else engine.records.ids(scope)
+    return [
+        PageEntry(
+            key=entry.key,
+            number=entry.number,
+            bytes=entry.bytes,
+            uses=entry.uses,
+            pinned=entry.pinned,
+            records=entry.records,
+        )
+        for entry in engine.pages.entries()
+        if mine is None or mine.intersection(entry.records)
+    ]
+
+
+def pin(engine: Engine, scope: Scope, keys: Sequence[str] | None, *, pinned: bool) -> int:
+    """Pin or unpin these pages (default: all of the scope): a pinned page is never evicted to make room."""
+    wanted = _keys(engine, scope, keys)
+    engine.pages.pin(wanted, pinned)
+    return len(wanted)
+
+
+def evict(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> int:
+    """Delete these pages (default: all of the scope). Nothing is lost but the time to compute them again."""
+    return engine.pages.evict(_keys(engine, scope, keys))
+
+
+def _keys(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> list[str]:
+    mine = [entry.key for entry in entries(engine, scope)]
+    if keys is None:
+        return mine
+    unknown = set(keys) - set(mine)
+    if unknown:
+        raise NotFound(f"no KV page {sorted(unknown)[0]!r} in {scope}")
+    return list(keys)
+
+
+def save(engine: Engine, path: str | os.PathLike[str]) -> int:
+    """Copy all pages and their lineage into a new folder; returns how many."""
+    engine.pages.save(path)
+    return len(engine.pages.entries())
+
+
+def restore(engine: Engine, path: str | os.PathLike[str]) -> int:
+    """Bring saved pages back; those whose records are unknown or were forgotten here are passed over."""
+    return engine.pages.restore(path)
+
+
+# ---- parametric
+# --------------------------------------------------------------------------------------------------------
+
+
+def train(
+    engine: Engine, scope: Scope, records: Sequence[str | Record] | None, *, seed: int, epochs: int, activate: bool
+) -> LoraVersion:
+    """Teach records of this scope to a new LoRA version; see `Parametric.train`."""
+    from .parametric import corpus as corpora
+    from .parametric.gate import gate
+    from .parametric.train import train as teach
+
+    provider = engine.chat_provider()
+    if not provider.capabilities.trains:
+        raise ConfigError(
+            f"{provider.name} gives no access to its weights: LoRA versions need a local model (model='local')"
+        )
+    if records is None:
+        chosen = [record for record in engine.records.newest(scope, limit=200)[::-1] if record.scope.within(scope)]
+    else:
+        ids = [record.id if isinstance(record, Record) else record for record in records]
+        chosen = [engine.records.get(record, scope) for record in ids]
+    if not chosen:
+        raise InvalidInput(f"no records to learn in {scope}: add some first")
+    corpus = corpora.build(chosen, seed=seed)
+    tensors = provider.tensors()
+    with _progress("learning") as progress:
+        trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=progress)
+    version = engine.registry.add(
+        trained, scope=scope, tensors=tensors, corpus=corpus, gate=gate(tensors, trained, corpus), seed=seed
+    )
+    engine.ledger.note("train", provider.name, scope, Usage(total_s=trained.seconds), size=version.bytes)
+    if activate and version.gate.passed:
+        version = engine.registry.activate(version, scope)
+    return version
+
+
+def activate(engine: Engine, scope: Scope, version: str | LoraVersion | None, *, force: bool) -> LoraVersion | None:
+    """Answer with this version in this scope from the next request on; None goes back to the base model."""
+    return engine.registry.activate(version, scope, force=force)
+
+
+def rollback(engine: Engine, scope: Scope) -> LoraVersion | None:
+    """Go back to what was active in this scope before the last activation; returns it, or None for the base model."""
+    return engine.registry.rollback(scope)
+
+
+def export(engine: Engine, scope: Scope, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
+    """Write a version of this scope as a PEFT folder."""
+    engine.registry.export(version, path, scope=scope)
+
+
+def beneath(scope: Scope, other: Any) -> Scope:
+    """The scope that a call on a handle means: its own, or a narrower one given as `Scope` or handle."""
+    if other is None:
+        return scope
+    wanted = getattr(other, "_scope", other)
+    if not isinstance(wanted, Scope):
+        raise ScopeError(f"the scope is a {type(other).__name__}: give a handle made by scope(), or a Scope")
+    if not wanted.within(scope):
+        raise ScopeError(f"{wanted} lies outside this handle's scope ({scope})")
+    return check_scope(wanted)
+
+
+class _progress:  # noqa: N801 - used like a function
+    """A progress bar in a terminal, nothing in a pipe."""
+
+    def __init__(self, label: str) -> None:
+        self._label = label
+        self._bar: Any = None
+
+    def __enter__(self) -> Callable[[int, int], None] | None:
+        if not sys.stderr.isatty():
+            return None
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._bar = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
+        )
+        self._bar.start()
+        task = self._bar.add_task(self._label, total=None)
+        return lambda done, total: self._bar.update(task, completed=done, total=total)
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

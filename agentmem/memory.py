@@ -1,0 +1,467 @@
+"""The door: `Memory`, and the handles bound to a scope. Each verb runs a flow (flows.py, chat.py) in this thread.
+
+Knows the public signatures and what they promise; the logic is in the flows, which `AsyncMemory` (async_memory.py) runs
+too.
+"""
+
+from __future__ import annotations
+
+import builtins
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
+
+from . import chat as chats
+from . import config as configuration
+from . import flows, kinds, transfer
+from .chat import Conversation
+from .engine import Engine
+from .errors import ScopeError
+from .flow import Flow, local, run, stream
+from .flows import When
+from .kinds import PageEntry
+from .ledger import Report
+from .plaintext.drafts import narrow
+from .provider import Provider
+from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
+
+if TYPE_CHECKING:
+    from .parametric.registry import LoraVersion
+    from .plaintext.embed import Embedder
+
+__all__ = ["Activation", "Memory", "Parametric", "Plaintext", "ReplyStream", "ScopedMemory"]
+
+T = TypeVar("T")
+Content = str | Message | Mapping[str, Any] | Sequence[str | Message | Mapping[str, Any]]
+
+
+class _NotGiven:
+    """The default of a scope level; None is refused: a missing name must not widen a handle to everybody's memory."""
+
+    def __repr__(self) -> str:
+        return "NOT_GIVEN"
+
+
+NOT_GIVEN: Any = _NotGiven()
+
+
+def narrowed(scope: Scope, **levels: Any) -> Scope:
+    """``scope`` with the levels that were given; `ScopeError` for None and for a level bound to another value."""
+    given = {level: value for level, value in levels.items() if value is not NOT_GIVEN}
+    for level, value in given.items():
+        if value is None:
+            raise ScopeError(f"{level}=None: give the {level}'s name, or leave {level} out to reach all of them")
+    if not given:
+        raise ScopeError("scope() needs at least one of tenant=, user=, agent=, session=")
+    return narrow(scope, **given)
+
+
+def opened(
+    *,
+    path: str | os.PathLike[str] | None,
+    model: str | Provider | None,
+    embedder: str | Embedder | None,
+    config: str | os.PathLike[str] | None,
+    clock: Callable[[], float] | None,
+    settings: Mapping[str, Any],
+) -> Engine:
+    """The engine behind a new root handle: strings go through the configuration, objects are taken as they are."""
+    read = configuration.read(
+        config,
+        path=None if path is None else os.fspath(path),
+        model=model if isinstance(model, str) else None,
+        embedder=embedder if isinstance(embedder, str) else None,
+        **settings,
+    )
+    more: dict[str, Any] = {} if clock is None else {"clock": clock}
+    return Engine(
+        read,
+        provider=None if isinstance(model, str) else model,
+        embedder=None if isinstance(embedder, str) else embedder,
+        **more,
+    )
+
+
+class ReplyStream:
+    """The pieces of a reply as they come; ``.reply`` is the whole `Reply` once they have all come.
+
+    A turn is remembered when its last piece has come. Closed before that (``close``, leaving a ``with`` block, dropping
+    it), the request is given up and nothing is remembered.
+    """
+
+    def __init__(self, flow: Flow[Reply]) -> None:
+        self._pieces = self._run(flow)
+        self._reply: Reply | None = None
+
+    def _run(self, flow: Flow[Reply]) -> Generator[str, None, None]:
+        self._reply = yield from stream(flow)
+
+    def __iter__(self) -> Iterator[str]:
+        return self._pieces
+
+    def __next__(self) -> str:
+        return next(self._pieces)
+
+    @property
+    def reply(self) -> Reply:
+        """The whole reply; what has not come yet is waited for."""
+        for _ in self._pieces:
+            pass
+        if self._reply is None:
+            raise RuntimeError("the stream was closed before its end: there is no reply")
+        return self._reply
+
+    def close(self) -> None:
+        """Give the rest up."""
+        self._pieces.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class ScopedMemory:
+    """Memory bound to a scope: it sees its own scope, everything beneath it, and what the levels above share.
+
+    Made by `Memory.scope`. Any number of handles, threads and processes may use one folder.
+    """
+
+    def __init__(self, engine: Engine, scope: Scope) -> None:
+        self._engine = engine
+        self._scope = scope
+        self._conversation = Conversation(scope)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self._engine.settings.path!r}, {self._scope})"
+
+    def scope(
+        self, *, tenant: str = NOT_GIVEN, user: str = NOT_GIVEN, agent: str = NOT_GIVEN, session: str = NOT_GIVEN
+    ) -> ScopedMemory:
+        """A handle bound to a scope beneath this one. Values are compared byte for byte.
+
+        Raises `ScopeError` for None, an empty or malformed value, and for a level that this handle has set otherwise.
+        """
+        return ScopedMemory(self._engine, narrowed(self._scope, tenant=tenant, user=user, agent=agent, session=session))
+
+    def add(
+        self,
+        content: Content,
+        *,
+        metadata: Mapping[str, Any] | None = None,
+        at: When = None,
+        valid_from: When = None,
+        valid_until: When = None,
+        source: str | None = None,
+    ) -> builtins.list[Record]:
+        """Remember text exactly as it is. One embedder call and one transaction for the batch, no language model.
+
+        ``content`` is a str, a message (``{"role", "content", "name"?, "at"?, "metadata"?}`` or `Message`), or a list
+        of them. ``at`` is when it was said; between ``valid_from`` and ``valid_until`` it is found by searches.
+        ``metadata`` is JSON. When this returns, the records survive ``kill -9`` and a power cut. Raises `InvalidInput`
+        before anything is written, `Full` and other `StoreError` with nothing changed.
+        """
+        return run(
+            flows.add(
+                self._engine,
+                self._scope,
+                content,
+                metadata=metadata,
+                at=at,
+                valid_from=valid_from,
+                valid_until=valid_until,
+                source=source,
+            )
+        )
+
+    def search(
+        self, query: str, *, k: int = 10, where: Mapping[str, Any] | None = None, at: When = None, explain: bool = False
+    ) -> builtins.list[Hit]:
+        """The ``k`` records that best answer ``query``, best first; fewer if there are fewer.
+
+        Words (FTS5) and meaning (vectors) in one pass, with one embedder call. ``where`` holds equalities on metadata,
+        ``role``, ``name``, ``source``; ``at`` searches what was valid then (default: now). ``explain`` fills `Hit.why`.
+        """
+        return run(flows.search(self._engine, self._scope, query, k=k, where=where, at=at, explain=explain))
+
+    def get(self, id: str) -> Record:
+        """One record; `NotFound` if it is unknown or not visible from this scope."""
+        return run(local(self._engine.records.get, id, self._scope))
+
+    def list(
+        self, where: Mapping[str, Any] | None = None, limit: int = 100, after: str | None = None
+    ) -> builtins.list[Record]:
+        """Records in order of arrival, at most ``limit``, those behind the id ``after`` if it is given."""
+        return run(local(self._engine.records.list, self._scope, where, limit, after))
+
+    def update(self, id: str, text: str | None = None, metadata: Mapping[str, Any] | None = None) -> Record:
+        """Replace a record's text, metadata or both; the version before is kept in its history.
+
+        Core blocks made from the old text are chosen again, LoRA versions that learnt it are retired.
+        """
+        return run(flows.update(self._engine, self._scope, id, text=text, metadata=metadata))
+
+    def history(self, id: str) -> builtins.list[Record]:
+        """All versions of a record, oldest first, the current one last."""
+        return run(local(self._engine.records.history, id, self._scope))
+
+    def forget(
+        self,
+        ids: str | Sequence[str] | None = None,
+        *,
+        where: Mapping[str, Any] | None = None,
+        everything: bool = False,
+        dry_run: bool = False,
+    ) -> Erasure:
+        """Erase records and all that was made from them: versions, index, KV pages, core blocks, LoRA versions.
+
+        Give ``ids`` or ``where``; ``where={}`` erases everything in this scope, on the root handle only with
+        ``everything=True``. Returns the receipt; with ``dry_run`` only says what would go. When it returns, the bytes
+        are gone from the folder. Interrupted, the rest goes at the next open.
+        """
+        return run(
+            local(flows.forget, self._engine, self._scope, ids, where=where, everything=everything, dry_run=dry_run)
+        )
+
+    def context(self, query: str | None = None, *, max_tokens: int = 500) -> Context:
+        """The records for a query (without one: the newest) as a block for your own prompt, within ``max_tokens``."""
+        return run(flows.context(self._engine, self._scope, query, max_tokens=max_tokens))
+
+    @overload
+    def chat(
+        self,
+        message: str | Message | Mapping[str, Any],
+        *,
+        system: str | None = ...,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        stream: Literal[False] = ...,
+        recall: bool = ...,
+        remember: bool = ...,
+        **options: Any,
+    ) -> Reply: ...
+    @overload
+    def chat(
+        self,
+        message: str | Message | Mapping[str, Any],
+        *,
+        system: str | None = ...,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        stream: Literal[True],
+        recall: bool = ...,
+        remember: bool = ...,
+        **options: Any,
+    ) -> ReplyStream: ...
+    def chat(
+        self,
+        message: str | Message | Mapping[str, Any],
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        stream: bool = False,
+        recall: bool = True,
+        remember: bool = True,
+        **options: Any,
+    ) -> Reply | ReplyStream:
+        """One turn with the model: recall, answer, remember.
+
+        What was recalled enters at the end of the prompt, so the cached prefix before it stays whole. ``recall=False``
+        keeps every record out but this session's own turns; ``remember=False`` stores nothing. ``options`` are
+        ``max_tokens, temperature, top_p, seed, stop`` and whatever the vendor takes. On a handle without a session the
+        turns go to a session of its own, for the handle's life. With ``stream=True`` a `ReplyStream` comes back at
+        once.
+
+        Raises `ConfigError` without a model, `ProviderError` when the model fails (then nothing is remembered).
+        """
+        flow = chats.chat(
+            self._engine,
+            self._conversation,
+            message,
+            system=system,
+            tools=tools,
+            recall=recall,
+            remember=remember,
+            options=chats.options_of(options),
+        )
+        return ReplyStream(flow) if stream else run(flow)
+
+    def report(self) -> Report:
+        """What memory cost and saved in this scope: tokens, seconds, bytes, money."""
+        return run(local(flows.report, self._engine, self._scope))
+
+    def export(self, path: str | os.PathLike[str]) -> int:
+        """Write the records of this scope and beneath, with their histories, as JSON lines; returns how many."""
+        return run(local(transfer.export, self._engine, self._scope, path))
+
+    def load(self, path: str | os.PathLike[str]) -> int:
+        """Bring exported records back under their ids; returns how many were new. The forgotten stay away."""
+        return run(transfer.load(self._engine, self._scope, path))
+
+    @property
+    def plaintext(self) -> Plaintext:
+        """The records and their index, directly."""
+        return Plaintext(self._engine, self._scope)
+
+    @property
+    def activation(self) -> Activation:
+        """The KV pages, directly."""
+        return Activation(self._engine, self._scope, self._conversation)
+
+    @property
+    def parametric(self) -> Parametric:
+        """The LoRA versions, directly."""
+        return Parametric(self._engine, self._scope)
+
+
+class Memory(ScopedMemory):
+    """An agent's memory in one folder. The root handle: it sees every scope.
+
+    ``path`` is the folder (default ``./memory``; ``":memory:"`` keeps nothing). ``model`` is ``"scheme:name"``
+    (``"local"``, ``"openai:…"``, ``"anthropic:…"``, ``"ollama:…"``, ``"llamacpp:…"``) or a `Provider`; without one
+    every verb but ``chat`` and training works. ``embedder`` likewise, ``"none"`` for search by words alone. Further
+    settings by keyword, environment or ``agentmem.toml`` (config.py).
+
+    Raises `ConfigError` for wrong settings, `MissingDependency` for a package that is not installed, `StoreError` for a
+    folder that can't be used. Close it, or use it in a ``with`` block.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        model: str | Provider | None = None,
+        embedder: str | Embedder | None = None,
+        config: str | os.PathLike[str] | None = None,
+        clock: Callable[[], float] | None = None,
+        **settings: Any,
+    ) -> None:
+        super().__init__(
+            opened(path=path, model=model, embedder=embedder, config=config, clock=clock, settings=settings),
+            Scope(),
+        )
+
+    @classmethod
+    def from_config(cls, config: str | os.PathLike[str]) -> Self:
+        """A memory with the settings of a TOML file."""
+        return cls(config=config)
+
+    def verify(self) -> Verification:
+        """Check every record, vector, KV page and LoRA version against its checksum."""
+        return run(local(flows.verify, self._engine))
+
+    def close(self) -> None:
+        """Write the index to disk and close everything; safe to call twice. Handles of this memory close with it."""
+        self._engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Plaintext:
+    """Direct handle: records and their index."""
+
+    def __init__(self, engine: Engine, scope: Scope) -> None:
+        self._engine = engine
+        self._scope = scope
+
+    def count(self) -> int:
+        """How many records this scope sees."""
+        return run(local(self._engine.records.count, self._scope))
+
+    def embed(self) -> int:
+        """Embed the records that have no vector of the current embedder yet; returns how many. Can be interrupted."""
+        return run(flows.catch_up(self._engine))
+
+
+class Activation:
+    """Direct handle: KV pages. A page holds the model's states of one step of the token grid."""
+
+    def __init__(self, engine: Engine, scope: Scope, conversation: Conversation) -> None:
+        self._engine = engine
+        self._scope = scope
+        self._conversation = conversation
+
+    def prime(self, *, system: str | None = None) -> Usage:
+        """Prefill what the next ``chat`` of this handle begins with (system, core, history), ahead of the turn."""
+        return run(chats.prime(self._engine, self._conversation, system=system))
+
+    def entries(self) -> builtins.list[PageEntry]:
+        """The pages made from this scope's records; on the root handle all of them."""
+        return run(local(kinds.entries, self._engine, self._scope))
+
+    def pin(self, keys: Sequence[str] | None = None, *, pinned: bool = True) -> int:
+        """Keep these pages (default: all of the scope) from being evicted; returns how many."""
+        return run(local(kinds.pin, self._engine, self._scope, keys, pinned=pinned))
+
+    def evict(self, keys: Sequence[str] | None = None) -> int:
+        """Delete these pages (default: all of the scope); returns how many. They are computed again when needed."""
+        return run(local(kinds.evict, self._engine, self._scope, keys))
+
+    def save(self, path: str | os.PathLike[str]) -> int:
+        """Copy all pages with their lineage into a new folder; returns how many. As private as the transcript."""
+        return run(local(kinds.save, self._engine, self._scope, path))
+
+    def restore(self, path: str | os.PathLike[str]) -> int:
+        """Bring saved pages back; returns how many. Damaged ones and those of forgotten records are passed over."""
+        return run(local(kinds.restore, self._engine, self._scope, path))
+
+
+class Parametric:
+    """Direct handle: LoRA versions trained from records. Local models only."""
+
+    def __init__(self, engine: Engine, scope: Scope) -> None:
+        self._engine = engine
+        self._scope = scope
+
+    def train(
+        self,
+        scope: Scope | ScopedMemory | None = None,
+        records: Sequence[str | Record] | None = None,
+        *,
+        seed: int = 0,
+        epochs: int = 16,
+        activate: bool = True,
+    ) -> LoraVersion:
+        """Teach records (default: all of the scope) to a LoRA and store it as a version; about a minute for ten facts.
+
+        A version that passes its gate is activated for the scope unless ``activate=False``; one that fails stays
+        inactive, with the report in ``.gate``. Interrupted, nothing is stored. Raises `ConfigError` for a model without
+        weights, `TrainingError` where nothing can be learnt from these records.
+        """
+        return run(
+            local(
+                kinds.train,
+                self._engine,
+                kinds.beneath(self._scope, scope),
+                records,
+                seed=seed,
+                epochs=epochs,
+                activate=activate,
+            )
+        )
+
+    def versions(self) -> builtins.list[LoraVersion]:
+        """The versions of this scope and beneath it, oldest first."""
+        return run(local(self._engine.registry.versions, self._scope))
+
+    def active(self) -> LoraVersion | None:
+        """The version that answers in this scope; None for the base model."""
+        return run(local(self._engine.registry.active, self._scope))
+
+    def activate(self, version: str | LoraVersion | None, *, force: bool = False) -> LoraVersion | None:
+        """Answer with this version from the next request on; None for the base model.
+
+        Raises `TrainingError` for a retired version, and for one that failed its gate unless ``force``.
+        """
+        return run(local(kinds.activate, self._engine, self._scope, version, force=force))
+
+    def rollback(self) -> LoraVersion | None:
+        """Go back to what was active before; returns it, or None for the base model."""
+        return run(local(kinds.rollback, self._engine, self._scope))
+
+    def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
+        """Write a version as a PEFT folder."""
+        return run(local(kinds.export, self._engine, self._scope, version, path))

@@ -1,0 +1,115 @@
+"""Moving records in and out as JSON lines: a header, then one object per record with its older versions.
+
+Everything needed to rebuild the records is in the file; vectors, pages and LoRA versions are not, they are derived.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from .engine import Engine
+from .errors import Incompatible, InvalidInput, ScopeError, StoreError
+from .flow import Flow
+from .flows import BATCH, embedded
+from .plaintext.records import draft_of
+from .types import Record, Scope
+
+__all__ = ["export", "load"]
+
+FORMAT = 1
+PAGE = 500
+
+
+def export(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> int:
+    """Write the records of this scope and beneath it to ``path`` (0600, replaced as a whole); returns how many."""
+    target = Path(path)
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    written = 0
+    try:
+        with os.fdopen(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
+            file.write(json.dumps({"format": "agentmem-records", "version": FORMAT}) + "\n")
+            for record in _all(engine, scope):
+                older = [version.model_dump(mode="json") for version in engine.records.history(record.id, scope)[:-1]]
+                line = {"record": record.model_dump(mode="json"), "older": older}
+                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+                written += 1
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise StoreError(f"can't write {target}: {error.strerror}") from error
+    return written
+
+
+def _all(engine: Engine, scope: Scope) -> Iterator[Record]:
+    after = None
+    while page := engine.records.list(scope, limit=PAGE, after=after):
+        yield from (record for record in page if record.scope.within(scope))
+        after = page[-1].id
+
+
+def load(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> Flow[int]:
+    """Bring exported records back under their ids; returns how many were new.
+
+    The whole file is read and checked before anything is written. Records that exist here, or were forgotten here, are
+    passed over. Raises `ScopeError` for a record outside this handle's scope, `InvalidInput` for a line that is none.
+    """
+    records = list(_read(Path(path), scope))
+    new = [(record, older) for record, older in records if not engine.records.known(record.id)]
+    for first in range(0, len(new), BATCH):
+        batch = new[first : first + BATCH]
+        drafts = [draft_of(record) for record, _ in batch]
+        vectors = yield from embedded(engine, drafts)
+        engine.records.insert(
+            drafts,
+            vectors,
+            engine.space,
+            ids=[record.id for record, _ in batch],
+            older=[older for _, older in batch],
+        )
+    return len(new)
+
+
+def _read(path: Path, scope: Scope) -> Iterator[tuple[Record, list[Record]]]:
+    try:
+        lines = path.read_text(encoding="utf-8").split("\n")
+    except OSError as error:
+        raise StoreError(f"can't read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise InvalidInput(f"{path} is not UTF-8 text") from error
+    header = _parsed(path, 1, lines[0])
+    if header.get("format") != "agentmem-records":
+        raise InvalidInput(f"{path} is not an export of agentmem: its first line has no format")
+    if header.get("version") != FORMAT:
+        raise Incompatible(
+            f"{path} has export version {header.get('version')!r}; this version of agentmem reads {FORMAT}"
+        )
+    for number, line in enumerate(lines[1:], start=2):
+        if not line:
+            continue
+        parsed = _parsed(path, number, line)
+        try:
+            record = Record.model_validate(parsed["record"])
+            older = [Record.model_validate(version) for version in parsed["older"]]
+        except (KeyError, TypeError, ValidationError) as error:
+            raise InvalidInput(f"{path}, line {number}: not a record ({error})") from error
+        if not record.scope.within(scope):
+            raise ScopeError(f"{path}, line {number}: its scope ({record.scope}) is outside this handle's ({scope})")
+        yield record, older
+
+
+def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
+    try:
+        parsed = json.loads(line)
+    except ValueError as error:
+        raise InvalidInput(f"{path}, line {number}: not JSON ({error})") from error
+    if not isinstance(parsed, dict):
+        raise InvalidInput(f"{path}, line {number}: not a JSON object")
+    return parsed
