@@ -1,0 +1,36 @@
+"""Types of the C extension (native/module.c). agentmem/_pure.py has the same functions with the same bytes and errors."""
+
+from collections.abc import Sequence
+
+from typing_extensions import Buffer
+
+class PageError(ValueError):
+    """A page file or a layout breaks the rule ``args[0]``; ``args[1]`` says it in words."""
+
+def crc32c(data: Buffer, value: int = 0, /) -> int: ...
+def cpu_level() -> str: ...
+def cpu_levels() -> tuple[str, ...]: ...
+def set_cpu_level(name: str, /) -> None: ...
+def page_size(dtype: int, grid: int, layers: tuple[tuple[int, int, int], ...], /) -> int: ...
+def page_write(
+    fd: int,
+    dtype: int,
+    grid: int,
+    number: int,
+    identity: Buffer,
+    key: Buffer,
+    parent: Buffer,
+    tokens: Buffer,
+    keys: Sequence[Buffer],
+    values: Sequence[Buffer],
+    at: int,
+    /,
+) -> int: ...
+def page_parse(
+    data: Buffer, /
+) -> tuple[int, int, int, bytes, bytes, bytes, bytes, tuple[tuple[int, int, int], ...]]: ...
+def page_verify(data: Buffer, /) -> None: ...
+def page_read(
+    data: Buffer, keys: Sequence[Buffer], values: Sequence[Buffer], at: int, check: bool = True, /
+) -> None: ...
+def prefault(data: Buffer, /) -> None: ...

@@ -1,0 +1,501 @@
+/* Python's face of the native code: buffers in, GIL released, results turned into errors. No algorithm lives here.
+ *
+ * The same functions, with the same bytes and the same errors, are in agentmem/_pure.py; agentmem/_native.pyi has the
+ * types. Stable ABI of 3.11.
+ */
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+#include <errno.h>
+#include <stdio.h>
+#include <string.h>
+#include <sys/mman.h>
+#include <unistd.h>
+
+#include "crc32c.h"
+#include "page.h"
+
+#ifndef MADV_POPULATE_READ
+#define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#endif
+
+typedef struct {
+    PyObject *page_error;
+} module_state;
+
+static PyObject *fail(PyObject *module, int result, const char *detail)
+{
+    if (result == AM_SYSTEM)
+        return PyErr_SetFromErrno(PyExc_OSError);
+    if (result == AM_MEMORY)
+        return PyErr_NoMemory();
+    module_state *state = PyModule_GetState(module);
+    PyObject *arguments = Py_BuildValue("(ss)", am_rule(result), detail ? detail : am_rule_text(result));
+    if (arguments) {
+        PyErr_SetObject(state->page_error, arguments);
+        Py_DECREF(arguments);
+    }
+    return NULL;
+}
+
+/* ---- the tensors of a call: 2 * layers buffers ---- */
+
+typedef struct {
+    Py_ssize_t layers;
+    Py_buffer *views; /* K and V of layer 0, K and V of layer 1, ... */
+    Py_ssize_t held;
+    am_rows *keys, *values;
+} tensors;
+
+static void tensors_destroy(tensors *all)
+{
+    for (Py_ssize_t i = 0; i < all->held; i++)
+        PyBuffer_Release(&all->views[i]);
+    PyMem_Free(all->views);
+    PyMem_Free(all->keys);
+    PyMem_Free(all->values);
+}
+
+static int take_view(tensors *all, PyObject *sequence, Py_ssize_t layer, const char *name, int flags)
+{
+    PyObject *item = PySequence_GetItem(sequence, layer);
+    if (!item)
+        return -1;
+    Py_buffer *view = &all->views[all->held];
+    int failed = PyObject_GetBuffer(item, view, flags);
+    Py_DECREF(item);
+    if (failed)
+        return -1;
+    all->held++;
+    if (view->ndim != 3) {
+        PyErr_Format(PyExc_ValueError, "%s[%zd] must have the shape [kv_heads, positions, head_dim], not %d axes", name,
+                     layer, view->ndim);
+        return -1;
+    }
+    if ((view->shape[2] > 1 && view->strides[2] != view->itemsize) ||
+        (view->shape[1] > 1 && view->strides[1] != view->itemsize * view->shape[2])) {
+        PyErr_Format(PyExc_ValueError, "%s[%zd] must be contiguous in its positions and dimensions", name, layer);
+        return -1;
+    }
+    return 0;
+}
+
+/* Takes the buffers of both sequences. On failure nothing is held. */
+static int tensors_init(tensors *all, PyObject *keys, PyObject *values, int flags)
+{
+    memset(all, 0, sizeof *all);
+    all->layers = PySequence_Size(keys);
+    Py_ssize_t others = all->layers < 0 ? -1 : PySequence_Size(values);
+    if (all->layers < 0 || others < 0)
+        return -1;
+    if (all->layers != others || all->layers < 1 || all->layers > (Py_ssize_t)AM_MAX_LAYERS) {
+        PyErr_Format(PyExc_ValueError, "%zd keys and %zd values: there must be one of each per layer, 1 to %u layers",
+                     all->layers, others, AM_MAX_LAYERS);
+        return -1;
+    }
+    all->views = PyMem_Calloc((size_t)all->layers * 2, sizeof *all->views);
+    all->keys = PyMem_Calloc((size_t)all->layers, sizeof *all->keys);
+    all->values = PyMem_Calloc((size_t)all->layers, sizeof *all->values);
+    if (!all->views || !all->keys || !all->values) {
+        PyErr_NoMemory();
+        goto failed;
+    }
+    for (Py_ssize_t i = 0; i < all->layers; i++)
+        if (take_view(all, keys, i, "keys", flags) || take_view(all, values, i, "values", flags))
+            goto failed;
+    return 0;
+failed:
+    tensors_destroy(all);
+    return -1;
+}
+
+/* Points the rows of `layer` at position `at`; raises unless its tensors have these dimensions and hold `grid` positions
+ * from there on. */
+static int tensors_fit(tensors *all, Py_ssize_t layer, am_layer shape, uint32_t item, Py_ssize_t at, uint32_t grid)
+{
+    for (int side = 0; side < 2; side++) {
+        const Py_buffer *view = &all->views[2 * layer + side];
+        uint32_t dim = side ? shape.value_dim : shape.key_dim;
+        if (view->itemsize != (Py_ssize_t)item || view->shape[0] != (Py_ssize_t)shape.kv_heads ||
+            view->shape[2] != (Py_ssize_t)dim || at < 0 || at > view->shape[1] - (Py_ssize_t)grid) {
+            PyErr_Format(PyExc_ValueError,
+                         "%s[%zd] is [%zd, %zd, %zd] of %zd-byte values: [%u, >= %zd, %u] of %u-byte values needed",
+                         side ? "values" : "keys", layer, view->shape[0], view->shape[1], view->shape[2],
+                         view->itemsize, (unsigned)shape.kv_heads, at < 0 ? (Py_ssize_t)grid : at + (Py_ssize_t)grid,
+                         (unsigned)dim, (unsigned)item);
+            return -1;
+        }
+        am_rows *rows = side ? &all->values[layer] : &all->keys[layer];
+        rows->head_stride = view->strides[0];
+        rows->data = (uint8_t *)view->buf + at * view->shape[2] * view->itemsize;
+    }
+    return 0;
+}
+
+/* ---- CRC32C ---- */
+
+static PyObject *crc32c(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer data;
+    unsigned int value = 0;
+    if (!PyArg_ParseTuple(args, "y*|I:crc32c", &data, &value))
+        return NULL;
+    uint32_t crc = value;
+    if (data.len < 4096)
+        crc = am_crc32c(crc, data.buf, (size_t)data.len);
+    else {
+        Py_BEGIN_ALLOW_THREADS
+        crc = am_crc32c(crc, data.buf, (size_t)data.len);
+        Py_END_ALLOW_THREADS
+    }
+    PyBuffer_Release(&data);
+    return PyLong_FromUnsignedLong(crc);
+}
+
+static PyObject *cpu_level(PyObject *module, PyObject *ignored)
+{
+    (void)module, (void)ignored;
+    return PyUnicode_FromString(am_crc32c_level());
+}
+
+static PyObject *cpu_levels(PyObject *module, PyObject *ignored)
+{
+    (void)module, (void)ignored;
+    Py_ssize_t count = 0;
+    while (am_crc32c_usable((size_t)count))
+        count++;
+    PyObject *names = PyTuple_New(count);
+    for (Py_ssize_t i = 0; names && i < count; i++) {
+        PyObject *name = PyUnicode_FromString(am_crc32c_usable((size_t)i));
+        if (!name || PyTuple_SetItem(names, i, name))
+            Py_CLEAR(names);
+    }
+    return names;
+}
+
+static PyObject *set_cpu_level(PyObject *module, PyObject *args)
+{
+    (void)module;
+    const char *name;
+    if (!PyArg_ParseTuple(args, "s:set_cpu_level", &name))
+        return NULL;
+    if (am_crc32c_force(name))
+        return PyErr_Format(PyExc_ValueError, "this CPU has no level %s: see cpu_levels()", name);
+    Py_RETURN_NONE;
+}
+
+/* ---- pages ---- */
+
+static int layers_from(PyObject *sequence, am_layer *shapes, Py_ssize_t count)
+{
+    for (Py_ssize_t i = 0; i < count; i++) {
+        PyObject *item = PySequence_GetItem(sequence, i);
+        if (!item)
+            return -1;
+        unsigned int heads = 0, key_dim = 0, value_dim = 0;
+        int read = PyArg_ParseTuple(item, "III", &heads, &key_dim, &value_dim);
+        Py_DECREF(item);
+        if (!read)
+            return -1;
+        shapes[i] = (am_layer){heads, key_dim, value_dim};
+    }
+    return 0;
+}
+
+static PyObject *page_size(PyObject *module, PyObject *args)
+{
+    unsigned int dtype, grid;
+    PyObject *layers;
+    if (!PyArg_ParseTuple(args, "IIO!:page_size", &dtype, &grid, &PyTuple_Type, &layers))
+        return NULL;
+    Py_ssize_t count = PyTuple_Size(layers);
+    if (count > (Py_ssize_t)AM_MAX_LAYERS)
+        return fail(module, AM_LAYERS, NULL);
+    am_layer *shapes = PyMem_Calloc((size_t)count + 1, sizeof *shapes);
+    if (!shapes)
+        return PyErr_NoMemory();
+    PyObject *size = NULL;
+    if (!layers_from(layers, shapes, count)) {
+        int result;
+        uint64_t length = am_page_size(dtype, grid, (uint32_t)count, shapes, &result);
+        size = length ? PyLong_FromUnsignedLongLong(length) : fail(module, result, NULL);
+    }
+    PyMem_Free(shapes);
+    return size;
+}
+
+static PyObject *page_write(PyObject *module, PyObject *args)
+{
+    int fd;
+    unsigned int dtype, grid, number;
+    Py_buffer identity, key, parent, tokens;
+    PyObject *keys, *values;
+    Py_ssize_t at;
+    if (!PyArg_ParseTuple(args, "iIIIy*y*y*y*OOn:page_write", &fd, &dtype, &grid, &number, &identity, &key, &parent,
+                          &tokens, &keys, &values, &at))
+        return NULL;
+    PyObject *written = NULL;
+    tensors all;
+    am_layer *shapes = NULL;
+    if (identity.len != 32 || key.len != 32 || parent.len != 32 || tokens.len != (Py_ssize_t)grid * 4) {
+        PyErr_SetString(PyExc_ValueError, "identity, key and parent are 32 bytes each, tokens are grid int32 values");
+        goto release;
+    }
+    if (!am_item(dtype)) {
+        fail(module, AM_DTYPE, NULL);
+        goto release;
+    }
+    if (tensors_init(&all, keys, values, PyBUF_STRIDES))
+        goto release;
+    shapes = PyMem_Calloc((size_t)all.layers, sizeof *shapes);
+    if (!shapes) {
+        PyErr_NoMemory();
+        goto destroy;
+    }
+    for (Py_ssize_t i = 0; i < all.layers; i++) {
+        const Py_ssize_t *k = all.views[2 * i].shape, *v = all.views[2 * i + 1].shape;
+        if (k[0] > (Py_ssize_t)AM_MAX_HEADS || k[2] > (Py_ssize_t)AM_MAX_DIM || v[2] > (Py_ssize_t)AM_MAX_DIM) {
+            fail(module, AM_SHAPE, NULL);
+            goto destroy;
+        }
+        shapes[i] = (am_layer){(uint32_t)k[0], (uint32_t)k[2], (uint32_t)v[2]};
+        if (tensors_fit(&all, i, shapes[i], am_item(dtype), at, grid))
+            goto destroy;
+    }
+    am_page_head head = {
+        .dtype = dtype, .grid = grid, .number = number, .layers = (uint32_t)all.layers, .shapes = shapes,
+        .identity = identity.buf, .key = key.buf, .parent = parent.buf, .tokens = tokens.buf,
+    };
+    uint64_t length = 0;
+    int result, saved;
+    Py_BEGIN_ALLOW_THREADS
+    result = am_page_write(fd, &head, all.keys, all.values, &length);
+    saved = errno;
+    Py_END_ALLOW_THREADS
+    errno = saved;
+    written = result == AM_OK ? PyLong_FromUnsignedLongLong(length) : fail(module, result, NULL);
+destroy:
+    PyMem_Free(shapes);
+    tensors_destroy(&all);
+release:
+    PyBuffer_Release(&identity);
+    PyBuffer_Release(&key);
+    PyBuffer_Release(&parent);
+    PyBuffer_Release(&tokens);
+    return written;
+}
+
+/* Sets the error of an extent: which layer, head and block it is. */
+static PyObject *fail_extent(PyObject *module, const am_page *page, int result, uint32_t extent)
+{
+    char detail[160];
+    uint32_t blocks = page->grid / page->block, left = extent, layer = 0;
+    while (layer + 1 < page->layers && left >= am_page_layer(page, layer).kv_heads * blocks)
+        left -= am_page_layer(page, layer++).kv_heads * blocks;
+    snprintf(detail, sizeof detail, "%s (layer %u, head %u, block %u)", am_rule_text(result), (unsigned)layer,
+             (unsigned)(left / blocks), (unsigned)(left % blocks));
+    return fail(module, result, detail);
+}
+
+static PyObject *page_parse(PyObject *module, PyObject *args)
+{
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "y*:page_parse", &data))
+        return NULL;
+    am_page page;
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = am_page_open(&page, data.buf, (uint64_t)data.len);
+    Py_END_ALLOW_THREADS
+    PyObject *parsed = NULL, *layers = NULL;
+    if (result != AM_OK) {
+        fail(module, result, NULL);
+        goto release;
+    }
+    layers = PyTuple_New((Py_ssize_t)page.layers);
+    for (uint32_t i = 0; layers && i < page.layers; i++) {
+        am_layer shape = am_page_layer(&page, i);
+        PyObject *entry = Py_BuildValue("(III)", (unsigned)shape.kv_heads, (unsigned)shape.key_dim,
+                                        (unsigned)shape.value_dim);
+        if (!entry || PyTuple_SetItem(layers, (Py_ssize_t)i, entry))
+            Py_CLEAR(layers);
+    }
+    if (layers)
+        parsed = Py_BuildValue("(IIIy#y#y#y#O)", (unsigned)page.dtype, (unsigned)page.grid, (unsigned)page.number,
+                               page.identity, (Py_ssize_t)32, page.key, (Py_ssize_t)32, page.parent, (Py_ssize_t)32,
+                               page.tokens, (Py_ssize_t)page.grid * 4, layers);
+    Py_XDECREF(layers);
+release:
+    PyBuffer_Release(&data);
+    return parsed;
+}
+
+static PyObject *page_verify(PyObject *module, PyObject *args)
+{
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "y*:page_verify", &data))
+        return NULL;
+    am_page page;
+    int result;
+    uint32_t bad = UINT32_MAX;
+    Py_BEGIN_ALLOW_THREADS
+    result = am_page_open(&page, data.buf, (uint64_t)data.len);
+    if (result == AM_OK)
+        result = am_page_verify(&page, &bad);
+    Py_END_ALLOW_THREADS
+    PyObject *none = NULL;
+    if (result == AM_OK)
+        none = Py_NewRef(Py_None);
+    else if (bad == UINT32_MAX)
+        fail(module, result, NULL);
+    else
+        fail_extent(module, &page, result, bad);
+    PyBuffer_Release(&data);
+    return none;
+}
+
+static PyObject *page_read(PyObject *module, PyObject *args)
+{
+    Py_buffer data;
+    PyObject *keys, *values;
+    Py_ssize_t at;
+    int check = 1;
+    if (!PyArg_ParseTuple(args, "y*OOn|p:page_read", &data, &keys, &values, &at, &check))
+        return NULL;
+    PyObject *none = NULL;
+    am_page page;
+    tensors all;
+    int result;
+    Py_BEGIN_ALLOW_THREADS
+    result = am_page_open(&page, data.buf, (uint64_t)data.len);
+    Py_END_ALLOW_THREADS
+    if (result != AM_OK) {
+        fail(module, result, NULL);
+        goto release;
+    }
+    if (tensors_init(&all, keys, values, PyBUF_STRIDES | PyBUF_WRITABLE))
+        goto release;
+    if (all.layers != (Py_ssize_t)page.layers) {
+        PyErr_Format(PyExc_ValueError, "the page has %u layers, room for %zd was given", (unsigned)page.layers,
+                     all.layers);
+        goto destroy;
+    }
+    for (uint32_t i = 0; i < page.layers; i++)
+        if (tensors_fit(&all, (Py_ssize_t)i, am_page_layer(&page, i), page.item, at, page.grid))
+            goto destroy;
+    uint32_t bad = 0;
+    Py_BEGIN_ALLOW_THREADS
+    result = am_page_read(&page, all.keys, all.values, check, &bad);
+    Py_END_ALLOW_THREADS
+    none = result == AM_OK ? Py_NewRef(Py_None) : fail_extent(module, &page, result, bad);
+destroy:
+    tensors_destroy(&all);
+release:
+    PyBuffer_Release(&data);
+    return none;
+}
+
+static PyObject *prefault(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "y*:prefault", &data))
+        return NULL;
+    int failed = 0, saved = 0;
+#if defined(__linux__)
+    uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)data.buf & ~(page_bytes - 1);
+    size_t length = (uintptr_t)data.buf + (size_t)data.len - start;
+    Py_BEGIN_ALLOW_THREADS
+    failed = length ? madvise((void *)start, length, MADV_POPULATE_READ) : 0;
+    saved = errno;
+    Py_END_ALLOW_THREADS
+#endif
+    PyBuffer_Release(&data);
+    /* EINVAL: a kernel that doesn't know the advice; then the pages come in one by one, as everywhere else. */
+    if (failed && saved != EINVAL) {
+        errno = saved;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    Py_RETURN_NONE;
+}
+
+/* ---- the module ---- */
+
+static PyMethodDef methods[] = {
+    {"crc32c", crc32c, METH_VARARGS, "crc32c(data, value=0, /): CRC32C of data, appended to data with checksum value."},
+    {"cpu_level", cpu_level, METH_NOARGS, "cpu_level(): name of the instruction set in use."},
+    {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels(): names that set_cpu_level takes on this CPU, fastest first."},
+    {"set_cpu_level", set_cpu_level, METH_VARARGS, "set_cpu_level(name, /): use this one from now on, in all threads."},
+    {"page_size", page_size, METH_VARARGS, "page_size(dtype, grid, layers, /): length in bytes of such a page file."},
+    {"page_write", page_write, METH_VARARGS,
+     "page_write(fd, dtype, grid, number, identity, key, parent, tokens, keys, values, at, /): write a whole page file."},
+    {"page_parse", page_parse, METH_VARARGS,
+     "page_parse(data, /): (dtype, grid, number, identity, key, parent, tokens, layers) of a page file."},
+    {"page_verify", page_verify, METH_VARARGS, "page_verify(data, /): check every checksum of a page file."},
+    {"page_read", page_read, METH_VARARGS,
+     "page_read(data, keys, values, at, check=True, /): copy all layers out of a page file."},
+    {"prefault", prefault, METH_VARARGS, "prefault(data, /): map all of a file mapping; OSError where it can't be read."},
+    {NULL, NULL, 0, NULL},
+};
+
+static int module_exec(PyObject *module)
+{
+    module_state *state = PyModule_GetState(module);
+    state->page_error = PyErr_NewExceptionWithDoc(
+        "agentmem._native.PageError", "A page file or a layout breaks the rule args[0]; args[1] says it in words.",
+        PyExc_ValueError, NULL);
+    if (!state->page_error)
+        return -1;
+    return PyModule_AddObjectRef(module, "PageError", state->page_error);
+}
+
+static int module_traverse(PyObject *module, visitproc visit, void *arg)
+{
+    module_state *state = PyModule_GetState(module);
+    if (state)
+        Py_VISIT(state->page_error);
+    return 0;
+}
+
+static int module_clear(PyObject *module)
+{
+    module_state *state = PyModule_GetState(module);
+    if (state)
+        Py_CLEAR(state->page_error);
+    return 0;
+}
+
+/* What 3.12 and 3.13 added to the slots is unknown to the limited API of 3.11 and refused by 3.11 itself, so the table is
+ * chosen at run time. Both claims hold: the only state shared between interpreters or threads is the checksum's tables
+ * (filled once) and the chosen kernel (atomic). */
+#define MULTIPLE_INTERPRETERS 3
+#define PER_INTERPRETER_GIL ((void *)2)
+#define GIL 4
+#define GIL_NOT_USED ((void *)1)
+
+static PyModuleDef_Slot slots_3_11[] = {{Py_mod_exec, module_exec}, {0, NULL}};
+static PyModuleDef_Slot slots_3_12[] = {
+    {Py_mod_exec, module_exec}, {MULTIPLE_INTERPRETERS, PER_INTERPRETER_GIL}, {0, NULL}};
+static PyModuleDef_Slot slots_3_13[] = {
+    {Py_mod_exec, module_exec}, {MULTIPLE_INTERPRETERS, PER_INTERPRETER_GIL}, {GIL, GIL_NOT_USED}, {0, NULL}};
+
+static PyModuleDef definition = {
+    PyModuleDef_HEAD_INIT,
+    .m_name = "agentmem._native",
+    .m_doc = "Page files and checksums in C.",
+    .m_size = sizeof(module_state),
+    .m_methods = methods,
+    .m_slots = slots_3_11,
+    .m_traverse = module_traverse,
+    .m_clear = module_clear,
+};
+
+PyMODINIT_FUNC PyInit__native(void)
+{
+    if (Py_Version >= 0x030D0000)
+        definition.m_slots = slots_3_13;
+    else if (Py_Version >= 0x030C0000)
+        definition.m_slots = slots_3_12;
+    return PyModuleDef_Init(&definition);
+}

@@ -1,0 +1,106 @@
+/* Page files of the activation memory, format version 1: laid out byte by byte in README.md beside this file.
+ *
+ * Compiles without Python and allocates nothing while it reads. No size in a file is believed before it is bounded by the
+ * length of the file; every rule of the format has an error of its own.
+ */
+#ifndef AM_PAGE_H
+#define AM_PAGE_H
+
+#include <stddef.h>
+#include <stdint.h>
+
+#if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
+#error "page files are little-endian and are mapped as they are: big-endian hosts are not supported"
+#endif
+
+#define AM_PAGE_MAGIC "AMKVPAGE"
+#define AM_PAGE_VERSION 1u
+#define AM_PAGE_FIXED 160u /* bytes of the header before the token ids */
+#define AM_ALIGN 64u
+#define AM_BLOCK 64u /* tokens per block, or the grid where that is smaller */
+
+/* Bounds on what a header may say; products of them stay far inside 64 bits. */
+#define AM_MAX_GRID 65536u
+#define AM_MAX_LAYERS 1024u
+#define AM_MAX_HEADS 1024u
+#define AM_MAX_DIM 65536u
+
+enum { AM_F32 = 1, AM_F16 = 2, AM_BF16 = 3 }; /* dtype of compute */
+enum { AM_RAW = 0 };                          /* codec of an extent */
+
+/* Results. 0 is success; each other value is one broken rule (am_rule, am_rule_text). */
+enum {
+    AM_OK = 0,
+    AM_SHORT,
+    AM_MAGIC,
+    AM_VERSION,
+    AM_HEADER_LENGTH,
+    AM_LENGTH,
+    AM_HEADER_CHECKSUM,
+    AM_RESERVED,
+    AM_DTYPE,
+    AM_GRID,
+    AM_LAYERS,
+    AM_SHAPE,
+    AM_CODEC,
+    AM_EXTENT,
+    AM_PADDING,
+    AM_CHECKSUM,
+    AM_MEMORY, /* no memory for the header */
+    AM_SYSTEM, /* a system call failed: errno says why */
+    AM_RULES
+};
+
+const char *am_rule(int result);      /* a short name, "header checksum" */
+const char *am_rule_text(int result); /* a sentence for people */
+
+typedef struct {
+    uint32_t kv_heads, key_dim, value_dim;
+} am_layer;
+
+/* A page whose header was checked: pointers into the caller's bytes, valid as long as those. */
+typedef struct {
+    const uint8_t *data;
+    uint64_t length;
+    uint32_t dtype, item, grid, block, number, layers, extents;
+    uint64_t first; /* offset of the first extent */
+    const uint8_t *identity, *key, *parent, *tokens, *layer_table, *extent_table;
+} am_page;
+
+/* One tensor [kv_heads, positions, dim] from some position on; contiguous but for its heads, whose stride is in bytes. */
+typedef struct {
+    uint8_t *data;
+    ptrdiff_t head_stride;
+} am_rows;
+
+/* What goes into a header, beside the shapes. */
+typedef struct {
+    uint32_t dtype, grid, number, layers;
+    const am_layer *shapes;
+    const uint8_t *identity, *key, *parent; /* 32 bytes each */
+    const uint8_t *tokens;                  /* grid * int32 */
+} am_page_head;
+
+/* Bytes of one value of a dtype; 0 for an unknown dtype. */
+uint32_t am_item(uint32_t dtype);
+
+/* Checks all of the header (also its checksum and that every extent lies where the layout puts it). Reads no extent. */
+int am_page_open(am_page *page, const void *data, uint64_t length);
+
+am_layer am_page_layer(const am_page *page, uint32_t layer);
+
+/* Checks the checksum of every extent and that all padding is zero; *bad is the extent that failed. */
+int am_page_verify(const am_page *page, uint32_t *bad);
+
+/* Copies every layer's K and V out of the page into keys[layer], values[layer] (room for `grid` positions each). With
+ * `check` each extent is verified while it is in the cache; on AM_CHECKSUM the destinations hold undefined bytes. */
+int am_page_read(const am_page *page, const am_rows *keys, const am_rows *values, int check, uint32_t *bad);
+
+/* Length of the page file for a layout, or 0 with *result set to the rule that the layout breaks. */
+uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_layer *shapes, int *result);
+
+/* Writes a whole page file to `fd`, an empty file, by pwritev straight from the tensors (never through a mapping: a full
+ * disk is an error here, not a signal). *written is the file's length on success. */
+int am_page_write(int fd, const am_page_head *head, const am_rows *keys, const am_rows *values, uint64_t *written);
+
+#endif
