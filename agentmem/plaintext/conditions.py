@@ -68,7 +68,7 @@ def matching(where: Mapping[str, Any] | None) -> Condition:
             values.append(value)
             continue
         kind, test = _json_test(value)
-        parts.append(f"EXISTS (SELECT 1 FROM json_each(records.metadata) AS item WHERE item.key = ? AND {kind}{test})")  # noqa: S608 - ours
+        parts.append(f"EXISTS (SELECT 1 FROM json_each(records.metadata) AS item WHERE item.key = ? AND {kind}{test})")
         values += [key, value] if test else [key]
     return " AND ".join(parts) or "TRUE", values
 

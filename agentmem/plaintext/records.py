@@ -3,7 +3,6 @@
 Knows how a row is written whole, checked when it is read, changed and erased. Knows nothing of embedders, of the vector
 index or of ranking: vectors come in as numbers. The scope rule is in conditions.py.
 """
-# ruff: noqa: S608 - SQL is put together from our own pieces; every value is bound
 
 from __future__ import annotations
 
