@@ -1,0 +1,380 @@
+"""Generation on the local model: prefill on the token grid with page reuse, sampling, stop strings, streamed text.
+
+Knows how a request becomes tokens and tokens become text; knows nothing of files, loading or how pages are stored.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import json
+import logging
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from agentmem.activation.identity import digest
+from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected, Unavailable
+from agentmem.provider import Generation, LoraRef, Options, Request
+from agentmem.types import Usage
+
+from ._local_kv import GRID, States
+from ._local_model import Loaded, compute_environment
+from ._local_prompt import Prompt, Template
+
+__all__ = ["Cancelled", "Engine"]
+
+log = logging.getLogger("agentmem")
+
+#: Tokens of an answer where the request doesn't say.
+DEFAULT_ANSWER = 256
+#: Room made at once for an answer's KV states; a longer one makes the buffers grow.
+_AHEAD = 512
+
+
+class Cancelled(BaseException):
+    """The caller gave this generation up. Never leaves the provider."""
+
+
+class Engine:
+    """A loaded model and everything that answers with it.
+
+    Forward passes are one at a time under ``lock``; between two tokens it is free, so a stream that nobody reads on
+    doesn't stop other requests, and each pass puts its own LoRA versions on the model first.
+    """
+
+    def __init__(self, loaded: Loaded, name: str, lock: threading.RLock) -> None:
+        self.loaded = loaded
+        self.name = name
+        self.lock = lock
+        self.template = Template(loaded.tokenizer)
+        model = loaded.model
+        parameters = inspect.signature(model.forward).parameters
+        self._cache_name = next((key for key in ("past_key_values", "cache_params") if key in parameters), None)
+        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self._switch: Any = None
+        self._ends = self._end_tokens()
+        self.states = States(model, self._base_forward, loaded.device)
+        config = model.config.get_text_config(decoder=True)
+        window: Any = getattr(config, "max_position_embeddings", None)
+        self.window: int | None = window
+
+    def _end_tokens(self) -> frozenset[int]:
+        generation_config = getattr(self.loaded.model, "generation_config", None)
+        configured: Any = getattr(generation_config, "eos_token_id", None)
+        several = configured if isinstance(configured, list | tuple) else [configured]
+        found = [*several, self.loaded.tokenizer.eos_token_id, self.template.end_of_turn]
+        return frozenset(int(token) for token in found if token is not None)
+
+    # -- one pass of the model -------------------------------------------------------------------------------------
+
+    def _base_forward(self, tokens: Sequence[int], cache: Any) -> tuple[torch.Tensor, Any]:
+        return self.forward(tokens, cache, (), None)
+
+    def forward(
+        self, tokens: Sequence[int], cache: Any, loras: Sequence[LoraRef], cancel: threading.Event | None
+    ) -> tuple[torch.Tensor, Any]:
+        """Logits of the last of ``tokens``, float32 [vocabulary], and the cache with all of them in it.
+
+        ``cache`` None is an empty one of the model's own kind. Raises `Unavailable` where memory runs out.
+        """
+        given = {self._cache_name: cache} if self._cache_name is not None and cache is not None else {}
+        with self._turn(cancel), torch.inference_mode():
+            self._activate(loras)
+            try:
+                ids = torch.tensor([tokens], device=self.loaded.device)
+                output = self.loaded.model(input_ids=ids, use_cache=True, return_dict=True, **given, **self._options)
+                logits: torch.Tensor = output.logits[0, -1].float().cpu()
+            except (torch.OutOfMemoryError, MemoryError) as error:
+                raise Unavailable(f"{self.name} ran out of memory on a prompt step of {len(tokens)} tokens") from error
+        if bool(torch.isnan(logits).any()):
+            raise ProviderError(f"{self.name} computed no valid numbers in {self.loaded.dtype}: set dtype = float32")
+        return logits, getattr(output, self._cache_name) if self._cache_name is not None else None
+
+    @contextlib.contextmanager
+    def _turn(self, cancel: threading.Event | None) -> Iterator[None]:
+        while not self.lock.acquire(timeout=0.05):
+            _stop_if(cancel)
+        try:
+            yield
+        finally:
+            self.lock.release()
+
+    def _activate(self, loras: Sequence[LoraRef]) -> None:
+        if self._switch is None:
+            if not loras:
+                return
+            from agentmem.parametric.lora import Switch
+
+            self._switch = Switch(self.loaded.model, identity=self.loaded.content)
+        self._switch.activate(loras)
+
+    def identity(self, loras: Sequence[LoraRef], grid: int) -> bytes:
+        """Under what a KV page of this model is kept: everything that can change a bit of it but the tokens."""
+        versions = json.dumps(sorted((lora.digest, lora.scale) for lora in loras))
+        return digest(
+            {
+                "model": self.loaded.content,
+                "loras": versions,
+                "layout": "every position of every layer, keys after rotary, grid from position 0, 1",
+                "grid": grid,
+                **compute_environment(self.loaded),
+            }
+        )
+
+    # -- a request -------------------------------------------------------------------------------------------------
+
+    def stream(self, request: Request, cancel: threading.Event | None = None) -> Iterator[str | Generation]:
+        """Pieces of the answer, then the `Generation`. Sealing pages waits until the last piece is out (or the reader
+        leaves): it would only make someone wait for the next piece, and decoding doesn't touch the prompt's states."""
+        options = request.options
+        sampler = Sampler(options)
+        started = time.perf_counter()
+        prompt = self.template.prompt(request.segments, options.extra.get("chat_template_kwargs"))
+        budget = self._budget(len(prompt.tokens), options.max_tokens)
+        run = _Run(self, request, prompt, budget, cancel)
+        text = Text(self.loaded.tokenizer, (*options.stop, *self.template.stops))
+        finish, count, first_s = "length", 0, None
+        try:
+            logits = run.prefill()
+            while count < budget:
+                token = sampler(logits, prompt.tokens)
+                first_s = time.perf_counter() - started if first_s is None else first_s
+                if token in self._ends:
+                    finish = "stop"
+                    break
+                count += 1
+                if piece := text.push(token):
+                    yield piece
+                if text.stopped:
+                    finish = "stop"
+                    break
+                if count < budget:
+                    logits = run.step([token])
+            if piece := text.flush():
+                yield piece
+        finally:
+            written = run.seal()
+        usage = Usage(
+            input_tokens=len(prompt.tokens),
+            cached_tokens=run.cached,
+            written_tokens=written,
+            output_tokens=count,
+            first_token_s=first_s,
+            total_s=time.perf_counter() - started,
+        )
+        yield Generation(text=text.text, usage=usage, finish_reason=finish, miss=run.miss)
+
+    def _budget(self, length: int, wanted: Any) -> int:
+        if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0):
+            raise InvalidInput(f"max_tokens is {wanted!r}; give a number of tokens, 0 for prefill only")
+        budget: int = DEFAULT_ANSWER if wanted is None else wanted
+        if self.window is None:  # some recurrent models have none
+            return budget
+        room = self.window - length
+        if room < min(budget, 1):
+            raise Rejected(
+                f"the prompt has {length} tokens, the window of {self.name} is {self.window}, answer included: "
+                "recall less, or start a new session"
+            )
+        return min(budget, room)
+
+
+class _Run:
+    """The KV states of one request, from the stored pages to the last token."""
+
+    def __init__(
+        self, engine: Engine, request: Request, prompt: Prompt, budget: int, cancel: threading.Event | None
+    ) -> None:
+        self._engine = engine
+        self._pages = request.pages
+        self._loras = request.loras
+        self._prompt = prompt
+        self._capacity = len(prompt.tokens) + min(budget, _AHEAD)
+        self._cancel = cancel
+        self._grid = GRID if request.pages is None else request.pages.grid
+        self._identity = b""
+        self._cache: Any = None
+        self._all: list[int] = []
+        self._done = 0
+        self._first = 0
+        self.cached = 0
+        self.miss: str | None = None
+
+    def prefill(self) -> torch.Tensor:
+        """Logits after the prompt's last token. On the grid from position 0, whatever was restored: equal steps give
+        equal bits. The last step is always computed, so a prompt that ends with a page computes that page again."""
+        states, tokens, grid = self._engine.states, self._prompt.tokens, self._grid
+        if self._pages is not None and not states.check():
+            self.miss, self._pages = states.miss, None
+        if self._pages is not None:
+            self._identity = self._engine.identity(self._loras, grid)
+            stored = self._pages.longest(self._identity, tokens)
+            known = next((i for i, page in enumerate(stored) if not self._matches(page, i)), len(stored))
+            wanted = min(known, (len(tokens) - 1) // grid)
+            self._cache, self.cached = states.restore(stored[:wanted], grid, self._capacity)
+            self._first = known if self.cached == wanted * grid else self.cached // grid
+        else:
+            self._cache = states.empty(self._capacity)
+        self._done = self.cached
+        step = grid if states.gridded else len(tokens)
+        logits = torch.empty(0)
+        while self._done < len(tokens):
+            part = tokens[self._done : self._done + step]
+            logits = self.step(part)
+            self._done += len(part)
+        return logits
+
+    def _matches(self, page: Any, number: int) -> bool:
+        return tuple(page.tokens) == tuple(self._prompt.tokens[number * self._grid : (number + 1) * self._grid])
+
+    def step(self, tokens: Sequence[int]) -> torch.Tensor:
+        """Logits after these next tokens."""
+        _stop_if(self._cancel)
+        self._all += tokens
+        # A model without a cache of any kind reads everything again.
+        given = self._all if self._engine._cache_name is None else tokens
+        logits, self._cache = self._engine.forward(given, self._cache, self._loras, self._cancel)
+        return logits
+
+    def seal(self) -> int:
+        """Store the pages that this run computed and that lie wholly in the stable prefix; how many tokens that is."""
+        if self._pages is None:
+            return 0
+        last = min(self._prompt.stable, self._done) // self._grid
+        if last <= self._first:
+            return 0
+        tokens = self._prompt.tokens[: last * self._grid]
+        records = [self._prompt.records((number + 1) * self._grid) for number in range(self._first, last)]
+        try:
+            return self._engine.states.seal(
+                self._pages, self._identity, self._cache, tokens=tokens, first=self._first, records=records
+            )
+        except AgentMemError as error:  # the memory was closed while an answer was still being read
+            log.warning("KV pages of %d tokens were not kept: %s", len(tokens), error)
+            return 0
+
+
+def _stop_if(cancel: threading.Event | None) -> None:
+    if cancel is not None and cancel.is_set():
+        raise Cancelled
+
+
+class Sampler:
+    """Picks the next token: the likeliest at temperature None or 0, else by nucleus sampling (Holtzman et al. 2020).
+
+    ``extra`` may hold ``top_k`` and ``repetition_penalty`` (Keskar et al. 2019); other keys are ignored. Equal
+    seeds give equal tokens. Raises `InvalidInput` for values that can't be.
+    """
+
+    def __init__(self, options: Options) -> None:
+        self._temperature = _number("temperature", options.temperature, 0.0, low=0.0, high=100.0)
+        self._top_p = _number("top_p", options.top_p, 1.0, low=0.0, high=1.0)
+        self._top_k = int(_number("top_k", options.extra.get("top_k"), 0, low=0, high=1 << 31))
+        self._penalty = _number(
+            "repetition_penalty", options.extra.get("repetition_penalty"), 1.0, low=0.01, high=100.0
+        )
+        self._generator = torch.Generator()
+        if options.seed is None:
+            self._generator.seed()
+        else:
+            seed = options.seed
+            if isinstance(seed, bool) or not isinstance(seed, int):
+                raise InvalidInput(f"seed is {seed!r}; give a whole number")
+            self._generator.manual_seed(seed % (1 << 63))
+        if not isinstance(options.extra.get("chat_template_kwargs", {}), Mapping):
+            raise InvalidInput("chat_template_kwargs must be a mapping")
+        if any(not isinstance(text, str) for text in options.stop):
+            raise InvalidInput(f"stop is {options.stop!r}; give texts")
+        self._seen: set[int] = set()
+
+    def __call__(self, logits: torch.Tensor, prompt: Sequence[int]) -> int:
+        """The next token. ``logits`` [vocabulary] is float32 on the CPU."""
+        if self._penalty != 1.0:
+            self._seen |= set(prompt) if not self._seen else set()
+            seen = torch.tensor(sorted(self._seen))
+            before = logits[seen]
+            logits = logits.clone()
+            logits[seen] = torch.where(before > 0, before / self._penalty, before * self._penalty)
+        token = int(logits.argmax()) if self._temperature == 0 else self._drawn(logits)
+        self._seen.add(token)
+        return token
+
+    def _drawn(self, logits: torch.Tensor) -> int:
+        values, order = (logits / self._temperature).sort(descending=True, stable=True)
+        if self._top_k:
+            values = values[: self._top_k]
+        chances = values.softmax(-1)
+        # Kept are the likeliest tokens whose predecessors together have less than top_p, so at least one.
+        kept = chances.cumsum(-1) - chances < max(self._top_p, 1e-9)
+        chances = chances * kept
+        return int(order[torch.multinomial(chances, 1, generator=self._generator)])
+
+
+def _number(name: str, value: Any, default: float, *, low: float, high: float) -> float:
+    if value is None:
+        return default
+    if isinstance(value, bool) or not isinstance(value, int | float) or not low <= value <= high:
+        raise InvalidInput(f"{name} is {value!r}; give a number from {low:g} to {high:g}")
+    return float(value)
+
+
+class Text:
+    """Tokens as text, piece by piece: whole characters, no special tokens, nothing from a stop string on."""
+
+    def __init__(self, tokenizer: Any, stops: Sequence[str]) -> None:
+        self._tokenizer = tokenizer
+        self._stops = [stop for stop in stops if stop]
+        self._tokens: list[int] = []
+        self._start = 0  # decoding begins here, a few tokens back: a token's text can depend on the one before it
+        self._read = 0  # tokens whose text was taken
+        self._held = ""  # may be the beginning of a stop string
+        self.text = ""
+        self.stopped = False
+
+    def push(self, token: int) -> str:
+        """The text that is certain now; often one word, empty inside a character or a possible stop string."""
+        self._tokens.append(token)
+        before = self._decoded(self._start, self._read)
+        now = self._decoded(self._start, len(self._tokens))
+        if now.endswith("\N{REPLACEMENT CHARACTER}") or len(now) <= len(before):
+            return ""
+        self._start, self._read = self._read, len(self._tokens)
+        return self._checked(now[len(before) :])
+
+    def flush(self) -> str:
+        """What was held back, at the end of the answer. Bytes of an unfinished character are dropped."""
+        if self.stopped:
+            return ""
+        before = self._decoded(self._start, self._read)
+        rest = self._decoded(self._start, len(self._tokens))[len(before) :].rstrip("\N{REPLACEMENT CHARACTER}")
+        piece = self._checked(rest)
+        held, self._held = self._held, ""
+        self.text += held
+        return piece + held
+
+    def _decoded(self, start: int, end: int) -> str:
+        text: str = self._tokenizer.decode(
+            self._tokens[start:end], skip_special_tokens=True, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def _checked(self, piece: str) -> str:
+        text = self._held + piece
+        found = [place for place in (text.find(stop) for stop in self._stops) if place >= 0]
+        if found:
+            self.stopped, self._held = True, ""
+            text = text[: min(found)]
+        else:
+            keep = max((_overlap(text, stop) for stop in self._stops), default=0)
+            text, self._held = text[: len(text) - keep], text[len(text) - keep :]
+        self.text += text
+        return text
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest end of ``text`` that is a beginning of ``stop``, but not all of it."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if stop.startswith(text[-n:])), 0)

@@ -1,0 +1,289 @@
+"""KV states of the local model: computed on the token grid, taken from stored pages, handed out to be sealed.
+
+Knows transformers' cache layers, which architectures can be cut into pages, and how to get the same bits again; knows
+nothing of prompts, sampling or how pages are stored. One sequence at a time (batch 1).
+"""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer
+
+from agentmem.errors import AgentMemError
+from agentmem.provider import Pages
+
+__all__ = ["GRID", "Forward", "States", "unsafe_architecture"]
+
+log = logging.getLogger("agentmem")
+
+#: Tokens per prefill step where no page store says otherwise. The same with and without pages: the bits depend on it.
+GRID = 256
+
+#: Rope types whose angles don't depend on how long the sequence is (dynamic and longrope do).
+_STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+_ATTENTION = ("full_attention", "sliding_attention")
+_TEST = (16, 8)
+
+#: Runs the model on the tokens that follow what a cache holds; gives the last one's logits [vocabulary] and the cache.
+Forward = Callable[[Sequence[int], Any], tuple[torch.Tensor, Any]]
+
+
+class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
+    """A cache layer that keeps every position and appends in place.
+
+    The stock layer concatenates all keys and values for every token. This one writes into a buffer made once,
+    [1, KV heads, capacity, head dim], and hands out views of it. Layers with a sliding window keep everything too: the
+    mask does the window, and any prefix can be taken out again.
+    """
+
+    def __init__(self, capacity: int, keys: torch.Tensor | None = None, values: torch.Tensor | None = None) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._capacity = capacity
+        self._length = 0
+        self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        if keys is not None and values is not None:
+            self.lazy_initialization(keys, values)
+            self._buffers = (keys, values)
+
+    def restored(self, length: int) -> None:
+        """The first ``length`` positions of the buffers were filled from outside."""
+        self._length = length
+        self._show()
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *_: Any, **__: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        end = self._length + key_states.shape[-2]
+        if self._buffers is None or end > self._capacity:
+            self._capacity = max(self._capacity, end if self._buffers is None else end * 3 // 2)
+            self._buffers = (self._grown(key_states, 0), self._grown(value_states, 1))
+        for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
+            buffer[:, :, self._length : end] = new
+        self._length = end
+        return self._show()
+
+    def _grown(self, like: torch.Tensor, which: int) -> torch.Tensor:
+        buffer = like.new_empty((*like.shape[:2], self._capacity, like.shape[3]))
+        if self._buffers is not None:
+            buffer[:, :, : self._length] = self._buffers[which][:, :, : self._length]
+        return buffer
+
+    def _show(self) -> tuple[torch.Tensor, torch.Tensor]:
+        assert self._buffers is not None
+        keys, values = (buffer[:, :, : self._length] for buffer in self._buffers)
+        self.keys, self.values = keys, values
+        return keys, values
+
+
+def unsafe_architecture(model: Any) -> str | None:
+    """Why this model's KV states can't be cut into pages and put together again; None if nothing speaks against it."""
+    config = model.config.get_text_config(decoder=True)
+    if getattr(model, "_is_stateful", False):
+        return f"{type(model).__name__} keeps a recurrent state, which can't be cut at a page"
+    if "past_key_values" not in inspect.signature(model.forward).parameters:
+        return f"{type(model).__name__} takes no key-value cache"
+    kinds = set(getattr(config, "layer_types", None) or ()) - set(_ATTENTION)
+    if kinds:
+        return f"{type(model).__name__} has layers of type {', '.join(sorted(kinds))}"
+    if getattr(config, "num_kv_shared_layers", None):
+        return f"{type(model).__name__} shares KV states between layers"
+    for rope in _ropes(config):
+        if rope.get("rope_type", rope.get("type", "default")) not in _STEADY_ROPE:
+            return (
+                f"its rotary positions ({rope.get('rope_type', rope.get('type'))}) depend on the length of the prompt"
+            )
+    return None
+
+
+def _ropes(config: Any) -> list[dict[str, Any]]:
+    found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
+    ropes: list[dict[str, Any]] = []
+    for rope in found:
+        if isinstance(rope, dict):
+            nested = [value for value in rope.values() if isinstance(value, dict)]  # one per layer type
+            ropes += nested or [rope]
+    return ropes
+
+
+class States:
+    """The KV states of a model: how they are made, and whether they can be restored.
+
+    ``miss`` is the reason why pages are not used, once that is known.
+    """
+
+    def __init__(self, model: Any, forward: Forward, device: torch.device) -> None:
+        self._forward = forward
+        self._device = device
+        self._model = model
+        self._layers = int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0))
+        self.miss = unsafe_architecture(model)
+        self._shapes: list[tuple[int, int, int, torch.dtype]] = []  # per layer: heads, dims of K and V, dtype
+        if self.miss is not None:
+            log.warning("KV pages are off for this model: %s", self.miss)
+
+    @property
+    def gridded(self) -> bool:
+        """Whether prefill runs in steps of the grid (else in one step with the model's own cache)."""
+        return self.miss is None
+
+    def empty(self, capacity: int) -> Any:
+        """An empty cache with room for ``capacity`` positions; None stands for the model's own kind."""
+        return self._cache([PrefixLayer(capacity) for _ in range(self._layers)]) if self.gridded else None
+
+    def check(self) -> bool:
+        """Whether pages can be used, after a small trial on this very model, once: prefill 24 tokens in two steps, put
+        the first step's states into a new cache, continue, and compare bit for bit."""
+        if self.miss is None and not self._shapes:
+            try:
+                self.miss = self._trial()
+            except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
+                self.miss = f"the trial of restoring its KV states failed ({error})"
+            if self.miss is not None:
+                log.warning("KV pages are off for this model: %s", self.miss)
+        return self.miss is None
+
+    def _trial(self) -> str | None:
+        first, rest = _TEST
+        size = int(self._model.get_input_embeddings().num_embeddings)
+        ids = [(7919 * i + 13) % size for i in range(first + rest)]
+        live = self.empty(first + rest)
+        self._forward(ids[:first], live)
+        wanted, _ = self._forward(ids[first:], live)
+        reason = self._unlike_pages(live, first + rest)
+        if reason is not None:
+            return reason
+        self._shapes = [_shape(layer) for layer in live.layers]
+        # Another capacity on purpose: where a state lies in memory must not matter.
+        again, keys, values = self._reserved(first + rest + 40)
+        for layer, key, value in zip(live.layers, keys, values, strict=True):
+            key[:, :first] = _numpy(layer.keys[0, :, :first])
+            value[:, :first] = _numpy(layer.values[0, :, :first])
+        got, _ = self._forward(ids[first:], self._filled(again, keys, values, first))
+        if not torch.equal(wanted, got):
+            return "its restored KV states don't give the same logits as live ones"
+        return None
+
+    def _unlike_pages(self, cache: Any, length: int) -> str | None:
+        """A page holds one K and one V per layer, each with one row per position, all of one dtype."""
+        layers = cache.layers
+        if len(layers) != self._layers or not all(
+            type(layer) is PrefixLayer and layer.is_initialized for layer in layers
+        ):
+            return "its cache has other layers than attention layers"
+        tensors = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
+        if len({tensor.dtype for tensor in tensors}) != 1:
+            return "its KV states have several dtypes"
+        if any(tensor.shape[0] != 1 or tensor.shape[2] != length for tensor in tensors):
+            return "its KV states have no row per position"
+        if any(layer.keys.shape[1] != layer.values.shape[1] for layer in layers):
+            return "its keys and values have different numbers of heads"
+        return None
+
+    # -- restore ---------------------------------------------------------------------------------------------------
+
+    def restore(self, pages: Sequence[Any], grid: int, capacity: int) -> tuple[Any, int]:
+        """A cache that begins with the states of ``pages``, and how many positions that are.
+
+        A page that can't be read ends the prefix there. Only after `check` said yes.
+        """
+        if not pages:
+            return self.empty(capacity), 0
+        cache, keys, values = self._reserved(max(capacity, len(pages) * grid))
+        count = 0
+        for page in pages:
+            try:
+                page.read_layers(keys, values, count * grid)
+            except AgentMemError as error:
+                log.warning("a KV page could not be read and is computed again: %s", error)
+                break
+            count += 1
+        if count == 0:
+            return self.empty(capacity), 0
+        return self._filled(cache, keys, values, count * grid), count * grid
+
+    def _reserved(self, capacity: int) -> tuple[list[PrefixLayer], list[npt.NDArray[Any]], list[npt.NDArray[Any]]]:
+        """Layers with buffers, and numpy arrays [KV heads, capacity, head dim] to fill (on a CPU the same memory)."""
+        layers, keys, values = [], [], []
+        for heads, key_dim, value_dim, dtype in self._shapes:
+            buffers = [
+                torch.empty((1, heads, capacity, dim), dtype=dtype, device=self._device) for dim in (key_dim, value_dim)
+            ]
+            layers.append(PrefixLayer(capacity, *buffers))
+            hosts = [
+                buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu") for buffer in buffers
+            ]
+            keys.append(_numpy(hosts[0][0]))
+            values.append(_numpy(hosts[1][0]))
+        return layers, keys, values
+
+    def _filled(
+        self, layers: list[PrefixLayer], keys: list[npt.NDArray[Any]], values: list[npt.NDArray[Any]], length: int
+    ) -> Any:
+        for layer, *parts in zip(layers, keys, values, strict=True):
+            assert layer._buffers is not None
+            for buffer, part in zip(layer._buffers, parts, strict=True):
+                if buffer.device.type != "cpu":
+                    buffer[0, :, :length] = _torch(part, buffer.dtype)[:, :length].to(buffer.device)
+            layer.restored(length)
+        return self._cache(layers)
+
+    def _cache(self, layers: list[PrefixLayer]) -> Any:
+        cache: Any = DynamicCache()
+        cache.layers = layers
+        return cache
+
+    # -- seal ------------------------------------------------------------------------------------------------------
+
+    def seal(
+        self,
+        pages: Pages,
+        identity: bytes,
+        cache: Any,
+        *,
+        tokens: Sequence[int],
+        first: int,
+        records: Sequence[tuple[str, ...]],
+    ) -> int:
+        """Hand pages ``first`` .. to the store, ``records`` for each; ``tokens`` end with the last page.
+
+        Returns how many positions it wrote.
+        """
+        grid = pages.grid
+        start, end = first * grid, len(tokens)
+        layers = [
+            (_numpy(layer.keys[0, :, start:end].contiguous()), _numpy(layer.values[0, :, start:end].contiguous()))
+            for layer in cache.layers
+        ]
+        return pages.seal(identity, tokens, first, layers, records) * grid
+
+
+def _shape(layer: PrefixLayer) -> tuple[int, int, int, torch.dtype]:
+    assert layer.keys is not None
+    assert layer.values is not None
+    return layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype
+
+
+def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
+    """The tensor's bytes as numpy sees them; bfloat16, which numpy doesn't have, as uint16. No copy on a CPU."""
+    tensor = tensor.detach().cpu()
+    if tensor.dtype == torch.bfloat16:
+        bits: npt.NDArray[Any] = tensor.view(torch.int16).numpy().view(np.uint16)
+        return bits
+    plain: npt.NDArray[Any] = tensor.numpy()
+    return plain
+
+
+def _torch(array: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
+    if dtype == torch.bfloat16:
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
+    return torch.from_numpy(array)
