@@ -1,0 +1,244 @@
+"""The ground under every provider behind HTTP: settings, one deadline over all attempts, errors by status.
+
+Knows httpx's conventions and no vendor. `_remote.py` builds the two faces of a provider on it.
+"""
+
+from __future__ import annotations
+
+import email.utils
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from typing import Any, TypeVar
+from urllib.parse import urlsplit
+
+from agentmem.errors import AgentMemError, ConfigError, RateLimited, Rejected, Unavailable
+from agentmem.provider import Generation
+
+__all__ = [
+    "Clock",
+    "Failure",
+    "clean",
+    "connection_failed",
+    "from_status",
+    "is_loopback",
+    "read_settings",
+    "scrub",
+    "sdk_failure",
+    "watched",
+]
+
+T = TypeVar("T")
+
+#: An error of agentmem, and whether the same request may be sent again.
+Failure = tuple[AgentMemError, bool]
+
+#: Seconds to wait for a connection; a host that is up answers far sooner.
+CONNECT_S = 10.0
+
+#: The settings that every provider behind HTTP takes.
+SETTINGS: Mapping[str, type] = {
+    "api_key": str,
+    "base_url": str,
+    "timeout_s": float,
+    "max_retries": int,
+    "context_tokens": int,
+}
+
+
+def read_settings(scheme: str, settings: Mapping[str, Any], more: Mapping[str, type]) -> dict[str, Any]:
+    """``settings`` with types and defaults; text is converted, since it may come from the environment.
+
+    Raises `ConfigError` for an unknown name or a value of the wrong type. A value is never repeated: it may be a key.
+    """
+    known = {**SETTINGS, **more}
+    values: dict[str, Any] = {"timeout_s": 120.0, "max_retries": 2}
+    for name, value in settings.items():
+        if name not in known:
+            raise ConfigError(f"unknown setting {name!r} of {scheme}: it has {', '.join(sorted(known))}")
+        if value is not None:
+            values[name] = _converted(f"{scheme}.{name}", value, known[name])
+    if values["timeout_s"] <= 0 or values["max_retries"] < 0:
+        raise ConfigError(f"{scheme}: timeout_s must be above 0 and max_retries at least 0")
+    return values
+
+
+def _converted(name: str, value: Any, kind: type) -> Any:
+    if kind is bool and isinstance(value, str) and value.lower() in ("true", "1", "false", "0"):
+        return value.lower() in ("true", "1")
+    if kind is dict and isinstance(value, Mapping):
+        return dict(value)
+    if kind in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
+        try:
+            return kind(value)
+        except ValueError:
+            pass
+    elif isinstance(value, kind):
+        return value
+    raise ConfigError(f"setting {name} must be of type {kind.__name__}, not {type(value).__name__}") from None
+
+
+def is_loopback(base_url: str) -> bool:
+    """True if this address is on this machine: nothing outside it sees a prompt sent there."""
+    host = urlsplit(base_url if "//" in base_url else f"//{base_url}").hostname or ""
+    return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")  # noqa: S104 - compared, not bound
+
+
+class Clock:
+    """The time of one call: what is left of it, when its first piece came. A consumer's own time is free."""
+
+    def __init__(self, limit_s: float) -> None:
+        self._started = time.monotonic()
+        self._ends = self._started + limit_s
+        self._first_s: float | None = None
+
+    def left(self) -> float:
+        """Seconds until the deadline, at least 0."""
+        return max(0.0, self._ends - time.monotonic())
+
+    def lend(self, seconds: float) -> None:
+        """Move the start and the end: ``seconds`` passed while a stream waited for its consumer."""
+        self._started += seconds
+        self._ends += seconds
+
+    def piece(self) -> None:
+        """A piece of text came."""
+        if self._first_s is None:
+            self._first_s = time.monotonic() - self._started
+
+    def stamp(self, generation: Generation) -> Generation:
+        """The generation with its seconds. A time to the first token that the server told itself is kept."""
+        first = generation.usage.first_token_s if self._first_s is None else self._first_s
+        times = {"first_token_s": first, "total_s": time.monotonic() - self._started}
+        return Generation(
+            text=generation.text,
+            usage=generation.usage.model_copy(update=times),
+            tool_calls=generation.tool_calls,
+            finish_reason=generation.finish_reason,
+            miss=generation.miss,
+        )
+
+    def run(self, call: Callable[[], T]) -> T:
+        """Call with this clock as the one that `watched` clients of this thread obey."""
+        token = _clock.set(self)
+        try:
+            return call()
+        finally:
+            _clock.reset(token)
+
+
+_clock: ContextVar[Clock | None] = ContextVar("agentmem_clock", default=None)
+
+
+def watched(http: Any) -> dict[str, list[Callable[[Any], None]]]:
+    """Event hooks for a sync client of ``http`` (httpx or httpx2) that hold it to the deadline of the current `Clock`.
+
+    The library's own time-outs are per read, so a server that drips a byte now and then would never end. This looks at
+    every read; a server that falls silent is left no later than the call's whole time after its last byte.
+    """
+
+    class Watched(http.SyncByteStream):  # type: ignore[misc]
+        def __init__(self, response: Any, clock: Clock) -> None:
+            self._stream, self._request, self._clock = response.stream, response.request, clock
+
+        def __iter__(self) -> Iterator[bytes]:
+            for chunk in self._stream:
+                if not self._clock.left():
+                    raise http.ReadTimeout("the deadline passed while reading", request=self._request)
+                yield chunk
+
+        def close(self) -> None:
+            self._stream.close()
+
+    def before(request: Any) -> None:
+        if (clock := _clock.get()) is not None:
+            left = max(clock.left(), 0.001)
+            request.extensions["timeout"] = {"connect": min(left, CONNECT_S), "read": left, "write": left, "pool": left}
+
+    def after(response: Any) -> None:
+        if (clock := _clock.get()) is not None:
+            response.stream = Watched(response, clock)
+
+    return {"request": [before], "response": [after]}
+
+
+def from_status(
+    name: str,
+    status: int,
+    detail: object,
+    *,
+    headers: Mapping[str, str] | None = None,
+    body: object = None,
+    request_id: str | None = None,
+    hints: Mapping[int, str] | None = None,
+) -> Failure:
+    """The error for an HTTP status, and whether to try again: 408, 409, 429 and 5xx may be, as the SDKs have it."""
+    headers = headers or {}
+    hint = {401: "check its key", 403: "the key may not do this", **(hints or {})}.get(status, "")
+    message = f"{name} answered {status}: {str(detail)[:500]}" + (f" ({hint})" if hint else "")
+    facts: dict[str, Any] = {"status": status, "request_id": request_id, "body": body}
+    told = headers.get("x-should-retry")
+    if status == 429:
+        again = told != "false" and "insufficient_quota" not in str(body)
+        return RateLimited(message, retry_after=_retry_after(headers), **facts), again
+    if status in (408, 409) or (status >= 500 and status != 501):
+        return Unavailable(message, **facts), told != "false"
+    return Rejected(message, **facts), told == "true"
+
+
+def connection_failed(name: str, error: BaseException, advice: str) -> Failure:
+    """The error for a request that got no (whole) answer."""
+    return Unavailable(f"{name} can't be reached or broke off: {str(error) or type(error).__name__}; {advice}"), True
+
+
+def sdk_failure(sdk: Any, error: Exception, *, name: str, model: str, advice: str) -> Failure | None:
+    """The error for an exception of ``sdk``, openai or anthropic: both are generated with the same tree of errors."""
+    if isinstance(error, sdk.APIConnectionError):
+        return connection_failed(name, error.__cause__ or error, advice)
+    if isinstance(error, sdk.APIError):
+        response = getattr(error, "response", None)
+        status = 200 if response is None else response.status_code
+        if status < 400:  # an error event inside a stream that had begun well
+            words = str(error.body)
+            status = 429 if "rate_limit" in words else 400 if "invalid_request" in words else 500
+        return from_status(
+            name,
+            status,
+            error.message,
+            headers=None if response is None else response.headers,
+            body=error.body,
+            request_id=getattr(error, "request_id", None),
+            hints={404: f"is {model!r} a model of this host?"},
+        )
+    return None
+
+
+def _retry_after(headers: Mapping[str, str]) -> float | None:
+    for header, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
+        try:
+            return max(0.0, float(headers[header]) * scale)
+        except (KeyError, ValueError):
+            continue
+    date = email.utils.parsedate_tz(headers.get("retry-after", ""))
+    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+
+
+def clean(value: Any, secrets: Sequence[str]) -> Any:
+    """``value`` without the keys: some servers repeat what they were sent."""
+    if isinstance(value, str):
+        for secret in secrets:
+            value = value.replace(secret, "***")
+        return value
+    if isinstance(value, Mapping):
+        return {name: clean(item, secrets) for name, item in value.items()}
+    return [clean(item, secrets) for item in value] if isinstance(value, (list, tuple)) else value
+
+
+def scrub(error: BaseException | None, secrets: Sequence[str]) -> None:
+    """Take the keys out of an SDK's exception and its causes, which a traceback prints."""
+    while error is not None and secrets:
+        error.args = tuple(clean(part, secrets) for part in error.args)
+        for name in ("message", "body", "error"):
+            if hasattr(error, name):
+                setattr(error, name, clean(getattr(error, name), secrets))
+        error = error.__cause__ or error.__context__

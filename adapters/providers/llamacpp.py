@@ -1,0 +1,231 @@
+"""``llamacpp:model``: llama.cpp's ``llama-server`` over HTTP.
+
+Knows the server's own fields and routes beside OpenAI's format: ``cache_prompt``, ``id_slot``, ``timings.cache_n``,
+``/tokenize``, ``/props``. The server keeps the KV states of its slots in memory and reuses the longest common prefix
+(``kv="auto"``, cached tokens are reported).
+
+Not here yet: saving and restoring slots to files, and switching LoRA adapters, so ``loras`` is not a capability.
+``max_tokens=0`` makes the server generate one token, which is dropped.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from agentmem.errors import AgentMemError
+from agentmem.provider import Capabilities, Generation, Request
+
+from . import openai as _openai
+from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, watched
+from ._remote import Remote
+
+__all__ = ["build_request", "create", "parse_reply"]
+
+DEFAULT = "http://127.0.0.1:8080"
+#: Counts kept, so that a prompt's unchanged parts are not sent to be counted again.
+COUNTS = 4096
+#: Seconds that the question for the context window may take when the provider is made.
+PROBE_S = 2.0
+
+#: A server's answer is read by OpenAI's rules; the cached tokens are in ``usage`` and in ``timings``.
+parse_reply = _openai.parse_reply
+
+
+def create(model: str, settings: Mapping[str, Any]) -> LlamaCpp:
+    """The provider for ``"llamacpp:<model>"``; the model's name matters only to a server that has several.
+
+    Settings: ``base_url`` (else LLAMACPP_BASE_URL, else http://127.0.0.1:8080), ``api_key`` (else LLAMA_API_KEY, the
+    server's own variable), ``id_slot`` (the slot to use), ``timeout_s`` (120, over all attempts), ``max_retries`` (2),
+    ``context_tokens`` (else asked of the server, once, here). For embeddings the server must run with ``--embedding``
+    and a pooling type.
+    """
+    import httpx  # noqa: F401 - a missing package is told here, not at the first request
+
+    values = read_settings("llamacpp", settings, {"id_slot": int})
+    base_url = values.get("base_url") or os.environ.get("LLAMACPP_BASE_URL") or DEFAULT
+    values["base_url"] = base_url.rstrip("/").removesuffix("/v1")
+    values["api_key"] = values.get("api_key") or os.environ.get("LLAMA_API_KEY")
+    return LlamaCpp(f"llamacpp:{model or 'default'}", model or "default", values)
+
+
+def build_request(
+    request: Request, *, model: str = "default", stream: bool = False, id_slot: int | None = None
+) -> dict[str, Any]:
+    """The JSON body of ``POST /v1/chat/completions``. Pure."""
+    body = _openai.build_request(request, model=model, stream=stream, official=False)
+    own: dict[str, Any] = {"cache_prompt": True}
+    if id_slot is not None:
+        own["id_slot"] = id_slot
+    return {**own, **body}
+
+
+class LlamaCpp(Remote):
+    """A running ``llama-server``, through httpx."""
+
+    advice = "is llama-server running at base_url (LLAMACPP_BASE_URL)? model='local' needs no server"
+
+    def __init__(self, name: str, model: str, values: Mapping[str, Any]) -> None:
+        capabilities = Capabilities(
+            chat=True,
+            embeds=True,
+            tools=True,
+            kv="auto",
+            context_tokens=values.get("context_tokens"),
+            holds_prefix_s=None if is_loopback(values["base_url"]) else _openai.HOLDS_S,
+        )
+        super().__init__(name, capabilities, values)
+        self._model = model
+        self._values = values
+        self._counts: OrderedDict[str, int] = OrderedDict()
+        self._counts_lock = threading.Lock()
+        if capabilities.context_tokens is None:
+            self.capabilities = replace(capabilities, context_tokens=self._window())
+
+    def _window(self) -> int | None:
+        """Tokens of one slot's context, or None while the server can't say."""
+        try:
+            client = self._sync_client()
+            props = self._sync(Clock(PROBE_S), lambda: _json(client.get("/props")), retries=0)
+            return int(props["default_generation_settings"]["n_ctx"])
+        except (AgentMemError, KeyError, TypeError, ValueError):
+            return None
+
+    def count_tokens(self, text: str) -> int:
+        """Tokens of ``text`` alone, exact: asked of the server's ``/tokenize``, the last counts kept."""
+        with self._counts_lock:
+            if text in self._counts:
+                self._counts.move_to_end(text)
+                return self._counts[text]
+        client = self._sync_client()
+        body = {"content": text, "add_special": False}
+        reply = self._sync(Clock(self._timeout_s), lambda: _json(client.post("/tokenize", json=body)))
+        count = self._understood(lambda: len(reply["tokens"]))
+        with self._counts_lock:
+            self._counts[text] = count
+            if len(self._counts) > COUNTS:
+                self._counts.popitem(last=False)
+        return count
+
+    def _connect(self, *, asynchronous: bool) -> Any:
+        import httpx
+
+        key = self._values["api_key"]
+        common: dict[str, Any] = {
+            "base_url": self._values["base_url"],
+            "timeout": self._timeout_s,
+            "headers": {"Authorization": f"Bearer {key}"} if key else {},
+        }
+        if asynchronous:
+            return httpx.AsyncClient(**common)
+        return httpx.Client(**common, event_hooks=watched(httpx))
+
+    def _build(self, request: Request, *, stream: bool) -> dict[str, Any]:
+        return build_request(request, model=self._model, stream=stream, id_slot=self._values.get("id_slot"))
+
+    def _chat(self, client: Any, body: dict[str, Any]) -> Any:
+        return _post(client, "/v1/chat/completions", body, stream=bool(body.get("stream")))
+
+    def _embed(self, client: Any, texts: Sequence[str]) -> Any:
+        return _post(client, "/v1/embeddings", {"model": self._model, "input": texts}, stream=False)
+
+    def _parse(self, payload: Mapping[str, Any]) -> Generation:
+        return parse_reply(payload)
+
+    def _reader(self) -> _openai.Reader:
+        return _openai.Reader()
+
+    def _plain(self, thing: Any) -> Mapping[str, Any]:
+        plain: Mapping[str, Any] = thing
+        return plain
+
+    def _map(self, error: Exception) -> Failure | None:
+        import httpx
+
+        if isinstance(error, _ErrorEvent):
+            return from_status(self.name, error.status, error, body=error.args[0])
+        if isinstance(error, httpx.HTTPStatusError):
+            response = error.response
+            try:
+                body: Any = response.json()
+                detail = body["error"]["message"]
+            except (KeyError, TypeError, ValueError):
+                body = detail = response.text
+            hints = {501: "start llama-server with --embedding and --pooling mean"}
+            return from_status(
+                self.name, response.status_code, detail, headers=response.headers, body=body, hints=hints
+            )
+        if isinstance(error, (httpx.HTTPError, httpx.InvalidURL)):
+            return connection_failed(self.name, error, self.advice)
+        return None
+
+
+class _ErrorEvent(Exception):
+    """An error that the server sends inside a stream that had begun well."""
+
+    @property
+    def status(self) -> int:
+        code = self.args[0].get("code") if isinstance(self.args[0], Mapping) else None
+        return code if isinstance(code, int) and code >= 400 else 500
+
+    def __str__(self) -> str:
+        return str(self.args[0].get("message") if isinstance(self.args[0], Mapping) else self.args[0])
+
+
+def _post(client: Any, path: str, body: Mapping[str, Any], *, stream: bool) -> Any:
+    """Send to a sync or an async client: the answer's JSON, or an iterator of a stream's events (awaitable on async)."""
+    import httpx
+
+    if isinstance(client, httpx.AsyncClient):
+        return _aevents(client, path, body) if stream else _ajson(client, path, body)
+    return _events(client, path, body) if stream else _json(client.post(path, json=body))
+
+
+def _json(response: Any) -> Any:
+    response.raise_for_status()
+    return response.json()
+
+
+async def _ajson(client: Any, path: str, body: Mapping[str, Any]) -> Any:
+    return _json(await client.post(path, json=body))
+
+
+def _events(client: Any, path: str, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
+    with client.stream("POST", path, json=body) as response:
+        if response.is_error:
+            response.read()
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if (event := _event(line)) is not None:
+                yield event
+
+
+async def _aevents(client: Any, path: str, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
+    async def events() -> AsyncIterator[Mapping[str, Any]]:
+        async with client.stream("POST", path, json=body) as response:
+            if response.is_error:
+                await response.aread()
+            response.raise_for_status()
+            async for line in response.aiter_lines():
+                if (event := _event(line)) is not None:
+                    yield event
+
+    return events()
+
+
+def _event(line: str) -> Mapping[str, Any] | None:
+    """The JSON of one line of a server-sent event stream; the server writes one event per line."""
+    if line.startswith("error:"):
+        raise _ErrorEvent(json.loads(line.removeprefix("error:")))
+    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
+    if not data or data == "[DONE]":
+        return None
+    event: Mapping[str, Any] = json.loads(data)
+    if "error" in event:
+        raise _ErrorEvent(event["error"])
+    return event
