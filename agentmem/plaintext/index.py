@@ -59,8 +59,8 @@ class VectorIndex:
     """Nearest vectors by inner product, exact, one FAISS index per tenant, in RAM.
 
     Every call first catches up with what any process has committed, so a deleted vector is never returned and an added
-    one is found at once. Files lie in ``folder`` (None: none are kept); a missing, damaged or stale one is rebuilt, with
-    a logged line. Must not be called inside a `Database.write` block: it would learn what may be undone.
+    one is found at once. Files lie in ``folder`` (None: none are kept); a missing, damaged or stale one is rebuilt and
+    that is logged. Must not be called inside a `Database.write` block: it would learn what may be undone.
     """
 
     def __init__(self, database: Database, folder: str | os.PathLike[str] | None, space: int, dimension: int) -> None:

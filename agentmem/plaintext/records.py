@@ -29,6 +29,7 @@ from .drafts import (
     check_metadata,
     check_scope,
     check_text,
+    draft_of,
     drafts,
     dump_metadata,
     narrow,
@@ -48,6 +49,7 @@ __all__ = [
     "Records",
     "check_k",
     "check_scope",
+    "draft_of",
     "drafts",
     "narrow",
     "new_id",
@@ -60,6 +62,7 @@ CONTENT = (
     *LEVELS,
     *("metadata", "source", "trust", "created", "version"),
 )
+VERSION = ("id", "version", "text", "metadata", "created")
 #: How many rows of ``changes`` are kept: an index that is further behind is rebuilt.
 KEPT_CHANGES = 65_536
 
@@ -94,11 +97,12 @@ class Records:
         space: int | None = None,
         *,
         ids: Sequence[str] | None = None,
+        older: Sequence[Sequence[Record]] | None = None,
     ) -> builtins.list[Record]:
         """Store all drafts or none, in one transaction; when this returns they survive a crash.
 
         ``vectors`` is float32 [len(drafts), dimension] in the embedding space ``space``. ``ids`` were made by `new_id`;
-        an id that is in use or was forgotten is refused.
+        an id that is in use or was forgotten is refused. ``older`` holds each record's earlier versions (an import).
         """
         ids = sorted(new_id(self._clock()) for _ in drafts) if ids is None else [*ids]
         if len(ids) != len(drafts) or len(set(ids)) != len(ids) or not all(map(_well_formed, ids)):
@@ -110,6 +114,9 @@ class Records:
             check_scope(draft.scope)
         created = self._clock()
         rows = [_row(draft, id_, created) for draft, id_ in zip(drafts, ids, strict=True)]
+        versions = []
+        for row, past in zip(rows, older or (), strict=older is not None):
+            versions += _past(row, past)
         with self._database.write() as connection:
             listed = json.dumps(ids)
             for table, column, why in (("tombstones", "record", "was forgotten"), ("records", "id", "is in use")):
@@ -124,6 +131,8 @@ class Records:
                 "INSERT INTO records_fts (rowid, text, name) VALUES (?, ?, ?)",
                 [(seq, row["text"], row["name"]) for seq, row in zip(seqs, rows, strict=True)],
             )
+            for version in versions:
+                _write_version(connection, version)
             if blobs is not None:
                 tenants = [row["tenant"] for row in rows]
                 _write_vectors(connection, space, list(zip(tenants, seqs, blobs, strict=True)))
@@ -148,6 +157,24 @@ class Records:
         sql, values = joined(conditions)
         rows = self._database.query(f"SELECT * FROM records WHERE {sql} ORDER BY seq LIMIT ?", [*values, limit])
         return [_record(row) for row in rows]
+
+    def newest(self, scope: Scope, limit: int = 100) -> builtins.list[Record]:
+        """Up to ``limit`` visible records, the newest arrival first."""
+        sql, values = visible(scope)
+        rows = self._database.query(
+            f"SELECT * FROM records WHERE {sql} ORDER BY seq DESC LIMIT ?", [*values, check_k(limit, "limit")]
+        )
+        return [_record(row) for row in rows]
+
+    def ids(self, scope: Scope) -> set[str]:
+        """The ids of all records at this scope and beneath it."""
+        sql, values = beneath(scope)
+        return {row["id"] for row in self._database.query(f"SELECT id FROM records WHERE {sql}", values)}
+
+    def known(self, id: str) -> bool:
+        """True if a record in any scope has this id, or had it and was forgotten."""
+        found = "SELECT 1 FROM records WHERE id = ? UNION ALL SELECT 1 FROM tombstones WHERE record = ?"
+        return _well_formed(id) and bool(self._database.query(found, (id, id)))
 
     def session(self, scope: Scope) -> builtins.list[Record]:
         """The records exactly at ``scope``, in order of arrival: the history of a session."""
@@ -210,11 +237,7 @@ class Records:
         with self._database.write() as connection:
             row = dict(self._changeable(id, scope))
             _record(row)  # a damaged row must not be copied into the history under a fresh checksum
-            old = {key: row[key] for key in ("id", "version", "text", "metadata", "created")}
-            connection.execute(
-                "INSERT INTO versions (id, version, text, metadata, created, checksum) VALUES (?, ?, ?, ?, ?, ?)",
-                (*old.values(), _version_checksum(old)),
-            )
+            _write_version(connection, row)
             new = {**row, "version": row["version"] + 1, "created": self._clock()}
             new["text"] = row["text"] if text is None else text
             new["metadata"] = row["metadata"] if new_metadata is None else new_metadata
@@ -399,6 +422,30 @@ def _insert_row(connection: sqlite3.Connection, row: Mapping[str, Any]) -> int:
     return int(cursor.lastrowid or 0)
 
 
+def _past(row: dict[str, Any], past: Sequence[Record]) -> builtins.list[dict[str, Any]]:
+    """Earlier versions as rows, numbered from 1; the current row comes after them."""
+    versions = [
+        {
+            "id": row["id"],
+            "version": number,
+            "text": check_text(version.text),
+            "metadata": dump_metadata(check_metadata(version.metadata)),
+            "created": row["created"] if version.created is None else utc_seconds(version.created),
+        }
+        for number, version in enumerate(past, start=1)
+    ]
+    row["version"] = len(versions) + 1
+    row["checksum"] = _checksum(row)
+    return versions
+
+
+def _write_version(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
+    connection.execute(
+        "INSERT INTO versions (id, version, text, metadata, created, checksum) VALUES (?, ?, ?, ?, ?, ?)",
+        (*(row[key] for key in VERSION), _version_checksum(row)),
+    )
+
+
 def _drop_words(connection: sqlite3.Connection, row: sqlite3.Row | Mapping[str, Any]) -> None:
     connection.execute(
         "INSERT INTO records_fts (records_fts, rowid, text, name) VALUES ('delete', ?, ?, ?)",
@@ -427,7 +474,7 @@ def _checksum(row: sqlite3.Row | Mapping[str, Any]) -> int:
 
 
 def _version_checksum(row: sqlite3.Row | Mapping[str, Any]) -> int:
-    return _crc([row[key] for key in ("id", "version", "text", "metadata", "created")])
+    return _crc([row[key] for key in VERSION])
 
 
 def _crc(values: builtins.list[Any]) -> int:
