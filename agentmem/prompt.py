@@ -75,6 +75,10 @@ _STANDING = re.compile(
 )
 
 
+#: One mark of a standing statement, undiluted by length, or one earlier recall.
+LEAST_SALIENCE = 0.5
+
+
 def _salience(record: Record, times_shown: int) -> float:
     """How likely a record is to matter in most conversations of its scope: standing statements of a person about
     themselves first, questions and pleasantries last; records that were recalled often rise."""
@@ -95,8 +99,8 @@ def choose_core(
     ``shown`` says how often each record id was put into a prompt. Below ``least`` (a page, a provider's minimum) a
     prefix can't be cached, so a core would only cost.
     """
-    ranked = sorted(records, key=lambda record: -_salience(record, shown.get(record.id, 0)))
-    ranked = [record for record in ranked if _salience(record, shown.get(record.id, 0)) > 0]
+    salience = {record.id: _salience(record, shown.get(record.id, 0)) for record in records}
+    ranked = sorted((r for r in records if salience[r.id] >= LEAST_SALIENCE), key=lambda r: -salience[r.id])
     chosen = {record.id for record in fit(ranked, budget, count)}
     core = [record for record in records if record.id in chosen]
     if sum(count(record_line(record)) for record in core) < least:
@@ -131,8 +135,11 @@ def recent(messages: Sequence[Message], budget: int, count: Count) -> list[Messa
     costs = [count(message.content) + 4 for message in messages]
     while sum(costs[first:]) > budget and first + HISTORY_STEP < len(messages):
         first += HISTORY_STEP
-    while 0 < first < len(messages) and messages[first].role != "user":
-        first += 1
+    if first:
+        # A conversation begins with its user; where no user speaks any more (a long run of tools), behind a tool's result.
+        users = (i for i in range(first, len(messages)) if messages[i].role == "user")
+        others = (i for i in range(first, len(messages)) if messages[i].role != "tool")
+        first = next(users, next(others, len(messages)))
     return list(messages[first:])
 
 

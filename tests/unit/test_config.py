@@ -1,0 +1,56 @@
+"""Settings: which source wins, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from agentmem.config import read
+from agentmem.errors import ConfigError
+
+
+def write(tmp_path: Path, text: str) -> Path:
+    path = tmp_path / "agentmem.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_keyword_beats_environment_beats_file_beats_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, "recall_k = 3\nrecall_tokens = 30\ncore_tokens = 40\n")
+    monkeypatch.setenv("AGENTMEM_RECALL_K", "5")
+    monkeypatch.setenv("AGENTMEM_RECALL_TOKENS", "50")
+    settings = read(path, recall_k=7)
+    assert (settings.recall_k, settings.recall_tokens, settings.core_tokens) == (7, 50, 40)
+    assert settings.page_tokens == 256
+
+
+def test_file_of_the_working_folder_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, 'model = "ollama:llama3.2"\n')
+    monkeypatch.chdir(tmp_path)
+    assert read().model == "ollama:llama3.2"
+    assert read(model="local").model == "local"
+
+
+def test_providers_have_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTMEM_PROVIDERS__OPENAI__BASE_URL", "http://127.0.0.1:1/v1")
+    settings = read(write(tmp_path, '[providers.local]\ndevice = "cpu"\n'))
+    assert settings.providers["local"] == {"device": "cpu"}
+    assert settings.providers["openai"] == {"base_url": "http://127.0.0.1:1/v1"}
+
+
+@pytest.mark.parametrize("text", ["colour = 1", "recall_k = 'many'", "recall_k = -1", "page_tokens = 100", "= 1"])
+def test_wrong_settings_are_named(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        read(write(tmp_path, text))
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"nowhere\.toml"):
+        read(tmp_path / "nowhere.toml")
+
+
+def test_a_key_never_reaches_the_message(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        read(write(tmp_path, 'providers = "sk-secret"'))
+    assert "sk-secret" not in str(raised.value)
