@@ -1,0 +1,178 @@
+"""Measures a trained LoRA before it may serve: does it know the facts, and is the model otherwise what it was?
+
+Knows how to ask and to compare; knows nothing of files, scopes or versions. Recall alone is a false friend: a recipe
+can reach 100 % of it and ruin the model, so drift and intrusion decide as well.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from pydantic import Field
+
+from agentmem.types import Value
+
+from .corpus import Corpus, Example
+from .lora import applied, base_only
+from .train import Tensors, Trained, answers, encode, steady
+
+if TYPE_CHECKING:
+    from .lora import Lora
+
+__all__ = ["PASSAGE", "UNRELATED", "GateReport", "Thresholds", "gate", "perplexity", "recall"]
+
+
+class Thresholds(Value):
+    """What a version must reach. Shares are of 1."""
+
+    recall_trained: float = Field(default=0.9, description="least share of trained questions answered right")
+    recall_held_out: float = Field(default=0.8, description="least share of held-out wordings answered right")
+    drift: float = Field(
+        default=0.05, description="largest rise of the perplexity on unrelated text, relative to the base"
+    )
+    intrusion: float = Field(
+        default=0.25, description="largest share of unrelated questions answered with a learnt fact"
+    )
+
+
+class GateReport(Value):
+    """What the gate measured.
+
+    ``missed`` are ids of records whose fact did not come out, in trained or held-out wording.
+    """
+
+    recall_trained: float
+    recall_held_out: float
+    drift: float
+    intrusion: float
+    passed: bool
+    thresholds: Thresholds = Thresholds()
+    missed: tuple[str, ...] = ()
+    cpu_seconds: float = 0.0
+
+    def __str__(self) -> str:
+        return (
+            f"{'passed' if self.passed else 'failed'}: recall {self.recall_trained:.0%} trained, "
+            f"{self.recall_held_out:.0%} held out, drift {self.drift:+.1%}, intrusion {self.intrusion:.0%}"
+        )
+
+
+#: The opening of H. G. Wells, The War of the Worlds (1898), which is in the public domain.
+PASSAGE = (
+    "No one would have believed in the last years of the nineteenth century that this world was being watched "
+    "keenly and closely by intelligences greater than man's and yet as mortal as his own; that as men busied "
+    "themselves about their various concerns they were scrutinised and studied, perhaps almost as narrowly as a man "
+    "with a microscope might scrutinise the transient creatures that swarm and multiply in a drop of water. With "
+    "infinite complacency men went to and fro over this globe about their little affairs, serene in their assurance "
+    "of their empire over matter. It is possible that the infusoria under the microscope do the same. No one gave a "
+    "thought to the older worlds of space as sources of human danger, or thought of them only to dismiss the idea "
+    "of life upon them as impossible or improbable. It is curious to recall some of the mental habits of those "
+    "departed days. At most terrestrial men fancied there might be other men upon Mars, perhaps inferior to "
+    "themselves and ready to welcome a missionary enterprise. Yet across the gulf of space, minds that are to our "
+    "minds as ours are to those of the beasts that perish, intellects vast and cool and unsympathetic, regarded "
+    "this earth with envious eyes, and slowly and surely drew their plans against us. And early in the twentieth "
+    "century came the great disillusionment. The planet Mars, I scarcely need remind the reader, revolves about the "
+    "sun at a mean distance of 140,000,000 miles, and the light and heat it receives from the sun is barely half of "
+    "that received by this world."
+)
+
+#: Questions that no learnt fact answers; none of them is an anchor of the training (corpus.py).
+UNRELATED = (
+    "What is the capital of France?",
+    "What is my neighbour Karl's dog called?",
+    "Where does my colleague Maria live?",
+    "What does my friend Omar do for work?",
+    "Who painted the Mona Lisa?",
+    "Recommend a city for a holiday.",
+    "What is a healthy breakfast?",
+    "What is the name of a well-known rock band?",
+)
+
+
+def gate(
+    tensors: Tensors,
+    trained: Trained | Lora,
+    corpus: Corpus,
+    *,
+    thresholds: Thresholds | None = None,
+    max_questions: int = 48,
+    max_tokens: int = 24,
+) -> GateReport:
+    """Ask the model with the LoRA on it, and compare with the base. The model is as before afterwards; its lock is
+    held.
+
+    Costs two passes over a few hundred tokens and at most ``max_questions`` short greedy answers per kind of question
+    (where the corpus has more, an even sample is asked).
+    """
+    limits = thresholds or Thresholds()
+    lora = trained.lora if isinstance(trained, Trained) else trained
+    cpu = time.process_time()
+    unrelated = [Example(text, "", (), ()) for text in UNRELATED]
+    with tensors.lock, steady(tensors.model):
+        with base_only(tensors.model):
+            base_perplexity = perplexity(tensors, PASSAGE)
+            base_said = _said(tensors, unrelated, max_tokens)
+        with applied(tensors.model, lora):
+            changed = perplexity(tensors, PASSAGE) / base_perplexity - 1
+            said = _said(tensors, unrelated, max_tokens)
+            trained_share, missed = recall(tensors, _sample(corpus.examples, max_questions), max_tokens)
+            held_out_share, missed_too = recall(tensors, _sample(corpus.held_out, max_questions), max_tokens)
+    facts = list({example.answer: example for example in corpus.examples}.values())
+    intruded = [
+        any(f.found_in(new) and not f.found_in(old) for f in facts) for new, old in zip(said, base_said, strict=True)
+    ]
+    report = GateReport(
+        recall_trained=trained_share,
+        recall_held_out=held_out_share,
+        drift=changed,
+        intrusion=sum(intruded) / len(intruded),
+        passed=False,
+        thresholds=limits,
+        missed=tuple(dict.fromkeys(missed + missed_too)),
+        cpu_seconds=time.process_time() - cpu,
+    )
+    return report.model_copy(update={"passed": _passes(report)})
+
+
+def recall(tensors: Tensors, examples: Sequence[Example], max_tokens: int = 24) -> tuple[float, list[str]]:
+    """The share of ``examples`` that the model answers with their fact, and the record ids of those it doesn't."""
+    if not examples:
+        return 1.0, []
+    said = _said(tensors, examples, max_tokens)
+    missed = [example for example, text in zip(examples, said, strict=True) if not example.found_in(text)]
+    return 1 - len(missed) / len(examples), [id_ for example in missed for id_ in example.records]
+
+
+def perplexity(tensors: Tensors, text: str) -> float:
+    """exp of the mean loss in nats per token of ``text``, read as plain text."""
+    import torch
+    from torch.nn import functional
+
+    ids = torch.tensor([tensors.tokenizer.encode(text)], device=tensors.model.device)
+    with torch.inference_mode():
+        logits = tensors.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
+        return math.exp(float(functional.cross_entropy(logits, ids[0, 1:])))
+
+
+def _said(tensors: Tensors, examples: Sequence[Example], max_tokens: int) -> list[str]:
+    prompts = [encode(tensors, example)[0] for example in examples]
+    return [tensors.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers(tensors, prompts, max_tokens)]
+
+
+def _sample(examples: Sequence[Example], most: int) -> Sequence[Example]:
+    if len(examples) <= most:
+        return examples
+    return [examples[i * len(examples) // most] for i in range(most)]
+
+
+def _passes(report: GateReport) -> bool:
+    limits = report.thresholds
+    return (
+        report.recall_trained >= limits.recall_trained
+        and report.recall_held_out >= limits.recall_held_out
+        and report.drift <= limits.drift
+        and report.intrusion <= limits.intrusion
+    )
