@@ -185,8 +185,9 @@ class Engine:
         provider = self.provider
         if provider is None or not provider.capabilities.loras:
             return ()
-        version = self.registry.active(scope)
-        return () if version is None else (self.registry.ref(version),)
+        if self.registry.active(scope) is None:
+            return ()
+        return self.registry.refs(scope, identity=provider.tensors().identity)
 
     def cache_key(self, scope: Scope) -> str:
         """An opaque routing key, equal for requests of one scope; scope names can't be read from it."""

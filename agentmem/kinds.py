@@ -122,16 +122,14 @@ def train(
         chosen = [engine.records.get(record, scope) for record in ids]
     if not chosen:
         raise InvalidInput(f"no records to learn in {scope}: add some first")
-    corpus = corpora.build(chosen, seed=seed)
+    corpus = corpora.build(chosen)
     tensors = provider.tensors()
     with _progress("learning") as progress:
         trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=progress)
-    version = engine.registry.add(
-        trained, scope=scope, tensors=tensors, corpus=corpus, gate=gate(tensors, trained, corpus), seed=seed
-    )
+    version = engine.registry.add(trained, scope=scope, gate=gate(tensors, trained, corpus))
     engine.ledger.note("train", provider.name, scope, Usage(total_s=trained.seconds), size=version.bytes)
     if activate and version.gate.passed:
-        version = engine.registry.activate(version, scope)
+        return engine.registry.activate(version, scope) or version
     return version
 
 

@@ -48,7 +48,7 @@ class Capabilities:
     #: How a prefix is kept: ``tensors`` (our own KV pages), ``slots`` (a server's slots), ``breakpoints`` (we mark the
     #: ends of segments), ``auto`` (the prefix only has to stay byte-equal), ``none``.
     kv: Literal["none", "auto", "breakpoints", "slots", "tensors"] = "none"
-    #: Serves `Request.loras`.
+    #: Serves `Request.loras` (LoRA versions trained on the weights that `Provider.tensors` shows).
     loras: bool = False
     #: Gives its weights for training (`Provider.tensors` works).
     trains: bool = False
