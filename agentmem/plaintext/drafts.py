@@ -116,7 +116,7 @@ def drafts(
 
 
 def draft_of(record: Record) -> Draft:
-    """The draft of a record that comes from outside (an export), checked like any other input. Trust is never raised."""
+    """The draft of a record from outside (an export), checked like any other input. Trust is never raised."""
     message = {key: getattr(record, key) for key in ("role", "name", "at", "metadata")}
     [draft] = drafts(
         {**message, "content": record.text},

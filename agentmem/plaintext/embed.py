@@ -71,8 +71,8 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | Non
 
     ``"default"`` (MiniLM where torch and its weights are installed, else the static table), ``"minilm"``,
     ``"wordllama"``, ``"hash"``, ``"st:/folder"`` (a sentence-transformers folder), or any provider with embeddings,
-    such as ``"openai:text-embedding-3-small"``. ``settings`` holds a table per scheme; for ``minilm`` and ``st`` it may say
-    ``dtype`` (``"float32"``, ``"bfloat16"``; by default bfloat16 where the CPU computes with it). Raises
+    such as ``"openai:text-embedding-3-small"``. ``settings`` holds a table per scheme; for ``minilm`` and ``st`` it may
+    say ``dtype`` (``"float32"``, ``"bfloat16"``; by default bfloat16 where the CPU computes with it). Raises
     `MissingDependency` with the command to run, and `ConfigError` for an unknown name.
     """
     if name == "none":

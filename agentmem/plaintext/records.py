@@ -89,6 +89,7 @@ class Records:
     def __init__(self, database: Database, clock: Callable[[], float] = time.time) -> None:
         self._database = database
         self._clock = clock
+        self._settled: dict[int, tuple[int, int]] = {}
 
     def insert(
         self,
@@ -299,11 +300,24 @@ class Records:
 
     def pending(self, space: int, limit: int = 256) -> builtins.list[tuple[int, str]]:
         """(row, passage) of up to ``limit`` records that have no vector in ``space`` yet, the oldest first."""
+        # Only what came or changed since nothing was missing is looked at: this is asked before every search.
+        last, change = self._settled.get(space, (0, 0))
+        mark = self._database.query(
+            "SELECT (SELECT coalesce(max(seq), 0) FROM records), (SELECT coalesce(max(change), 0) FROM changes)"
+        )[0]
+        if tuple(mark) == (last, change):
+            return []
+        kept = "SELECT 1 FROM changes WHERE change = ?"
+        if change and not self._database.query(kept, (change,)):
+            last = change = 0
+        new = "(seq > ? OR seq IN (SELECT seq FROM changes WHERE change > ?))" if change else "seq > ? + 0 * ?"
         rows = self._database.query(
-            "SELECT seq, text, name FROM records WHERE NOT EXISTS "
+            f"SELECT seq, text, name FROM records WHERE {new} AND NOT EXISTS "
             "(SELECT 1 FROM vectors WHERE vectors.space = ? AND vectors.seq = records.seq) ORDER BY seq LIMIT ?",
-            (space, limit),
+            (last, change, space, limit),
         )
+        if not rows:
+            self._settled[space] = (mark[0], mark[1])
         return [(row["seq"], passage(row["text"], row["name"])) for row in rows]
 
     def embed_rows(self, rows: Sequence[tuple[int, str]], vectors: Vectors, space: int) -> int:
