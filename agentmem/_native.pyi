@@ -1,6 +1,7 @@
-"""Types of the C extension (native/module.c). agentmem/_pure.py has the same functions with the same bytes and errors."""
+"""Types of the C extension (native/module.c). agentmem/_pure.py has the same functions and bytes."""
 
 from collections.abc import Sequence
+from typing import Any
 
 from typing_extensions import Buffer
 
@@ -21,8 +22,8 @@ def page_write(
     key: Buffer,
     parent: Buffer,
     tokens: Buffer,
-    keys: Sequence[Buffer],
-    values: Sequence[Buffer],
+    keys: Sequence[Any],
+    values: Sequence[Any],
     at: int,
     /,
 ) -> int: ...
@@ -30,7 +31,5 @@ def page_parse(
     data: Buffer, /
 ) -> tuple[int, int, int, bytes, bytes, bytes, bytes, tuple[tuple[int, int, int], ...]]: ...
 def page_verify(data: Buffer, /) -> None: ...
-def page_read(
-    data: Buffer, keys: Sequence[Buffer], values: Sequence[Buffer], at: int, check: bool = True, /
-) -> None: ...
+def page_read(data: Buffer, keys: Sequence[Any], values: Sequence[Any], at: int, check: bool = True, /) -> None: ...
 def prefault(data: Buffer, /) -> None: ...

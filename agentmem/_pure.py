@@ -63,7 +63,7 @@ def kernels() -> ModuleType:
                 logger.warning("AGENTMEM_PURE is set: using the numpy code instead of the C extension")
             else:
                 try:
-                    from . import _native as module  # type: ignore[no-redef]
+                    from . import _native as module
                 except ImportError as error:
                     logger.warning(
                         "the C extension agentmem._native can't be used (%s): using the slower numpy code; "
@@ -111,7 +111,7 @@ def _byte_table() -> Words:
 
     table = np.arange(256, dtype=np.uint32)
     for _ in range(8):
-        table = (table >> 1) ^ np.where(table & 1, np.uint32(0x82F63B78), np.uint32(0))
+        table = (table >> np.uint32(1)) ^ (table & np.uint32(1)) * np.uint32(0x82F63B78)
     return table
 
 
@@ -130,7 +130,8 @@ def _zeros_tables(zeros: int) -> Words:
     if zeros == 0:
         return registers
     if zeros == 1:
-        return _byte_table()[registers & 255] ^ (registers >> 8)
+        one: Words = _byte_table()[registers & 255] ^ (registers >> 8)
+        return one
     half = _zeros_tables(zeros // 2)
     tables = _advanced(half, half)
     return _advanced(tables, _zeros_tables(1)) if zeros % 2 else tables
@@ -142,15 +143,15 @@ def _rows_crc(rows: Bytes) -> Words:
 
     count, length = rows.shape
     table = _byte_table()
-    # Lanes of `width` bytes, their number a power of two. Zero bytes in front don't change a zero register, so short rows
-    # are filled up there; the initial register of all ones is an exclusive-or with the first four bytes of the message.
+    # Lanes of `width` bytes, their number a power of two. Zero bytes in front don't change a zero register, so rows are
+    # filled up there; the initial register of all ones is an exclusive-or with the first four bytes of the message.
     lanes = 1 << max(0, (length // 256).bit_length() - 1)
     width = -(-length // lanes)
-    lengths_before = lanes * width - length
+    before = lanes * width - length
     filled = np.zeros((count, lanes * width), np.uint8)
-    filled[:, lengths_before:] = rows
+    filled[:, before:] = rows
     if length >= 4:
-        filled[:, lengths_before : lengths_before + 4] ^= 0xFF
+        filled[:, before : before + 4] ^= 0xFF
         columns = np.ascontiguousarray(filled.reshape(count * lanes, width).T)
         crc = np.zeros(count * lanes, np.uint32)
         for column in columns:
@@ -170,7 +171,7 @@ def crc32c(data: Buffer, value: int = 0, /) -> int:
     """CRC32C of ``data``, appended to data whose checksum is ``value``."""
     import numpy as np
 
-    array = np.frombuffer(data, np.uint8)
+    array = np.frombuffer(memoryview(data), np.uint8)
     crc = int(_rows_crc(array[None, :])[0])
     if value:
         crc ^= int(_advanced(np.array([value], np.uint32), _zeros_tables(len(array)))[0])
@@ -257,7 +258,7 @@ def page_size(dtype: int, grid: int, layers: Layers, /) -> int:
     return _places(dtype, grid, layers)[1]
 
 
-def _array(buffer: Buffer, name: str, layer: int, *, writable: bool) -> npt.NDArray[Any]:
+def _array(buffer: Any, name: str, layer: int, *, writable: bool) -> npt.NDArray[Any]:
     import numpy as np
 
     view = memoryview(buffer)
@@ -265,19 +266,15 @@ def _array(buffer: Buffer, name: str, layer: int, *, writable: bool) -> npt.NDAr
         raise BufferError(f"{name}[{layer}] is read-only")
     array = np.asarray(view)
     if array.ndim != 3:
-        raise ValueError(
-            f"{name}[{layer}] must have the shape [kv_heads, positions, head_dim], not {array.ndim} axes"
-        )
+        raise ValueError(f"{name}[{layer}] must have the shape [kv_heads, positions, head_dim], not {array.ndim} axes")
     dim, positions = array.shape[2], array.shape[1]
-    if (dim > 1 and array.strides[2] != array.itemsize) or (
-        positions > 1 and array.strides[1] != array.itemsize * dim
-    ):
+    if (dim > 1 and array.strides[2] != array.itemsize) or (positions > 1 and array.strides[1] != array.itemsize * dim):
         raise ValueError(f"{name}[{layer}] must be contiguous in its positions and dimensions")
     return array
 
 
 def _pairs(
-    keys: Sequence[Buffer], values: Sequence[Buffer], *, writable: bool
+    keys: Sequence[Any], values: Sequence[Any], *, writable: bool
 ) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
     if len(keys) != len(values) or not 1 <= len(keys) <= MAX_LAYERS:
         raise ValueError(
@@ -290,7 +287,13 @@ def _pairs(
 
 
 def _check_fit(
-    pair: tuple[npt.NDArray[Any], npt.NDArray[Any]], layer: int, shape: tuple[int, int, int], item: int, at: int, grid: int
+    pair: tuple[npt.NDArray[Any], npt.NDArray[Any]],
+    layer: int,
+    *,
+    shape: tuple[int, int, int],
+    item: int,
+    at: int,
+    grid: int,
 ) -> None:
     for name, array, dim in (("keys", pair[0], shape[1]), ("values", pair[1], shape[2])):
         heads, positions, found = array.shape
@@ -309,7 +312,7 @@ def _blocks_of(array: npt.NDArray[Any], at: int, grid: int, place: _Place) -> By
     return part.reshape(-1).view(np.uint8).reshape(place.heads * place.blocks, -1)
 
 
-def page_write(
+def page_write(  # noqa: PLR0917 (as the C function)
     fd: int,
     dtype: int,
     grid: int,
@@ -318,14 +321,15 @@ def page_write(
     key: Buffer,
     parent: Buffer,
     tokens: Buffer,
-    keys: Sequence[Buffer],
-    values: Sequence[Buffer],
+    keys: Sequence[Any],
+    values: Sequence[Any],
     at: int,
     /,
 ) -> int:
     """Write a whole page file to the empty file ``fd``; its length in bytes.
 
-    ``keys[layer]`` and ``values[layer]`` are [kv_heads, positions, head_dim]; the page holds positions ``at .. at + grid``.
+    ``keys[layer]`` and ``values[layer]`` are [kv_heads, positions, head_dim]; ``at`` is the page's first position
+    there.
     """
     import numpy as np
 
@@ -339,7 +343,7 @@ def page_write(
     for i, (pair, shape) in enumerate(zip(pairs, layers, strict=True)):
         if shape[0] > MAX_HEADS or shape[1] > MAX_DIM or shape[2] > MAX_DIM:
             raise _broken("shape")
-        _check_fit(pair, i, shape, ITEMS[dtype], at, grid)
+        _check_fit(pair, i, shape=shape, item=ITEMS[dtype], at=at, grid=grid)
     first, length, extents, places = _places(dtype, grid, layers)
 
     image = np.zeros(length, np.uint8)
@@ -358,7 +362,7 @@ def page_write(
     header += bytes(first - len(header))
     struct.pack_into("<I", header, 12, crc32c(memoryview(header)[16:]))
     image[:first] = np.frombuffer(header, np.uint8)
-    left, offset = memoryview(image), 0
+    left, offset = memoryview(image.data), 0
     while left:
         done = os.pwrite(fd, left, offset)
         left, offset = left[done:], offset + done
@@ -408,16 +412,15 @@ def _open(data: memoryview) -> _Header:
     extents_at = layers_at + LAYER.size * layer_count
     if extents_at > first:
         raise _broken("header length")
-    layers, heads_in_all = [], 0
+    layers = []
     for entry in LAYER.iter_unpack(data[layers_at:extents_at]):
         if not (1 <= entry[0] <= MAX_HEADS and 1 <= entry[1] <= MAX_DIM and 1 <= entry[2] <= MAX_DIM):
             raise _broken("shape")
         if entry[3]:
             raise _broken("reserved")
         layers.append(entry[:3])
-        heads_in_all += entry[0]
     end = extents_at + EXTENT.size * extents
-    if heads_in_all * (grid // block) != extents or first != _aligned(end):
+    if sum(layer[0] for layer in layers) * (grid // block) != extents or first != _aligned(end):
         raise _broken("header length")
     _, expected_length, _, places = _places(dtype, grid, tuple(layers))
     expected = _extents(places)
@@ -473,7 +476,7 @@ def page_verify(data: Buffer, /) -> None:
     _check_extents(view, _open(view))
 
 
-def page_read(data: Buffer, keys: Sequence[Buffer], values: Sequence[Buffer], at: int, check: bool = True, /) -> None:
+def page_read(data: Buffer, keys: Sequence[Any], values: Sequence[Any], at: int, check: bool = True, /) -> None:
     """Copy all layers out of a page file into ``keys[layer]``, ``values[layer]``, to positions ``at .. at + grid``."""
     import numpy as np
 
@@ -483,7 +486,7 @@ def page_read(data: Buffer, keys: Sequence[Buffer], values: Sequence[Buffer], at
     if len(pairs) != len(header.layers):
         raise ValueError(f"the page has {len(header.layers)} layers, room for {len(pairs)} was given")
     for i, (pair, shape) in enumerate(zip(pairs, header.layers, strict=True)):
-        _check_fit(pair, i, shape, ITEMS[header.dtype], at, header.grid)
+        _check_fit(pair, i, shape=shape, item=ITEMS[header.dtype], at=at, grid=header.grid)
     if check:
         _check_extents(view, header)
     image = np.frombuffer(view, np.uint8)
