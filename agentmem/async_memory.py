@@ -43,8 +43,9 @@ def _documented(cls: C) -> C:
     """Take the docstrings of the sync class of the same name: what a verb promises is written once."""
     twin = getattr(memory, cls.__name__.removeprefix("Async"))
     for name, member in vars(cls).items():
-        if not name.startswith("_") and not member.__doc__:
-            member.__doc__ = getattr(twin, name).__doc__
+        function = getattr(member, "__func__", member)  # a classmethod's docstring lies in its function
+        if not name.startswith("_") and not function.__doc__:
+            function.__doc__ = getattr(twin, name).__doc__
     return cls
 
 

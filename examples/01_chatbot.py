@@ -11,52 +11,46 @@ from agentmem import AgentMemError, Memory, Reply
 
 
 def footer(reply: Reply) -> str:
-    recalled = "".join(
-        f"\n    [recalled {hit.record.name or hit.record.role}: {hit.record.text[:60]}]" for hit in reply.recalled[:3]
-    )
-    usage = reply.usage
-    return (
-        f"{recalled}\n    [{usage.cached_tokens} of {usage.input_tokens} prompt tokens cached, {usage.total_s:.1f} s]"
+    recalled = [
+        f"    [recalled {hit.record.name or hit.record.role}: {hit.record.text[:60]}]" for hit in reply.recalled
+    ]
+    used = reply.usage
+    return "\n".join(
+        [*recalled[:3], f"    [{used.cached_tokens} of {used.input_tokens} tokens cached, {used.total_s:.1f} s]"]
     )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--path")
+    for name in ("--path", "--model", "--config"):
+        parser.add_argument(name)
     parser.add_argument("--user", default="you")
-    parser.add_argument("--model")
-    parser.add_argument("--config")
     options = parser.parse_args()
     model = options.model or (None if options.config else "local")
     with Memory(options.path, model=model, config=options.config) as memory:
         mine = memory.scope(user=options.user)
-        print(
-            f"{mine.plaintext.count()} memories in {memory!r}. Commands: /memories /forget WORDS /learn /report /quit"
-        )
+        print(f"{mine.plaintext.count()} memories. Commands: /memories /forget WORDS /learn /report /quit")
         while True:
             try:
-                line = input(f"{options.user}> ").strip()
+                command, _, words = input(f"{options.user}> ").strip().partition(" ")
             except (EOFError, KeyboardInterrupt):
                 break
             try:
-                match line.partition(" "):
-                    case ("", _, _):
-                        continue
-                    case ("/quit", _, _):
-                        break
-                    case ("/memories", _, _):
-                        print("\n".join(str(record) for record in mine.list()) or "none yet")
-                    case ("/forget", _, words):
-                        print(mine.forget([hit.record.id for hit in mine.search(words, k=1)]))
-                    case ("/learn", _, _):
-                        print(mine.parametric.train().gate)
-                    case ("/report", _, _):
-                        print(mine.report())
-                    case _:
-                        stream = mine.chat(line, stream=True, max_tokens=120)
-                        for piece in stream:
-                            print(piece, end="", flush=True)
-                        print(footer(stream.reply))
+                if command == "/quit":
+                    break
+                elif command == "/memories":
+                    print("\n".join(str(record) for record in mine.list()) or "none yet")
+                elif command == "/forget":
+                    print(mine.forget([hit.record.id for hit in mine.search(words, k=1)]))
+                elif command == "/learn":
+                    print(mine.parametric.train())
+                elif command == "/report":
+                    print(mine.report())
+                elif command:
+                    stream = mine.chat(f"{command} {words}", stream=True, max_tokens=120)
+                    for piece in stream:
+                        print(piece, end="", flush=True)
+                    print("\n" + footer(stream.reply))
             except AgentMemError as error:
                 print(f"{type(error).__name__}: {error}")
 
