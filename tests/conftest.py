@@ -49,7 +49,8 @@ def byte_tokenizer() -> Callable[..., Any]:
         core = Tokenizer(models.BPE(vocab={character: i for i, character in enumerate(alphabet)}, merges=[]))
         core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         core.decoder = decoders.ByteLevel()
-        return PreTrainedTokenizerFast(
+        make_tokenizer: Any = PreTrainedTokenizerFast
+        return make_tokenizer(
             tokenizer_object=core, bos_token="<|im_start|>", eos_token="<|im_end|>", chat_template=template
         )
 

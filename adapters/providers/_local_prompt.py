@@ -236,13 +236,14 @@ class Template:
         In an ordered template the leftmost matches one after the other can't lie behind the true places; else, and for
         what isn't found, the first place where the content occurs at all is taken, or the beginning.
         """
+        wanted = [content.strip() for content in contents]  # templates may trim
         places: list[int] = []
         position = 0
-        for content in contents:
-            wanted = content.strip()
-            place = text.find(wanted, position) if self._ordered else -1
+        for content in wanted:
+            place = text.find(content, position) if self._ordered else -1
             if place < 0:
-                return [max(text.find(content.strip()), 0) if content.strip() else 0 for content in contents]
+                places = [max(text.find(content), 0) for content in wanted]
+                break
             places.append(place)
-            position = place + len(wanted)
-        return places
+            position = place + len(content)
+        return [len(text[:place].rstrip()) for place in places]  # white space before it may be the message's own

@@ -278,7 +278,7 @@ def test_an_unreadable_page_ends_the_prefix(provider: Any, caplog: pytest.LogCap
     shelf = Shelf()
     spy = Spy(provider)
     _, wanted = spy.answer(provider, asked(text(90), pages=shelf, max_tokens=3), 3)
-    list(shelf.pages.values())[2].read_layers = fails  # type: ignore[method-assign]
+    list(shelf.pages.values())[2].read_layers = fails  # type: ignore[assignment]
     generation, got = spy.answer(provider, asked(text(90), pages=shelf, max_tokens=3), 3)
     assert generation.usage.cached_tokens == 2 * GRID
     assert torch.equal(got, wanted)
@@ -454,7 +454,7 @@ def test_streaming_gives_the_generated_text(provider: Any) -> None:
 
 def test_equal_seeds_give_equal_samples(provider: Any) -> None:
     provider._ready()._ends = frozenset()
-    options = {"max_tokens": 30, "temperature": 1.5, "top_p": 0.95, "extra": {"top_k": 50}}
+    options: dict[str, Any] = {"max_tokens": 30, "temperature": 1.5, "top_p": 0.95, "extra": {"top_k": 50}}
     one, two, other = (provider.generate(asked("a", seed=seed, **options)).text for seed in (7, 7, 8))
     assert one == two != other
     assert provider.generate(asked("a", max_tokens=30)).text == provider.generate(asked("a", max_tokens=30)).text
