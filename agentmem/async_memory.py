@@ -17,13 +17,13 @@ from .chat import Conversation
 from .engine import Engine
 from .flow import Flow, arun, astream, local
 from .flows import When
-from .kinds import PageEntry
 from .ledger import Report
 from .memory import NOT_GIVEN, Content, narrowed, opened
 from .provider import Provider
 from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
+    from .activation.store import PageEntry
     from .parametric.registry import LoraVersion
     from .plaintext.embed import Embedder
 

@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 from .engine import Engine
 from .errors import ConfigError, InvalidInput, NotFound, ScopeError
 from .plaintext.drafts import check_scope
-from .types import Record, Scope, Usage, Value
+from .types import Record, Scope, Usage
 
 if TYPE_CHECKING:
+    from .activation.store import PageEntry
     from .parametric.registry import LoraVersion
 
 __all__ = [
-    "PageEntry",
     "activate",
     "beneath",
     "entries",
@@ -33,17 +33,6 @@ __all__ = [
 ]
 
 
-class PageEntry(Value):
-    """One KV page on disk: positions ``number * grid ..`` of a prefix, and the records it was made from."""
-
-    key: str
-    number: int
-    bytes: int
-    uses: int
-    pinned: bool
-    records: tuple[str, ...]
-
-
 # ---- activation
 # --------------------------------------------------------------------------------------------------------
 
@@ -51,18 +40,7 @@ class PageEntry(Value):
 def entries(engine: Engine, scope: Scope) -> list[PageEntry]:
     """The pages made from records of this scope and beneath; on the root handle all of them."""
     mine = None if scope == Scope() else engine.records.ids(scope)
-    return [
-        PageEntry(
-            key=entry.key,
-            number=entry.number,
-            bytes=entry.bytes,
-            uses=entry.uses,
-            pinned=entry.pinned,
-            records=entry.records,
-        )
-        for entry in engine.pages.entries()
-        if mine is None or mine.intersection(entry.records)
-    ]
+    return [entry for entry in engine.pages.entries() if mine is None or mine.intersection(entry.records)]
 
 
 def pin(engine: Engine, scope: Scope, keys: Sequence[str] | None, *, pinned: bool) -> int:
@@ -87,15 +65,22 @@ def _keys(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> list[str]
     return list(keys)
 
 
-def save(engine: Engine, path: str | os.PathLike[str]) -> int:
+def save(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> int:
     """Copy all pages and their lineage into a new folder; returns how many."""
-    engine.pages.save(path)
-    return len(engine.pages.entries())
+    _whole(scope)
+    return engine.pages.save(path)
 
 
-def restore(engine: Engine, path: str | os.PathLike[str]) -> int:
+def restore(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> int:
     """Bring saved pages back; those whose records are unknown or were forgotten here are passed over."""
+    _whole(scope)
     return engine.pages.restore(path)
+
+
+def _whole(scope: Scope) -> None:
+    if scope != Scope():
+        # The pages of a prompt's head serve every scope beneath them: a part of the store can't be cut out.
+        raise ScopeError(f"KV pages are saved and restored for the whole folder, not for {scope}: use the root handle")
 
 
 # ---- parametric

@@ -19,13 +19,13 @@ from .engine import Engine
 from .errors import ScopeError
 from .flow import Flow, local, run, stream
 from .flows import When
-from .kinds import PageEntry
 from .ledger import Report
 from .plaintext.drafts import narrow
 from .provider import Provider
 from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
+    from .activation.store import PageEntry
     from .parametric.registry import LoraVersion
     from .plaintext.embed import Embedder
 
@@ -401,7 +401,10 @@ class Activation:
         return run(local(kinds.evict, self._engine, self._scope, keys))
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Copy all pages with their lineage into a new folder; returns how many. As private as the transcript."""
+        """Copy all pages with their lineage into a new folder; returns how many. As private as the transcript.
+
+        On the root handle only: the pages of a prompt's head serve many scopes.
+        """
         return run(local(kinds.save, self._engine, self._scope, path))
 
     def restore(self, path: str | os.PathLike[str]) -> int:

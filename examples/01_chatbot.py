@@ -38,7 +38,7 @@ def main() -> None:
             try:
                 if command == "/quit":
                     break
-                elif command == "/memories":
+                if command == "/memories":
                     print("\n".join(str(record) for record in mine.list()) or "none yet")
                 elif command == "/forget":
                     print(mine.forget([hit.record.id for hit in mine.search(words, k=1)]))
