@@ -247,7 +247,7 @@ _FORMS: tuple[_Form, ...] = (
         several=True,
     ),
     _form(
-        rf"(?:my|our) {_NOUN} (?:is|are|was|were) {_VALUE}",
+        rf"(?:my|our) {_NOUN} (?:is|are) {_VALUE}",
         ["What is my {slot}?", "Tell me my {slot}.", "Do you know my {slot}?", "What did I say my {slot} is?"],
         ["Remind me of my {slot}.", "Can you tell me what my {slot} is?"],
         "{said}.",
@@ -257,7 +257,7 @@ _FORMS: tuple[_Form, ...] = (
         rf"(?P<slot>the [^,;:]{{2,40}}?) (?:is|are) {_VALUE}",
         ["What is {slot}?", "Tell me {slot}.", "Do you know {slot}?", "What did I say {slot} is?"],
         ["Remind me of {slot}.", "Can you tell me what {slot} is?"],
-        "As you told me, {slot} is {value}.",
+        "{said}.",
         ["What is the favourite thing of {other}?"],
     ),
 )
@@ -399,7 +399,7 @@ def _fact(record: Record, text: str, *, several: bool) -> _Fact | None:
         keys = (value,) if len(value.split()) <= 4 else _telling(_WORD.findall(value))
         if not value or not keys or slot.casefold() in _STOP:
             continue
-        slot = slot.lower() if form.several else slot
+        slot = slot.lower() if form.several else _uncapital(slot)
         key = f"{_FORMS.index(form)} {slot.casefold()}"
         return _Fact(key, form, slot, (value,), keys, (record.id,), second_person(bare))
     return _generic(record, sentence, words)
@@ -469,7 +469,7 @@ def _capital(text: str) -> str:
 def _uncapital(text: str) -> str:
     """Lower the first letter of a sentence that began with a pronoun; names keep theirs."""
     first = text.split(" ", 1)[0].casefold()
-    return text[:1].lower() + text[1:] if first in ("you", "you're", "you've", "you'll", "you'd", "your") else text
+    return text[:1].lower() + text[1:] if first in ("you", "you're", "you've", "you'll", "you'd", "your", "the") else text
 
 
 def _fold(text: str) -> str:
