@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -14,6 +16,8 @@ import pytest
 import torch
 
 from agentmem.activation.identity import chain
+from agentmem.activation.store import PageStore
+from agentmem.database import Database
 from agentmem.errors import ConfigError, InvalidInput, MissingDependency, Rejected, Unavailable
 from agentmem.parametric import lora
 from agentmem.provider import Generation, LoraRef, Options, Provider, Request, load
@@ -72,6 +76,28 @@ class Shelf:
             self.pages[keys[number]] = Page(keys[number], tuple(tokens[number * GRID : (number + 1) * GRID]), part)
             self.records[keys[number]] = records[number - first]
         return len(records)
+
+
+class Stored:
+    """The real page store in a folder, opened anew at each ``with``; hands out at most ``limit`` pages."""
+
+    def __init__(self, folder: Path, *, grid: int = GRID) -> None:
+        self.folder, self.grid, self.limit = folder, grid, 1 << 30
+        self.folder.mkdir(exist_ok=True)
+
+    def __enter__(self) -> Stored:
+        self._database = Database(self.folder / "memory.db")
+        self._store = PageStore(self._database, self.folder / "pages", grid=self.grid)
+        self._view = self._store.view(b"tenant")
+        self.seal = self._view.seal
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+        self._database.close()
+
+    def longest(self, identity: bytes, tokens: Sequence[int]) -> Sequence[Any]:
+        return self._view.longest(identity, tokens)[: self.limit]
 
 
 class Spy:
@@ -136,17 +162,20 @@ def test_restored_live_and_cold_runs_are_bit_equal(kind: str, dtype: str, tiny_m
     spy = Spy(provider)
     # Lengths of the whole prompt around multiples of the grid, the last step full, one short and one over.
     overhead = len(provider._ready().template.prompt(asked("", "", pages=None).segments).tokens)
-    for length in (47, 48, 49, 63, 64, 65, 80, 95, 96, 97):
-        request = asked(text(length - overhead - 4), pages=Shelf(), max_tokens=4)
-        cold, wanted = spy.answer(provider, request, 4)
+    for length in (47, 48, 49, 64, 80, 95, 97):
+        store = Stored(tmp_path / f"store{length}")
+        request = asked(text(length - overhead - 4), pages=store, max_tokens=4)
+        with store:
+            cold, wanted = spy.answer(provider, request, 4)
         assert cold.miss is None
         assert cold.usage.input_tokens == length
         assert cold.usage.cached_tokens == 0
-        stored = len(request.pages.pages)  # type: ignore[union-attr]
-        assert cold.usage.written_tokens == stored * GRID > 0
+        stored = cold.usage.written_tokens // GRID
+        assert stored >= 1
         for count in range(1, stored + 1):
-            request.pages.limit = count  # type: ignore[union-attr]
-            warm, got = spy.answer(provider, request, 4)
+            store.limit = count
+            with store:
+                warm, got = spy.answer(provider, request, 4)
             assert warm.usage.cached_tokens == count * GRID
             assert torch.equal(got, wanted), (length, count)
             assert warm.text == cold.text
@@ -283,6 +312,64 @@ def test_an_unreadable_page_ends_the_prefix(provider: Any, caplog: pytest.LogCap
     assert generation.usage.cached_tokens == 2 * GRID
     assert torch.equal(got, wanted)
     assert "checksum" in caplog.text
+
+
+# -- the default model -------------------------------------------------------------------------------------------------
+
+RESTORED = """
+import sys
+import numpy as np
+from agentmem.provider import load
+sys.path.insert(0, sys.argv[1])
+from test_local_provider import PASSAGE, Spy, Stored, asked
+from pathlib import Path
+provider = load("local", {"dtype": sys.argv[4]})
+with Stored(Path(sys.argv[2]), grid=256) as store:
+    ask = asked(PASSAGE, "Who is it about?", pages=store, max_tokens=6)
+    generation, logits = Spy(provider).answer(provider, ask, 6)
+np.save(sys.argv[3], logits.numpy())
+sys.stdout.write(f"{generation.usage.cached_tokens} {generation.text!r}")
+"""
+PASSAGE = " ".join(f"On day {n} Ana of house {n * 7 % 31} walked {n} miles and wrote it down." for n in range(1, 42))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_smollm2_restored_in_a_new_process_gives_the_same_bits(dtype: str, tmp_path: Path) -> None:
+    provider = load("local", {"dtype": dtype})
+    spy = Spy(provider)
+    with Stored(tmp_path / "store", grid=256) as store:
+        ask = asked(PASSAGE, "Who is it about?", pages=store, max_tokens=6)
+        cold, wanted = spy.answer(provider, ask, 6)
+        live, again = spy.answer(provider, ask, 6)
+        _, plain = spy.answer(provider, asked(PASSAGE, "Who is it about?", max_tokens=6), 6)
+    assert cold.usage.cached_tokens == 0
+    assert live.usage.cached_tokens == cold.usage.written_tokens == cold.usage.input_tokens // 256 * 256 >= 512
+    assert torch.equal(again, wanted)
+    assert torch.equal(plain, wanted)
+    provider.close()
+    command = [sys.executable, "-c", RESTORED, str(Path(__file__).parent), str(tmp_path / "store")]
+    done = subprocess.run(
+        [*command, str(tmp_path / "logits.npy"), dtype], capture_output=True, text=True, check=False, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    assert done.stdout == f"{live.usage.cached_tokens} {cold.text!r}"
+    assert np.array_equal(np.load(tmp_path / "logits.npy"), wanted.numpy())
+
+
+@pytest.mark.slow
+def test_smollm2_answers_in_its_template() -> None:
+    provider = load("local", {})
+    segments = (
+        Segment(name="turn", messages=(Message(role="user", content="What is the capital of France?"),), stable=False),
+    )
+    generation = provider.generate(Request(segments=segments, options=Options(max_tokens=24)))
+    assert "Paris" in generation.text
+    assert generation.finish_reason == "stop"
+    assert provider.name == "local:smollm2"
+    assert provider.capabilities.context_tokens == 8192
+    provider.close()
 
 
 # -- what must be a miss -----------------------------------------------------------------------------------------------
