@@ -12,7 +12,7 @@ from typing import Any
 from agentmem.errors import InvalidInput
 from agentmem.types import Scope
 
-from .drafts import check_metadata, check_scope
+from .drafts import check_metadata, check_scope, shown
 
 __all__ = ["Condition", "beneath", "joined", "matching", "valid_at", "visible"]
 
@@ -57,13 +57,13 @@ def matching(where: Mapping[str, Any] | None) -> Condition:
     for key, value in check_metadata(where).items():
         if isinstance(value, (list, dict)):
             raise InvalidInput(
-                f"where[{key!r:.80}] is a {type(value).__name__}: only equality with one value is understood"
+                f"where[{shown(key)}] is a {type(value).__name__}: only equality with one value is understood"
             )
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
-            raise InvalidInput(f"where[{key!r:.80}] is outside the range of 64-bit integers")
+            raise InvalidInput(f"where[{shown(key)}] is outside the range of 64-bit integers")
         if key in ("id", "role", "name", "source"):
             if value is not None and not isinstance(value, str):
-                raise InvalidInput(f"where[{key!r}] is a {type(value).__name__}: give a str or None")
+                raise InvalidInput(f"where[{shown(key)}] is a {type(value).__name__}: give a str or None")
             parts.append(f"records.{key} IS ?")
             values.append(value)
             continue

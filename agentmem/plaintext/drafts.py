@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, Literal, cast, get_args
@@ -27,6 +28,7 @@ __all__ = [
     "dump_metadata",
     "moment",
     "narrow",
+    "shown",
     "utc_seconds",
 ]
 
@@ -39,6 +41,8 @@ MAX_SOURCE_BYTES = 4096
 
 MESSAGE_KEYS = frozenset({"role", "content", "name", "at", "metadata"})
 ROLES: tuple[str, ...] = get_args(Role)
+_SHOWN = reprlib.Repr()
+_SHOWN.maxstring = _SHOWN.maxother = 80
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
 
 
@@ -137,13 +141,13 @@ def _parts(message: object, where: str) -> tuple[Role, object, object, Any, Any]
     if isinstance(message, Mapping):
         unknown = [key for key in message if key not in MESSAGE_KEYS]
         if unknown:
-            raise InvalidInput(f"{where} has the unknown key {unknown[0]!r}: use {', '.join(sorted(MESSAGE_KEYS))}")
+            raise InvalidInput(f"{where} has the key {shown(unknown[0])}: use {', '.join(sorted(MESSAGE_KEYS))}")
         for key in ("role", "content"):
             if key not in message:
                 raise InvalidInput(f"{where} lacks {key!r}: a message is {{'role': ..., 'content': ...}}")
         role = message["role"]
         if not isinstance(role, str) or role not in ROLES:
-            raise InvalidInput(f"{where} has the role {role!r}: use one of {', '.join(ROLES)}")
+            raise InvalidInput(f"{where} has the role {shown(role)}: use one of {', '.join(ROLES)}")
         return cast(Role, role), message["content"], message.get("name"), message.get("at"), message.get("metadata")
     raise InvalidInput(f"{where} is a {type(message).__name__}: give a str, a message mapping, or a list of them")
 
@@ -158,9 +162,17 @@ def check_text(text: object, what: str = "the text") -> str:
     return _storable(text, what, MAX_TEXT_BYTES)
 
 
+def shown(value: object) -> str:
+    """``value`` in an error message: short, and safe for values of any size or depth."""
+    try:
+        return _SHOWN.repr(value)
+    except ValueError:  # an int of more digits than Python converts
+        return f"<{type(value).__name__}>"
+
+
 def _line(value: object, what: str, most: int) -> str:
     if not isinstance(value, str) or not value:
-        raise InvalidInput(f"{what} is {value!r:.80}: give a non-empty str or leave it out")
+        raise InvalidInput(f"{what} is {shown(value)}: give a non-empty str or leave it out")
     return _storable(str.__str__(value), what, most)
 
 
@@ -186,7 +198,7 @@ def moment(value: object, what: str) -> dt.datetime | None:
         try:
             return dt.datetime.fromisoformat(value if isinstance(value, str) else value.isoformat())
         except ValueError as error:
-            raise InvalidInput(f"{what} is {value!r:.80}: write it like 2026-03-31 or 2026-03-31T14:00:00Z") from error
+            raise InvalidInput(f"{what} is {shown(value)}: write it like 2026-03-31 or 2026-03-31T14:00:00Z") from error
     raise InvalidInput(f"{what} is a {type(value).__name__}: give a datetime or an ISO 8601 string")
 
 
@@ -220,7 +232,7 @@ def check_metadata(metadata: object) -> dict[str, Any]:
         if type(value) is dict:
             for key in value:
                 if type(key) is not str:
-                    raise InvalidInput(f"metadata has the key {key!r:.80} of type {type(key).__name__}: keys are str")
+                    raise InvalidInput(f"metadata has the key {shown(key)} of type {type(key).__name__}: keys are str")
                 _check_leaf(key)
             pending.extend((item, depth + 1) for item in value.values())
         elif type(value) is list:
@@ -238,7 +250,7 @@ def _check_leaf(value: object) -> None:
         if not math.isfinite(value):
             raise InvalidInput(f"metadata holds {value}: JSON has no such number")
     elif value is not None and type(value) not in (bool, int):
-        raise InvalidInput(f"metadata holds a {type(value).__name__} ({value!r:.80}): JSON can't give it back")
+        raise InvalidInput(f"metadata holds a {type(value).__name__} ({shown(value)}): JSON can't give it back")
 
 
 def dump_metadata(metadata: dict[str, Any]) -> str:
@@ -268,7 +280,7 @@ def _check_level(level: str, value: object) -> str | None:
     if value is None:
         return None
     if not isinstance(value, str):
-        raise ScopeError(f"the scope's {level} is a {type(value).__name__} ({value!r:.80}): give a str")
+        raise ScopeError(f"the scope's {level} is a {type(value).__name__} ({shown(value)}): give a str")
     if not value:
         raise ScopeError(f"the scope's {level} is an empty str: give a name, or leave the level out")
     try:
@@ -286,7 +298,7 @@ def narrow(scope: Scope, **levels: object) -> Scope:
     values = {level: value for level, value in scope.levels() if value is not None}
     for level, value in levels.items():
         if level not in LEVELS:
-            raise ScopeError(f"{level!r} is no scope level: use {', '.join(LEVELS)}")
+            raise ScopeError(f"{shown(level)} is no scope level: use {', '.join(LEVELS)}")
         checked = _check_level(level, value)
         if checked is None:
             continue
@@ -299,7 +311,7 @@ def narrow(scope: Scope, **levels: object) -> Scope:
 def check_k(k: object, what: str = "k") -> int:
     """``k`` if it is an int of at least 1, else `InvalidInput`. How many there are bounds it from above."""
     if isinstance(k, bool) or not isinstance(k, int):
-        raise InvalidInput(f"{what} is {k!r:.80}: give an int of at least 1")
+        raise InvalidInput(f"{what} is {shown(k)}: give an int of at least 1")
     if k < 1:
         raise InvalidInput(f"{what} is {max(k, -(2**63))}: give an int of at least 1")
     return min(int(k), 2**62)

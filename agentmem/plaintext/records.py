@@ -34,6 +34,7 @@ from .drafts import (
     dump_metadata,
     narrow,
     passage,
+    shown,
     utc_seconds,
 )
 
@@ -366,12 +367,12 @@ class Records:
     def _row(self, id_: object, scope: Scope) -> sqlite3.Row:
         sql, values = visible(scope)
         if not isinstance(id_, str):
-            raise InvalidInput(f"a record id is a str, not {id_!r:.80}")
+            raise InvalidInput(f"a record id is a str, not {shown(id_)}")
         rows = []
         if _well_formed(id_):
             rows = self._database.query(f"SELECT * FROM records WHERE id = ? AND {sql}", [id_, *values])
         if not rows:
-            raise NotFound(f"no record {id_!r:.80} in this scope")
+            raise NotFound(f"no record {shown(id_)} in this scope")
         return rows[0]
 
     def _changeable(self, id_: object, scope: Scope) -> sqlite3.Row:

@@ -75,11 +75,14 @@ def search(
     now: float,
     explain: bool = False,
 ) -> list[Hit]:
-    """The best ``k`` records that ``scope`` sees, that hold at ``at`` (default: ``now``, UTC seconds) and match ``where``.
+    """The best ``k`` records that ``scope`` sees, that hold at ``at`` (default: ``now``, UTC seconds), best first.
 
     Without ``index`` and ``vector`` by words alone. `Hit.why` holds the parts that add up to the score; with
-    ``explain`` also ``bm25_raw``, ``cosine`` and ``evidence`` (how much of the query's words, by weight, the best record has).
+    ``explain`` also ``bm25_raw``, ``cosine`` and ``evidence`` (how much of the query's words, by weight, the best
+    record has).
     """
+    import numpy as np
+
     query, k = check_query(query), check_k(k)
     when = moment(at, "at")
     conditions = joined([visible(scope), valid_at(now if when is None else utc_seconds(when)), matching(where)])
@@ -99,7 +102,7 @@ def search(
     if index is not None and vector is not None:
         cosines |= index.scores(vector, _by_tenant(turn for turn in pool if turn.row not in cosines))
     parts = _parts(pool, words, cosines, evidence, query)
-    total = sum(parts.values())
+    total = np.sum(list(parts.values()), axis=0)
     best = sorted(range(len(pool)), key=lambda i: (-total[i], -pool[i].row))[:k]
     kept = records.at_rows([pool[i].row for i in best], scope)
     hits = []
