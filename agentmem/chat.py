@@ -213,7 +213,6 @@ def _core(engine: Engine, scope: Scope, *, new_session: bool) -> list[Record]:
     """
     if engine.settings.core_tokens == 0:
         return []
-    scope = scope.model_copy(update={"session": None})
     levels = [value or "" for _, value in scope.levels()]
     key = json.dumps(levels)
     stored = engine.database.query(
@@ -224,8 +223,12 @@ def _core(engine: Engine, scope: Scope, *, new_session: bool) -> list[Record]:
         # A record forgotten by another process this very moment is missing here: then the core is chosen again.
         with contextlib.suppress(NotFound):
             return [engine.records.get(record, scope) for record in json.loads(stored[0]["ids"])]
+    # A session's own turns are its history: its core comes from what the levels above share.
+    candidates = [
+        r for r in engine.records.newest(scope, limit=2000) if scope.session is None or r.scope.session is None
+    ]
     chosen = prompt.choose_core(
-        engine.records.newest(scope, limit=2000)[::-1],
+        candidates[::-1],
         engine.ledger.times_shown(),
         least=engine.settings.page_tokens,
         budget=engine.settings.core_tokens,

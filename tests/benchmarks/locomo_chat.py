@@ -3,7 +3,7 @@
     python tests/benchmarks/locomo_chat.py [--data ../shared/data/locomo/locomo_dev.json] [--questions 3]
 
 Process 1 adds the first LoCoMo conversation, session by session (no model is loaded). Process 2 asks questions through
-``chat`` with the local model; process 3 goes on in the same session. Prints, per turn, what was recalled and how many
+``chat`` with the local model; process 3 asks more. Prints, per turn, what was recalled and how many
 prompt tokens came from KV pages. Exits with 1 if a turn recalled nothing, or if no prefix was cached on the second turn or
 on the first turn after the restart.
 """
@@ -64,7 +64,7 @@ def feed(folder: str, data: str) -> None:
 def ask(folder: str, data: str, first: int, count: int) -> None:
     case = json.loads(Path(data).read_text(encoding="utf-8"))[0]
     with Memory(folder, model="local") as memory:
-        chat = memory.scope(user=case["sample_id"], session="questions")
+        chat = memory.scope(user=case["sample_id"])
         for number, item in enumerate(case["qa"][first : first + count], start=1):
             reply = chat.chat(item["question"], max_tokens=24)
             row = {"turn": number, "recalled": len(reply.recalled), "cached": reply.usage.cached_tokens}
