@@ -469,7 +469,9 @@ def _capital(text: str) -> str:
 def _uncapital(text: str) -> str:
     """Lower the first letter of a sentence that began with a pronoun; names keep theirs."""
     first = text.split(" ", 1)[0].casefold()
-    return text[:1].lower() + text[1:] if first in ("you", "you're", "you've", "you'll", "you'd", "your", "the") else text
+    return (
+        text[:1].lower() + text[1:] if first in ("you", "you're", "you've", "you'll", "you'd", "your", "the") else text
+    )
 
 
 def _fold(text: str) -> str:

@@ -99,7 +99,7 @@ def gate(
     *,
     thresholds: Thresholds | None = None,
     max_questions: int = 48,
-    max_tokens: int = 24,
+    max_tokens: int = 20,
 ) -> GateReport:
     """Ask the model with the LoRA on it, and compare with the base. The model is as before afterwards; its lock is
     held.
@@ -137,7 +137,7 @@ def gate(
     return report.model_copy(update={"passed": _passes(report)})
 
 
-def recall(tensors: Tensors, examples: Sequence[Example], max_tokens: int = 24) -> tuple[float, list[str]]:
+def recall(tensors: Tensors, examples: Sequence[Example], max_tokens: int = 20) -> tuple[float, list[str]]:
     """The share of ``examples`` that the model answers with their fact, and the record ids of those it doesn't."""
     if not examples:
         return 1.0, []

@@ -448,13 +448,13 @@ def _deactivate(connection: sqlite3.Connection, digest: str) -> None:
     """Where ``digest`` was the newest of several activations, the base follows it: an older version never returns by
     itself."""
     columns = "tenant, user, agent, session"
+    # With MAX(id), SQLite takes the bare columns from that row: the newest activation of each scope.
     newest = connection.execute(
-        f"SELECT at, {columns}, COUNT(*) > SUM(digest = ?) AS others FROM activations AS a "
-        f"GROUP BY {columns} HAVING (SELECT digest FROM activations WHERE id = MAX(a.id)) = ?",
-        (digest, digest),
+        f"SELECT at, digest, {columns}, MAX(id), SUM(digest != ?) AS others FROM activations GROUP BY {columns}",
+        (digest,),
     ).fetchall()
     connection.execute("DELETE FROM activations WHERE digest = ?", (digest,))
     connection.executemany(
         f"INSERT INTO activations (at, digest, {columns}) VALUES (?, '', ?, ?, ?, ?)",
-        [(row["at"], *(row[level] for level in LEVELS)) for row in newest if row["others"]],
+        [(row["at"], *(row[level] for level in LEVELS)) for row in newest if row["digest"] == digest and row["others"]],
     )

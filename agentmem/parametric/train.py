@@ -74,8 +74,8 @@ class Recipe:
     layers: float = 1 / 3
     rate: float = 2e-3
     batch: int = 15
-    #: Anchors per step, and the weight of their KL term.
-    anchors: int = 5
+    #: Anchors per step, and the weight of their KL term (each direction).
+    anchors: int = 8
     kl_weight: float = 2.0
     #: Tokens of the base's own answer to an anchor that are held still.
     anchor_tokens: int = 12
@@ -366,10 +366,9 @@ class _Run:
             with torch.no_grad():
                 base = functional.log_softmax(self.head(anchor.base).float(), dim=-1)
             here = functional.log_softmax(self._logits(anchor), dim=-1)
-            # Both directions: KL(base || here) alone hardly minds a new answer beside the old ones, and KL(here ||
-            # base) alone hardly minds an old one that is lost.
-            gap = (here - base) * (here.exp() - base.exp())
-            divergence = gap.sum() / (2 * len(anchor.rows))
+            # KL in both directions: KL(base || here) alone hardly minds a learnt fact beside the base's own answers,
+            # KL(here || base) alone hardly minds a lost one. Measured: the sum halves intrusion at equal recall.
+            divergence = ((here - base) * (here.exp() - base.exp())).sum() / len(anchor.rows)
             (divergence * self.recipe.kl_weight).backward()  # type: ignore[no-untyped-call]
         return mean
 

@@ -1,0 +1,248 @@
+"""Training on tiny random models: what is learnt, what is left as it was, and how a run ends early."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from agentmem.errors import InvalidInput, TrainingError
+from agentmem.parametric import train as training
+from agentmem.parametric.corpus import Corpus, build
+from agentmem.parametric.lora import Switch, applied, base_only, save
+from agentmem.parametric.train import Recipe, answers, encode, steady, train
+from agentmem.provider import LoraRef, load
+from agentmem.types import Record
+
+FLOAT = {"dtype": "float32"}
+QUICK = Recipe(rank=4, rate=5e-3, batch=4, anchors=2, anchor_tokens=4)
+
+
+@pytest.fixture(scope="module")
+def lessons() -> Corpus:
+    records = [Record(id="a", text="My dog is called Biscuit."), Record(id="b", text="I live in Oslo.")]
+    made = build(records, systems=[None])
+    return Corpus(made.examples[::3], made.held_out, made.anchors[:4], made.records, ())
+
+
+@pytest.fixture
+def tensors(tmp_path: Path, tiny_model: Callable[..., Path]) -> Any:
+    return load(f"local:{tiny_model(tmp_path / 'base')}", FLOAT).tensors()
+
+
+def logits(tensors: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = tensors.model(input_ids=torch.tensor([[5, 90, 31, 7, 7, 200]])).logits
+        return out
+
+
+def state(model: Any) -> list[Any]:
+    return [
+        *(
+            (name, module.training, len(module._forward_hooks), len(module._forward_pre_hooks))
+            for name, module in model.named_modules()
+        ),
+        *((name, weight.requires_grad, weight.grad is None) for name, weight in model.named_parameters()),
+        model.config._attn_implementation,
+    ]
+
+
+def test_the_loss_falls_and_the_model_stays_as_it_was(tensors: Any, lessons: Corpus) -> None:
+    tensors.model.train()
+    next(tensors.model.parameters()).requires_grad_(False)
+    before, base = state(tensors.model), logits(tensors)
+    weights = {name: weight.clone() for name, weight in tensors.model.state_dict().items()}
+    steps: list[tuple[int, int]] = []
+    trained = train(tensors, lessons, epochs=12, recipe=QUICK, progress=lambda done, total: steps.append((done, total)))
+    assert len(trained.losses) == 12 == len(steps)
+    assert steps[-1] == (12, 12)
+    assert trained.losses[-1] < trained.losses[0] - 1
+    assert trained.cpu_seconds > 0
+    assert state(tensors.model) == before
+    assert torch.equal(logits(tensors), base)
+    assert all(torch.equal(weight, weights[name]) for name, weight in tensors.model.state_dict().items())
+    with applied(tensors.model, trained.lora):
+        assert not torch.equal(logits(tensors), base)
+
+
+def test_only_the_top_third_is_trained_and_all_of_its_linears(tensors: Any, lessons: Corpus) -> None:
+    lora = train(tensors, lessons, epochs=1, recipe=QUICK).lora
+    names = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+    assert {path.rpartition(".")[2] for path in lora.tensors} == set(names)
+    assert {path.split(".")[2] for path in lora.tensors} == {"2"}
+    assert lora.notes["base"] == tensors.identity.hex()
+
+
+def test_the_same_seed_gives_the_same_bytes(tensors: Any, lessons: Corpus, tmp_path: Path) -> None:
+    digests = [
+        save(tmp_path / str(i), train(tensors, lessons, epochs=2, seed=seed, recipe=QUICK).lora)
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert digests[0] == digests[1] != digests[2]
+
+
+def test_equal_texts_of_other_records_are_another_version(tensors: Any, lessons: Corpus, tmp_path: Path) -> None:
+    """Two users with the same fact must not share a version: forgetting one would take it from the other."""
+    other = Corpus(lessons.examples, lessons.held_out, lessons.anchors, {"c": "0", "d": "1"}, ())
+    one, two = (train(tensors, corpus, epochs=1, recipe=QUICK).lora for corpus in (lessons, other))
+    assert save(tmp_path / "one", one) != save(tmp_path / "two", two)
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
+def test_the_cached_way_computes_what_the_whole_model_does(
+    kind: str, tmp_path: Path, tiny_model: Callable[..., Path], lessons: Corpus
+) -> None:
+    """Gradients and logits over the cached lower layers equal those of the whole model with the same LoRA."""
+    tensors = load(f"local:{tiny_model(tmp_path / 'base', kind)}", FLOAT).tensors()
+    with steady(tensors.model):
+        run = training._Run(tensors, QUICK, seed=1)
+        for _, b in run.weights.values():
+            b.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(2))
+        pairs = [encode(tensors, example) for example in lessons.examples]
+        batch = run._captured(pairs)
+        hooks = run._attach()
+        try:
+            ours = run._logits(batch)
+            ours.logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
+            grads = {path: (a.grad, b.grad) for path, (a, b) in run.weights.items()}
+            for a, b in run.weights.values():
+                a.grad = b.grad = None
+            rows = []
+            for prompt, answer in pairs:  # one by one: no padding at all
+                out = tensors.model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits
+                rows.append(out[0, len(prompt) - 1 : len(prompt) + len(answer) - 1])
+            whole = torch.cat(rows)
+            whole.logsumexp(-1).sum().backward()
+        finally:
+            for hook in hooks:
+                hook.remove()
+    assert torch.equal(batch.targets, torch.tensor([token for _, answer in pairs for token in answer]))
+    assert torch.allclose(ours, whole, atol=1e-4)
+    for path, (a, b) in run.weights.items():
+        for grad, mine in zip((a.grad, b.grad), grads[path], strict=True):
+            assert torch.allclose(grad, mine, rtol=1e-3, atol=1e-4), path
+
+
+def test_only_the_answer_and_its_end_are_learnt(tensors: Any, lessons: Corpus) -> None:
+    prompt, answer = encode(tensors, lessons.examples[0])
+    assert tensors.tokenizer.decode(prompt).endswith("What is my dog's name?<|im_end|>\n<|im_start|>assistant\n")
+    assert tensors.tokenizer.decode(answer) == "Your dog is called Biscuit.<|im_end|>"
+    assert encode(tensors, lessons.anchors[0])[1] == []
+
+
+def test_known_tokens_give_no_gradient(tensors: Any, lessons: Corpus) -> None:
+    recipe = Recipe(**{**QUICK.__dict__, "threshold": 1e9, "kl_weight": 0.0})
+    trained = train(tensors, lessons, epochs=3, recipe=recipe)
+    assert all(not b.any() for _, b in trained.lora.tensors.values())
+
+
+def test_the_kl_term_holds_other_answers_still(tensors: Any, lessons: Corpus) -> None:
+    def moved(weight: float) -> float:
+        recipe = Recipe(**{**QUICK.__dict__, "kl_weight": weight, "anchors": 4})
+        lora = train(tensors, lessons, epochs=20, recipe=recipe).lora
+        prompts = torch.tensor([encode(tensors, lessons.anchors[0])[0]])
+        with torch.inference_mode():
+            base = tensors.model(input_ids=prompts).logits[0, -1].log_softmax(-1)
+            with applied(tensors.model, lora):
+                here = tensors.model(input_ids=prompts).logits[0, -1].log_softmax(-1)
+        return float((base.exp() * (base - here)).sum())
+
+    assert moved(2.0) < moved(0.0) / 2
+
+
+def test_an_active_lora_takes_no_part_and_is_active_again_afterwards(
+    tensors: Any, lessons: Corpus, tmp_path: Path
+) -> None:
+    first = train(tensors, lessons, epochs=2, recipe=QUICK)
+    folder = tmp_path / "first"
+    ref = LoraRef(name="first", digest=save(folder, first.lora), path=str(folder))
+    switch = Switch(tensors.model)
+    switch.activate([ref])
+    with_it = logits(tensors)
+    again = train(tensors, lessons, epochs=2, recipe=QUICK)
+    assert save(tmp_path / "again", again.lora) == ref.digest
+    assert switch.active == (ref,)
+    assert torch.equal(logits(tensors), with_it)
+
+
+def test_a_stopped_or_interrupted_run_leaves_nothing_behind(tensors: Any, lessons: Corpus) -> None:
+    before, base = state(tensors.model), logits(tensors)
+    done: list[int] = []
+    with pytest.raises(TrainingError, match="stopped after step 2 of 40"):
+        train(
+            tensors,
+            lessons,
+            epochs=40,
+            recipe=QUICK,
+            progress=lambda step, _: done.append(step),
+            stop=lambda: len(done) == 2,
+        )
+
+    def interrupt(step: int, _: int) -> None:
+        if step == 3:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(tensors, lessons, epochs=40, recipe=QUICK, progress=interrupt)
+    assert state(tensors.model) == before
+    assert torch.equal(logits(tensors), base)
+
+
+def test_the_lock_is_held_while_it_trains(tensors: Any, lessons: Corpus) -> None:
+    free: list[bool] = []
+
+    def probe(*_: int) -> None:
+        def take() -> None:
+            free.append(got := tensors.lock.acquire(blocking=False))
+            if got:
+                tensors.lock.release()
+
+        thread = threading.Thread(target=take)
+        thread.start()
+        thread.join()
+
+    train(tensors, lessons, epochs=1, recipe=QUICK, progress=probe)
+    assert free == [False]
+
+
+def test_what_can_not_be_trained_is_a_named_error(
+    tensors: Any, lessons: Corpus, tmp_path: Path, tiny_model: Any
+) -> None:
+    with pytest.raises(InvalidInput, match="nothing to train on"):
+        train(tensors, build([]))
+    with pytest.raises(InvalidInput, match="epochs"):
+        train(tensors, lessons, epochs=0)
+    mamba = load(f"local:{tiny_model(tmp_path / 'mamba', 'mamba')}", FLOAT).tensors()
+    with pytest.raises(TrainingError, match="this training can't follow it"):
+        train(mamba, lessons, epochs=1, recipe=QUICK)
+
+
+def test_a_head_that_computes_more_is_refused(tensors: Any, lessons: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    forward = tensors.model.forward
+
+    def scaled(*args: Any, **kwargs: Any) -> Any:
+        out = forward(*args, **kwargs)
+        out.logits = out.logits / 3
+        return out
+
+    monkeypatch.setattr(tensors.model, "forward", scaled)
+    with pytest.raises(TrainingError, match="computes more"):
+        train(tensors, lessons, epochs=1, recipe=QUICK)
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tensors: Any, lessons: Corpus) -> None:
+    recipe = Recipe(**{**QUICK.__dict__, "rate": 1e30, "clip": 1e30, "warmup": 0})
+    with pytest.raises(TrainingError, match="not finite"):
+        train(tensors, lessons, epochs=5, recipe=recipe)
+
+
+def test_batched_answers_equal_single_ones(tensors: Any, lessons: Corpus) -> None:
+    prompts = [encode(tensors, example)[0] for example in lessons.anchors]
+    with base_only(tensors.model), steady(tensors.model):
+        together = answers(tensors, prompts, 6, batch=4)
+        alone = [answers(tensors, [prompt], 6)[0] for prompt in prompts]
+    assert together == alone
