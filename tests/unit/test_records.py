@@ -184,7 +184,7 @@ def test_bad_input_writes_nothing(records: Records) -> None:
 
 AWKWARD = [
     *("e\u0301 \u00e9", "a\r\nb", "\ufeffbom", "  edges  ", "\U0001d518\U0001f9d1\u200d\U0001f680", "\u202etxet"),
-    *("\x01\x7f", "%s {x} \\n '\"", "\ufb01", "\u2028\x85"),
+    *("\x01\x7f", "%s {x} \\n '\"", "\ufb01", "a\u2028\x85b"),
 ]
 
 
