@@ -1,0 +1,189 @@
+"""Time to the first token with and without reuse of a prompt's KV states, on the default local model.
+
+    python tests/benchmarks/first_token.py [--rounds 5] [--prefix 2048 4096]
+
+For each length of prefix, with another question of about 40 tokens in every round:
+- no reuse (the baseline): the whole prompt is computed;
+- live reuse: the prefix was computed earlier in this process and is read from its KV pages;
+- restored: the same, in a new process per round. Importing and loading the model, and one short unrelated answer to
+  warm it up, are not counted: a process does that once.
+The three are measured in turn, round by round; medians are printed, and ratios to the baseline of the same run. Page
+files are in the operating system's cache, as after a restart of a program (not of the machine). Text is the
+documentation of Python's own library. Results go to tests/benchmarks/results/first_token.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import inspect
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from agentmem.activation.store import PageStore
+from agentmem.database import Database
+from agentmem.provider import Options, Provider, Request, load
+from agentmem.types import Message, Segment
+
+RESULTS = Path(__file__).parent / "results" / "first_token.json"
+MODULES = ("argparse", "logging", "pathlib", "datetime", "collections", "threading", "subprocess", "json", "decimal")
+QUESTIONS = (
+    "From the documentation above, name one function that you would use to read a value from a file, say what it "
+    "returns when there is nothing left to read, and give an example of at most two lines.",
+    "Which of the classes described above may be used from several threads at the same time, and what has the caller "
+    "to take care of when one of them raises an exception half-way? Please answer shortly.",
+    "Choose any one of the parameters that are explained above, say what its default value is, and tell me what would "
+    "go wrong in a larger program if somebody changed it without looking at the other ones.",
+    "Explain to a person who has never programmed what the very first part of the text above is about, in one "
+    "sentence without any technical word, and then in a second one with as many as you like.",
+    "What do the parts of the text above have in common, what sets the last one apart from the others, and in which "
+    "order would you read them if you only had ten minutes before a first day at work?",
+)
+
+
+def passage(provider: Provider, tokens: int) -> str:
+    """Documentation of Python's library, of about so many tokens."""
+    parts: list[str] = []
+    length = 0
+    for name in MODULES:
+        module = import_module(name)
+        for member in (
+            module,
+            *(value for _, value in sorted(vars(module).items()) if inspect.isroutine(value) or inspect.isclass(value)),
+        ):
+            text = inspect.getdoc(member)
+            if not text or text in parts:
+                continue
+            count = provider.count_tokens(text)
+            if length + count > tokens:
+                text = text[: max(0, tokens - length) * len(text) // count]
+            parts.append(text)
+            length += count
+            if length >= tokens:
+                return "\n\n".join(parts)
+    raise SystemExit(f"this Python's documentation has only {length} tokens in {', '.join(MODULES)}")
+
+
+def request(text: str, question: str, pages: Any) -> Request:
+    segments = (
+        Segment(name="system", messages=(Message(role="system", content=text),), stable=True),
+        Segment(name="turn", messages=(Message(role="user", content=question),), stable=False),
+    )
+    return Request(segments=segments, options=Options(max_tokens=1), pages=pages)
+
+
+def measure(provider: Provider, text: str, question: str, pages: Any) -> dict[str, Any]:
+    usage = provider.generate(request(text, question, pages)).usage
+    return {"seconds": usage.first_token_s, "tokens": usage.input_tokens, "cached": usage.cached_tokens}
+
+
+class Pages:
+    """The page store in a folder, open inside ``with``."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __enter__(self) -> Any:
+        self._database = Database(self._folder / "memory.db")
+        self._store = PageStore(self._database, self._folder / "pages")
+        return self._store.view(b"benchmark")
+
+    def __exit__(self, *_: object) -> None:
+        self._store.close()
+        self._database.close()
+
+
+def restored(folder: Path, question: str) -> dict[str, Any]:
+    """The measurement in a new process, which is this file with ``--restore``."""
+    command = [sys.executable, __file__, "--restore", str(folder), "--question", question]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    result: dict[str, Any] = json.loads(done.stdout)
+    return result
+
+
+def in_new_process(folder: Path, question: str) -> None:
+    provider = load("local", {})
+    with Pages(folder) as pages:
+        text = (folder / "text").read_text("utf-8")
+        measure(provider, "Be brief.", "Hello!", pages)  # an unrelated prompt: nothing of it is reused
+        json.dump(measure(provider, text, question, pages), sys.stdout)
+
+
+def run(provider: Provider, tokens: int, rounds: int) -> dict[str, Any]:
+    text = passage(provider, tokens)
+    kinds: dict[str, list[dict[str, Any]]] = {"no reuse": [], "live reuse": [], "restored": []}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "text").write_text(text, "utf-8")
+        with Pages(folder) as pages:
+            provider.generate(request(text, "Hello!", pages))
+            for number in range(rounds):
+                question = QUESTIONS[number % len(QUESTIONS)]
+                kinds["no reuse"].append(measure(provider, text, question, None))
+                kinds["live reuse"].append(measure(provider, text, question, pages))
+                kinds["restored"].append(restored(folder, question))
+        size = sum(path.stat().st_size for path in (folder / "pages").iterdir())
+    medians = {kind: statistics.median(item["seconds"] for item in items) for kind, items in kinds.items()}
+    base = medians["no reuse"]
+    return {
+        "prefix": tokens,
+        "prompt": statistics.median(item["tokens"] for item in kinds["restored"]),
+        "cached": statistics.median(item["cached"] for item in kinds["restored"]),
+        "page_bytes": size,
+        "median_s": medians,
+        "ratio": {kind: base / seconds for kind, seconds in medians.items()},
+        "runs_s": {kind: [item["seconds"] for item in items] for kind, items in kinds.items()},
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prefix", type=int, nargs="+", default=[2048, 4096])
+    parser.add_argument("--restore", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--question", default="", help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.restore is not None:
+        in_new_process(given.restore, given.question)
+        return
+    provider = load("local", {})
+    measure(provider, "Be brief.", "Hello!", None)
+    import torch
+
+    tensors = provider.tensors()
+    results = [run(provider, tokens, max(3, given.rounds)) for tokens in given.prefix]
+    machine = {
+        "model": provider.name,
+        "dtype": str(tensors.dtype),
+        "device": str(tensors.device),
+        "threads": torch.get_num_threads(),
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "torch": torch.__version__,
+        "rounds": max(3, given.rounds),
+    }
+    print(
+        f"{provider.name} in {tensors.dtype}, {machine['threads']} of {machine['cores']} cores; "
+        f"medians of {machine['rounds']}"
+    )
+    print(f"{'prompt':>8} {'from pages':>10}  {'no reuse':>10} {'live reuse':>18} {'restored, new process':>22}")
+    for result in results:
+        medians, ratio = result["median_s"], result["ratio"]
+        print(
+            f"{result['prompt']:8.0f} {result['cached']:10.0f}  {medians['no reuse']:8.3f} s"
+            f" {medians['live reuse']:8.3f} s ({ratio['live reuse']:4.1f}x)"
+            f" {medians['restored']:10.3f} s ({ratio['restored']:4.1f}x)"
+        )
+    RESULTS.parent.mkdir(exist_ok=True)
+    RESULTS.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
