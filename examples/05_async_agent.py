@@ -10,15 +10,17 @@ import tempfile
 from agentmem import AsyncMemory
 
 USERS = {
-    "ana": ["I'm allergic to peanuts.", "Suggest a snack for me."],
-    "ben": ["I run ten kilometres every morning.", "What did I tell you about my mornings?"],
+    "ana": ("I'm allergic to peanuts.", ["Suggest a snack for me, mind my allergy.", "And a drink?"]),
+    "ben": ("I run ten kilometres every morning.", ["How far do I run in the morning?", "Is that far?"]),
 }
 
 
 async def serve(memory: AsyncMemory, user: str) -> str:
     mine = memory.scope(user=user, agent="coach")
+    fact, turns = USERS[user]
+    await mine.add(fact)
     transcript = []
-    for turn in USERS[user]:
+    for turn in turns:
         async with await mine.chat(turn, stream=True, max_tokens=40) as stream:
             text = "".join([piece async for piece in stream])
             reply = await stream.reply()

@@ -167,7 +167,7 @@ def test_examples_stay_under_60_lines() -> None:
 
 def test_readme_draws_the_tree_as_it_is() -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    block = re.search(r"```text\n(agentmem/\n.*?)```", readme, re.DOTALL)
+    block = re.search(r"```text\n(agentmem/ .*?)```", readme, re.DOTALL)
     assert block, "README.md has no tree"
     drawn, parents = set(), {0: ""}
     for line in block[1].splitlines():
