@@ -25,7 +25,7 @@ if TYPE_CHECKING:
     from typing_extensions import Buffer
 
     Bytes = npt.NDArray[np.uint8]
-    Words = npt.NDArray[np.uint32]
+    Words = npt.NDArray[Any]  # uint32; the stubs lose that at every operator
 
 __all__ = [
     "PageError",

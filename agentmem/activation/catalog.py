@@ -70,7 +70,20 @@ class Catalog:
                 for part in parts(list(keys))
                 for row in self._database.query(f"{select} WHERE key IN ({marks(part)})", part)
             ]
-        return {row["key"]: PageRow(**{**dict(row), "pinned": bool(row["pinned"])}) for row in found}
+        return {
+            row["key"]: PageRow(
+                key=row["key"],
+                identity=row["identity"],
+                parent=row["parent"],
+                number=row["number"],
+                bytes=row["bytes"],
+                created=row["created"],
+                used=row["used"],
+                uses=row["uses"],
+                pinned=bool(row["pinned"]),
+            )
+            for row in found
+        }
 
     def flush(self, connection: sqlite3.Connection) -> None:
         """Write the noted uses down in this transaction."""
