@@ -92,7 +92,7 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | Non
             "Or choose embedder='hash' (rough) or 'none' (words only)"
         )
     scheme, model = provider.split_name(name)
-    if scheme == "st":
+    if scheme == "st" and model:
         return _folder(name, Path(model), (tables.get("st") or {}).get("dtype"))
     if not model:
         raise ConfigError(
@@ -364,8 +364,8 @@ def _package(package: str, command: str) -> Path:
 
 
 def _folder(name: str, folder: Path, dtype: str | None) -> Embedder:
-    if not folder.is_dir():
-        raise ConfigError(f"embedder {name!r}: there is no folder {str(folder)!r}")
+    if not any((folder / file).is_file() for file in ("modules.json", "config.json")):
+        raise ConfigError(f"embedder {name!r}: {str(folder)!r} is no folder of a sentence-transformers model")
     if _bert_plan(folder) is not None and _installed("torch", "tokenizers", "safetensors"):
         return FolderEmbedder(name, folder, dtype)
     if not _installed("sentence_transformers"):

@@ -120,7 +120,7 @@ def search(
 
 def terms(query: str) -> list[str]:
     """The words of a query to look up: letters and digits only, so nothing in it can be FTS syntax."""
-    words = list(dict.fromkeys(re.findall(r"[^\W_]+", query.casefold())))
+    words = list(dict.fromkeys(re.findall(r"[^\W_]+", query.lower())))
     return ([word for word in words if word not in STOP_WORDS] or words)[:MOST_TERMS]
 
 

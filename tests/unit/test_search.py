@@ -1,0 +1,262 @@
+"""Search: finds by words and by meaning, within scope and time, and explains itself."""
+
+from __future__ import annotations
+
+import contextlib
+import datetime as dt
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from agentmem.database import Database
+from agentmem.errors import AgentMemError, InvalidInput
+from agentmem.plaintext.embed import HashEmbedder
+from agentmem.plaintext.index import VectorIndex, open_space
+from agentmem.plaintext.records import Records, drafts
+from agentmem.plaintext.search import search, terms
+from agentmem.types import Hit, Record, Scope
+
+ROOT, ANA, BOB = Scope(), Scope(user="ana"), Scope(user="bob")
+NOW = dt.datetime(2026, 6, 1, tzinfo=dt.UTC).timestamp()
+
+
+class Store:
+    """Records with the hash embedder's vectors, or with words only."""
+
+    def __init__(self, *, dense: bool = True) -> None:
+        self.database = Database(":memory:")
+        self.records = Records(self.database)
+        self.embedder = HashEmbedder()
+        self.space = open_space(self.database, "hash", self.embedder.digest, self.embedder.dimension)
+        self.index = VectorIndex(self.database, None, self.space, self.embedder.dimension) if dense else None
+
+    def add(self, content: Any, scope: Scope = ANA, **options: Any) -> list[Record]:
+        new = drafts(content, scope=scope, **options)
+        return self.records.insert(new, self.embedder.embed([draft.passage for draft in new]), self.space)
+
+    def search(self, query: str, scope: Scope = ANA, k: int = 10, **options: Any) -> list[Hit]:
+        vector = self.embedder.embed([query], query=True)[0] if self.index and query.strip() else None
+        return search(
+            self.database, self.records, self.index, vector, query, scope=scope, k=k, **{"now": NOW, **options}
+        )
+
+    def texts(self, query: str, scope: Scope = ANA, k: int = 10, **options: Any) -> list[str]:
+        return [hit.record.text for hit in self.search(query, scope, k, **options)]
+
+
+@pytest.fixture(params=[True, False], ids=["dense", "words"])
+def store(request: pytest.FixtureRequest) -> Iterator[Store]:
+    made = Store(dense=request.param)
+    with contextlib.closing(made.database):
+        yield made
+
+
+FACTS = ["I'm allergic to peanuts.", "My sister lives in Oslo.", "The car is a blue Volvo.", "I work as a nurse."]
+
+
+def test_the_fitting_record_comes_first(store: Store) -> None:
+    store.add(FACTS)
+    for query, expected in (("What is she allergic to?", 0), ("sisters", 1), ("Volvo", 2), ("work nurse", 3)):
+        assert store.texts(query)[0] == FACTS[expected]
+
+
+def test_k_bounds_the_hits_and_a_huge_k_means_all() -> None:
+    store = Store()
+    store.add(FACTS)
+    assert len(store.search("work", k=2)) == 2
+    assert len(store.search("work", k=10**9)) == 4
+    store.database.close()
+
+
+@pytest.mark.parametrize("k", [0, -1, 1.5, "3", True, None])
+def test_a_bad_k_is_refused(k: Any, store: Store) -> None:
+    with pytest.raises(InvalidInput):
+        store.search("x", k=k)
+
+
+@pytest.mark.parametrize(
+    "query", ["", " \n", "a\0", "\ud800", 5, None, b"x", ["x"], "x" * (16 * 1024 * 1024 + 1)], ids=range(9)
+)
+def test_a_bad_query_is_refused(query: Any, store: Store) -> None:
+    store.add("x")
+    with pytest.raises(InvalidInput):
+        search(store.database, store.records, None, None, query, scope=ROOT, k=1, now=NOW)
+
+
+HOSTILE = [
+    '"',
+    "' OR 1=1 --",
+    "text:x",
+    "NEAR(a b)",
+    "a AND NOT b",
+    "x*",
+    "^x",
+    "{a b}: c",
+    "-",
+    "(",
+    "\\",
+    "%",
+    "AND",
+    "OR NOT",
+]
+
+
+@pytest.mark.parametrize("query", HOSTILE)
+def test_no_query_is_full_text_syntax(query: str, store: Store) -> None:
+    store.add([f"something {query}", "other words"])
+    assert len(store.search(query)) <= 2
+    assert store.records.count(ROOT) == 2
+
+
+def test_symbols_alone_are_answered_by_meaning_or_not_at_all(store: Store) -> None:
+    store.add(["hello", "?!"])
+    assert len(store.search("?!")) == (2 if store.index else 0)
+
+
+def test_stop_words_count_only_where_there_is_nothing_else() -> None:
+    assert terms("What is the name of the rose?") == ["name", "rose"]
+    assert terms("who are you") == ["who", "are", "you"]
+    assert terms("a_b c-d É!") == ["b", "c", "é"]
+    assert terms("... ?") == []
+    assert len(terms(" ".join(f"w{n}" for n in range(1000)))) == 64
+
+
+def test_nothing_of_another_scope_is_found(store: Store) -> None:
+    store.add("ana likes tea", ANA)
+    store.add("bob likes tea", BOB)
+    store.add("everyone likes tea", ROOT)
+    store.add("ana in a session likes tea", Scope(user="ana", session="s"))
+    assert set(store.texts("likes tea", ANA)) == {"ana likes tea", "everyone likes tea", "ana in a session likes tea"}
+    assert set(store.texts("likes tea", BOB)) == {"bob likes tea", "everyone likes tea"}
+    assert store.texts("likes tea", Scope(user="*")) == ["everyone likes tea"]
+    assert store.texts("likes tea", Scope(user=" ana")) == ["everyone likes tea"]
+    assert len(store.texts("likes tea", ROOT)) == 4
+
+
+@pytest.mark.parametrize("level", ["tenant", "user"])
+def test_a_small_neighbour_beside_a_noisy_one_finds_its_own(level: str, store: Store) -> None:
+    noisy, small = Scope(**{level: "noisy"}), Scope(**{level: "small"})
+    store.add([f"the meeting about project {n} is in room {n % 7}" for n in range(300)], noisy)
+    mine = [f"the meeting about project {n} is in my garden" for n in range(10)]
+    store.add(mine, small)
+    for n, text in enumerate(mine):
+        assert store.texts(f"where is the meeting about project {n}?", small, k=1) == [text]
+        assert set(store.texts("meeting about project", small)) == set(mine)
+
+
+def test_scores_do_not_tell_of_foreign_texts() -> None:
+    store = Store(dense=False)
+    store.add(["apples and pears", "pears and plums", "plums only"])
+    before = [(hit.record.id, round(hit.score, 9)) for hit in store.search("apples plums")]
+    store.add(["apples apples here"] * 40, BOB)  # the same length, so that only rarity could change
+    after = [(hit.record.id, round(hit.score, 1)) for hit in store.search("apples plums")]
+    assert [id_ for id_, _ in before] == [id_ for id_, _ in after]
+    assert [round(score, 1) for _, score in before] == [score for _, score in after]
+    store.database.close()
+
+
+def test_only_what_holds_at_the_time_is_found(store: Store) -> None:
+    store.add("Ana lives in Rome", valid_until="2026-05-01")
+    store.add("Ana lives in Bonn", valid_from="2026-05-01", valid_until="2026-07-01T00:00+02:00")
+    store.add("Ana lives in Lima", valid_from="2026-07-01T00:00+02:00")
+    assert store.texts("where does Ana live") == ["Ana lives in Bonn"]
+    assert store.texts("where does Ana live", at="2026-04-30") == ["Ana lives in Rome"]
+    assert store.texts("where does Ana live", at="2026-05-01") == ["Ana lives in Bonn"]
+    assert store.texts("where does Ana live", at=dt.datetime(2026, 6, 30, 22, tzinfo=dt.UTC)) == ["Ana lives in Lima"]
+    assert store.texts("where does Ana live", now=0.0) == ["Ana lives in Rome"]
+    with pytest.raises(InvalidInput):
+        store.search("x", at="soon")
+
+
+def test_where_is_inside_the_search(store: Store) -> None:
+    store.add([f"note {n} about tea" for n in range(50)], metadata={"kind": "noise"})
+    [mine] = store.add("tea, briefly, among other matters of the day", metadata={"kind": "rare"})
+    assert [hit.record for hit in store.search("note about tea", k=1, where={"kind": "rare"})] == [mine]
+    assert store.search("tea", where={"kind": "none"}) == []
+    with pytest.raises(InvalidInput):
+        store.search("tea", where={"kind": ["rare"]})
+
+
+def test_an_answer_is_found_by_its_question(store: Store) -> None:
+    session = Scope(user="ana", session="s")
+    store.add(["Nice weather.", "What is your favourite dish?", "Moussaka, always.", "Good to know."], session)
+    store.add(["I bought a chair.", "Rain again.", "The train was late."], Scope(user="ana", session="t"))
+    assert "Moussaka, always." in store.texts("favourite dish", k=2)
+
+
+def test_neighbours_of_other_sessions_and_scopes_have_no_say(store: Store) -> None:
+    store.add("What is the secret number?", Scope(user="bob", session="s"))
+    store.add("Forty-two.", Scope(user="ana", session="s"))
+    store.add("What is the secret number?", Scope(user="bob", session="s"))
+    for hit in store.search("secret number", explain=True):
+        assert (hit.record.text, hit.why["bm25_window"], hit.why["bm25_raw"]) == ("Forty-two.", 0.0, 0.0)
+
+
+def test_the_named_speaker_comes_first(store: Store) -> None:
+    store.add([{"role": "user", "name": name, "content": "I like tea."} for name in ("Bob", "Ana", "Eve")])
+    assert store.search("What does Ana like?")[0].record.name == "Ana"
+
+
+def test_the_parts_add_up_to_the_score(store: Store) -> None:
+    store.add(FACTS)
+    hits = store.search("What is my sister allergic to?", explain=True)
+    parts = {"bm25", "bm25_window", "dense", "dense_window", "question", "speaker"}
+    assert hits
+    for hit in hits:
+        assert hit.score == pytest.approx(sum(hit.why[name] for name in parts), abs=1e-6)
+        assert set(hit.why) == parts | {"bm25_raw", "cosine", "evidence"}
+        assert 0 <= hit.why["evidence"] <= 1
+        assert -1.001 <= hit.why["cosine"] <= 1.001
+    assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_a_deleted_record_is_gone_at_once_and_a_new_one_is_there(store: Store) -> None:
+    made = store.add(FACTS)
+    assert store.texts("Volvo")[0] == FACTS[2]
+    store.records.delete([made[2].id])
+    assert FACTS[2] not in store.texts("Volvo")
+    store.add("The new car is a red Volvo.")
+    assert store.texts("Volvo")[0] == "The new car is a red Volvo."
+
+
+def test_empty_memories_and_empty_scopes_give_nothing(store: Store) -> None:
+    assert store.search("x") == []
+    store.add("x", BOB)
+    assert store.search("x", ANA) == []
+
+
+def test_unembedded_records_are_still_found_by_their_words(store: Store) -> None:
+    store.add(FACTS)
+    store.records.insert(drafts("The walrus is the plumber.", scope=ANA))
+    assert store.texts("walrus")[0] == "The walrus is the plumber."
+
+
+def test_other_scripts_and_long_queries_work(store: Store) -> None:
+    store.add(["Мой брат живёт в Москве", "Ich mag Straßenbahnen", "私は寿司が好きです"])
+    assert store.texts("брат")[0] == "Мой брат живёт в Москве"
+    assert store.texts("STRASSENBAHNEN Straßenbahnen")[0] == "Ich mag Straßenbahnen"
+    assert len(store.search("Москве " * 20_000)) >= 1
+
+
+def test_threads_search_one_memory() -> None:
+    store = Store()
+    store.add(FACTS)
+    failures: list[BaseException] = []
+
+    def work() -> None:
+        try:
+            for _ in range(15):
+                assert store.texts("Volvo")[0] == FACTS[2]
+                store.add("passing thought")
+        except (AssertionError, AgentMemError) as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failures == []
+    store.database.close()
