@@ -36,14 +36,12 @@ def build(tree: Path, out: Path, kind: str, **environment: str) -> Path:
 
 
 def run(folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """Run code with the package from this folder and nothing of the checkout."""
-    return subprocess.run(
-        [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(folder)!r})\n{code}"],
-        capture_output=True,
-        text=True,
-        check=False,
-        cwd=folder,
+    """Run code with the package from this folder and nothing of an editable installation of the checkout."""
+    alone = (
+        f"import sys; sys.path.insert(0, {str(folder)!r})\n"
+        "sys.meta_path[:] = [finder for finder in sys.meta_path if 'editable' not in repr(finder).lower()]\n"
     )
+    return subprocess.run([sys.executable, "-c", alone + code], capture_output=True, text=True, check=False, cwd=folder)
 
 
 def test_the_wheel_has_all_parts_and_one_serves_every_python(tree: Path, tmp_path: Path) -> None:
