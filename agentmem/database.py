@@ -39,8 +39,10 @@ CREATE TABLE records (
     created REAL NOT NULL, version INTEGER NOT NULL,
     checksum INTEGER NOT NULL                   -- CRC-32 over the row's content (records.py)
 );
-CREATE INDEX records_scope ON records (tenant, user, agent, session, seq);
-CREATE INDEX records_user ON records (user, seq); -- for handles that set a user but no tenant
+-- What a search needs of every record it may find, without reading the records: whose it is and when it holds. The second
+-- is for handles that set a user but no tenant.
+CREATE INDEX records_scope ON records (tenant, user, agent, session, seq, from_s, until_s);
+CREATE INDEX records_user ON records (user, tenant, agent, session, seq, from_s, until_s);
 CREATE TABLE versions (
     id TEXT NOT NULL, version INTEGER NOT NULL, text TEXT NOT NULL, metadata TEXT NOT NULL,
     created REAL NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (id, version)

@@ -14,7 +14,7 @@ from agentmem.types import Scope
 
 from .drafts import check_metadata, check_scope, shown
 
-__all__ = ["Condition", "beneath", "joined", "matching", "valid_at", "visible"]
+__all__ = ["Condition", "above", "beneath", "joined", "matching", "valid_at", "visible"]
 
 #: A piece of SQL over the table ``records`` and the values of its question marks.
 Condition = tuple[str, list[Any]]
@@ -26,13 +26,20 @@ def beneath(scope: Scope) -> Condition:
     return " AND ".join(f"records.{level} = ?" for level, _ in values) or "TRUE", [value for _, value in values]
 
 
+def above(scope: Scope) -> Condition:
+    """Records at ``scope`` or at a level above it that shares with it: what a handle inherits."""
+    parts: list[str] = []
+    values: list[Any] = []
+    for level, value in check_scope(scope).levels():
+        parts.append(f"records.{level} = ''" if value is None else f"records.{level} IN ('', ?)")
+        values += [] if value is None else [value]
+    return " AND ".join(parts), values
+
+
 def visible(scope: Scope) -> Condition:
-    """Records at ``scope``, beneath it, or at a level above it that shares with it: what a handle may read."""
-    under, values = beneath(scope)
-    over = []
-    for level, value in scope.levels():
-        over.append(f"records.{level} = ''" if value is None else f"records.{level} IN ('', ?)")
-    return f"({under} OR ({' AND '.join(over)}))", values + values
+    """Records at ``scope``, beneath it or above it: what a handle may read."""
+    (under, values), (over, more) = beneath(scope), above(scope)
+    return f"({under} OR ({over}))", values + more
 
 
 def valid_at(seconds: float) -> Condition:

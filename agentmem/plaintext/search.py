@@ -9,14 +9,14 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentmem.database import Database
-from agentmem.types import Hit, Scope
+from agentmem.types import LEVELS, Hit, Scope
 
-from .conditions import Condition, joined, matching, valid_at, visible
+from .conditions import Condition, above, beneath, joined, matching, valid_at
 from .drafts import check_k, check_text, moment, utc_seconds
 from .records import Records
 
@@ -81,15 +81,12 @@ def search(
     ``explain`` also ``bm25_raw``, ``cosine`` and ``evidence`` (how much of the query's words, by weight, the best
     record has).
     """
-    import numpy as np
-
     query, k = check_query(query), check_k(k)
     when = moment(at, "at")
-    conditions = joined([visible(scope), valid_at(now if when is None else utc_seconds(when)), matching(where)])
-    allowed = _allowed(database, conditions)
-    count = sum(len(rows) for rows in allowed.values())
-    limit = min(count, max(POOL, 2 * k))
-    words, evidence = _lexical(database, terms(query), conditions, count)
+    holds = valid_at(now if when is None else utc_seconds(when))
+    allowed = _allowed(database, scope, [holds, matching(where)])
+    limit = min(sum(len(rows) for rows in allowed.values()), max(POOL, 2 * k))
+    words, evidence = _lexical(database, terms(query), allowed)
     found = set(sorted(words, key=words.__getitem__, reverse=True)[:limit])
     cosines: dict[int, float] = {}
     if index is not None and vector is not None:
@@ -97,17 +94,17 @@ def search(
         cosines = dict(zip(rows.tolist(), scores.tolist(), strict=True))
         found |= cosines.keys()
     pool = _pool(database, found, allowed)
-    if not pool:
+    if not pool.rows:
         return []
     if index is not None and vector is not None:
-        cosines |= index.scores(vector, _by_tenant(turn for turn in pool if turn.row not in cosines))
+        cosines |= index.scores(vector, pool.by_tenant(without=cosines))
     parts = _parts(pool, words, cosines, evidence, query)
-    total = np.sum(list(parts.values()), axis=0)
-    best = sorted(range(len(pool)), key=lambda i: (-total[i], -pool[i].row))[:k]
-    kept = records.at_rows([pool[i].row for i in best], scope)
+    total = sum(parts.values(), start=pool.asks * 0.0)
+    best = sorted(range(len(pool.rows)), key=lambda i: (-total[i], -pool.rows[i]))[:k]
+    kept = records.at_rows([pool.rows[i] for i in best], scope)
     hits = []
     for i in best:
-        row = pool[i].row
+        row = pool.rows[i]
         if row not in kept:
             continue  # forgotten by another process this very moment
         why = {name: float(part[i]) for name, part in parts.items()}
@@ -124,143 +121,129 @@ def terms(query: str) -> list[str]:
     return ([word for word in words if word not in STOP_WORDS] or words)[:MOST_TERMS]
 
 
-@dataclass(frozen=True)
-class _Turn:
-    """A record in the pool: its row, its neighbours in the same session, and what its form says."""
-
-    row: int
-    tenant: str
-    before: int | None
-    after: int | None
-    asks: bool
-    name: str | None
-
-
-def _allowed(database: Database, conditions: Condition) -> dict[str, Rows]:
+def _allowed(database: Database, scope: Scope, conditions: Sequence[Condition]) -> dict[str, Rows]:
     """The rows that may be found, by tenant, ascending."""
     import numpy as np
 
-    sql, values = conditions
     groups: dict[str, list[int]] = {}
-    for tenant, row in database.query(f"SELECT tenant, seq FROM records WHERE {sql}", values):
-        groups.setdefault(tenant, []).append(row)
-    return {tenant: np.sort(np.array(rows, np.int64)) for tenant, rows in groups.items()}
+    # Two statements, so that each is answered by one index without reading the records.
+    for whose in (beneath(scope), above(scope)):
+        sql, values = joined([whose, *conditions])
+        statement = f"SELECT tenant, json_group_array(seq) FROM records WHERE {sql} GROUP BY tenant"
+        for tenant, rows in database.query(statement, values):
+            groups.setdefault(tenant, []).extend(json.loads(rows))
+    return {tenant: np.unique(np.array(rows, np.int64)) for tenant, rows in groups.items()}
 
 
-def _lexical(
-    database: Database, words: Sequence[str], conditions: Condition, count: int
-) -> tuple[dict[int, float], float]:
+def _lexical(database: Database, words: Sequence[str], allowed: Mapping[str, Rows]) -> tuple[dict[int, float], float]:
     """BM25 by row, and the evidence: what the best row has of the score that a row with all the words would have.
 
     FTS5's own bm25() takes a word's rarity from every tenant's records: a neighbour could change what is found here,
     and scores would tell of foreign texts. So its idf is divided out, and that of the allowed rows is put in.
     """
-    sql, values = conditions
+    import numpy as np
+
+    everyone = np.concatenate([np.empty(0, np.int64), *allowed.values()])
+    own = np.zeros(int(everyone.max(initial=0)) + 1, bool)
+    own[everyone] = True
+    count = len(everyone)
+    stored = database.query("SELECT count(*) FROM records")[0][0]
     scores: dict[int, float] = {}
     possible = 0.0
-    everything = database.query("SELECT count(*) FROM records")[0][0]
     for word in words:
-        quoted = f'"{word}"'
         rows = database.query(
-            "SELECT records.seq, bm25(records_fts) "
-            "FROM records_fts CROSS JOIN records ON records.seq = records_fts.rowid "
-            f"WHERE records_fts MATCH ? AND {sql}",
-            [quoted, *values],
+            "SELECT rowid, bm25(records_fts) FROM records_fts WHERE records_fts MATCH ?", (f'"{word}"',)
         )
-        rarity = math.log1p((count - len(rows) + 0.5) / (len(rows) + 0.5))
-        possible += rarity * SATURATION
-        if not rows:
-            continue
-        having = database.query("SELECT count(*) FROM records_fts WHERE records_fts MATCH ?", (quoted,))[0][0]
-        theirs = math.log(max(everything - having + 0.5, 0.5) / (having + 0.5))
+        theirs = math.log(max(stored - len(rows) + 0.5, 0.5) / (len(rows) + 0.5))
         theirs = theirs if theirs > 0 else 1e-6  # as FTS5 does
-        for row, score in rows:
+        mine = [(row, score) for row, score in rows if row < len(own) and own[row]]
+        rarity = math.log1p((count - len(mine) + 0.5) / (len(mine) + 0.5))
+        possible += rarity * SATURATION
+        for row, score in mine:
             scores[row] = scores.get(row, 0.0) - score / theirs * rarity
     return scores, max(scores.values(), default=0.0) / possible if possible else 0.0
 
 
-def _pool(database: Database, found: set[int], allowed: Mapping[str, Rows]) -> list[_Turn]:
-    """What was found and its neighbours: the turn that answers is often the one beside the turn that matches."""
-    pool = _turns(database, found, allowed)
-    beside = {row for turn in pool for row in (turn.before, turn.after) if row is not None} - found
-    return pool + (_turns(database, beside, allowed) if beside else [])
+@dataclass(frozen=True)
+class _Pool:
+    """The records weighed against each other. ``before`` and ``after`` are places in the pool, -1 for none."""
+
+    rows: list[int]
+    tenants: list[str]
+    names: list[str | None]
+    asks: npt.NDArray[np.bool_]
+    before: Rows
+    after: Rows
+
+    def by_tenant(self, *, without: Mapping[int, float]) -> dict[str, Rows]:
+        import numpy as np
+
+        groups: dict[str, list[int]] = {}
+        for row, tenant in zip(self.rows, self.tenants, strict=True):
+            if row not in without:
+                groups.setdefault(tenant, []).append(row)
+        return {tenant: np.array(rows, np.int64) for tenant, rows in groups.items()}
 
 
-def _turns(database: Database, rows: set[int], allowed: Mapping[str, Rows]) -> list[_Turn]:
+def _pool(database: Database, found: set[int], allowed: Mapping[str, Rows]) -> _Pool:
+    """What was found and its neighbours: the turn that answers is often the one beside the turn that matches.
+
+    A neighbour that is not allowed is no neighbour: what a condition leaves out has no say in what is found.
+    """
     import numpy as np
 
-    same = " AND ".join(f"other.{level} = records.{level}" for level in ("tenant", "user", "agent", "session"))
+    turns = _turns(database, found)
+    beside = np.array([row for turn in turns for row in turn[-2:] if row is not None], np.int64)
+    near = [row for rows in allowed.values() for row in np.intersect1d(beside, rows).tolist() if row not in found]
+    turns += _turns(database, near) if near else []
+    place = {turn[0]: at for at, turn in enumerate(turns)}
+    return _Pool(
+        rows=[turn[0] for turn in turns],
+        tenants=[turn[1] for turn in turns],
+        names=[turn[2] for turn in turns],
+        asks=np.array([turn[3] for turn in turns], bool),
+        before=np.array([place.get(turn[4], -1) for turn in turns], np.int64),
+        after=np.array([place.get(turn[5], -1) for turn in turns], np.int64),
+    )
+
+
+def _turns(database: Database, rows: Iterable[int]) -> list[tuple[Any, ...]]:
+    """(row, tenant, name, whether it asks, the row before it in its session, the row after it)."""
+    same = " AND ".join(f"other.{level} = records.{level}" for level in LEVELS)
     turns = database.query(
-        "SELECT seq, tenant, name, substr(rtrim(text), -1) IN ('?', '\uff1f') AS asks, "
+        "SELECT seq, tenant, name, substr(rtrim(text), -1) IN ('?', '\uff1f'), "
         f"iif(session = '', NULL, (SELECT max(seq) FROM records AS other WHERE {same} AND other.seq < records.seq)), "
         f"iif(session = '', NULL, (SELECT min(seq) FROM records AS other WHERE {same} AND other.seq > records.seq)) "
         "FROM records WHERE seq IN (SELECT value FROM json_each(?)) ORDER BY seq",
         (json.dumps(sorted(rows)),),
     )
-
-    def seen(tenant: str, row: int | None) -> int | None:
-        """``row`` if it is allowed: what a condition leaves out has no say in what is found."""
-        if row is None:
-            return None
-        at = int(np.searchsorted(allowed[tenant], row))
-        return row if at < len(allowed[tenant]) and allowed[tenant][at] == row else None
-
-    return [
-        _Turn(row, tenant, seen(tenant, before), seen(tenant, after), bool(asks), name)
-        for row, tenant, name, asks, before, after in turns
-        if seen(tenant, row) is not None
-    ]
-
-
-def _by_tenant(turns: Any) -> dict[str, Rows]:
-    import numpy as np
-
-    groups: dict[str, list[int]] = {}
-    for turn in turns:
-        groups.setdefault(turn.tenant, []).append(turn.row)
-    return {tenant: np.array(rows, np.int64) for tenant, rows in groups.items()}
+    return [tuple(turn) for turn in turns]
 
 
 def _parts(
-    pool: Sequence[_Turn], words: Mapping[int, float], cosines: Mapping[int, float], evidence: float, query: str
+    pool: _Pool, words: Mapping[int, float], cosines: Mapping[int, float], evidence: float, query: str
 ) -> dict[str, Numbers]:
-    """Each signal's part of each turn's score."""
+    """Each signal's part of each record's score."""
     import numpy as np
 
+    # A record without a vector counts as an average one.
     usual = sum(cosines.values()) / len(cosines) if cosines else 0.0
-    asks = {turn.row: turn.asks for turn in pool}
+    bm25 = np.array([words.get(row, 0.0) for row in pool.rows])
+    dense = np.array([cosines.get(row, usual) - usual for row in pool.rows])
 
-    def window(scores: Mapping[int, float], share: float, missing: float) -> Numbers:
+    def window(own: Numbers, share: float) -> Numbers:
         """A turn's score and a share of its neighbours'; an answer takes its question's once more."""
+        padded = np.append(own, 0.0)
+        before, asked = padded[pool.before], np.append(pool.asks, False)[pool.before]
+        return np.asarray(own + share * (before * (1 + asked) + padded[pool.after]))
 
-        def at(row: int | None) -> float:
-            return 0.0 if row is None else share * scores.get(row, missing)
-
-        return np.array(
-            [
-                scores.get(turn.row, missing)
-                + at(turn.before) * (2 if turn.before is not None and asks.get(turn.before) else 1)
-                + at(turn.after)
-                for turn in pool
-            ]
-        )
-
-    signals = {
-        "bm25": np.array([words.get(turn.row, 0.0) for turn in pool]),
-        "bm25_window": window(words, 1.0, 0.0),
-        "dense": np.array([cosines.get(turn.row, usual) for turn in pool]),
-        "dense_window": window(cosines, 0.5, usual),
-    }
+    signals = {"bm25": bm25, "bm25_window": window(bm25, 1.0), "dense": dense, "dense_window": window(dense, 0.5)}
     signals = {name: (signal - signal.mean()) / (signal.std() + 1e-6) for name, signal in signals.items()}
     if cosines:
         low, high = EVIDENCE
         trust = min(1.0, max(0.0, (evidence - low) / (high - low)))
-        signals["bm25"] = signals["bm25"] * trust
-        signals["bm25_window"] = signals["bm25_window"] * trust
-    signals["question"] = np.array([float(turn.asks) for turn in pool])
-    named = {
-        turn.name for turn in pool if turn.name and re.search(rf"\b{re.escape(turn.name)}\b", query, re.IGNORECASE)
-    }
-    speaker = named.pop() if len(named) == 1 else None
-    signals["speaker"] = np.array([float(speaker is not None and turn.name == speaker) for turn in pool])
+        signals |= {name: signals[name] * trust for name in ("bm25", "bm25_window")}
+    signals["question"] = pool.asks.astype(np.float64)
+    said = [name for name in set(pool.names) if name and re.search(rf"\b{re.escape(name)}\b", query, re.IGNORECASE)]
+    signals["speaker"] = np.array([float(said == [name]) for name in pool.names])
     return {name: WEIGHTS[name] * signal for name, signal in signals.items()}
