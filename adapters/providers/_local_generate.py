@@ -11,7 +11,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -95,7 +95,7 @@ class Engine:
         return logits, getattr(output, self._cache_name) if self._cache_name is not None else None
 
     @contextlib.contextmanager
-    def _turn(self, cancel: threading.Event | None) -> Iterator[None]:
+    def _turn(self, cancel: threading.Event | None) -> Generator[None]:
         while not self.lock.acquire(timeout=0.05):
             _stop_if(cancel)
         try:

@@ -18,7 +18,7 @@ import platform
 import shutil
 import struct
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -195,7 +195,7 @@ def _gguf_context(path: Path) -> int | None:
 
         if file.read(4) != b"GGUF":
             raise ValueError("it doesn't begin with GGUF")
-        read("I"), read("Q")
+        _version, _tensors = read("I"), read("Q")
         for _ in range(min(read("Q"), 10_000)):
             key, kind = text(), read("I")
             if key.endswith(".context_length") and kind in (4, 10):
@@ -256,7 +256,7 @@ def prepare(path: Path, settings: Settings) -> Path:
 
 
 @contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path) -> Generator[None]:
     descriptor = os.open(path, os.O_CREAT | os.O_RDWR, 0o600)
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX)  # freed by the kernel if this process dies
@@ -304,7 +304,7 @@ def _flush(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _quiet() -> Generator[None]:
     """No progress bars and no warnings of transformers inside the block."""
     from transformers.utils import logging
 
@@ -321,7 +321,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _status(text: str) -> Iterator[None]:
+def _status(text: str) -> Generator[None]:
     """A spinner on a terminal; nothing in a pipe."""
     if not sys.stderr.isatty():
         yield

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import struct
 import threading
 import time
@@ -10,10 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from agentmem.adapters.providers import _local_model
-from agentmem.adapters.providers._local_model import Settings, context_tokens, find, prepare
 
 from agentmem.errors import ConfigError, Full, StoreError
+
+_local_model = importlib.import_module("agentmem.adapters.providers._local_model")
+Settings, context_tokens, find, prepare = (
+    getattr(_local_model, name) for name in ("Settings", "context_tokens", "find", "prepare")
+)
 
 
 def gguf(path: Path, *values: tuple[str, int, bytes]) -> Path:

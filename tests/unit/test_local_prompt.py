@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-from agentmem.adapters.providers._local_prompt import Template
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem.errors import InvalidInput, Rejected
 from agentmem.types import Message, Segment
+
+Template = importlib.import_module("agentmem.adapters.providers._local_prompt").Template
 
 GEMMA = (
     "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from agentmem.adapters.providers._local_generate import Sampler, Text
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from agentmem.errors import InvalidInput
 from agentmem.provider import Options
 
+_local_generate = importlib.import_module("agentmem.adapters.providers._local_generate")
+Sampler, Text = _local_generate.Sampler, _local_generate.Text
+
 Make = Callable[..., Any]
 
 
-def read(tokenizer: Any, text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], Text]:
+def read(tokenizer: Any, text: str, stops: tuple[str, ...] = ()) -> tuple[list[str], Any]:
     out = Text(tokenizer, stops)
     pieces = []
     for token in tokenizer(text, add_special_tokens=False)["input_ids"]:
