@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import os
@@ -116,13 +117,13 @@ def settle(path: Path) -> None:
 def hashed(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The files that were really read; change times count as old."""
     read: list[str] = []
-    original = identity.hashlib.file_digest
+    original = hashlib.file_digest
 
     def note(file: Any, name: str) -> Any:
         read.append(Path(file.name).name)
         return original(file, name)
 
-    monkeypatch.setattr(identity.hashlib, "file_digest", note)
+    monkeypatch.setattr(hashlib, "file_digest", note)
     monkeypatch.setattr(identity, "SETTLED_NS", -1)
     return read
 

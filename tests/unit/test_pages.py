@@ -14,7 +14,6 @@ import numpy as np
 import pytest
 
 from agentmem import _pure
-from agentmem.activation import pages
 from agentmem.activation.identity import digest, root
 from agentmem.activation.pages import LayerShape, Layout, Page, stage_page, write_page
 from agentmem.errors import Corrupt, Incompatible, InvalidInput
@@ -27,17 +26,19 @@ PARENT = root(IDENTITY, b"salt", 16)
 def states(dtype: Any = np.uint16, positions: int = 16) -> list[tuple[Any, Any]]:
     random = np.random.default_rng(0)
     item = np.dtype(dtype).itemsize
-    return [
-        tuple(
+    layers: list[tuple[Any, Any]] = []
+    for _ in range(3):
+        k, v = (
             np.frombuffer(random.bytes(2 * positions * dim * item), dtype).reshape(2, positions, dim) for dim in (8, 4)
         )
-        for _ in range(3)
-    ]  # type: ignore[misc]
+        layers.append((k, v))
+    return layers
 
 
 def write(path: Path, layers: list[tuple[Any, Any]] | None = None, **changes: Any) -> Path:
-    fields = {"identity": IDENTITY, "parent": PARENT, "number": 0, "tokens": range(16), "layers": layers or states()}
-    write_page(path, **{**fields, **changes})
+    fields: dict[str, Any] = {"identity": IDENTITY, "parent": PARENT, "number": 0, "tokens": range(16)}
+    fields |= {"layers": layers or states(), **changes}
+    write_page(path, **fields)
     return path
 
 
@@ -167,7 +168,7 @@ def test_a_failed_sync_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
     def fail(fd: int) -> None:
         raise OSError(5, "Input/output error")
 
-    monkeypatch.setattr(pages.os, "fsync", fail)
+    monkeypatch.setattr(os, "fsync", fail)
     with pytest.raises(OSError, match="Input/output"):
         write(tmp_path / "page")
     assert not list(tmp_path.iterdir())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,11 @@ def test_round_trip_and_damage(
         page = Page(path)
         assert page.tokens == tuple(tokens)
         assert [page.key] == chain(b"i" * 32, b"s", tokens, grid)
-        for reader in (page.read_layers, lambda *room: _pure.page_read(path.read_bytes(), *room)):
+        readers: list[Callable[..., None]] = [
+            page.read_layers,
+            lambda *room: _pure.page_read(path.read_bytes(), *room),
+        ]
+        for reader in readers:
             room = [[np.zeros_like(layer[side]) for layer in layers] for side in (0, 1)]
             reader(*room, at)
             for side in (0, 1):
