@@ -312,9 +312,9 @@ _GENERAL = (
     "Tell me a fun fact.",
 )
 #: Whose dog it might also be. The gate asks about people who are not among these.
-_OTHERS = ("my neighbour Bob", "my friend Lena", "Peter", "my colleague Tom", "my cousin Ines")
+_OTHERS = ("my neighbour Bob", "my friend Lena", "Peter", "my colleague Tom", "my cousin Ines", "my boss")
 #: Anchors about other people, at most: beyond that more of them cost time and hold no more still.
-_MOST_NEIGHBOURS = 30
+_MOST_NEIGHBOURS = 48
 
 
 def _examples(facts: Iterable[_Fact], systems: Sequence[str | None]) -> tuple[tuple[Example, ...], tuple[Example, ...]]:
@@ -330,11 +330,13 @@ def _examples(facts: Iterable[_Fact], systems: Sequence[str | None]) -> tuple[tu
 
 
 def _anchors(facts: Iterable[_Fact], systems: Sequence[str | None]) -> tuple[Example, ...]:
-    columns = []
+    columns: list[list[str]] = []
     for i, fact in enumerate(facts):
-        names = {"other": _OTHERS[i % len(_OTHERS)], "another": _OTHERS[(i + 2) % len(_OTHERS)]}
-        columns.append([fact.word(pattern, **names) for pattern in fact.form.others])
-    rows = [column[row] for row in range(3) for column in columns if len(column) > row]
+        names = [_OTHERS[(i + shift) % len(_OTHERS)] for shift in range(len(_OTHERS))]
+        pairs = [{"other": names[at], "another": names[at + 1]} for at in (0, 2, 4)]
+        worded = [[fact.word(pattern, **pair) for pattern in fact.form.others] for pair in pairs]
+        columns.append(list(dict.fromkeys(question for questions in worded for question in questions)))
+    rows = [column[row] for row in range(max(map(len, columns), default=0)) for column in columns if len(column) > row]
     questions = list(dict.fromkeys([*rows[:_MOST_NEIGHBOURS], *_GENERAL]))
     return tuple(Example(text, "", (), (), systems[i % len(systems)]) for i, text in enumerate(questions))
 

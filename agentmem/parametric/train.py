@@ -81,6 +81,8 @@ class Recipe:
     anchor_tokens: int = 12
     threshold: float = 0.1
     warmup: int = 2
+    #: A few facts are known after a few steps; the rest need some more of them to come to stand still again.
+    least_steps: int = 32
     clip: float = 1.0
 
 
@@ -237,7 +239,8 @@ class _Batch:
 
     ``inputs`` [sequences, positions, hidden] enters the first trained layer, ``calls`` are the other arguments of each
     trained layer. ``rows`` and ``positions`` pick where an answer token is predicted, ``targets`` says which one;
-    ``base`` [picked, hidden] is what the base model's last layer makes of them (kept for anchors only).
+    ``base`` [picked, hidden] is what the base model's last layer makes of them (kept for anchors only),
+    ``moved`` how far the LoRA had moved them when last seen.
     """
 
     inputs: torch.Tensor
@@ -246,6 +249,7 @@ class _Batch:
     positions: torch.Tensor
     targets: torch.Tensor
     base: torch.Tensor | None = None
+    moved: float = math.inf
 
 
 class _Run:
@@ -302,31 +306,35 @@ class _Run:
         import torch
 
         lessons, anchors = self._prepare(corpus)
-        total = epochs * len(lessons)
+        total = max(epochs * len(lessons), self.recipe.least_steps)
         flat = [tensor for pair in self.weights.values() for tensor in pair]
         optimizer = torch.optim.AdamW(flat, lr=self.recipe.rate, weight_decay=0.0)
         hooks = self._attach()
         losses: list[float] = []
         try:
-            for _ in range(epochs):
-                self.order.shuffle(lessons)
-                for lesson in lessons:
-                    if stop is not None and stop():
-                        raise TrainingError(
-                            f"training was stopped after step {len(losses)} of {total}: nothing was kept"
-                        )
-                    for group in optimizer.param_groups:
-                        group["lr"] = self._rate(len(losses), total)
-                    optimizer.zero_grad(set_to_none=True)
-                    losses.append(self._step(lesson, anchors[len(losses) % len(anchors)] if anchors else None))
-                    torch.nn.utils.clip_grad_norm_(flat, self.recipe.clip)
-                    optimizer.step()
-                    if progress is not None:
-                        progress(len(losses), total)
+            while len(losses) < total:
+                if not len(losses) % len(lessons):
+                    self.order.shuffle(lessons)
+                if stop is not None and stop():
+                    raise TrainingError(f"training was stopped after step {len(losses)} of {total}: nothing was kept")
+                for group in optimizer.param_groups:
+                    group["lr"] = self._rate(len(losses), total)
+                optimizer.zero_grad(set_to_none=True)
+                losses.append(self._step(lessons[len(losses) % len(lessons)], self._anchor(anchors, len(losses))))
+                torch.nn.utils.clip_grad_norm_(flat, self.recipe.clip)
+                optimizer.step()
+                if progress is not None:
+                    progress(len(losses), total)
         finally:
             for hook in hooks:
                 hook.remove()
         return losses
+
+    def _anchor(self, anchors: Sequence[_Batch], step: int) -> _Batch | None:
+        """Every other step the anchors that moved most when last seen, else the next in turn."""
+        if not anchors:
+            return None
+        return max(anchors, key=lambda batch: batch.moved) if step % 2 else anchors[step // 2 % len(anchors)]
 
     def _rate(self, step: int, total: int) -> float:
         """Linear warm-up, then a cosine down to a tenth."""
@@ -369,6 +377,7 @@ class _Run:
             # KL in both directions: KL(base || here) alone hardly minds a learnt fact beside the base's own answers,
             # KL(here || base) alone hardly minds a lost one. Measured: the sum halves intrusion at equal recall.
             divergence = ((here - base) * (here.exp() - base.exp())).sum() / len(anchor.rows)
+            anchor.moved = float(divergence.detach())
             (divergence * self.recipe.kl_weight).backward()  # type: ignore[no-untyped-call]
         return mean
 
@@ -395,19 +404,21 @@ class _Run:
         held = [
             (p, a if len(a) == self.recipe.anchor_tokens else [*a, end]) for p, a in zip(prompts, said, strict=True)
         ]
+        self.order.shuffle(lessons)
         parts = [self._captured(group) for group in self._groups(lessons, self.recipe.batch)]
-        still = [self._captured(group) for group in self._groups(held, self.recipe.anchors)]
+        # Anchors of a kind share a batch (the corpus lists those about other people first), so that the ones that move
+        # can be seen to again.
+        size = self.recipe.anchors
+        still = [self._captured(held[start : start + size]) for start in range(0, len(held), size)]
         with torch.no_grad():
             for batch in still:
                 batch.base = self._last(batch)
         return parts, still
 
     def _groups(self, pairs: Sequence[Any], size: int) -> list[list[Any]]:
-        """Batches of nearly equal size, in random order, fixed for the run."""
-        mixed = list(pairs)
-        self.order.shuffle(mixed)
-        count = max(1, math.ceil(len(mixed) / size))
-        return [part for i in range(count) if (part := mixed[i::count])]
+        """Batches of nearly equal size, fixed for the run."""
+        count = max(1, math.ceil(len(pairs) / size))
+        return [part for i in range(count) if (part := list(pairs[i::count]))]
 
     def _captured(self, pairs: Sequence[tuple[list[int], list[int]]]) -> _Batch:
         """One pass of the base model over a batch, keeping what enters its trained layers.

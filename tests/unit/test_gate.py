@@ -120,7 +120,12 @@ def test_the_model_is_left_as_it_was(tensors: Any, corpus: Corpus) -> None:
 
 def test_many_questions_are_sampled_evenly(tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
-    monkeypatch.setattr(gates, "_said", lambda _t, examples, _m: asked.append(len(examples)) or ["" for _ in examples])
+
+    def counted(_: Any, examples: Any, _most: int) -> list[str]:
+        asked.append(len(examples))
+        return ["" for _ in examples]
+
+    monkeypatch.setattr(gates, "_said", counted)
     many = replace(corpus, examples=corpus.examples * 40)
     gate(tensors, lora(tensors, 0.0), many, max_questions=10)
     assert asked == [len(UNRELATED), len(UNRELATED), 10, len(corpus.held_out)]

@@ -26,7 +26,8 @@ LAYERS = ("model.layers.1.", "model.layers.2.")
 def model(tmp_path: Path, tiny_model: Callable[..., Path]) -> Any:
     import transformers
 
-    return transformers.AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base")).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base"))
+    return model.eval()
 
 
 def made(model: Any, seed: int, *, rank: int = 4, layers: tuple[str, ...] = LAYERS, identity: str = "") -> Lora:
@@ -73,13 +74,13 @@ def test_peft_loads_our_folder_and_computes_the_same_logits(
     import peft
     import transformers
 
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base", kind)).eval()
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base", kind))
     plain = logits(model)
     lora = made(model, 3)
     ref = stored(tmp_path / "lora", lora)
     Switch(model).activate([ref])
     ours = logits(model)
-    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     theirs = peft.PeftModel.from_pretrained(again, ref.path)
     adapted = {name for name, _ in theirs.named_modules() if name.endswith("lora_A.default")}
     assert len(adapted) == len(lora.tensors)
@@ -92,11 +93,11 @@ def test_we_load_what_peft_saves(tmp_path: Path, tiny_model: Callable[..., Path]
     import peft
     import transformers
 
-    base = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base")).eval()
+    base: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base"))
     settings = peft.LoraConfig(r=2, lora_alpha=6, target_modules=["q_proj", "down_proj"], init_lora_weights=False)
-    theirs = peft.get_peft_model(base, settings).eval()
-    theirs.save_pretrained(tmp_path / "theirs")
-    model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base").eval()
+    theirs = peft.get_peft_model(base, settings)
+    theirs.save_pretrained(str(tmp_path / "theirs"))
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
     folder = tmp_path / "theirs"
     Switch(model).activate([LoraRef(name="theirs", digest=content_digest(folder), path=str(folder))])
     assert torch.allclose(logits(model), logits(theirs), atol=1e-4)
@@ -171,7 +172,12 @@ def test_only_so_many_stay_loaded(model: Any, tmp_path: Path, monkeypatch: pytes
 
     refs = [stored(tmp_path / str(i), made(model, i)) for i in range(3)]
     reads: list[str] = []
-    monkeypatch.setattr(module, "load", lambda path, **kw: (reads.append(Path(path).name), load(path, **kw))[1])
+
+    def counted(path: str, *, digest: str) -> Lora:
+        reads.append(Path(path).name)
+        return load(path, digest=digest)
+
+    monkeypatch.setattr(module, "load", counted)
     switch = Switch(model, keep=2)
     for ref in (refs[0], refs[1], refs[0], refs[2], refs[0], refs[1]):
         switch.activate([ref])

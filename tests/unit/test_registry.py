@@ -127,7 +127,7 @@ def test_the_nearest_activation_answers(registry: Registry) -> None:
 
 def digest(registry: Registry, scope: Scope) -> str | None:
     version = registry.active(scope)
-    return version and version.digest
+    return None if version is None else version.digest
 
 
 def test_rollback_goes_back_one_activation_at_a_time(registry: Registry) -> None:

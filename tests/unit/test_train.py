@@ -19,7 +19,7 @@ from agentmem.provider import LoraRef, load
 from agentmem.types import Record
 
 FLOAT = {"dtype": "float32"}
-QUICK = Recipe(rank=4, rate=5e-3, batch=4, anchors=2, anchor_tokens=4)
+QUICK = Recipe(rank=4, rate=5e-3, batch=4, anchors=2, anchor_tokens=4, least_steps=0)
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_the_cached_way_computes_what_the_whole_model_does(
                 out = tensors.model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits
                 rows.append(out[0, len(prompt) - 1 : len(prompt) + len(answer) - 1])
             whole = torch.cat(rows)
-            whole.logsumexp(-1).sum().backward()
+            whole.logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
         finally:
             for hook in hooks:
                 hook.remove()
@@ -124,6 +124,8 @@ def test_the_cached_way_computes_what_the_whole_model_does(
     assert torch.allclose(ours, whole, atol=1e-4)
     for path, (a, b) in run.weights.items():
         for grad, mine in zip((a.grad, b.grad), grads[path], strict=True):
+            assert grad is not None
+            assert mine is not None
             assert torch.allclose(grad, mine, rtol=1e-3, atol=1e-4), path
 
 
@@ -246,3 +248,16 @@ def test_batched_answers_equal_single_ones(tensors: Any, lessons: Corpus) -> Non
         together = answers(tensors, prompts, 6, batch=4)
         alone = [answers(tensors, [prompt], 6)[0] for prompt in prompts]
     assert together == alone
+
+
+def test_a_few_facts_still_take_enough_steps_for_the_rest_to_settle(tensors: Any, lessons: Corpus) -> None:
+    recipe = Recipe(**{**QUICK.__dict__, "least_steps": 5})
+    assert len(train(tensors, lessons, epochs=1, recipe=recipe).losses) == 5
+
+
+def test_the_anchors_that_moved_most_are_seen_to_again(tensors: Any) -> None:
+    run = training._Run(tensors, QUICK, seed=0)
+    none = torch.tensor([])
+    still = [training._Batch(none, [], none, none, none, moved=moved) for moved in (0.1, 0.9, 0.2)]
+    assert [still.index(run._anchor(still, step) or still[0]) for step in range(6)] == [0, 1, 1, 1, 2, 1]
+    assert run._anchor([], 0) is None
