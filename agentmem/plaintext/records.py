@@ -7,7 +7,6 @@ index or of ranking: vectors come in as numbers. The scope rule is in conditions
 from __future__ import annotations
 
 import builtins
-import datetime as dt
 import json
 import re
 import secrets
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from agentmem.database import Database
 from agentmem.errors import Corrupt, InvalidInput, NotFound, ScopeError, StoreError
-from agentmem.types import LEVELS, Record, Scope
+from agentmem.types import Record, Scope
 
 from .conditions import beneath, joined, matching, visible
 from .drafts import (
@@ -35,7 +34,21 @@ from .drafts import (
     narrow,
     passage,
     shown,
-    utc_seconds,
+)
+from .rows import (
+    build,
+    checksum,
+    drop_words,
+    insert_row,
+    levels,
+    new_row,
+    note_changes,
+    past_rows,
+    record_of,
+    scope_of,
+    version_checksum,
+    write_vectors,
+    write_version,
 )
 
 if TYPE_CHECKING:
@@ -57,15 +70,6 @@ __all__ = [
 ]
 
 ID = re.compile(r"[0-9a-f]{32}")
-#: What the checksum of a row covers, in this order.
-CONTENT = (
-    *("id", "text", "role", "name", "at", "valid_from", "valid_until", "from_s", "until_s"),
-    *LEVELS,
-    *("metadata", "source", "trust", "created", "version"),
-)
-VERSION = ("id", "version", "text", "metadata", "created")
-#: How many rows of ``changes`` are kept: an index that is further behind is rebuilt.
-KEPT_CHANGES = 65_536
 
 
 def new_id(now: float | None = None) -> str:
@@ -115,10 +119,10 @@ class Records:
         for draft in drafts:
             check_scope(draft.scope)
         created = self._clock()
-        rows = [_row(draft, id_, created) for draft, id_ in zip(drafts, ids, strict=True)]
+        rows = [new_row(draft, id_, created) for draft, id_ in zip(drafts, ids, strict=True)]
         versions = []
         for row, past in zip(rows, older or (), strict=older is not None):
-            versions += _past(row, past)
+            versions += past_rows(row, past)
         with self._database.write() as connection:
             listed = json.dumps(ids)
             for table, column, why in (("tombstones", "record", "was forgotten"), ("records", "id", "is in use")):
@@ -128,21 +132,21 @@ class Records:
                 ).fetchone()
                 if taken:
                     raise InvalidInput(f"the id {taken[0]} {why}: leave the choice of ids to agentmem")
-            seqs = [_insert_row(connection, row) for row in rows]
+            seqs = [insert_row(connection, row) for row in rows]
             connection.executemany(
                 "INSERT INTO records_fts (rowid, text, name) VALUES (?, ?, ?)",
                 [(seq, row["text"], row["name"]) for seq, row in zip(seqs, rows, strict=True)],
             )
             for version in versions:
-                _write_version(connection, version)
+                write_version(connection, version)
             if blobs is not None:
                 tenants = [row["tenant"] for row in rows]
-                _write_vectors(connection, space, list(zip(tenants, seqs, blobs, strict=True)))
-        return [_record(row) for row in rows]
+                write_vectors(connection, space, list(zip(tenants, seqs, blobs, strict=True)))
+        return [record_of(row) for row in rows]
 
     def get(self, id: str, scope: Scope) -> Record:
         """The record with this id. `NotFound` for an unknown id and for one that this scope can't see, alike."""
-        return _record(self._row(id, scope))
+        return record_of(self._row(id, scope))
 
     def list(
         self, scope: Scope, where: Mapping[str, Any] | None = None, limit: int = 100, after: str | None = None
@@ -158,7 +162,7 @@ class Records:
                 conditions.append(("records.id > ?", [after]))
         sql, values = joined(conditions)
         rows = self._database.query(f"SELECT * FROM records WHERE {sql} ORDER BY seq LIMIT ?", [*values, limit])
-        return [_record(row) for row in rows]
+        return [record_of(row) for row in rows]
 
     def newest(self, scope: Scope, limit: int = 100) -> builtins.list[Record]:
         """Up to ``limit`` visible records, the newest arrival first."""
@@ -166,7 +170,7 @@ class Records:
         rows = self._database.query(
             f"SELECT * FROM records WHERE {sql} ORDER BY seq DESC LIMIT ?", [*values, check_k(limit, "limit")]
         )
-        return [_record(row) for row in rows]
+        return [record_of(row) for row in rows]
 
     def ids(self, scope: Scope) -> set[str]:
         """The ids of all records at this scope and beneath it."""
@@ -182,9 +186,9 @@ class Records:
         """The records exactly at ``scope``, in order of arrival: the history of a session."""
         rows = self._database.query(
             "SELECT * FROM records WHERE tenant = ? AND user = ? AND agent = ? AND session = ? ORDER BY seq",
-            _levels(scope),
+            levels(scope),
         )
-        return [_record(row) for row in rows]
+        return [record_of(row) for row in rows]
 
     def count(self, scope: Scope) -> int:
         """How many records this scope can see."""
@@ -198,7 +202,7 @@ class Records:
             f"SELECT * FROM records WHERE seq IN (SELECT value FROM json_each(?)) AND {sql}",
             [json.dumps([int(seq) for seq in seqs]), *values],
         )
-        return {int(row["seq"]): _record(row) for row in rows}
+        return {int(row["seq"]): record_of(row) for row in rows}
 
     def history(self, id: str, scope: Scope) -> builtins.list[Record]:
         """Every version of a record, the oldest first, the current one last."""
@@ -206,13 +210,13 @@ class Records:
         past = self._database.query("SELECT * FROM versions WHERE id = ? ORDER BY version", (id,))
         versions = []
         for old in past:
-            if old["checksum"] != _version_checksum(old):
+            if old["checksum"] != version_checksum(old):
                 raise Corrupt(
                     f"version {old['version']} of record {id} fails its checksum: forget it or restore a backup"
                 )
             content = {key: old[key] for key in ("text", "metadata", "created", "version")}
-            versions.append(_build({**row, **content}))
-        return [*versions, _record(row)]
+            versions.append(build({**row, **content}))
+        return [*versions, record_of(row)]
 
     def update(
         self,
@@ -238,28 +242,28 @@ class Records:
         blobs = self._blobs(matrix, space, 1)
         with self._database.write() as connection:
             row = dict(self._changeable(id, scope))
-            _record(row)  # a damaged row must not be copied into the history under a fresh checksum
-            _write_version(connection, row)
+            record_of(row)  # a damaged row must not be copied into the history under a fresh checksum
+            write_version(connection, row)
             new = {**row, "version": row["version"] + 1, "created": self._clock()}
             new["text"] = row["text"] if text is None else text
             new["metadata"] = row["metadata"] if new_metadata is None else new_metadata
-            new["checksum"] = _checksum(new)
+            new["checksum"] = checksum(new)
             connection.execute(
                 "UPDATE records SET text = ?, metadata = ?, created = ?, version = ?, checksum = ? WHERE seq = ?",
                 [new[key] for key in ("text", "metadata", "created", "version", "checksum", "seq")],
             )
             if new["text"] != row["text"]:
-                _drop_words(connection, row)
+                drop_words(connection, row)
                 connection.execute(
                     "INSERT INTO records_fts (rowid, text, name) VALUES (?, ?, ?)",
                     (row["seq"], new["text"], row["name"]),
                 )
                 connection.execute("DELETE FROM vectors WHERE seq = ?", (row["seq"],))
                 if blobs is None:
-                    _note_changes(connection, [(row["tenant"], row["seq"], 0)])
+                    note_changes(connection, [(row["tenant"], row["seq"], 0)])
                 else:
-                    _write_vectors(connection, space, [(row["tenant"], row["seq"], blobs[0])])
-        return _record(new)
+                    write_vectors(connection, space, [(row["tenant"], row["seq"], blobs[0])])
+        return record_of(new)
 
     def select(
         self, scope: Scope, *, ids: Sequence[str] | None = None, where: Mapping[str, Any] | None = None
@@ -286,12 +290,12 @@ class Records:
                 row = connection.execute("SELECT * FROM records WHERE id = ?", (id_,)).fetchone()
                 if row is None:
                     continue
-                damaged = damaged or row["checksum"] != _checksum(row)
-                _drop_words(connection, row)
+                damaged = damaged or row["checksum"] != checksum(row)
+                drop_words(connection, row)
                 connection.execute("DELETE FROM records WHERE seq = ?", (row["seq"],))
                 versions += connection.execute("DELETE FROM versions WHERE id = ?", (id_,)).rowcount
                 vectors += connection.execute("DELETE FROM vectors WHERE seq = ?", (row["seq"],)).rowcount
-                _note_changes(connection, [(row["tenant"], row["seq"], 0)])
+                note_changes(connection, [(row["tenant"], row["seq"], 0)])
                 connection.execute("INSERT OR REPLACE INTO tombstones (record, at) VALUES (?, ?)", (id_, self._clock()))
                 records += 1
             if damaged:
@@ -330,7 +334,7 @@ class Records:
                 row = connection.execute("SELECT tenant, text, name FROM records WHERE seq = ?", (seq,)).fetchone()
                 if row is not None and passage(row["text"], row["name"]) == text:
                     ready.append((row["tenant"], seq, blob))
-            _write_vectors(connection, space, ready)
+            write_vectors(connection, space, ready)
         return len(ready)
 
     def verify(self) -> builtins.list[str]:
@@ -339,20 +343,20 @@ class Records:
         for (seq,) in self._database.query("SELECT seq FROM records ORDER BY seq"):
             try:
                 rows = self._database.query("SELECT * FROM records WHERE seq = ?", (seq,))
-                if rows and rows[0]["checksum"] != _checksum(rows[0]):
+                if rows and rows[0]["checksum"] != checksum(rows[0]):
                     problems.append(f"record {rows[0]['id']}: the row fails its checksum")
             except StoreError as error:
                 problems.append(f"record in row {seq}: {error}")
         for id_, version in self._database.query("SELECT id, version FROM versions"):
             try:
                 rows = self._database.query("SELECT * FROM versions WHERE id = ? AND version = ?", (id_, version))
-                if rows and rows[0]["checksum"] != _version_checksum(rows[0]):
+                if rows and rows[0]["checksum"] != version_checksum(rows[0]):
                     problems.append(f"record {id_}: version {version} fails its checksum")
             except StoreError as error:
                 problems.append(f"record {id_}, version {version}: {error}")
         vectors = "SELECT v.seq, v.vector, v.checksum, s.dimension FROM vectors v LEFT JOIN spaces s ON s.id = v.space"
-        for seq, vector, checksum, dimension in self._database.query(vectors):
-            if zlib.crc32(vector) != checksum or len(vector) != 4 * (dimension or 0):
+        for seq, vector, expected, dimension in self._database.query(vectors):
+            if zlib.crc32(vector) != expected or len(vector) != 4 * (dimension or 0):
                 problems.append(f"record in row {seq}: its vector fails its checksum")
         stray = "SELECT count(*) FROM vectors WHERE seq NOT IN (SELECT seq FROM records)"
         if self._database.query(stray)[0][0]:
@@ -377,7 +381,7 @@ class Records:
 
     def _changeable(self, id_: object, scope: Scope) -> sqlite3.Row:
         row = self._row(id_, scope)
-        owner = _scope(row)
+        owner = scope_of(row)
         if not owner.within(scope):
             raise ScopeError(f"record {id_} belongs to {owner}: it can be read in {scope}, but only changed there")
         return row
@@ -400,129 +404,3 @@ class Records:
 
 def _well_formed(id_: object) -> bool:
     return isinstance(id_, str) and ID.fullmatch(id_) is not None
-
-
-def _levels(scope: Scope) -> builtins.list[str]:
-    return [value or "" for _, value in check_scope(scope).levels()]
-
-
-def _row(draft: Draft, id_: str, created: float) -> dict[str, Any]:
-    start, end = draft.valid_from, draft.valid_until
-    row: dict[str, Any] = {
-        "id": id_,
-        "text": draft.text,
-        "role": draft.role,
-        "name": draft.name,
-        "at": draft.at.isoformat() if draft.at else None,
-        "valid_from": start.isoformat() if start else None,
-        "valid_until": end.isoformat() if end else None,
-        "from_s": utc_seconds(start) if start else None,
-        "until_s": utc_seconds(end) if end else None,
-        **dict(zip(LEVELS, _levels(draft.scope), strict=True)),
-        "metadata": draft.metadata,
-        "source": draft.source,
-        "trust": draft.trust,
-        "created": created,
-        "version": 1,
-    }
-    return {**row, "checksum": _checksum(row)}
-
-
-def _insert_row(connection: sqlite3.Connection, row: Mapping[str, Any]) -> int:
-    columns = (*CONTENT, "checksum")
-    cursor = connection.execute(
-        f"INSERT INTO records ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
-        [row[column] for column in columns],
-    )
-    return int(cursor.lastrowid or 0)
-
-
-def _past(row: dict[str, Any], past: Sequence[Record]) -> builtins.list[dict[str, Any]]:
-    """Earlier versions as rows, numbered from 1; the current row comes after them."""
-    versions = [
-        {
-            "id": row["id"],
-            "version": number,
-            "text": check_text(version.text),
-            "metadata": dump_metadata(check_metadata(version.metadata)),
-            "created": row["created"] if version.created is None else utc_seconds(version.created),
-        }
-        for number, version in enumerate(past, start=1)
-    ]
-    row["version"] = len(versions) + 1
-    row["checksum"] = _checksum(row)
-    return versions
-
-
-def _write_version(connection: sqlite3.Connection, row: Mapping[str, Any]) -> None:
-    connection.execute(
-        "INSERT INTO versions (id, version, text, metadata, created, checksum) VALUES (?, ?, ?, ?, ?, ?)",
-        (*(row[key] for key in VERSION), _version_checksum(row)),
-    )
-
-
-def _drop_words(connection: sqlite3.Connection, row: sqlite3.Row | Mapping[str, Any]) -> None:
-    connection.execute(
-        "INSERT INTO records_fts (records_fts, rowid, text, name) VALUES ('delete', ?, ?, ?)",
-        (row["seq"], row["text"], row["name"]),
-    )
-
-
-def _write_vectors(connection: sqlite3.Connection, space: int | None, rows: Sequence[tuple[str, int, bytes]]) -> None:
-    connection.executemany(
-        "INSERT OR REPLACE INTO vectors (seq, space, vector, checksum) VALUES (?, ?, ?, ?)",
-        [(seq, space, blob, zlib.crc32(blob)) for _, seq, blob in rows],
-    )
-    _note_changes(connection, [(tenant, seq, 1) for tenant, seq, _ in rows])
-
-
-def _note_changes(connection: sqlite3.Connection, changes: Sequence[tuple[str, int, int]]) -> None:
-    last = 0
-    for change in changes:
-        last = connection.execute("INSERT INTO changes (tenant, seq, added) VALUES (?, ?, ?)", change).lastrowid or 0
-        if last % 4096 == 0:
-            connection.execute("DELETE FROM changes WHERE change < ?", (last - KEPT_CHANGES,))
-
-
-def _checksum(row: sqlite3.Row | Mapping[str, Any]) -> int:
-    return _crc([row[key] for key in CONTENT])
-
-
-def _version_checksum(row: sqlite3.Row | Mapping[str, Any]) -> int:
-    return _crc([row[key] for key in VERSION])
-
-
-def _crc(values: builtins.list[Any]) -> int:
-    return zlib.crc32(json.dumps(values, ensure_ascii=False, default=repr).encode(errors="surrogatepass"))
-
-
-def _scope(row: sqlite3.Row | Mapping[str, Any]) -> Scope:
-    return Scope(**{level: row[level] or None for level in LEVELS})
-
-
-def _record(row: sqlite3.Row | Mapping[str, Any]) -> Record:
-    """The record of a row that passes its checksum, else `Corrupt`: never a text that was not given."""
-    if row["checksum"] != _checksum(row):
-        raise Corrupt(
-            f"record {row['id']} fails its checksum: forget it, or restore memory.db from an export or a backup"
-        )
-    return _build(row)
-
-
-def _build(row: sqlite3.Row | Mapping[str, Any]) -> Record:
-    times = {
-        key: dt.datetime.fromisoformat(row[key]) if row[key] else None for key in ("at", "valid_from", "valid_until")
-    }
-    return Record(
-        id=row["id"],
-        text=row["text"],
-        role=row["role"],
-        name=row["name"],
-        **times,
-        scope=_scope(row),
-        metadata=json.loads(row["metadata"]),
-        source=row["source"],
-        trust=row["trust"],
-        created=dt.datetime.fromtimestamp(row["created"], dt.UTC),
-        version=row["version"],
-    )

@@ -46,9 +46,18 @@ MOST_TERMS = 64
 #: How many records of each kind (words, vectors) are weighed against each other, at least.
 POOL = 400
 
-#: Weights of the signals, each in standard deviations over the pool. Chosen on the development half of LoCoMo and
-#: PrefEval (tests/benchmarks): a turn's neighbours say more than the turn itself, and an answer more than its question.
-WEIGHTS = {"bm25": 0.5, "bm25_window": 1.0, "dense": 0.3, "dense_window": 1.0, "question": -1.0, "speaker": 1.0}
+#: Weights of the signals, each in standard deviations over the pool. Chosen on the development halves of LoCoMo,
+#: PrefEval and BEAM (tests/benchmarks): a turn's neighbours say more than the turn itself, an answer more than its
+#: question, and what a user said about their life more than what an assistant answered at length.
+WEIGHTS = {
+    "bm25": 0.5,
+    "bm25_window": 1.0,
+    "dense": 0.3,
+    "dense_window": 1.0,
+    "assistant": -1.5,
+    "question": -1.0,
+    "speaker": 1.0,
+}
 #: Where the best record matches less than the first share of the query's weight in words, words count for nothing; from
 #: the second on they count in full. (Questions that share no words with their answer are then left to the vectors.)
 EVIDENCE = (0.05, 0.2)
@@ -171,6 +180,7 @@ class _Pool:
     rows: list[int]
     tenants: list[str]
     names: list[str | None]
+    roles: list[str]
     asks: npt.NDArray[np.bool_]
     before: Rows
     after: Rows
@@ -201,17 +211,18 @@ def _pool(database: Database, found: set[int], allowed: Mapping[str, Rows]) -> _
         rows=[turn[0] for turn in turns],
         tenants=[turn[1] for turn in turns],
         names=[turn[2] for turn in turns],
-        asks=np.array([turn[3] for turn in turns], bool),
-        before=np.array([place.get(turn[4], -1) for turn in turns], np.int64),
-        after=np.array([place.get(turn[5], -1) for turn in turns], np.int64),
+        roles=[turn[3] for turn in turns],
+        asks=np.array([turn[4] for turn in turns], bool),
+        before=np.array([place.get(turn[5], -1) for turn in turns], np.int64),
+        after=np.array([place.get(turn[6], -1) for turn in turns], np.int64),
     )
 
 
 def _turns(database: Database, rows: Iterable[int]) -> list[tuple[Any, ...]]:
-    """(row, tenant, name, whether it asks, the row before it in its session, the row after it)."""
+    """(row, tenant, name, role, whether it asks, the row before it in its session, the row after it)."""
     same = " AND ".join(f"other.{level} = records.{level}" for level in LEVELS)
     turns = database.query(
-        "SELECT seq, tenant, name, substr(rtrim(text), -1) IN ('?', '\uff1f'), "
+        "SELECT seq, tenant, name, role, substr(rtrim(text), -1) IN ('?', '\uff1f'), "
         f"iif(session = '', NULL, (SELECT max(seq) FROM records AS other WHERE {same} AND other.seq < records.seq)), "
         f"iif(session = '', NULL, (SELECT min(seq) FROM records AS other WHERE {same} AND other.seq > records.seq)) "
         "FROM records WHERE seq IN (SELECT value FROM json_each(?)) ORDER BY seq",
@@ -243,6 +254,7 @@ def _parts(
         low, high = EVIDENCE
         trust = min(1.0, max(0.0, (evidence - low) / (high - low)))
         signals |= {name: signals[name] * trust for name in ("bm25", "bm25_window")}
+    signals["assistant"] = np.array([float(role == "assistant") for role in pool.roles])
     signals["question"] = pool.asks.astype(np.float64)
     said = [name for name in set(pool.names) if name and re.search(rf"\b{re.escape(name)}\b", query, re.IGNORECASE)]
     signals["speaker"] = np.array([float(said == [name]) for name in pool.names])

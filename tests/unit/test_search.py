@@ -202,7 +202,7 @@ def test_the_named_speaker_comes_first(store: Store) -> None:
 def test_the_parts_add_up_to_the_score(store: Store) -> None:
     store.add(FACTS)
     hits = store.search("What is my sister allergic to?", explain=True)
-    parts = {"bm25", "bm25_window", "dense", "dense_window", "question", "speaker"}
+    parts = {"bm25", "bm25_window", "dense", "dense_window", "assistant", "question", "speaker"}
     assert hits
     for hit in hits:
         assert hit.score == pytest.approx(sum(hit.why[name] for name in parts), abs=1e-6)
