@@ -5,11 +5,13 @@ Knows httpx's conventions and no vendor. `_remote.py` builds the two faces of a 
 
 from __future__ import annotations
 
+import contextlib
 import email.utils
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from dataclasses import replace
+from typing import Any, NamedTuple, TypeVar
 from urllib.parse import urlsplit
 
 from agentmem.errors import AgentMemError, ConfigError, RateLimited, Rejected, Unavailable
@@ -30,8 +32,14 @@ __all__ = [
 
 T = TypeVar("T")
 
-#: An error of agentmem, and whether the same request may be sent again.
-Failure = tuple[AgentMemError, bool]
+
+class Failure(NamedTuple):
+    """An error of agentmem, whether the same request may be sent again, and after how many seconds if that was said."""
+
+    error: AgentMemError
+    again: bool = False
+    wait_s: float | None = None
+
 
 #: Seconds to wait for a connection; a host that is up answers far sooner.
 CONNECT_S = 10.0
@@ -68,14 +76,13 @@ def _converted(name: str, value: Any, kind: type) -> Any:
         return value.lower() in ("true", "1")
     if kind is dict and isinstance(value, Mapping):
         return dict(value)
-    if kind in (int, float) and isinstance(value, (str, int, float)) and not isinstance(value, bool):
-        try:
-            return kind(value)
-        except ValueError:
-            pass
+    if kind in (int, float):
+        if isinstance(value, (str, int, float)) and not isinstance(value, bool):
+            with contextlib.suppress(ValueError):
+                return kind(value)
     elif isinstance(value, kind):
         return value
-    raise ConfigError(f"setting {name} must be of type {kind.__name__}, not {type(value).__name__}") from None
+    raise ConfigError(f"setting {name} must be of type {kind.__name__}, not {type(value).__name__}")
 
 
 def is_loopback(base_url: str) -> bool:
@@ -110,13 +117,7 @@ class Clock:
         """The generation with its seconds. A time to the first token that the server told itself is kept."""
         first = generation.usage.first_token_s if self._first_s is None else self._first_s
         times = {"first_token_s": first, "total_s": time.monotonic() - self._started}
-        return Generation(
-            text=generation.text,
-            usage=generation.usage.model_copy(update=times),
-            tool_calls=generation.tool_calls,
-            finish_reason=generation.finish_reason,
-            miss=generation.miss,
-        )
+        return replace(generation, usage=generation.usage.model_copy(update=times))
 
     def run(self, call: Callable[[], T]) -> T:
         """Call with this clock as the one that `watched` clients of this thread obey."""
@@ -177,23 +178,26 @@ def from_status(
     hint = {401: "check its key", 403: "the key may not do this", **(hints or {})}.get(status, "")
     message = f"{name} answered {status}: {str(detail)[:500]}" + (f" ({hint})" if hint else "")
     facts: dict[str, Any] = {"status": status, "request_id": request_id, "body": body}
-    told = headers.get("x-should-retry")
+    told, wait_s = headers.get("x-should-retry"), _retry_after(headers)
     if status == 429:
         again = told != "false" and "insufficient_quota" not in str(body)
-        return RateLimited(message, retry_after=_retry_after(headers), **facts), again
+        return Failure(RateLimited(message, retry_after=wait_s, **facts), again, wait_s)
     if status in (408, 409) or (status >= 500 and status != 501):
-        return Unavailable(message, **facts), told != "false"
-    return Rejected(message, **facts), told == "true"
+        return Failure(Unavailable(message, **facts), told != "false", wait_s)
+    return Failure(Rejected(message, **facts), told == "true", wait_s)
 
 
 def connection_failed(name: str, error: BaseException, advice: str) -> Failure:
     """The error for a request that got no (whole) answer."""
-    return Unavailable(f"{name} can't be reached or broke off: {str(error) or type(error).__name__}; {advice}"), True
+    what = str(error) or type(error).__name__
+    return Failure(Unavailable(f"{name} can't be reached or broke off: {what}; {advice}"), again=True)
 
 
-def sdk_failure(sdk: Any, error: Exception, *, name: str, model: str, advice: str) -> Failure | None:
+def sdk_failure(sdk: Any, error: Any, *, name: str, model: str, advice: str) -> Failure | None:
     """The error for an exception of ``sdk``, openai or anthropic: both are generated with the same tree of errors."""
-    if isinstance(error, sdk.APIConnectionError):
+    import httpx2
+
+    if isinstance(error, (sdk.APIConnectionError, httpx2.HTTPError)):  # anthropic lets the latter out of streams
         return connection_failed(name, error.__cause__ or error, advice)
     if isinstance(error, sdk.APIError):
         response = getattr(error, "response", None)
@@ -210,6 +214,8 @@ def sdk_failure(sdk: Any, error: Exception, *, name: str, model: str, advice: st
             request_id=getattr(error, "request_id", None),
             hints={404: f"is {model!r} a model of this host?"},
         )
+    if isinstance(error, sdk.APIError.__bases__[0]):  # the SDK refused by itself, before sending
+        return Failure(ConfigError(f"{name}: {error}"))
     return None
 
 
@@ -231,13 +237,13 @@ def clean(value: Any, secrets: Sequence[str]) -> Any:
         return value
     if isinstance(value, Mapping):
         return {name: clean(item, secrets) for name, item in value.items()}
-    return [clean(item, secrets) for item in value] if isinstance(value, (list, tuple)) else value
+    return type(value)(clean(item, secrets) for item in value) if isinstance(value, (list, tuple)) else value
 
 
 def scrub(error: BaseException | None, secrets: Sequence[str]) -> None:
     """Take the keys out of an SDK's exception and its causes, which a traceback prints."""
     while error is not None and secrets:
-        error.args = tuple(clean(part, secrets) for part in error.args)
+        error.args = clean(error.args, secrets)
         for name in ("message", "body", "error"):
             if hasattr(error, name):
                 setattr(error, name, clean(getattr(error, name), secrets))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 import os
 import random
 import threading
@@ -15,10 +16,12 @@ import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from agentmem.errors import AgentMemError, ConfigError, InvalidInput, ProviderError, Unavailable
 from agentmem.provider import Capabilities, Generation, Request
+from agentmem.tokens import counter_for
 
 from ._http import Clock, Failure, clean, scrub
 
@@ -37,7 +40,7 @@ EMBED_BATCH = 128
 class Reader(Protocol):
     """Puts a streamed reply together. Pure: one per stream."""
 
-    def add(self, chunk: Mapping[str, Any]) -> str:
+    def add(self, event: Mapping[str, Any], /) -> str:
         """The text in the next event, ``""`` if it holds none."""
         ...
 
@@ -136,7 +139,7 @@ class Remote(ABC):
                 event = self._sync(clock, lambda: next(source, None), retries=0)
         finally:
             source.close()
-        yield clock.stamp(self._whole(reader))
+        yield clock.stamp(_counted(request, self._whole(reader)))
 
     async def astream(self, request: Request) -> AsyncIterator[str | Generation]:
         """`stream`, for ``async for``."""
@@ -154,7 +157,7 @@ class Remote(ABC):
                 event = await self._async(clock, lambda: anext(source, None), retries=0)
         finally:
             await _aclose(source)
-        yield clock.stamp(self._whole(reader))
+        yield clock.stamp(_counted(request, self._whole(reader)))
 
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """The texts' vectors as the vendor gives them, float32 [len(texts), dimension]; the deadline is per batch."""
@@ -209,7 +212,12 @@ class Remote(ABC):
             raise ConfigError(f"{self.name} takes no tools")
         if not any(segment.messages for segment in request.segments):
             raise InvalidInput("the request has no message")
-        return self._build(request, stream=stream)
+        body = self._build(request, stream=stream)
+        try:
+            json.dumps(body, ensure_ascii=False).encode()  # so that a later error is surely the server's
+        except (TypeError, ValueError) as error:
+            raise InvalidInput(f"the request can't be written as JSON: {error}") from error
+        return body
 
     def _understood(self, parse: Callable[[], T]) -> T:
         try:
@@ -222,7 +230,7 @@ class Remote(ABC):
     def _finished(self, request: Request, clock: Clock, generation: Generation) -> Generation:
         if request.options.max_tokens == 0:  # asked for prefill: the one token that had to be made is dropped
             generation = Generation(text="", usage=generation.usage, finish_reason="length", miss=generation.miss)
-        return clock.stamp(generation)
+        return clock.stamp(_counted(request, generation))
 
     def _piece(self, reader: Reader, event: Any, clock: Clock) -> str:
         piece = self._understood(lambda: reader.add(self._plain(event)))
@@ -271,25 +279,27 @@ class Remote(ABC):
         if isinstance(error, AgentMemError):
             raise error
         scrub(error, self._secrets)
-        mapped, again = self._failure(error, clock)
-        wait = getattr(mapped, "retry_after", None)
+        failure = self._failure(error, clock)
+        wait = failure.wait_s
         if wait is None:
             wait = min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.0)  # noqa: S311 - spreads clients out
-        if not again or attempt >= (self._max_retries if retries is None else retries) or wait >= clock.left():
-            raise mapped from error
-        return float(wait)
+        tries = self._max_retries if retries is None else retries
+        if not failure.again or attempt >= tries or wait >= clock.left():
+            raise failure.error from error
+        return wait
 
     def _failure(self, error: Exception, clock: Clock) -> Failure:
         if isinstance(error, TimeoutError) or not clock.left():
-            return Unavailable(f"{self.name} did not finish within timeout_s={self._timeout_s:g}"), False
+            return Failure(Unavailable(f"{self.name} did not finish within timeout_s={self._timeout_s:g}"))
         if isinstance(error, UnicodeError):
-            return InvalidInput(f"a text can't be encoded as UTF-8: {error.reason}"), False  # type: ignore[attr-defined]
+            return Failure(InvalidInput(f"a text can't be encoded as UTF-8: {error}"))
         if (failure := self._map(error)) is not None:
-            if isinstance(failure[0], ProviderError):
-                failure[0].body = clean(failure[0].body, self._secrets)
+            failure.error.args = clean(failure.error.args, self._secrets)
+            if isinstance(failure.error, ProviderError):
+                failure.error.body = clean(failure.error.body, self._secrets)
             return failure
-        if isinstance(error, ValueError):
-            return Unavailable(f"{self.name} sent a reply that can't be understood ({type(error).__name__})"), False
+        if isinstance(error, (TypeError, ValueError)):
+            return Failure(Unavailable(f"{self.name} sent a reply that can't be understood ({type(error).__name__})"))
         raise error
 
     def _sync_client(self) -> Any:
@@ -325,6 +335,15 @@ class Remote(ABC):
         task = loop.create_task(_aclose(client))
         self._closing.add(task)  # a loop keeps only weak references to its tasks
         task.add_done_callback(self._closing.discard)
+
+
+def _counted(request: Request, generation: Generation) -> Generation:
+    """The generation with an estimate of its prompt's tokens where the server left them out (0 would be no prompt)."""
+    if generation.usage.input_tokens:
+        return generation
+    counter = counter_for("")
+    tokens = sum(counter.count(m.content) + 4 for segment in request.segments for m in segment.messages)
+    return replace(generation, usage=generation.usage.model_copy(update={"input_tokens": tokens}))
 
 
 def _opened(source: Any) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ models refuse them. Thinking blocks are not kept, so thinking together with tool
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -48,7 +49,7 @@ def create(model: str, settings: Mapping[str, Any]) -> Anthropic:
     Settings: ``api_key`` (else ANTHROPIC_API_KEY), ``base_url`` (else ANTHROPIC_BASE_URL), ``timeout_s`` (120, over all
     attempts), ``max_retries`` (2), ``context_tokens``.
     """
-    import anthropic  # noqa: F401 - a missing package is told here, not at the first request
+    importlib.import_module("anthropic")  # a missing package is told here, not at the first request
 
     values = read_settings("anthropic", settings, {})
     values["base_url"] = values.get("base_url") or os.environ.get("ANTHROPIC_BASE_URL") or OFFICIAL

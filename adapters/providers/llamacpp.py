@@ -10,6 +10,7 @@ Not here yet: saving and restoring slots to files, and switching LoRA adapters, 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import threading
@@ -45,7 +46,7 @@ def create(model: str, settings: Mapping[str, Any]) -> LlamaCpp:
     ``context_tokens`` (else asked of the server, once, here). For embeddings the server must run with ``--embedding``
     and a pooling type.
     """
-    import httpx  # noqa: F401 - a missing package is told here, not at the first request
+    importlib.import_module("httpx")  # a missing package is told here, not at the first request
 
     values = read_settings("llamacpp", settings, {"id_slot": int})
     base_url = values.get("base_url") or os.environ.get("LLAMACPP_BASE_URL") or DEFAULT
@@ -178,7 +179,7 @@ class _ErrorEvent(Exception):
 
 
 def _post(client: Any, path: str, body: Mapping[str, Any], *, stream: bool) -> Any:
-    """Send to a sync or an async client: the answer's JSON, or an iterator of a stream's events (awaitable on async)."""
+    """The answer's JSON, or an iterator of a stream's events; awaitable if the client is async."""
     import httpx
 
     if isinstance(client, httpx.AsyncClient):

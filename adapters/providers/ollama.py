@@ -10,6 +10,7 @@ Tested with the real client against a shim of Ollama's API over llama.cpp's serv
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -45,7 +46,7 @@ def create(model: str, settings: Mapping[str, Any]) -> Ollama:
     attempts), ``max_retries`` (2), ``keep_alive`` ("5m"), ``num_ctx`` (also the window that prompts are laid out for),
     ``options`` (a table of model options, constant over all requests), ``think``, ``embedding_model`` (else the model).
     """
-    import ollama  # noqa: F401 - a missing package is told here, not at the first request
+    importlib.import_module("ollama")  # a missing package is told here, not at the first request
 
     values = read_settings("ollama", settings, SETTINGS)
     values["base_url"] = values.get("base_url") or os.environ.get("OLLAMA_HOST") or DEFAULT
@@ -261,4 +262,4 @@ class Ollama(Remote):
             return from_status(self.name, status, error.error, headers=headers, body=error.error, hints=hints)
         if isinstance(error, (ConnectionError, httpx.HTTPError)):
             return connection_failed(self.name, error.__context__ or error, self.advice)
-        return (ConfigError(f"{self.name}: {error}"), False) if isinstance(error, ollama.RequestError) else None
+        return Failure(ConfigError(f"{self.name}: {error}")) if isinstance(error, ollama.RequestError) else None

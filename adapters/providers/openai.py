@@ -9,6 +9,7 @@ Not possible here: prefill without generating, so ``max_tokens=0`` asks for one 
 from __future__ import annotations
 
 import hashlib
+import importlib
 import os
 import re
 from collections.abc import Mapping, Sequence
@@ -47,7 +48,7 @@ def create(model: str, settings: Mapping[str, Any]) -> OpenAI:
     ``organization``, ``project``, ``context_tokens``, and ``cache_fields=True`` to send prompt-cache fields to a host
     that is not OpenAI's.
     """
-    import openai  # noqa: F401 - a missing package is told here, not at the first request
+    importlib.import_module("openai")  # a missing package is told here, not at the first request
 
     values = read_settings("openai", settings, SETTINGS)
     values["base_url"] = values.get("base_url") or os.environ.get("OPENAI_BASE_URL") or OFFICIAL

@@ -6,6 +6,7 @@ OPENAI_API_KEY, and fields that only OpenAI's host knows are left out, since suc
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -24,7 +25,7 @@ def create(model: str, settings: Mapping[str, Any]) -> _openai.OpenAI:
     Other settings as of ``openai:``; ``api_key`` is also read from OPENAI_COMPATIBLE_API_KEY, ``base_url`` from
     OPENAI_COMPATIBLE_BASE_URL. ``cache_fields=True`` sends ``prompt_cache_key`` where the server is known to take it.
     """
-    import openai  # noqa: F401 - a missing package is told here, not at the first request
+    importlib.import_module("openai")  # a missing package is told here, not at the first request
 
     values = read_settings("openai_compatible", settings, _openai.SETTINGS)
     values["base_url"] = values.get("base_url") or os.environ.get("OPENAI_COMPATIBLE_BASE_URL")

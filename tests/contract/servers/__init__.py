@@ -1,0 +1,1 @@
+"""Servers that the contract tests drive over real loopback sockets."""

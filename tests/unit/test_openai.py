@@ -1,0 +1,206 @@
+"""What `adapters/providers/openai.py` makes of requests and replies: pure functions, no socket."""
+
+from __future__ import annotations
+
+import importlib
+import json
+from typing import Any
+
+import pytest
+
+from agentmem.errors import ConfigError, InvalidInput
+from agentmem.provider import Options, Request, load
+from agentmem.testing import chat_request
+from agentmem.types import Message, Segment, ToolCall
+
+adapter = importlib.import_module("agentmem.adapters.providers.openai")
+
+CALL = ToolCall(id="c1", name="look_up", arguments={"city": "Zürich"})
+
+
+def turn(*messages: Message, **fields: Any) -> Request:
+    return Request(segments=(Segment(name="turn", messages=messages, stable=False),), **fields)
+
+
+def reply(**message: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"role": "assistant", **message}, "finish_reason": "stop"}], "usage": {}}
+
+
+def test_segments_become_messages_in_order() -> None:
+    body = adapter.build_request(chat_request("Hi", system="Be kind."), model="gpt-4o")
+    assert body == {
+        "model": "gpt-4o",
+        "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}],
+    }
+
+
+def test_options_are_mapped_and_extra_comes_last() -> None:
+    options = Options(
+        max_tokens=5, temperature=0.0, top_p=0.5, seed=0, stop=("END",), extra={"temperature": 0.3, "logprobs": True}
+    )
+    body = adapter.build_request(turn(Message(role="user", content="Hi"), options=options), model="m")
+    expected = {
+        "max_completion_tokens": 5,
+        "temperature": 0.3,
+        "top_p": 0.5,
+        "seed": 0,
+        "stop": ["END"],
+        "logprobs": True,
+    }
+    assert expected.items() <= body.items()
+
+
+def test_other_hosts_get_only_fields_that_every_server_knows() -> None:
+    request = chat_request("Hi", cache_key="k", max_tokens=5)
+    official = adapter.build_request(request, model="m")
+    other = adapter.build_request(request, model="m", official=False)
+    opted_in = adapter.build_request(request, model="m", official=False, cache_fields=True)
+    assert (official["prompt_cache_key"], official["max_completion_tokens"]) == ("k", 5)
+    assert "prompt_cache_key" not in other
+    assert other["max_tokens"] == 5
+    assert opted_in["prompt_cache_key"] == "k"
+
+
+def test_a_long_cache_key_is_shortened_to_what_the_host_takes() -> None:
+    key = adapter.build_request(chat_request("Hi", cache_key="k" * 100), model="m")["prompt_cache_key"]
+    assert len(key) == 64
+
+
+def test_prefill_asks_for_one_token() -> None:
+    assert adapter.build_request(chat_request("Hi", max_tokens=0), model="m")["max_completion_tokens"] == 1
+
+
+def test_streams_ask_for_usage() -> None:
+    body = adapter.build_request(chat_request("Hi"), model="m", stream=True)
+    assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
+
+
+def test_calls_and_results_go_there_and_back() -> None:
+    request = turn(
+        Message(role="user", content="Weather?", name="Ana Maria"),
+        Message(role="assistant", content="", tool_calls=(CALL,)),
+        Message(role="tool", content="rain", tool_call_id="c1", name="look_up"),
+    )
+    user, asked, answered = adapter.build_request(request, model="m")["messages"]
+    assert user["name"] == "Ana_Maria"
+    assert answered == {"role": "tool", "content": "rain", "tool_call_id": "c1"}
+    assert asked["content"] is None
+    assert adapter.parse_reply(reply(**asked)).tool_calls == (CALL,)
+
+
+@pytest.mark.parametrize("raw", ['{"city": "Zür', "[1]", "nonsense"])
+def test_broken_arguments_are_kept_and_go_back_unchanged(raw: str) -> None:
+    call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": raw}}
+    parsed = adapter.parse_reply(reply(content=None, tool_calls=[call])).tool_calls
+    assert parsed[0].arguments == {"_raw": raw}
+    again = adapter.build_request(turn(Message(role="assistant", content="", tool_calls=parsed)), model="m")
+    assert again["messages"][0]["tool_calls"] == [call]
+
+
+@pytest.mark.parametrize(
+    "tool",
+    [
+        {"type": "function", "function": {"name": "f", "description": "d", "parameters": {"type": "object"}}},
+        {"name": "f", "description": "d", "parameters": {"type": "object"}},
+        {"name": "f", "description": "d", "input_schema": {"type": "object"}},
+    ],
+)
+def test_tools_may_be_given_in_any_spelling(tool: dict[str, Any]) -> None:
+    request = turn(Message(role="user", content="Hi"), tools=(tool,))
+    function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
+    assert adapter.build_request(request, model="m")["tools"] == [{"type": "function", "function": function}]
+
+
+def test_a_tool_without_a_name_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="name"):
+        adapter.build_request(turn(Message(role="user", content="Hi"), tools=({"description": "d"},)), model="m")
+
+
+@pytest.mark.parametrize(
+    ("payload", "cached", "written"),
+    [
+        ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 4, "cache_write_tokens": 2}}}, 4, 2),
+        ({"usage": {"prompt_tokens": 9, "prompt_cache_hit_tokens": 4, "prompt_cache_miss_tokens": 5}}, 4, 0),
+        ({"usage": {"prompt_tokens": 9}, "timings": {"cache_n": 4, "prompt_n": 5}}, 4, 0),
+        ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": None}}, 0, 0),
+        ({"usage": {"prompt_tokens": 9, "prompt_tokens_details": {"cached_tokens": 99}}}, 9, 0),
+    ],
+)
+def test_cached_tokens_are_found_wherever_a_vendor_puts_them(
+    payload: dict[str, Any], cached: int, written: int
+) -> None:
+    usage = adapter.parse_usage(payload)
+    assert (usage.input_tokens, usage.cached_tokens, usage.written_tokens) == (9, cached, written)
+
+
+def test_a_streamed_call_is_put_together_from_its_fragments() -> None:
+    reader = adapter.Reader()
+    text = json.dumps(CALL.arguments)
+    parts: list[dict[str, Any]] = [{"index": 0, "id": "c1", "function": {"name": "look_up", "arguments": ""}}]
+    parts += [{"index": 0, "function": {"arguments": letter}} for letter in text]
+    for part in parts:
+        assert reader.add({"choices": [{"delta": {"tool_calls": [part]}}]}) == ""
+    assert reader.end() is None  # cut so far
+    reader.add({"choices": [{"delta": {}, "finish_reason": "tool_calls"}]})
+    reader.add({"choices": [], "usage": {"prompt_tokens": 3, "completion_tokens": 2}})
+    whole = reader.end()
+    assert whole.tool_calls == (CALL,)
+    assert (whole.usage.input_tokens, whole.usage.output_tokens, whole.finish_reason) == (3, 2, "tool_calls")
+
+
+def test_a_missing_key_names_the_way_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.delenv("OPENAI_BASE_URL", raising=False)
+    with pytest.raises(ConfigError, match="model='local'"):
+        load("openai:gpt-4o", {})
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-from-env")
+    provider = load("openai/gpt-4o", {})
+    assert provider.name == "openai:gpt-4o"
+    assert "sk-from-env" not in repr(provider)
+    provider.close()
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"api_keys": "x"}, "api_keys"),
+        ({"timeout_s": "soon"}, "timeout_s"),
+        ({"timeout_s": 0}, "timeout_s"),
+        ({"max_retries": -1}, "max_retries"),
+        ({"api_key": 5}, "api_key"),
+        ({"max_retries": True}, "max_retries"),
+    ],
+)
+def test_a_wrong_setting_is_named(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load("openai:gpt-4o", {"api_key": "k", **settings})
+
+
+def test_settings_may_come_as_text_from_the_environment() -> None:
+    provider: Any = load("openai:gpt-4o", {"api_key": "k", "timeout_s": "7.5", "max_retries": "0", "cache_fields": "1"})
+    assert (provider._timeout_s, provider._max_retries, provider._values["cache_fields"]) == (7.5, 0, True)
+
+
+def test_facts_follow_the_host() -> None:
+    official = load("openai:gpt-4o", {"api_key": "k", "base_url": "https://api.openai.com/v1"})
+    near = load("openai:m", {"base_url": "http://127.0.0.1:1/v1"})
+    assert official.capabilities.holds_prefix_s == 86400
+    assert near.capabilities.holds_prefix_s is None
+    assert official.count_tokens("hello world") == 2
+
+
+def test_a_compatible_server_needs_an_address_and_never_gets_openais_key(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("OPENAI_API_KEY", "sk-secret")
+    monkeypatch.delenv("OPENAI_COMPATIBLE_BASE_URL", raising=False)
+    with pytest.raises(ConfigError, match="base_url"):
+        load("openai_compatible:m", {})
+    provider: Any = load("openai_compatible:m", {"base_url": "http://127.0.0.1:1/v1"})
+    assert provider.name == "openai_compatible:m"
+    assert provider._sync_client().api_key == "none"
+    provider.close()
+
+
+@pytest.mark.parametrize("scheme", ["openai", "anthropic", "ollama", "openai_compatible"])
+def test_a_scheme_alone_asks_for_a_model(scheme: str) -> None:
+    with pytest.raises(ConfigError, match=f"'{scheme}:<model>"):
+        load(scheme, {"base_url": "http://127.0.0.1:1"})
