@@ -6,6 +6,7 @@ import datetime as dt
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -362,7 +363,7 @@ def test_tools_are_refused_where_the_model_takes_none(memory: Memory) -> None:
 @pytest.mark.parametrize(
     "options", [{"max_tokens": -1}, {"max_tokens": "many"}, {"temperature": "hot"}, {"top_p": -0.1}]
 )
-def test_bad_options_are_refused(memory: Memory, options: dict[str, object]) -> None:
+def test_bad_options_are_refused(memory: Memory, options: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput):
         memory.chat("Hello", **options)
 
