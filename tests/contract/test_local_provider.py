@@ -310,6 +310,8 @@ def test_an_unreadable_page_ends_the_prefix(provider: Any, caplog: pytest.LogCap
     assert generation.usage.cached_tokens == 2 * GRID
     assert torch.equal(got, wanted)
     assert "checksum" in caplog.text
+    # It was computed and kept again.
+    assert provider.generate(asked(text(90), pages=shelf, max_tokens=0)).usage.cached_tokens > 2 * GRID
 
 
 # -- the default model -------------------------------------------------------------------------------------------------
