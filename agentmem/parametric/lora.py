@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -205,7 +205,7 @@ class Switch:
             self._loaded.pop(digest, None)
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> Generator[None]:
         """The base alone inside the block, then the same versions as before."""
         before = self._active
         self.activate(())
@@ -237,7 +237,7 @@ class Switch:
 
 
 @contextlib.contextmanager
-def applied(model: torch.nn.Module, lora: Lora) -> Iterator[None]:
+def applied(model: torch.nn.Module, lora: Lora) -> Generator[None]:
     """Only ``lora`` acts on the model inside the block (weights from memory: a version that is not stored yet)."""
     import torch
 
@@ -252,7 +252,7 @@ def applied(model: torch.nn.Module, lora: Lora) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def base_only(model: torch.nn.Module) -> Iterator[None]:
+def base_only(model: torch.nn.Module) -> Generator[None]:
     """No LoRA acts on the model inside the block."""
     switch: Switch | None = getattr(model, _OWNER, None)
     if switch is None:

@@ -16,7 +16,7 @@ import os
 import shutil
 import sqlite3
 import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -340,7 +340,7 @@ class Registry:
         return True
 
     @contextlib.contextmanager
-    def _staged(self) -> Iterator[Path]:
+    def _staged(self) -> Generator[Path]:
         """A private folder to write into; gone at the end unless it was renamed."""
         staging = self._folder / f"{_NEW}{uuid.uuid4().hex}"
         try:
@@ -369,7 +369,7 @@ class Registry:
             raise disk_error(error, path) from error
 
     @contextlib.contextmanager
-    def _guard(self, *, wait: bool = True) -> Iterator[bool]:
+    def _guard(self, *, wait: bool = True) -> Generator[bool]:
         """One process at a time between writing files and committing their row. Freed by the system if it dies."""
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)

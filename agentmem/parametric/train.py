@@ -12,7 +12,7 @@ import contextlib
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -154,7 +154,7 @@ def train(
 
 
 @contextlib.contextmanager
-def steady(model: Any) -> Iterator[None]:
+def steady(model: Any) -> Generator[None]:
     """The model in evaluation mode, its weights without gradients, with an attention that can be differentiated.
 
     All of it is put back at the end.

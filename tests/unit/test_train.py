@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -137,14 +138,14 @@ def test_only_the_answer_and_its_end_are_learnt(tensors: Any, lessons: Corpus) -
 
 
 def test_known_tokens_give_no_gradient(tensors: Any, lessons: Corpus) -> None:
-    recipe = Recipe(**{**QUICK.__dict__, "threshold": 1e9, "kl_weight": 0.0})
+    recipe = replace(QUICK, threshold=1e9, kl_weight=0.0)
     trained = train(tensors, lessons, epochs=3, recipe=recipe)
     assert all(not b.any() for _, b in trained.lora.tensors.values())
 
 
 def test_the_kl_term_holds_other_answers_still(tensors: Any, lessons: Corpus) -> None:
     def moved(weight: float) -> float:
-        recipe = Recipe(**{**QUICK.__dict__, "kl_weight": weight, "anchors": 4})
+        recipe = replace(QUICK, kl_weight=weight, anchors=4)
         lora = train(tensors, lessons, epochs=20, recipe=recipe).lora
         prompts = torch.tensor([encode(tensors, lessons.anchors[0])[0]])
         with torch.inference_mode():
@@ -237,7 +238,7 @@ def test_a_head_that_computes_more_is_refused(tensors: Any, lessons: Corpus, mon
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tensors: Any, lessons: Corpus) -> None:
-    recipe = Recipe(**{**QUICK.__dict__, "rate": 1e30, "clip": 1e30, "warmup": 0})
+    recipe = replace(QUICK, rate=1e30, clip=1e30, warmup=0)
     with pytest.raises(TrainingError, match="not finite"):
         train(tensors, lessons, epochs=5, recipe=recipe)
 
@@ -251,7 +252,7 @@ def test_batched_answers_equal_single_ones(tensors: Any, lessons: Corpus) -> Non
 
 
 def test_a_few_facts_still_take_enough_steps_for_the_rest_to_settle(tensors: Any, lessons: Corpus) -> None:
-    recipe = Recipe(**{**QUICK.__dict__, "least_steps": 5})
+    recipe = replace(QUICK, least_steps=5)
     assert len(train(tensors, lessons, epochs=1, recipe=recipe).losses) == 5
 
 
