@@ -11,7 +11,7 @@ import contextlib
 import os
 import sqlite3
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -183,7 +183,7 @@ class Database:
             return self._live().execute(sql, values).fetchall()
 
     @contextlib.contextmanager
-    def write(self) -> Iterator[sqlite3.Connection]:
+    def write(self) -> Generator[sqlite3.Connection]:
         """One transaction: committed and on disk when the block ends, gone without a trace if it raises.
 
         Nested blocks join the outer transaction.
@@ -246,7 +246,7 @@ def _statements(script: str) -> Iterator[str]:
 
 
 @contextlib.contextmanager
-def _mapped(path: str, database: Database | None = None) -> Iterator[None]:
+def _mapped(path: str, database: Database | None = None) -> Generator[None]:
     """SQLite's errors as ours, the most specific first."""
     try:
         yield

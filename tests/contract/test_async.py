@@ -62,7 +62,8 @@ async def test_one_scenario_on_both_faces(tmp_path: Path, mem: AsyncMemory) -> N
             summary(two.recalled),
         )
         assert a.context("dog").text == (await b.context("dog")).text
-        a.update(first[0].id, text="new"), await b.update(second[0].id, text="new")
+        a.update(first[0].id, text="new")
+        await b.update(second[0].id, text="new")
         assert len(a.history(first[0].id)) == len(await b.history(second[0].id)) == 2
         assert len(a.forget(first[1].id).records) == len((await b.forget(second[1].id)).records) == 1
         assert [r.text for r in a.list()] == [r.text for r in await b.list()]
