@@ -9,6 +9,7 @@ from __future__ import annotations
 import abc
 import asyncio
 import hashlib
+import importlib
 import importlib.util
 import json
 import re
@@ -161,11 +162,24 @@ class HashEmbedder:
 class _Local(abc.ABC):
     """An embedder of this machine whose weights are read once, at the first text; one thread computes at a time."""
 
-    name: str
-    dimension: int
-
-    def __init__(self) -> None:
+    def __init__(self, name: str) -> None:
+        self.name = name
         self._lock = threading.Lock()
+
+    @cached_property
+    @abc.abstractmethod
+    def _identity(self) -> str:
+        """What `digest` is, computed once."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over the weights, the tokenizer and how they are used."""
+        return self._identity
+
+    @property
+    @abc.abstractmethod
+    def dimension(self) -> int:
+        """How many numbers a vector has."""
 
     def embed(self, texts: Sequence[str], *, query: bool = False) -> Vectors:
         """Float32 [len(texts), dimension] with rows of length 1."""
@@ -194,33 +208,34 @@ class FolderEmbedder(_Local):
     """
 
     def __init__(self, name: str, folder: Path, dtype: str | None = None) -> None:
-        super().__init__()
+        super().__init__(name)
         if dtype not in (None, "float32", "bfloat16"):
             raise ConfigError(f"embedder {name!r}: dtype is {dtype!r}, use float32 or bfloat16")
-        self.name = name
         self._path = folder
         self._dtype = dtype or ("bfloat16" if _computes_bfloat16() else "float32")
-        self._plan = _bert_plan(folder)
-        if self._plan is None:
-            raise ConfigError(
-                f"{folder} is no BERT model with mean or cls pooling: install sentence-transformers for it"
-            )
-        self.dimension = int(self._plan["dimension"])
+        plan = _bert_plan(folder)
+        if plan is None:
+            raise ConfigError(f"{folder} is no BERT model with mean or cls pooling")
+        self._plan = plan
+
+    @property
+    def dimension(self) -> int:
+        """The model's hidden size."""
+        return int(self._plan["dimension"])
 
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 over the weights, the tokenizer and how they are used."""
-        plan = json.dumps({**(self._plan or {}), "dtype": self._dtype, "forward": 1}, sort_keys=True)
+    def _identity(self) -> str:
+        plan = json.dumps({**self._plan, "dtype": self._dtype, "forward": 1}, sort_keys=True)
         return _digest(plan, self._path / "model.safetensors", self._path / "tokenizer.json")
 
     @cached_property
     def _model(self) -> Any:
         from ._minilm import Bert
 
-        return Bert(self._path, self._plan or {}, self._dtype)
+        return Bert(self._path, self._plan, self._dtype)
 
     def _embed(self, texts: Sequence[str], query: bool) -> Any:
-        prompt = (self._plan or {}).get("query" if query else "passage", "")
+        prompt = self._plan.get("query" if query else "passage", "")
         return self._model.embed([prompt + text for text in texts])
 
 
@@ -228,15 +243,17 @@ class StaticEmbedder(_Local):
     """The mean of a text's rows in the static table of the package ``wordllama``, of which no code is run."""
 
     def __init__(self, name: str, package: Path) -> None:
-        super().__init__()
-        self.name = name
-        self.dimension = 256
+        super().__init__(name)
         self._weights = package / "weights" / "l2_supercat_256.safetensors"
         self._tokenizer = package / "tokenizers" / "l2_supercat_tokenizer_config.json"
 
+    @property
+    def dimension(self) -> int:
+        """The width of the table."""
+        return 256
+
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 over the table, the tokenizer and how they are used."""
+    def _identity(self) -> str:
         return _digest("static mean 1", self._weights, self._tokenizer)
 
     @cached_property
@@ -258,26 +275,24 @@ class _SentenceTransformers(_Local):
     """Any other sentence-transformers folder, by that package."""
 
     def __init__(self, name: str, folder: Path) -> None:
-        super().__init__()
-        self.name = name
+        super().__init__(name)
         self._path = folder
 
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 over every file of the folder."""
+    def _identity(self) -> str:
         return _digest("sentence-transformers 1", *sorted(path for path in self._path.rglob("*") if path.is_file()))
 
-    @cached_property
-    def dimension(self) -> int:  # type: ignore[override]
+    @property
+    def dimension(self) -> int:
         """Asked of the model."""
         return int(self._model.get_sentence_embedding_dimension())
 
     @cached_property
     def _model(self) -> Any:
-        from sentence_transformers import SentenceTransformer
-
         try:
-            return SentenceTransformer(str(self._path), local_files_only=True)
+            return importlib.import_module("sentence_transformers").SentenceTransformer(
+                str(self._path), local_files_only=True
+            )
         except (OSError, ValueError, RuntimeError, ImportError) as error:
             raise ConfigError(f"{self._path} can't be loaded by sentence-transformers: {error}") from error
 
@@ -294,24 +309,27 @@ class HostedEmbedder:
             raise ConfigError(f"{name!r} has no embeddings: choose another embedder, such as 'default'")
         self.name = name
         self._model = model
+        self._dimension: int | None = None
         self.digest = _digest(f"hosted 1 {model.name}")
 
-    @cached_property
+    @property
     def dimension(self) -> int:
         """How many numbers a vector has."""
-        return int(checked(self._model.embed(["dimension"]), 1, None, self.name).shape[1])
+        if self._dimension is None:
+            self._dimension = int(checked(self._model.embed(["dimension"]), 1, None, self.name).shape[1])
+        return self._dimension
 
     def embed(self, texts: Sequence[str], *, query: bool = False) -> Vectors:  # noqa: ARG002 - the API has no such mark
         """Float32 [len(texts), dimension] with rows of length 1; one request for the batch."""
         texts = _texts(texts)
         vectors = self._model.embed(texts) if texts else _nothing(self.dimension)
-        return checked(vectors, len(texts), self.__dict__.get("dimension"), self.name)
+        return checked(vectors, len(texts), self._dimension, self.name)
 
     async def aembed(self, texts: Sequence[str], *, query: bool = False) -> Vectors:  # noqa: ARG002
         """The same as `embed`."""
         texts = _texts(texts)
         vectors = await self._model.aembed(texts) if texts else _nothing(self.dimension)
-        return checked(vectors, len(texts), self.__dict__.get("dimension"), self.name)
+        return checked(vectors, len(texts), self._dimension, self.name)
 
 
 #: Longer texts are cut before they are tokenized: no local model here reads more than 512 tokens.

@@ -39,7 +39,15 @@ class Store:
     def search(self, query: str, scope: Scope = ANA, k: int = 10, **options: Any) -> list[Hit]:
         vector = self.embedder.embed([query], query=True)[0] if self.index and query.strip() else None
         return search(
-            self.database, self.records, self.index, vector, query, scope=scope, k=k, **{"now": NOW, **options}
+            self.database,
+            self.records,
+            self.index,
+            vector,
+            query,
+            scope=scope,
+            k=k,
+            now=options.pop("now", NOW),
+            **options,
         )
 
     def texts(self, query: str, scope: Scope = ANA, k: int = 10, **options: Any) -> list[str]:

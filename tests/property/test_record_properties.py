@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-from collections.abc import Iterator
+from collections.abc import Generator
 from typing import Any
 
 import pytest
@@ -40,7 +40,7 @@ narrow_scopes = st.builds(Scope, **{level: st.none() | st.sampled_from(ODD[:4]) 
 
 
 @contextlib.contextmanager
-def opened() -> Iterator[Records]:
+def opened() -> Generator[Records]:
     database = Database(":memory:")
     with contextlib.closing(database):
         yield Records(database)
