@@ -105,7 +105,7 @@ def gate(
     held.
 
     Costs two passes over a few hundred tokens and at most ``max_questions`` short greedy answers per kind of question
-    (where the corpus has more, an even sample is asked).
+    (where the corpus has more, an even sample is asked). ``max_tokens`` bounds an answer to an unrelated question.
     """
     limits = thresholds or Thresholds()
     lora = trained.lora if isinstance(trained, Trained) else trained
@@ -158,7 +158,10 @@ def perplexity(tensors: Tensors, text: str) -> float:
 
 
 def _said(tensors: Tensors, examples: Sequence[Example], max_tokens: int) -> list[str]:
-    prompts = [encode(tensors, example)[0] for example in examples]
+    coded = [encode(tensors, example) for example in examples]
+    prompts = [prompt for prompt, _ in coded]
+    # A long statement is given the room to be said in full.
+    max_tokens = max(max_tokens, *(len(answer) + 4 for _, answer in coded))
     return [tensors.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers(tensors, prompts, max_tokens)]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import fcntl
+import hashlib
 import json
 import logging
 import os
@@ -17,6 +18,7 @@ import shutil
 import sqlite3
 import uuid
 from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -32,6 +34,7 @@ from .gate import GateReport
 from .lora import CONFIG, WEIGHTS, content_digest, disk_error, flush_folder, save, write_file
 
 if TYPE_CHECKING:
+    from .lora import Lora
     from .train import Trained
 
 __all__ = ["MANIFEST", "LoraVersion", "Registry"]
@@ -95,7 +98,7 @@ class Registry:
         changed while it was trained, `Full` or `StoreError` where it can't be written; then nothing is kept.
         """
         with self._guard(), self._staged() as staging:
-            digest = save(staging, trained.lora)
+            digest = save(staging, _signed(trained.lora, scope))
             version = LoraVersion(
                 name=f"lora-{digest[:12]}",
                 digest=digest,
@@ -117,7 +120,7 @@ class Registry:
                 _refuse_stale(connection, trained.records)
                 found = connection.execute("SELECT * FROM loras WHERE digest = ?", (digest,)).fetchone()
                 if found is not None and found["state"] != "retired" and self._sound(digest):
-                    return self._version(found, scope)
+                    return _version(found, self._active_digest(scope))
                 self._publish(staging, digest)
                 connection.execute(
                     "INSERT OR REPLACE INTO loras (digest, name, state, created, tenant, user, agent, session, "
@@ -133,7 +136,8 @@ class Registry:
     def versions(self, scope: Scope) -> list[LoraVersion]:
         """The versions that this scope can see (its own, those beneath it, those of the levels above), newest first."""
         rows = self._database.query("SELECT * FROM loras ORDER BY created DESC, digest")
-        return [self._version(row, scope) for row in rows if _visible(_scope(row), scope)]
+        active = self._active_digest(scope)
+        return [_version(row, active) for row in rows if _visible(_scope(row), scope)]
 
     def get(self, version: str | LoraVersion, scope: Scope) -> LoraVersion:
         """A version by its name or digest, as it is now.
@@ -145,7 +149,7 @@ class Registry:
             raise InvalidInput(f"a LoRA version is named by its name or digest, not by {wanted!r}")
         for row in self._database.query("SELECT * FROM loras WHERE digest = ? OR name = ?", (wanted, wanted)):
             if _visible(_scope(row), scope):
-                return self._version(row, scope)
+                return _version(row, self._active_digest(scope))
         raise NotFound(f"no LoRA version {wanted!r} in {scope}")
 
     # ---- what answers
@@ -166,7 +170,7 @@ class Registry:
         except (StoreError, NotFound) as error:
             _logger.warning("the LoRA version lora-%s is not used: %s", digest[:12], error)
             return None
-        return self._version(rows[0], scope)
+        return _version(rows[0], digest)
 
     def refs(self, scope: Scope, *, identity: bytes) -> tuple[LoraRef, ...]:
         """What a request of this scope carries as `Request.loras` on the base model ``identity``; empty for the base.
@@ -313,7 +317,11 @@ class Registry:
 
     def bytes(self) -> int:
         """Bytes on disk of all versions."""
-        return sum(path.stat().st_size for path in self._folder.glob("*/*") if path.is_file())
+        total = 0
+        for path in self._folder.glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # another process retired it just now
+                total += path.stat().st_size
+        return total
 
     def _path(self, digest: str) -> Path:
         return self._folder / digest
@@ -399,11 +407,21 @@ class Registry:
                 return str(rows[0]["digest"])
         return ""
 
-    def _version(self, row: sqlite3.Row, scope: Scope) -> LoraVersion:
-        fields = json.loads(row["manifest"])
-        fields.pop("contents", None)
-        fields.update(state=row["state"], active=row["digest"] == self._active_digest(scope))
-        return LoraVersion.model_validate(fields)
+
+def _version(row: sqlite3.Row, active: str) -> LoraVersion:
+    fields = json.loads(row["manifest"])
+    fields.pop("contents", None)
+    fields.update(state=row["state"], active=row["digest"] == active)
+    return LoraVersion.model_validate(fields)
+
+
+def _signed(lora: Lora, scope: Scope) -> Lora:
+    """The LoRA with its scope in its digest: one that two scopes trained from the same records is two versions.
+
+    Mixed with the digest of the records, so that no scope name can be guessed from an exported file.
+    """
+    sign = hashlib.sha256(json.dumps([lora.notes.get("records", ""), *_columns(scope)]).encode()).hexdigest()
+    return replace(lora, notes={**lora.notes, "records": sign})
 
 
 def _upwards(scope: Scope) -> Iterator[Scope]:

@@ -145,3 +145,16 @@ def test_perplexity_of_a_random_model_is_near_the_size_of_its_alphabet(tensors: 
 def test_a_report_survives_json() -> None:
     report = GateReport(recall_trained=1, recall_held_out=0.9, drift=0.01, intrusion=0, passed=True, missed=("a",))
     assert GateReport.model_validate_json(report.model_dump_json()) == report
+
+
+def test_a_long_statement_has_room_to_be_said(tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    def counted(_tensors: Any, prompts: Any, most: int) -> list[list[int]]:
+        asked.append(most)
+        return [[] for _ in prompts]
+
+    monkeypatch.setattr(gates, "answers", counted)
+    long = build([Record(id="a", text="The garden shed " + "and then the fence " * 8 + "burnt down.")])
+    recall(tensors, long.examples, 5)
+    assert asked[0] > len(long.examples[0].answer)  # a token per byte here

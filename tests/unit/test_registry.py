@@ -97,6 +97,15 @@ def test_adding_it_again_gives_the_same_version(registry: Registry, tmp_path: Pa
     assert names(registry, tmp_path / "lora") == {first.digest}
 
 
+def test_two_scopes_never_share_a_version(registry: Registry) -> None:
+    narrow = registry.add(trained(), scope=CHAT, gate=GOOD)
+    wide = registry.add(trained(), scope=ANA, gate=GOOD)
+    assert narrow.digest != wide.digest
+    registry.activate(wide, ANA)
+    with pytest.raises(ScopeError):
+        registry.activate(narrow, ANA)
+
+
 def test_adding_it_again_repairs_damaged_files(registry: Registry, tmp_path: Path) -> None:
     first = registry.add(trained(), scope=ANA, gate=GOOD)
     (tmp_path / "lora" / first.digest / WEIGHTS).write_bytes(b"damaged")
