@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import email.utils
+import json
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -23,6 +24,7 @@ __all__ = [
     "clean",
     "connection_failed",
     "from_status",
+    "is_host",
     "is_loopback",
     "read_settings",
     "scrub",
@@ -74,8 +76,9 @@ def read_settings(scheme: str, settings: Mapping[str, Any], more: Mapping[str, t
 def _converted(name: str, value: Any, kind: type) -> Any:
     if kind is bool and isinstance(value, str) and value.lower() in ("true", "1", "false", "0"):
         return value.lower() in ("true", "1")
-    if kind is dict and isinstance(value, Mapping):
-        return dict(value)
+    if kind is dict and isinstance(value, str):
+        with contextlib.suppress(ValueError):
+            value = json.loads(value)
     if kind in (int, float):
         if isinstance(value, (str, int, float)) and not isinstance(value, bool):
             with contextlib.suppress(ValueError):
@@ -89,6 +92,12 @@ def is_loopback(base_url: str) -> bool:
     """True if this address is on this machine: nothing outside it sees a prompt sent there."""
     host = urlsplit(base_url if "//" in base_url else f"//{base_url}").hostname or ""
     return host in ("localhost", "::1", "0.0.0.0") or host.startswith("127.")  # noqa: S104 - compared, not bound
+
+
+def is_host(base_url: str, domain: str) -> bool:
+    """True if this address is at ``domain`` or beneath it."""
+    host = urlsplit(base_url).hostname or ""
+    return host == domain or host.endswith(f".{domain}")
 
 
 class Clock:

@@ -7,6 +7,7 @@ own retries are off, since they can sleep past a deadline; the policy here is th
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import itertools
 import json
 import os
@@ -33,6 +34,8 @@ __all__ = ["Reader", "Remote"]
 
 T = TypeVar("T")
 
+#: Seconds to wait for another thread's event loop to close its connections.
+CLOSE_S = 2.0
 #: Texts per embedding request: below every vendor's limit, and small enough to keep one request short.
 EMBED_BATCH = 128
 
@@ -183,13 +186,16 @@ class Remote(ABC):
         raise ConfigError(f"{self.name} gives no weights: only local models can be trained (model='local')")
 
     def close(self) -> None:
-        """Close every connection; may be called again. An async client of a running loop is closed by a task of that
-        loop, so under asyncio prefer ``await aclose()``."""
+        """Close every connection; may be called again.
+
+        Async clients are closed in their own loops: waited for from another thread, by a task if called inside the
+        loop itself. There ``await aclose()`` is better, since it returns when they are closed.
+        """
         for loop, client in self._retire():
             if loop is None:
                 client.close()
             elif loop.is_running():
-                loop.call_soon_threadsafe(self._close_soon, loop, client)
+                self._close_in(loop, client)
             elif not loop.is_closed():
                 loop.run_until_complete(_aclose(client))
 
@@ -201,7 +207,7 @@ class Remote(ABC):
             elif loop is asyncio.get_running_loop():
                 await _aclose(client)
             elif loop.is_running():
-                loop.call_soon_threadsafe(self._close_soon, loop, client)
+                await asyncio.to_thread(self._close_in, loop, client)
 
     # How.
 
@@ -331,10 +337,18 @@ class Remote(ABC):
             self._async_clients.clear()
             return clients
 
-    def _close_soon(self, loop: asyncio.AbstractEventLoop, client: Any) -> None:
-        task = loop.create_task(_aclose(client))
-        self._closing.add(task)  # a loop keeps only weak references to its tasks
-        task.add_done_callback(self._closing.discard)
+    def _close_in(self, loop: asyncio.AbstractEventLoop, client: Any) -> None:
+        try:
+            inside = asyncio.get_running_loop() is loop
+        except RuntimeError:
+            inside = False
+        if inside:
+            task = loop.create_task(_aclose(client))
+            self._closing.add(task)  # a loop keeps only weak references to its tasks
+            task.add_done_callback(self._closing.discard)
+            return
+        with contextlib.suppress(TimeoutError):  # the loop may be waiting for this very thread
+            asyncio.run_coroutine_threadsafe(_aclose(client), loop).result(CLOSE_S)
 
 
 def _counted(request: Request, generation: Generation) -> Generation:

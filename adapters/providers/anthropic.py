@@ -13,14 +13,13 @@ import importlib
 import os
 from collections.abc import Mapping
 from typing import Any
-from urllib.parse import urlsplit
 
 from agentmem.errors import ConfigError
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
 from agentmem.types import Message, Usage
 
-from ._http import Failure, is_loopback, read_settings, sdk_failure, watched
+from ._http import Failure, is_host, is_loopback, read_settings, sdk_failure, watched
 from ._remote import Remote
 from ._tools import tool_call, tool_parts
 
@@ -57,7 +56,7 @@ def create(model: str, settings: Mapping[str, Any]) -> Anthropic:
     if not model:
         raise ConfigError("name a model: 'anthropic:<model>'; model='local' needs no key and no network")
     if not values["api_key"]:
-        if (urlsplit(values["base_url"]).hostname or "").endswith("anthropic.com"):
+        if is_host(values["base_url"], "anthropic.com"):
             raise ConfigError(
                 "anthropic: no key; set ANTHROPIC_API_KEY or [providers.anthropic] api_key. "
                 "model='local' needs no key and no network"

@@ -14,14 +14,13 @@ import os
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
 
 from agentmem.errors import ConfigError
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
 from agentmem.types import Message, Usage
 
-from ._http import Failure, is_loopback, read_settings, sdk_failure, watched
+from ._http import Failure, is_host, is_loopback, read_settings, sdk_failure, watched
 from ._remote import Remote
 from ._tools import arguments_text, tool_call, tool_parts
 
@@ -52,7 +51,7 @@ def create(model: str, settings: Mapping[str, Any]) -> OpenAI:
 
     values = read_settings("openai", settings, SETTINGS)
     values["base_url"] = values.get("base_url") or os.environ.get("OPENAI_BASE_URL") or OFFICIAL
-    values["official"] = _host(values["base_url"]).endswith("openai.com")
+    values["official"] = is_host(values["base_url"], "openai.com")
     values["api_key"] = values.get("api_key") or os.environ.get("OPENAI_API_KEY")
     if not model:
         raise ConfigError("name a model: 'openai:<model>'; model='local' needs no key and no network")
@@ -64,10 +63,6 @@ def create(model: str, settings: Mapping[str, Any]) -> OpenAI:
             )
         values["api_key"] = "none"
     return OpenAI(f"openai:{model}", model, values)
-
-
-def _host(base_url: str) -> str:
-    return urlsplit(base_url).hostname or ""
 
 
 # Requests.
@@ -83,7 +78,7 @@ def build_request(
     options = request.options
     body: dict[str, Any] = {
         "model": model,
-        "messages": [_message(message) for segment in request.segments for message in segment.messages],
+        "messages": [_message(message, official) for segment in request.segments for message in segment.messages],
     }
     if request.tools:
         body["tools"] = [_tool(tool) for tool in request.tools]
@@ -103,10 +98,12 @@ def build_request(
     return {**body, **options.extra}
 
 
-def _message(message: Message) -> dict[str, Any]:
+def _message(message: Message, official: bool) -> dict[str, Any]:
     body: dict[str, Any] = {"role": message.role, "content": message.content}
-    if message.name and message.role != "tool":
+    if message.name and official and message.role != "tool":
         body["name"] = re.sub(r"[\s<|\\/>]", "_", message.name)[:64]
+    elif message.name and message.role == "user":  # the chat templates of other servers leave the field out
+        body["content"] = f"{message.name}: {message.content}"
     if message.tool_calls:
         body["content"] = message.content or None
         body["tool_calls"] = [

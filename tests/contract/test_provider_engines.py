@@ -23,7 +23,7 @@ from servers.ollama_shim import MODEL, OllamaShim
 
 pytestmark = pytest.mark.slow
 
-SYSTEM = "You answer in one short sentence. " + " ".join(f"Fact {n}: house {n} has {n + 2} doors." for n in range(30))
+SYSTEM = "You answer in one short sentence. " + " ".join(f"Fact {n}: house {n} has {n + 2} doors." for n in range(16))
 
 
 @contextlib.contextmanager
@@ -100,7 +100,7 @@ class TestOllama(Engine):
         system = f"This is for Ollama. {SYSTEM}"  # a text of its own: the server remembers other tests' prompts
         first = provider.generate(chat_request("Which house has 5 doors?", system=system, max_tokens=1)).usage
         again = provider.generate(chat_request("Which house has 9 doors?", system=system, max_tokens=1)).usage
-        assert first.input_tokens > 300
+        assert first.input_tokens > 200
         assert abs(again.input_tokens - first.input_tokens) < 3  # the whole prompt, though most of it was reused
         assert (first.cached_tokens, again.cached_tokens) == (0, 0)
         assert first.first_token_s is not None
@@ -124,5 +124,5 @@ def test_the_second_call_reads_most_of_its_prompt_from_the_cache(name: str, path
         first = provider.generate(chat_request("Which house has 5 doors?", system=system, max_tokens=4)).usage
         second = provider.generate(chat_request("Which house has 8 doors?", system=system, max_tokens=4)).usage
     assert first.cached_tokens < 50
-    assert second.cached_tokens > 300
+    assert second.cached_tokens > 180
     assert second.cached_tokens < second.input_tokens == first.input_tokens

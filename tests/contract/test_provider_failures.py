@@ -384,7 +384,7 @@ def test_a_stream_left_early_is_closed(vendor: Vendor) -> None:
 
 
 def test_close_ends_it_and_may_be_repeated(vendor: Vendor) -> None:
-    with served(vendor, json_reply(vendor.reply)) as (provider, _):
+    with served(vendor, json_reply(vendor.reply)) as (provider, server):
         provider.generate(REQUEST)
 
         async def use_and_close() -> None:
@@ -395,6 +395,13 @@ def test_close_ends_it_and_may_be_repeated(vendor: Vendor) -> None:
 
         asyncio.run(use_and_close())
         provider.close()
+        other = vendor.load(server.url)
+
+        async def use_and_close_from_a_thread() -> None:
+            await other.agenerate(REQUEST)
+            await asyncio.to_thread(other.close)  # as AsyncMemory does; nothing is left open when it returns
+
+        asyncio.run(use_and_close_from_a_thread())
         with pytest.raises(ConfigError, match="closed"):
             provider.generate(REQUEST)
     gc.collect()  # an open socket would be an error here (filterwarnings)

@@ -82,7 +82,8 @@ def test_a_stream_gives_what_the_whole_reply_would() -> None:
 
 def test_settings_and_host_come_from_the_environment_too(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OLLAMA_HOST", "10.0.0.5:4321")
-    provider: Any = load("ollama:llama3.2:3b", {"num_ctx": "4096"})
+    provider: Any = load("ollama:llama3.2:3b", {"num_ctx": "4096", "options": '{"min_p": 0.1}'})
+    assert provider._options == {"min_p": 0.1, "num_ctx": 4096}
     assert provider.name == "ollama:llama3.2:3b"
     assert provider.capabilities.context_tokens == 4096
     assert provider.capabilities.holds_prefix_s == 300

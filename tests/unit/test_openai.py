@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import importlib
 import json
+import sys
 from typing import Any
 
 import pytest
 
-from agentmem.errors import ConfigError, InvalidInput
+from agentmem.errors import ConfigError, InvalidInput, MissingDependency
 from agentmem.provider import Options, Request, load
 from agentmem.testing import chat_request
 from agentmem.types import Message, Segment, ToolCall
@@ -86,6 +87,12 @@ def test_calls_and_results_go_there_and_back() -> None:
     assert answered == {"role": "tool", "content": "rain", "tool_call_id": "c1"}
     assert asked["content"] is None
     assert adapter.parse_reply(reply(**asked)).tool_calls == (CALL,)
+
+
+def test_other_hosts_get_a_users_name_in_the_text() -> None:
+    message = Message(role="user", content="Hi", name="Ana")
+    sent = adapter.build_request(turn(message), model="m", official=False)["messages"]
+    assert sent == [{"role": "user", "content": "Ana: Hi"}]
 
 
 @pytest.mark.parametrize("raw", ['{"city": "Zür', "[1]", "nonsense"])
@@ -181,6 +188,12 @@ def test_settings_may_come_as_text_from_the_environment() -> None:
     assert (provider._timeout_s, provider._max_retries, provider._values["cache_fields"]) == (7.5, 0, True)
 
 
+@pytest.mark.parametrize("host", ["https://notopenai.com/v1", "https://openai.com.example.org/v1"])
+def test_a_host_that_only_looks_like_openais_gets_no_cache_fields(host: str) -> None:
+    provider: Any = load("openai:m", {"api_key": "k", "base_url": host})
+    assert "prompt_cache_key" not in provider._build(chat_request("Hi", cache_key="k"), stream=False)
+
+
 def test_facts_follow_the_host() -> None:
     official = load("openai:gpt-4o", {"api_key": "k", "base_url": "https://api.openai.com/v1"})
     near = load("openai:m", {"base_url": "http://127.0.0.1:1/v1"})
@@ -198,6 +211,24 @@ def test_a_compatible_server_needs_an_address_and_never_gets_openais_key(monkeyp
     assert provider.name == "openai_compatible:m"
     assert provider._sync_client().api_key == "none"
     provider.close()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "package"),
+    [
+        ("openai", "openai"),
+        ("openai_compatible", "openai"),
+        ("anthropic", "anthropic"),
+        ("ollama", "ollama"),
+        ("llamacpp", "httpx"),
+    ],
+)
+def test_a_missing_package_is_named_with_its_command(
+    scheme: str, package: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    with pytest.raises(MissingDependency, match=f"pip install {package}"):
+        load(f"{scheme}:m", {"base_url": "http://127.0.0.1:1"})
 
 
 @pytest.mark.parametrize("scheme", ["openai", "anthropic", "ollama", "openai_compatible"])
