@@ -177,19 +177,9 @@ class Odd:
 
 
 BAD_TEXT: list[object] = [
-    "",
-    "   ",
-    "\0",
-    "a\0b",
-    "\ud800",
-    None,
-    7,
-    b"bytes",
-    Odd(),
-    {"role": "user"},
-    {"content": "x"},
+    *("", "   ", "\0", "a\0b", "\ud800", None, 7, b"bytes", Odd(), {"role": "user"}, {"content": "x"}),
+    *({"role": "king", "content": "x"}, {"role": "user", "content": "x", "colour": 1}, ["fine", ""], [None]),
 ]
-BAD_TEXT += [{"role": "king", "content": "x"}, {"role": "user", "content": "x", "colour": 1}, ["fine", ""], [None]]
 BAD_METADATA: list[object] = [
     Odd(),
     {"a": Odd()},
