@@ -258,7 +258,7 @@ def _mapped(path: str, database: Database | None = None) -> Generator[None]:
             raise Full(f"no room to write {where}: free some disk space; what was stored before is intact") from error
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):
             raise Locked(f"{where} was locked by another process for {BUSY_S:.0f} s: try again") from error
-        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")):
+        if name.startswith(("SQLITE_CORRUPT", "SQLITE_NOTADB")) or "decode to UTF-8" in text:
             raise Corrupt(f"{path} is damaged ({text}): restore it from an export or a backup") from error
         if name.startswith("SQLITE_IOERR"):
             if database is not None:

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -80,7 +81,7 @@ def test_priming_fills_the_cache_ahead_of_the_turn(memory: Memory) -> None:
 
 def test_evicted_pages_are_computed_again_and_answers_stay_the_same(memory: Memory) -> None:
     ana = memory.scope(user="ana")
-    ask = {"system": SYSTEM, "max_tokens": 16, "remember": False}
+    ask: dict[str, Any] = {"system": SYSTEM, "max_tokens": 16, "remember": False}
     cold = ana.chat("Which rooms look at the sea?", **ask)
     warm = ana.chat("Which rooms look at the sea?", **ask)
     assert warm.usage.cached_tokens > 0

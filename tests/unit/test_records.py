@@ -5,12 +5,8 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import json
-import os
 import random
 import re
-import signal
-import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -502,64 +498,6 @@ def test_many_threads_write_and_read_at_once(records: Records) -> None:
         thread.join()
     assert failures == []
     assert records.count(ROOT) == 120
-
-
-WRITER = """
-import sys
-from agentmem.database import Database
-from agentmem.plaintext.records import Records, drafts
-from agentmem.types import Scope
-records = Records(Database(sys.argv[1]))
-for number in range(int(sys.argv[3])):
-    [made] = records.insert(drafts(f"{sys.argv[2]} {number}", scope=Scope(user=sys.argv[2])))
-    sys.stdout.write(made.id + "\\n")
-    sys.stdout.flush()
-"""
-
-
-def writer(path: Path, user: str, count: int) -> subprocess.Popen[str]:
-    return subprocess.Popen(
-        [sys.executable, "-c", WRITER, str(path), user, str(count)],
-        stdout=subprocess.PIPE,
-        text=True,
-        env={**os.environ},
-    )
-
-
-@pytest.mark.slow
-def test_two_processes_add_two_hundred_records_each(tmp_path: Path) -> None:
-    path = tmp_path / "memory.db"
-    writers = [writer(path, user, 200) for user in ("ana", "bob")]
-    printed = {line for process in writers for line in process.communicate(timeout=60)[0].split()}
-    assert [process.returncode for process in writers] == [0, 0]
-    with contextlib.closing(Database(path)) as database:
-        records = Records(database)
-        assert {record.id for record in records.list(ROOT, limit=1000)} == printed
-        assert (len(printed), records.count(ANA), records.verify()) == (400, 200, [])
-
-
-@pytest.mark.slow
-def test_fifty_kills_lose_no_acknowledged_record(tmp_path: Path) -> None:
-    path, acknowledged = tmp_path / "memory.db", set[str]()
-    chance = random.Random(7)
-    for _ in range(50):
-        process = writer(path, "ana", 100_000)
-        assert process.stdout is not None
-        for _, line in zip(range(chance.randrange(1, 40)), process.stdout, strict=False):
-            acknowledged.add(line.strip())
-        time.sleep(chance.random() * 0.005)
-        process.send_signal(signal.SIGKILL)
-        rest = process.stdout.read()
-        acknowledged |= {line for line in rest.split("\n")[:-1] if line}  # the last line may be cut
-        process.wait(timeout=10)
-        process.stdout.close()
-    with contextlib.closing(Database(path)) as database:
-        records = Records(database)
-        there = {record.id for record in records.list(ROOT, limit=10**6)}
-        assert acknowledged <= there
-        assert len(there) - len(acknowledged) <= 50  # at most one unacknowledged record per kill
-        assert records.verify() == []
-    assert len(acknowledged) > 500
 
 
 def test_an_export_line_is_plain_json(records: Records) -> None:
