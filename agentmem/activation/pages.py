@@ -14,6 +14,7 @@ import secrets
 import sys
 from array import array
 from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +23,18 @@ from .. import _pure
 from ..errors import Corrupt, Incompatible, InvalidInput
 from .identity import link, token_bytes
 
-__all__ = ["DTYPES", "LayerShape", "Layout", "Page", "publish", "stage_page", "sync_folder", "write_page"]
+__all__ = [
+    "DTYPES",
+    "LayerShape",
+    "Layout",
+    "NewPage",
+    "Page",
+    "publish",
+    "stage_page",
+    "stage_pages",
+    "sync_folder",
+    "write_page",
+]
 
 Dtype = Literal["f32", "f16", "bf16"]
 
@@ -31,6 +43,8 @@ DTYPES: dict[Dtype, int] = {"f32": 1, "f16": 2, "bf16": 3}
 _NAMES: dict[int, Dtype] = {number: name for name, number in DTYPES.items()}
 #: Buffers carry no bf16: its bits travel as 16-bit integers.
 _FORMATS: dict[str, Dtype] = {"f": "f32", "e": "f16", "H": "bf16", "h": "bf16"}
+#: Pages that are written at once. More than cores, because a sync is mostly waiting.
+WRITERS = 4
 #: Broken rules that say "not for this version", where every other says "damaged".
 _FOREIGN = {"version", "dtype", "codec"}
 
@@ -168,26 +182,31 @@ class Page:
         return f"Page(number={self.number}, key={self.key.hex()[:12]}, {self.layout.dtype}, grid={self.layout.grid})"
 
 
-def stage_page(
-    folder: Path,
-    *,
-    identity: bytes,
-    parent: bytes,
-    number: int,
-    tokens: Sequence[int],
-    layers: Sequence[tuple[Any, Any]],
-    at: int = 0,
-    durable: bool = True,
-) -> Path:
-    """Write a whole page to a temporary file of ``folder`` and return its path; `publish` gives it its name.
+@dataclass(frozen=True, kw_only=True)
+class NewPage:
+    """What a page file is written from.
 
     ``len(tokens)`` is the grid; ``layers[i]`` is (K, V) of layer i, contiguous but for the heads, of shape [kv_heads,
-    positions, head_dim], of which positions ``at .. at + grid`` go into the page. With ``durable`` the bytes are on
-    disk at return. Raises `InvalidInput` before anything is written, OSError for a full disk or a read-only folder.
+    positions, head_dim], of which positions ``at .. at + grid`` go into the page.
     """
-    layout = Layout.of(layers, len(tokens))
-    packed = token_bytes(tokens)
-    key = link(parent, packed)
+
+    identity: bytes
+    parent: bytes
+    number: int
+    tokens: Sequence[int]
+    layers: Sequence[tuple[Any, Any]]
+    at: int = 0
+
+
+def stage_page(folder: Path, page: NewPage, *, durable: bool = True) -> Path:
+    """Write a whole page to a temporary file of ``folder`` and return its path; `publish` gives it its name.
+
+    With ``durable`` the bytes are on disk at return. Raises `InvalidInput` before anything is written, OSError for a
+    full disk or a read-only folder; then nothing is left behind.
+    """
+    layout = Layout.of(page.layers, len(page.tokens))
+    packed = token_bytes(page.tokens)
+    key = link(page.parent, packed)
     temporary = folder / f"{key.hex()}.{secrets.token_hex(8)}.tmp"
     descriptor = os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_RDWR | os.O_CLOEXEC, 0o600)
     try:
@@ -196,14 +215,14 @@ def stage_page(
                 descriptor,
                 DTYPES[layout.dtype],
                 layout.grid,
-                number,
-                identity,
+                page.number,
+                page.identity,
                 key,
-                parent,
+                page.parent,
                 packed,
-                [pair[0] for pair in layers],
-                [pair[1] for pair in layers],
-                at,
+                [pair[0] for pair in page.layers],
+                [pair[1] for pair in page.layers],
+                page.at,
             )
             if durable:
                 os.fsync(descriptor)
@@ -213,9 +232,25 @@ def stage_page(
         with contextlib.suppress(OSError):
             temporary.unlink()
         if isinstance(error, (ValueError, TypeError, BufferError)):
-            raise InvalidInput(f"KV states of page {number} can't be stored: {error}") from error
+            raise InvalidInput(f"KV states of page {page.number} can't be stored: {error}") from error
         raise
     return temporary
+
+
+def stage_pages(folder: Path, pages: Sequence[NewPage], *, durable: bool = True) -> list[Path]:
+    """`stage_page` of each, all or none, a few at once: checksums use several cores, syncs share the journal."""
+    if len(pages) <= 1:
+        return [stage_page(folder, page, durable=durable) for page in pages]
+    with ThreadPoolExecutor(min(len(pages), WRITERS)) as pool:
+        jobs = [pool.submit(stage_page, folder, page, durable=durable) for page in pages]
+    errors = [error for job in jobs if (error := job.exception()) is not None]
+    if errors:
+        for job in jobs:
+            if job.exception() is None:
+                with contextlib.suppress(OSError):
+                    job.result().unlink()
+        raise errors[0]
+    return [job.result() for job in jobs]
 
 
 def publish(staged: Iterable[tuple[Path, Path]], folder: Path, *, durable: bool = True) -> None:
@@ -235,26 +270,6 @@ def sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-def write_page(
-    path: Path,
-    *,
-    identity: bytes,
-    parent: bytes,
-    number: int,
-    tokens: Sequence[int],
-    layers: Sequence[tuple[Any, Any]],
-    at: int = 0,
-    durable: bool = True,
-) -> None:
+def write_page(path: Path, page: NewPage, *, durable: bool = True) -> None:
     """Write one page file, whole or not at all: `stage_page` and `publish` in one."""
-    staged = stage_page(
-        path.parent,
-        identity=identity,
-        parent=parent,
-        number=number,
-        tokens=tokens,
-        layers=layers,
-        at=at,
-        durable=durable,
-    )
-    publish([(staged, path)], path.parent, durable=durable)
+    publish([(stage_page(path.parent, page, durable=durable), path)], path.parent, durable=durable)

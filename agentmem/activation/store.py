@@ -24,7 +24,7 @@ from . import archive
 from .catalog import FILE, Catalog, marks, parts
 from .eviction import choose, descendants
 from .identity import chain, root
-from .pages import Layout, Page, stage_page
+from .pages import Layout, NewPage, Page, stage_pages
 
 __all__ = ["PageEntry", "PageStore", "TenantPages"]
 
@@ -204,20 +204,19 @@ class PageStore:
                     return 0
                 count = min(count, self._unforgotten(list(wanted.values())))
                 rows = self._catalog.rows(wanted)
-                for i in range(count):
-                    key, parent = keys[first + 1 + i], keys[first + i]
-                    if key in rows and self._catalog.path(key).exists():
-                        continue
-                    start = (first + i) * self.grid
-                    staged[key] = stage_page(
-                        self._folder,
+                new = {
+                    keys[first + 1 + i]: NewPage(
                         identity=identity,
-                        parent=parent,
+                        parent=keys[first + i],
                         number=first + i,
-                        tokens=tokens[start : start + self.grid],
+                        tokens=tokens[(first + i) * self.grid : (first + i + 1) * self.grid],
                         layers=layers,
                         at=i * self.grid,
                     )
+                    for i in range(count)
+                    if keys[first + 1 + i] not in rows or not self._catalog.path(keys[first + 1 + i]).exists()
+                }
+                staged.update(zip(new, stage_pages(self._folder, list(new.values())), strict=True))
                 if count <= 0:
                     return 0
                 committed = self._commit(

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from agentmem import _pure
 from agentmem.activation.identity import chain, root
-from agentmem.activation.pages import Page, write_page
+from agentmem.activation.pages import NewPage, Page, write_page
 from agentmem.errors import Corrupt, Incompatible
 
 GRIDS = st.one_of(st.integers(1, 64), st.sampled_from([128, 192, 256]))
@@ -48,9 +48,8 @@ def test_round_trip_and_damage(
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "page"
         parent = root(b"i" * 32, b"s", grid)
-        write_page(
-            path, identity=b"i" * 32, parent=parent, number=number, tokens=tokens, layers=layers, at=at, durable=False
-        )
+        new = NewPage(identity=b"i" * 32, parent=parent, number=number, tokens=tokens, layers=layers, at=at)
+        write_page(path, new, durable=False)
         page = Page(path)
         assert page.tokens == tuple(tokens)
         assert [page.key] == chain(b"i" * 32, b"s", tokens, grid)

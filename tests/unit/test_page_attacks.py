@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 from agentmem import _pure
-from agentmem.activation.pages import write_page
+from agentmem.activation.pages import NewPage, write_page
 
 MODULES: list[ModuleType] = [_pure]
 try:
@@ -37,7 +37,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     for heads, key_dim, value_dim in ((2, 3, 3), (1, 2, 2)):
         k, v = (random.integers(0, 1 << 16, (heads, 7, dim)).astype(np.uint16) for dim in (key_dim, value_dim))
         layers.append((k, v))
-    write_page(path, identity=b"i" * 32, parent=b"p" * 32, number=2, tokens=range(7), layers=layers)
+    write_page(path, NewPage(identity=b"i" * 32, parent=b"p" * 32, number=2, tokens=range(7), layers=layers))
     return path.read_bytes()
 
 

@@ -15,7 +15,7 @@ import pytest
 
 from agentmem import _pure
 from agentmem.activation.identity import digest, root
-from agentmem.activation.pages import LayerShape, Layout, Page, stage_page, write_page
+from agentmem.activation.pages import LayerShape, Layout, NewPage, Page, stage_page, stage_pages, write_page
 from agentmem.errors import Corrupt, Incompatible, InvalidInput
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pages"
@@ -38,7 +38,7 @@ def states(dtype: Any = np.uint16, positions: int = 16) -> list[tuple[Any, Any]]
 def write(path: Path, layers: list[tuple[Any, Any]] | None = None, **changes: Any) -> Path:
     fields: dict[str, Any] = {"identity": IDENTITY, "parent": PARENT, "number": 0, "tokens": range(16)}
     fields |= {"layers": layers or states(), **changes}
-    write_page(path, **fields)
+    write_page(path, NewPage(**fields))
     return path
 
 
@@ -135,7 +135,10 @@ def wrong_layers() -> dict[str, list[tuple[Any, Any]]]:
 def test_states_that_can_not_be_a_page_are_refused_and_leave_nothing(tmp_path: Path, name: str) -> None:
     layers = wrong_layers()[name]
     with pytest.raises(InvalidInput):
-        write_page(tmp_path / "page", identity=IDENTITY, parent=PARENT, number=0, tokens=range(16), layers=layers)
+        write_page(
+            tmp_path / "page",
+            NewPage(identity=IDENTITY, parent=PARENT, number=0, tokens=range(16), layers=layers),
+        )
     assert not list(tmp_path.iterdir())
 
 
@@ -164,6 +167,28 @@ def test_a_full_disk_leaves_no_file(tmp_path: Path) -> None:
     assert not list(tmp_path.iterdir())
 
 
+def test_of_several_pages_all_are_written_or_none(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = [
+        NewPage(identity=IDENTITY, parent=PARENT, number=i, tokens=range(i, i + 16), layers=states()) for i in range(9)
+    ]
+    staged = stage_pages(tmp_path, pages)
+    assert [Page(path).number for path in staged] == list(range(9))
+    for path in staged:
+        path.unlink()
+    original, calls = os.fsync, []
+
+    def fail(fd: int) -> None:
+        calls.append(fd)
+        if len(calls) == 5:
+            raise OSError(5, "Input/output error")
+        original(fd)
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        stage_pages(tmp_path, pages)
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_failed_sync_leaves_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(fd: int) -> None:
         raise OSError(5, "Input/output error")
@@ -175,7 +200,9 @@ def test_a_failed_sync_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_staged_page_is_private_and_has_no_name_yet(tmp_path: Path) -> None:
-    staged = stage_page(tmp_path, identity=IDENTITY, parent=PARENT, number=0, tokens=range(16), layers=states())
+    staged = stage_page(
+        tmp_path, NewPage(identity=IDENTITY, parent=PARENT, number=0, tokens=range(16), layers=states())
+    )
     assert staged.name.endswith(".tmp")
     assert staged.stat().st_mode & 0o777 == 0o600
     os.replace(staged, tmp_path / "page")
@@ -207,7 +234,6 @@ def test_golden_files_of_version_1_are_read_and_written_alike(tmp_path: Path, in
         script.tokens(grid),
     )
     copy = tmp_path / name
-    write_page(
-        copy, identity=page.identity, parent=page.parent, number=0, tokens=page.tokens, layers=layers, durable=False
-    )
+    again = NewPage(identity=page.identity, parent=page.parent, number=0, tokens=page.tokens, layers=layers)
+    write_page(copy, again, durable=False)
     assert copy.read_bytes() == (GOLDEN / name).read_bytes()

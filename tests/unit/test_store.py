@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 
 from agentmem.activation.identity import chain, digest
-from agentmem.activation.pages import Layout, Page, stage_page
+from agentmem.activation.pages import Layout, Page, stage_pages
 from agentmem.activation.store import PageStore
 from agentmem.database import Database
 from agentmem.errors import Corrupt, InvalidInput, NotFound
@@ -331,15 +331,15 @@ def test_pages_of_a_forgotten_record_are_not_kept_again(shelf: Shelf) -> None:
 def test_a_record_forgotten_while_its_page_is_written_is_not_kept(
     shelf: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = stage_page
+    original = stage_pages
 
-    def slow(*args: Any, **fields: Any) -> Path:
+    def slow(*args: Any, **fields: Any) -> list[Path]:
         staged = original(*args, **fields)
         shelf.forget("b")
-        monkeypatch.setattr("agentmem.activation.store.stage_page", original)
+        monkeypatch.setattr("agentmem.activation.store.stage_pages", original)
         return staged
 
-    monkeypatch.setattr("agentmem.activation.store.stage_page", slow)
+    monkeypatch.setattr("agentmem.activation.store.stage_pages", slow)
     assert shelf.seal(records=[("a",), ("a", "b"), ("a", "b"), ("a", "b")]) == 1
     assert shelf.files() == [shelf.file(0).name]
     assert not list((shelf.folder / "pages").glob("*.tmp"))
@@ -497,7 +497,7 @@ def test_no_error_of_the_disk_breaks_a_chat(
     def fail(*args: Any, **fields: Any) -> Path:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
-    monkeypatch.setattr("agentmem.activation.store.stage_page", fail)
+    monkeypatch.setattr("agentmem.activation.store.stage_pages", fail)
     assert shelf.seal() == 0
     assert os.strerror(getattr(errno, code)) in caplog.text
     monkeypatch.undo()

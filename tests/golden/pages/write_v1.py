@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from agentmem.activation.identity import digest, root
-from agentmem.activation.pages import write_page
+from agentmem.activation.pages import NewPage, write_page
 
 IDENTITY = digest({"weights": "golden", "version": 1})
 SALT = b"golden salt"
@@ -49,4 +49,5 @@ if __name__ == "__main__":
     for name, grid, dtype, shapes in FILES:
         path = Path(__file__).with_name(name)
         layers = states(dtype, shapes)
-        write_page(path, identity=IDENTITY, parent=parent(grid), number=0, tokens=tokens(grid), layers=layers)
+        page = NewPage(identity=IDENTITY, parent=parent(grid), number=0, tokens=tokens(grid), layers=layers)
+        write_page(path, page)
