@@ -209,7 +209,9 @@ class Catalog:
                     yield True
                     return
         finally:
-            os.close(descriptor)  # releases the lock
+            # Said aloud: a child that was forked meanwhile holds the same lock, and closing ours would not free it.
+            fcntl.flock(descriptor, fcntl.LOCK_UN)
+            os.close(descriptor)
 
     def publish(self, staged: dict[bytes, Path]) -> int:
         """Give staged files, whose rows are committed, their names; how many are there now."""

@@ -1,9 +1,9 @@
 """Writing and restoring the KV states of a prefix: page files against safetensors, torch.save and pickle.
 
 Method: one process, torch on one thread (pages are written by up to four), bf16 states of random bits in the shape of
-SmolLM2-135M (30 layers, 3 KV heads, dim 64), files in the page cache, each round runs every method once, medians over the
-rounds. "into ready tensors": the states end in tensors that exist and were touched before; torch.load and pickle.load make
-their own. Our restore maps, checks every checksum and copies. Nobody syncs unless the row says so.
+SmolLM2-135M (30 layers, 3 KV heads, dim 64), files in the page cache, each round runs every method once, medians over
+the rounds. "into ready tensors": the states end in tensors that exist and were touched before; torch.load and
+pickle.load make their own. Our restore maps, checks every checksum and copies. Nobody syncs unless the row says so.
 
     python tests/benchmarks/kv_pages.py [tokens] [rounds]
 
