@@ -20,7 +20,7 @@ from .errors import ConfigError, InvalidInput, NotFound, ProviderError
 from .flow import Flow, Generate
 from .flows import embedded, search
 from .plaintext.drafts import Draft, drafts
-from .plaintext.records import new_id
+from .plaintext.records import TURN, new_id
 from .provider import Generation, Options, Request
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
 
@@ -28,9 +28,8 @@ __all__ = ["Conversation", "chat", "options_of", "prime"]
 
 _log = logging.getLogger("agentmem")
 
-#: What a chat's own turns carry as their source: the history of a session is made of these, not of records added by
-#: hand.
-SOURCE = "chat"
+#: Turns read at once, from the newest back, until the history's budget is full.
+TURNS_READ = 64
 #: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
 QUERY_CHARACTERS = 2000
 #: Providers outside this machine keep no prefix shorter than this, so none is expected back.
@@ -181,7 +180,7 @@ def _asked(message: Any, session: Scope, turn_id: str) -> tuple[Draft, Message]:
         message = dict(message)
         call_id = message.pop("tool_call_id")
     metadata = {"tool_call_id": call_id} if call_id is not None else None
-    found = drafts(message, scope=session, metadata=metadata, source=SOURCE)
+    found = drafts(message, scope=session, metadata=metadata, source=TURN)
     if len(found) != 1 or found[0].role not in ("user", "tool"):
         raise InvalidInput("chat takes one message, of the user or of a tool; store others with add")
     draft = found[0]
@@ -190,8 +189,19 @@ def _asked(message: Any, session: Scope, turn_id: str) -> tuple[Draft, Message]:
 
 
 def _history(engine: Engine, session: Scope) -> list[Message]:
-    records = [record for record in engine.records.session(session) if record.source == SOURCE]
-    return prompt.recent(prompt.conversation(records), engine.settings.history_tokens, engine.count)
+    """The end of the session's own turns, within the budget. The cost is that of what is kept, however long the
+    session is; records added by hand are no part of it."""
+    budget = engine.settings.history_tokens
+    turns: list[Record] = []
+    messages: list[Message] = []
+    while prompt.cost(messages, engine.count) <= budget:
+        older = engine.records.turns(session, limit=TURNS_READ, before=turns[0].id if turns else None)
+        turns[:0] = older[::-1]
+        messages = prompt.conversation(turns)
+        if len(older) < TURNS_READ:
+            return prompt.recent(messages, budget, engine.count)
+    before = engine.records.count_turns(session, before=turns[0].id)
+    return prompt.recent(messages, budget, engine.count, before=before)
 
 
 def _recall(engine: Engine, scope: Scope, query: str, present: set[str]) -> Flow[list[Hit]]:
@@ -296,4 +306,4 @@ def _reply_drafts(generation: Generation, session: Scope) -> list[Draft]:
     if not text.strip():
         return []
     metadata = {"tool_calls": calls} if calls else None
-    return drafts({"role": "assistant", "content": text}, scope=session, metadata=metadata, source=SOURCE)
+    return drafts({"role": "assistant", "content": text}, scope=session, metadata=metadata, source=TURN)

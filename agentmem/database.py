@@ -43,6 +43,8 @@ CREATE TABLE records (
 -- is for handles that set a user but no tenant.
 CREATE INDEX records_scope ON records (tenant, user, agent, session, seq, from_s, until_s);
 CREATE INDEX records_user ON records (user, tenant, agent, session, seq, from_s, until_s);
+-- The turns of chats, so that the end of a long conversation is found without reading its beginning.
+CREATE INDEX records_turns ON records (tenant, user, agent, session, seq) WHERE source = 'chat';
 CREATE TABLE versions (
     id TEXT NOT NULL, version INTEGER NOT NULL, text TEXT NOT NULL, metadata TEXT NOT NULL,
     created REAL NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (id, version)

@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from .types import Message, Record, Segment, ToolCall
 
-__all__ = ["MEMORY_NOTE", "choose_core", "conversation", "fit", "lay_out", "quote", "record_line", "recent"]
+__all__ = ["MEMORY_NOTE", "choose_core", "conversation", "cost", "fit", "lay_out", "quote", "record_line", "recent"]
 
 Count = Callable[[str], int]
 
@@ -124,15 +124,22 @@ def _message(record: Record) -> Message:
     )
 
 
-def recent(messages: Sequence[Message], budget: int, count: Count) -> list[Message]:
+def cost(messages: Iterable[Message], count: Count) -> int:
+    """Tokens of these messages, with what a chat format adds to each."""
+    return sum(count(message.content) + 4 for message in messages)
+
+
+def recent(messages: Sequence[Message], budget: int, count: Count, *, before: int = 0) -> list[Message]:
     """The newest messages within ``budget`` tokens, cut in steps of `HISTORY_STEP`, never behind a tool call.
 
-    The cut depends on the position alone, so as a conversation grows its rendered history only grows at the end, but
-    for one cut every few turns.
+    ``before`` is how many older messages were not even read. The cut depends on the position alone, so as a
+    conversation grows its rendered history only grows at the end, but for one cut every few turns.
     """
-    first = 0
-    costs = [count(message.content) + 4 for message in messages]
-    while sum(costs[first:]) > budget and first + HISTORY_STEP < len(messages):
+    first = -before % HISTORY_STEP
+    costs = [cost([message], count) for message in messages]
+    left = sum(costs[first:])
+    while left > budget and first + HISTORY_STEP < len(messages):
+        left -= sum(costs[first : first + HISTORY_STEP])
         first += HISTORY_STEP
     if first:
         # A conversation begins with its user; where no user speaks any more (a long run of tools), behind a tool's result.

@@ -60,6 +60,8 @@ if TYPE_CHECKING:
 __all__ = [
     "Deletion",
     "Draft",
+    "TURN",
+    "TURNS",
     "Records",
     "check_k",
     "check_scope",
@@ -70,6 +72,9 @@ __all__ = [
 ]
 
 ID = re.compile(r"[0-9a-f]{32}")
+#: The source of a chat's own turns. Written out in SQL, so that the partial index ``records_turns`` answers.
+TURN = "chat"
+TURNS = f"tenant = ? AND user = ? AND agent = ? AND session = ? AND source = '{TURN}'"
 
 
 def new_id(now: float | None = None) -> str:
@@ -182,13 +187,21 @@ class Records:
         found = "SELECT 1 FROM records WHERE id = ? UNION ALL SELECT 1 FROM tombstones WHERE record = ?"
         return _well_formed(id) and bool(self._database.query(found, (id, id)))
 
-    def session(self, scope: Scope) -> builtins.list[Record]:
-        """The records exactly at ``scope``, in order of arrival: the history of a session."""
+    def turns(self, scope: Scope, *, limit: int, before: str | None = None) -> builtins.list[Record]:
+        """Up to ``limit`` turns of chats exactly at ``scope``, the newest first; those older than the record ``before``
+        if it is given."""
+        older, values = _older(before)
         rows = self._database.query(
-            "SELECT * FROM records WHERE tenant = ? AND user = ? AND agent = ? AND session = ? ORDER BY seq",
-            levels(scope),
+            f"SELECT * FROM records WHERE {TURNS}{older} ORDER BY seq DESC LIMIT ?", [*levels(scope), *values, limit]
         )
         return [record_of(row) for row in rows]
+
+    def count_turns(self, scope: Scope, *, before: str | None = None) -> int:
+        """How many turns of chats lie exactly at ``scope``; those older than the record ``before`` if it is given."""
+        older, values = _older(before)
+        return int(
+            self._database.query(f"SELECT count(*) FROM records WHERE {TURNS}{older}", [*levels(scope), *values])[0][0]
+        )
 
     def count(self, scope: Scope) -> int:
         """How many records this scope can see."""
@@ -400,6 +413,10 @@ class Records:
         if not np.isfinite(matrix).all() or not np.asarray(matrix, np.float64).any(axis=1).all():
             raise InvalidInput("a vector is all zeros or holds NaN or infinity: the embedder failed")
         return [row.tobytes() for row in np.ascontiguousarray(matrix, "<f4")]
+
+
+def _older(than: str | None) -> tuple[str, builtins.list[str]]:
+    return ("", []) if than is None else (" AND seq < (SELECT seq FROM records WHERE id = ?)", [than])
 
 
 def _well_formed(id_: object) -> bool:

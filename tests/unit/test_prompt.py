@@ -132,3 +132,11 @@ def test_history_begins_with_a_user_message() -> None:
     assert prompt.recent(messages, 100, words)[0].role == "assistant"
     messages[36] = Message(role="user", content="x")
     assert prompt.recent(messages, 100, words)[0].role == "user"
+
+
+@pytest.mark.parametrize("count", range(100, 140, 3))
+def test_the_end_of_a_conversation_is_enough_to_cut_it(count: int) -> None:
+    whole = turns(count)
+    for before in range(count - 60):
+        if prompt.cost(whole[before:], words) > 200:
+            assert prompt.recent(whole[before:], 200, words, before=before) == prompt.recent(whole, 200, words)

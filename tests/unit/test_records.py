@@ -20,7 +20,7 @@ from agentmem.database import Database
 from agentmem.errors import AgentMemError, Corrupt, InvalidInput, NotFound, ScopeError
 from agentmem.plaintext.conditions import valid_at
 from agentmem.plaintext.index import open_space
-from agentmem.plaintext.records import Records, check_k, check_scope, draft_of, drafts, narrow, new_id
+from agentmem.plaintext.records import TURNS, Records, check_k, check_scope, draft_of, drafts, narrow, new_id
 from agentmem.types import Message, Record, Scope
 
 ROOT, ANA, BOB = Scope(), Scope(user="ana"), Scope(user="bob")
@@ -503,3 +503,17 @@ def test_many_threads_write_and_read_at_once(records: Records) -> None:
 def test_an_export_line_is_plain_json(records: Records) -> None:
     [made] = records.insert(drafts("x", scope=ANA, metadata={"a": [1]}, valid_until="2030-01-01"))
     assert Record.model_validate(json.loads(made.model_dump_json())) == made
+
+
+def test_the_end_of_a_long_conversation_is_found_by_an_index(records: Records, database: Database) -> None:
+    here = Scope(user="ana", session="s")
+    said = records.insert(drafts([f"turn {n}" for n in range(9)], scope=here, source="chat"))
+    records.insert(drafts(["by hand"], scope=here))
+    records.insert(drafts(["elsewhere"], scope=Scope(user="ana", session="t"), source="chat"))
+    assert [r.text for r in records.turns(here, limit=2)] == ["turn 8", "turn 7"]
+    assert [r.text for r in records.turns(here, limit=2, before=said[2].id)] == ["turn 1", "turn 0"]
+    assert (records.count_turns(here), records.count_turns(here, before=said[4].id)) == (9, 4)
+    plan = database.query(
+        f"EXPLAIN QUERY PLAN SELECT * FROM records WHERE {TURNS} ORDER BY seq DESC", ["", "ana", "", "s"]
+    )
+    assert "records_turns" in plan[0]["detail"]
