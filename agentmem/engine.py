@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-import logging
 import secrets
 import shutil
 import tempfile
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
     from .plaintext.index import VectorIndex
 
 __all__ = ["Engine"]
-
-logging.getLogger("agentmem").addHandler(logging.NullHandler())
 
 
 class Engine:

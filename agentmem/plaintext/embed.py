@@ -12,6 +12,7 @@ import hashlib
 import importlib
 import importlib.util
 import json
+import logging
 import re
 import threading
 import unicodedata
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
     import numpy.typing as npt
 
     Vectors = npt.NDArray[np.float32]
+
+log = logging.getLogger("agentmem")
 
 __all__ = ["Embedder", "FolderEmbedder", "HashEmbedder", "HostedEmbedder", "StaticEmbedder", "checked", "load"]
 
@@ -70,7 +73,8 @@ class Embedder(Protocol):
 def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | None:
     """The embedder for a string; None for ``"none"`` (search by words only).
 
-    ``"default"`` (MiniLM where torch and its weights are installed, else the static table), ``"minilm"``,
+    ``"default"`` (MiniLM where torch and its weights are installed, else the static table where that is, else None with
+    a warning in the log), ``"minilm"``,
     ``"wordllama"``, ``"hash"``, ``"st:/folder"`` (a sentence-transformers folder), or any provider with embeddings,
     such as ``"openai:text-embedding-3-small"``. ``settings`` holds a table per scheme; for ``minilm`` and ``st`` it may
     say ``dtype`` (``"float32"``, ``"bfloat16"``; by default bfloat16 where the CPU computes with it). Raises
@@ -88,10 +92,14 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | Non
     if name == "wordllama" or (name == "default" and _installed("wordllama", "tokenizers", "safetensors")):
         return StaticEmbedder("wordllama", _package("wordllama", WORDLLAMA))
     if name == "default":
-        raise MissingDependency(
-            f"no offline embedder is installed. The better one: {MINILM}. Without torch: {WORDLLAMA}. "
-            "Or choose embedder='hash' (rough) or 'none' (words only)"
+        # The bare install must work too. Once an embedder is installed, the records get their vectors at the next search.
+        log.warning(
+            "no offline embedder is installed, so search is by words only. The better one: %s. Without torch: %s. "
+            "embedder='none' says that this is what you want",
+            MINILM,
+            WORDLLAMA,
         )
+        return None
     scheme, model = provider.split_name(name)
     if scheme == "st" and model:
         return _folder(name, Path(model), (tables.get("st") or {}).get("dtype"))

@@ -148,7 +148,8 @@ def swap_seconds(tensors: Tensors, ref: LoraRef) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="also write the numbers here, as JSON")
+    results = Path(__file__).parent / "results" / "teach_facts.json"
+    parser.add_argument("--out", type=Path, default=results, help="where the numbers go, as JSON")
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -200,8 +201,8 @@ def main() -> None:
         "ratios": ratios,
         "gate_text_tokens": len(tensors.tokenizer.encode(PASSAGE)),
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=2) + "\n")
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 def _ratio(rows: dict[str, dict[str, float]], column: str) -> float:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from agentmem.errors import MissingDependency
+from agentmem.plaintext import embed
 from agentmem.plaintext.embed import Embedder, FolderEmbedder, HashEmbedder, load
 
 TEXTS = [
@@ -154,3 +155,11 @@ def test_a_folder_is_an_embedder_with_its_own_digest(tmp_path: Path) -> None:
 
 def test_the_hash_embedder_fits_the_protocol() -> None:
     assert isinstance(HashEmbedder(), Embedder)
+
+
+def test_without_any_embedder_installed_search_is_by_words(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(embed, "_installed", lambda *_: False)
+    assert load("default") is None
+    assert "pip install" in caplog.text
