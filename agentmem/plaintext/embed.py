@@ -92,7 +92,7 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | Non
     if name == "wordllama" or (name == "default" and _installed("wordllama", "tokenizers", "safetensors")):
         return StaticEmbedder("wordllama", _package("wordllama", WORDLLAMA))
     if name == "default":
-        # The bare install must work too. Once an embedder is installed, the records get their vectors at the next search.
+        # The bare install must work. Once an embedder is installed, the records get their vectors at the next search.
         log.warning(
             "no offline embedder is installed, so search is by words only. The better one: %s. Without torch: %s. "
             "embedder='none' says that this is what you want",
