@@ -2,10 +2,10 @@
 
     python tests/benchmarks/locomo_chat.py [--data ../shared/data/locomo/locomo_dev.json] [--questions 3]
 
-Process 1 adds the first LoCoMo conversation, session by session (no model is loaded). Process 2 asks questions through
+Process 1 adds the first LoCoMo conversation, session by session (no model is loaded). Process 2 asks questions by
 ``chat`` with the local model; process 3 asks more. Prints, per turn, what was recalled and how many prompt tokens came
-from KV pages. Exits with 1 if a turn recalled nothing, or if no prefix was cached on the second turn or on the first turn
-after the restart.
+from KV pages. Exits with 1 if a turn recalled nothing, or if no prefix was cached on the second turn or on the first
+turn after the restart.
 """
 
 from __future__ import annotations
