@@ -15,6 +15,7 @@ from . import chat as chats
 from . import flows, kinds, memory, transfer
 from .chat import Conversation
 from .engine import Engine
+from .errors import AgentMemError
 from .flow import Flow, arun, astream, local
 from .flows import When
 from .ledger import Report
@@ -71,7 +72,7 @@ class AsyncReplyStream:
         async for _ in self._pieces:
             pass
         if not self._replies:
-            raise RuntimeError("the stream was closed before its end: there is no reply")
+            raise AgentMemError("the stream was closed before its end: there is no reply")
         return self._replies[0]
 
     async def close(self) -> None:

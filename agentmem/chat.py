@@ -19,7 +19,7 @@ from .engine import Engine
 from .errors import ConfigError, InvalidInput, NotFound, ProviderError
 from .flow import Flow, Generate
 from .flows import embedded, search
-from .plaintext.drafts import Draft, drafts
+from .plaintext.drafts import Draft, check_text, drafts, shown
 from .plaintext.records import TURN, new_id
 from .provider import Generation, Options, Request
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
@@ -58,17 +58,40 @@ def options_of(values: Mapping[str, Any]) -> Options:
     """Keyword options as `Options`; names it does not know go to the vendor's request as ``extra``."""
     known = {field.name for field in dataclasses.fields(Options)} - {"extra"}
     mine = {name: value for name, value in values.items() if name in known}
-    extra = {**values.get("extra", {}), **{n: v for n, v in values.items() if n not in known and n != "extra"}}
-    stop = mine.get("stop", ())
-    mine["stop"] = (stop,) if isinstance(stop, str) else tuple(stop)
-    limit = mine.get("max_tokens")
-    if limit is not None and (isinstance(limit, bool) or not isinstance(limit, int) or limit < 0):
-        raise InvalidInput(f"max_tokens must be a whole number of 0 or more, not {limit!r}")
+    extra = values.get("extra", {})
+    if not isinstance(extra, Mapping):
+        raise InvalidInput(f"extra is a {type(extra).__name__}: give a mapping of the vendor's own options")
+    extra = {**extra, **{name: value for name, value in values.items() if name not in known and name != "extra"}}
+    stop = mine.get("stop") or ()
+    mine["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
+    if not all(isinstance(text, str) and text for text in mine["stop"]):
+        raise InvalidInput(f"stop is {shown(stop)}: give a str or a list of them")
+    for name, least in (("max_tokens", 0), ("seed", -(2**63))):
+        value = mine.get(name)
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int) or not least <= value < 2**63):
+            raise InvalidInput(f"{name} is {shown(value)}: give a whole number" + " of 0 or more" * (least == 0))
     for name in ("temperature", "top_p"):
         value = mine.get(name)
         if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 2):
-            raise InvalidInput(f"{name} must be a number from 0 to 2, not {value!r}")
+            raise InvalidInput(f"{name} is {shown(value)}: give a number from 0 to 2")
     return Options(**mine, extra=extra)
+
+
+def _checked_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
+    if tools is None:
+        return ()
+    if not isinstance(tools, (list, tuple)) or not all(isinstance(tool, Mapping) for tool in tools):
+        raise InvalidInput(f"tools is {shown(tools)}: give a list of tool definitions (mappings)")
+    try:
+        json.dumps([dict(tool) for tool in tools]).encode()
+    except (TypeError, ValueError, RecursionError) as error:
+        raise InvalidInput(f"a tool can't be written as JSON: {error}") from error
+    return tuple(tools)
+
+
+def _system(engine: Engine, system: Any) -> str | None:
+    text = engine.settings.system if system is None else system
+    return check_text(text, "the system text") if text else None
 
 
 def chat(
@@ -84,7 +107,8 @@ def chat(
 ) -> Flow[Reply]:
     """One turn. The request is laid out so that everything before this turn is byte-equal to what the last one left."""
     provider = engine.chat_provider()
-    if tools and not provider.capabilities.tools:
+    known_tools = _checked_tools(tools)
+    if known_tools and not provider.capabilities.tools:
         raise ConfigError(f"{provider.name} takes no tools: leave tools out, or choose a model that takes them")
     session = conversation.session
     turn_id, reply_id = new_id(), new_id()
@@ -98,7 +122,7 @@ def chat(
             hits = yield from _recall(engine, conversation.scope, turn.content, {i for m in history for i in m.records})
     in_core = {record.id for record in core}
     segments = prompt.lay_out(
-        system=system if system is not None else engine.settings.system,
+        system=_system(engine, system),
         core=prompt.quote(core) if core else None,
         core_records=[record.id for record in core],
         history=history,
@@ -106,7 +130,7 @@ def chat(
         turn=turn,
         memories=recall,
     )
-    request = _request(engine, conversation.scope, segments, tools=tools, options=options or Options())
+    request = _request(engine, conversation.scope, segments, tools=known_tools, options=options or Options())
     generation: Generation = yield Generate(provider, request)
     cache = _observe(engine, conversation, segments, generation)
     kept: tuple[str, ...] = ()
@@ -124,9 +148,9 @@ def chat(
         if new:
             engine.records.insert(new, vectors, engine.space if vectors is not None else None, ids=list(kept))
             if len(kept) == 2:
-                shown = {hit.record.id for hit in hits} | in_core
+                seen = {hit.record.id for hit in hits} | in_core
                 connection.executemany(
-                    "INSERT OR IGNORE INTO lineage VALUES ('reply', ?, ?)", [(reply_id, record) for record in shown]
+                    "INSERT OR IGNORE INTO lineage VALUES ('reply', ?, ?)", [(reply_id, record) for record in seen]
                 )
         engine.ledger.note(
             "chat",
@@ -157,13 +181,13 @@ def prime(engine: Engine, conversation: Conversation, *, system: str | None = No
     history = _history(engine, conversation.session)
     core = _core(engine, conversation.scope, new_session=not history)
     segments = prompt.lay_out(
-        system=system if system is not None else engine.settings.system,
+        system=_system(engine, system),
         core=prompt.quote(core) if core else None,
         core_records=[record.id for record in core],
         history=history,
         turn=Message(role="user", content="."),  # every template and API wants a last message; it is never kept
     )
-    request = _request(engine, conversation.scope, segments, tools=None, options=Options(max_tokens=0))
+    request = _request(engine, conversation.scope, segments, options=Options(max_tokens=0))
     generation: Generation = yield Generate(provider, request)
     _observe(engine, conversation, segments, generation)
     engine.ledger.note("prime", provider.name, conversation.session, generation.usage)
@@ -259,13 +283,13 @@ def _request(
     scope: Scope,
     segments: tuple[Segment, ...],
     *,
-    tools: Sequence[Mapping[str, Any]] | None,
     options: Options,
+    tools: tuple[Mapping[str, Any], ...] = (),
 ) -> Request:
     return Request(
         segments=segments,
         options=options,
-        tools=tuple(tools or ()),
+        tools=tools,
         cache_key=engine.cache_key(scope),
         pages=engine.page_view(scope),
         loras=engine.active_loras(scope),

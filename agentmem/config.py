@@ -6,6 +6,7 @@ Knows names, types and defaults; opens nothing but the TOML file.
 from __future__ import annotations
 
 import os
+import reprlib
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from pydantic_settings import (
     InitSettingsSource,
     PydanticBaseSettingsSource,
     SettingsConfigDict,
+    SettingsError,
 )
 
 from .errors import ConfigError
@@ -84,7 +86,7 @@ def read(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Setti
     A keyword that is None counts as not given. Raises `ConfigError` for an unknown or ill-typed setting or file.
     """
     values = {name: value for name, value in keywords.items() if value is not None}
-    path = Path(config) if config is not None else Path(FILE)
+    path = Path(FILE if config is None else config)
     if config is not None or path.is_file():
         try:
             values["_file"] = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -98,5 +100,7 @@ def read(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Setti
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
         # A provider's table may hold a key, so its values are never repeated.
-        given = "" if name.startswith("providers") else f" (given: {first.get('input')!r})"
+        given = "" if name.startswith("providers") else f" (given: {reprlib.repr(first.get('input'))})"
         raise ConfigError(f"setting {name!r}: {first['msg']}{given}") from None
+    except SettingsError as error:  # the environment holds something that is no JSON where JSON is wanted
+        raise ConfigError(f"the environment can't be read: {error}") from None

@@ -15,7 +15,7 @@ from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from .errors import Corrupt, Full, Incompatible, Locked, StoreError
+from .errors import Corrupt, Full, Incompatible, InvalidInput, Locked, StoreError
 
 __all__ = ["FORMAT", "Database"]
 
@@ -39,8 +39,8 @@ CREATE TABLE records (
     created REAL NOT NULL, version INTEGER NOT NULL,
     checksum INTEGER NOT NULL                   -- CRC-32 over the row's content (records.py)
 );
--- What a search needs of every record it may find, without reading the records: whose it is and when it holds. The second
--- is for handles that set a user but no tenant.
+-- What a search needs of every record it may find, without reading the records: whose it is and when it holds. The
+-- second is for handles that set a user but no tenant.
 CREATE INDEX records_scope ON records (tenant, user, agent, session, seq, from_s, until_s);
 CREATE INDEX records_user ON records (user, tenant, agent, session, seq, from_s, until_s);
 -- The turns of chats, so that the end of a long conversation is found without reading its beginning.
@@ -182,7 +182,10 @@ class Database:
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a SELECT, as of now (committed by any process, or by this transaction)."""
         with self._lock, _mapped(self.path):
-            return self._live().execute(sql, values).fetchall()
+            try:
+                return self._live().execute(sql, values).fetchall()
+            except (UnicodeEncodeError, OverflowError) as error:
+                raise InvalidInput(f"nothing stored can be looked up by such a value: {error}") from error
 
     @contextlib.contextmanager
     def write(self) -> Generator[sqlite3.Connection]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import prompt
@@ -142,7 +142,10 @@ def forget(
         raise InvalidInput("forget needs ids or where=…, one of them; where={} means everything in this scope")
     if where is not None and not where and scope == Scope() and not everything:
         raise ScopeError("where={} on the root handle would erase every scope: add everything=True to do that")
+    if ids is not None and not isinstance(ids, Iterable):
+        raise InvalidInput(f"ids is a {type(ids).__name__}: give a record id or a list of them")
     wanted = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
+    dry_run = bool(dry_run)
     with engine.database.write():
         gone = engine.records.select(scope, ids=wanted, where=where)
         receipt = _receipt(engine, gone, dry_run=dry_run)

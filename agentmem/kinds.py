@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .engine import Engine
 from .errors import ConfigError, InvalidInput, NotFound, ScopeError
-from .plaintext.drafts import check_scope
+from .plaintext.drafts import check_path, check_scope, shown
 from .types import Record, Scope, Usage
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def entries(engine: Engine, scope: Scope) -> list[PageEntry]:
 def pin(engine: Engine, scope: Scope, keys: Sequence[str] | None, *, pinned: bool) -> int:
     """Pin or unpin these pages (default: all of the scope): a pinned page is never evicted to make room."""
     wanted = _keys(engine, scope, keys)
-    engine.pages.pin(wanted, pinned)
+    engine.pages.pin(wanted, bool(pinned))
     return len(wanted)
 
 
@@ -59,22 +59,32 @@ def _keys(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> list[str]
     mine = [entry.key for entry in entries(engine, scope)]
     if keys is None:
         return mine
-    unknown = set(keys) - set(mine)
-    if unknown:
-        raise NotFound(f"no KV page {sorted(unknown)[0]!r} in {scope}")
-    return list(keys)
+    wanted = _listed(keys, "keys")
+    for key in wanted:
+        if key not in mine:
+            raise NotFound(f"no KV page {shown(key)} in {scope}")
+    return wanted
+
+
+def _listed(values: Any, what: str) -> list[Any]:
+    """A caller's list as one; a single str is a list of one."""
+    if isinstance(values, str):
+        return [values]
+    if not isinstance(values, Iterable):
+        raise InvalidInput(f"{what} is a {type(values).__name__}: give a list")
+    return list(values)
 
 
 def save(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> int:
     """Copy all pages and their lineage into a new folder; returns how many."""
     _whole(scope)
-    return engine.pages.save(path)
+    return engine.pages.save(check_path(path))
 
 
 def restore(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> int:
     """Bring saved pages back; those whose records are unknown or were forgotten here are passed over."""
     _whole(scope)
-    return engine.pages.restore(path)
+    return engine.pages.restore(check_path(path))
 
 
 def _whole(scope: Scope) -> None:
@@ -95,6 +105,10 @@ def train(
     from .parametric.gate import gate
     from .parametric.train import train as teach
 
+    numbers: dict[str, Any] = {"seed": seed, "epochs": epochs}
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
+            raise InvalidInput(f"{name} is {shown(number)}: give a whole number")
     provider = engine.chat_provider()
     if not provider.capabilities.trains:
         raise ConfigError(
@@ -103,7 +117,7 @@ def train(
     if records is None:
         chosen = [record for record in engine.records.newest(scope, limit=200)[::-1] if record.scope.within(scope)]
     else:
-        ids = [record.id if isinstance(record, Record) else record for record in records]
+        ids = [record.id if isinstance(record, Record) else record for record in _listed(records, "records")]
         chosen = [engine.records.get(record, scope) for record in ids]
     if not chosen:
         raise InvalidInput(f"no records to learn in {scope}: add some first")
@@ -120,7 +134,7 @@ def train(
 
 def activate(engine: Engine, scope: Scope, version: str | LoraVersion | None, *, force: bool) -> LoraVersion | None:
     """Answer with this version in this scope from the next request on; None goes back to the base model."""
-    return engine.registry.activate(version, scope, force=force)
+    return engine.registry.activate(None if version is None else _named(version), scope, force=bool(force))
 
 
 def rollback(engine: Engine, scope: Scope) -> LoraVersion | None:
@@ -130,7 +144,14 @@ def rollback(engine: Engine, scope: Scope) -> LoraVersion | None:
 
 def export(engine: Engine, scope: Scope, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
     """Write a version of this scope as a PEFT folder."""
-    engine.registry.export(version, path, scope=scope)
+    engine.registry.export(_named(version), check_path(path), scope=scope)
+
+
+def _named(version: Any) -> str:
+    name = getattr(version, "digest", version)
+    if not isinstance(name, str):
+        raise InvalidInput(f"the LoRA version is {shown(version)}: give a version, its name or its digest")
+    return name
 
 
 def beneath(scope: Scope, other: Any) -> Scope:

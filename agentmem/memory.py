@@ -16,11 +16,11 @@ from . import config as configuration
 from . import flows, kinds, transfer
 from .chat import Conversation
 from .engine import Engine
-from .errors import ScopeError
+from .errors import AgentMemError, ConfigError, InvalidInput, ScopeError
 from .flow import Flow, local, run, stream
 from .flows import When
 from .ledger import Report
-from .plaintext.drafts import narrow
+from .plaintext.drafts import check_path, narrow
 from .provider import Provider
 from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
 
@@ -66,9 +66,20 @@ def opened(
     settings: Mapping[str, Any],
 ) -> Engine:
     """The engine behind a new root handle: strings go through the configuration, objects are taken as they are."""
+    if not (model is None or isinstance(model, (str, Provider))):
+        raise ConfigError(f"model is a {type(model).__name__}: give a str such as 'local', or a Provider")
+    if not (embedder is None or isinstance(embedder, str) or callable(getattr(embedder, "embed", None))):
+        raise ConfigError(f"embedder is a {type(embedder).__name__}: give a str such as 'default', or an Embedder")
+    if not (clock is None or callable(clock)):
+        raise ConfigError(f"clock is a {type(clock).__name__}: give a function that returns seconds since 1970")
+    try:
+        file = None if config is None else check_path(config, "config")
+        folder = None if path is None else str(check_path(path, "path"))
+    except InvalidInput as error:
+        raise ConfigError(str(error)) from error
     read = configuration.read(
-        config,
-        path=None if path is None else os.fspath(path),
+        file,
+        path=folder,
         model=model if isinstance(model, str) else None,
         embedder=embedder if isinstance(embedder, str) else None,
         **settings,
@@ -108,7 +119,7 @@ class ReplyStream:
         for _ in self._pieces:
             pass
         if self._reply is None:
-            raise RuntimeError("the stream was closed before its end: there is no reply")
+            raise AgentMemError("the stream was closed before its end: there is no reply")
         return self._reply
 
     def close(self) -> None:

@@ -142,7 +142,7 @@ def recent(messages: Sequence[Message], budget: int, count: Count, *, before: in
         left -= sum(costs[first : first + HISTORY_STEP])
         first += HISTORY_STEP
     if first:
-        # A conversation begins with its user; where no user speaks any more (a long run of tools), behind a tool's result.
+        # A conversation begins with its user; where none speaks any more (a long run of tools), behind a tool's result.
         users = (i for i in range(first, len(messages)) if messages[i].role == "user")
         others = (i for i in range(first, len(messages)) if messages[i].role != "tool")
         first = next(users, next(others, len(messages)))

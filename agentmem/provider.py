@@ -218,7 +218,11 @@ def _create(scheme: str) -> Callable[[str, Mapping[str, Any]], Any]:
     module = f"agentmem.adapters.providers.{scheme}"
     if scheme.isidentifier():
         try:
-            return importlib.import_module(module).create  # type: ignore[no-any-return]
+            create: Callable[[str, Mapping[str, Any]], Any] | None = getattr(
+                importlib.import_module(module), "create", None
+            )
+            if create is not None:
+                return create
         except ModuleNotFoundError as error:
             if error.name != module:
                 raise

@@ -5,11 +5,12 @@ Everything needed to rebuild the records is in the file; vectors, pages and LoRA
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import ValidationError
 
@@ -17,7 +18,8 @@ from .engine import Engine
 from .errors import Incompatible, InvalidInput, ScopeError, StoreError
 from .flow import Flow
 from .flows import BATCH, embedded
-from .plaintext.records import draft_of
+from .plaintext.drafts import Draft, check_path, draft_of
+from .plaintext.records import ID, new_id
 from .types import Record, Scope
 
 __all__ = ["export", "load"]
@@ -28,8 +30,8 @@ PAGE = 500
 
 def export(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> int:
     """Write the records of this scope and beneath it to ``path`` (0600, replaced as a whole); returns how many."""
-    target = Path(path)
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    target = check_path(path)
+    temporary = target.parent / f".{target.name}.{new_id()}.tmp"
     written = 0
     try:
         with os.fdopen(os.open(temporary, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w", encoding="utf-8") as file:
@@ -43,8 +45,10 @@ def export(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> int:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except OSError as error:
-        temporary.unlink(missing_ok=True)
         raise StoreError(f"can't write {target}: {error.strerror}") from error
+    finally:
+        with contextlib.suppress(OSError):  # half an export is as private as a whole one
+            temporary.unlink(missing_ok=True)
     return written
 
 
@@ -59,25 +63,33 @@ def load(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> Flow[int
     """Bring exported records back under their ids; returns how many were new.
 
     The whole file is read and checked before anything is written. Records that exist here, or were forgotten here, are
-    passed over. Raises `ScopeError` for a record outside this handle's scope, `InvalidInput` for a line that is none.
+    passed over, so that an interrupted call can be repeated. Raises `ScopeError` for a record outside this handle's
+    scope, `InvalidInput` for a line that is none.
     """
-    records = list(_read(Path(path), scope))
-    new = [(record, older) for record, older in records if not engine.records.known(record.id)]
+    found = _read(check_path(path), scope)
+    new = [line for line in found.values() if not engine.records.known(line.record.id)]
     for first in range(0, len(new), BATCH):
         batch = new[first : first + BATCH]
-        drafts = [draft_of(record) for record, _ in batch]
+        drafts = [line.draft for line in batch]
         vectors = yield from embedded(engine, drafts)
         engine.records.insert(
             drafts,
             vectors,
             engine.space,
-            ids=[record.id for record, _ in batch],
-            older=[older for _, older in batch],
+            ids=[line.record.id for line in batch],
+            older=[line.older for line in batch],
         )
     return len(new)
 
 
-def _read(path: Path, scope: Scope) -> Iterator[tuple[Record, list[Record]]]:
+class _Line(NamedTuple):
+    record: Record
+    older: list[Record]
+    draft: Draft
+
+
+def _read(path: Path, scope: Scope) -> dict[str, _Line]:
+    """The records of a file by id, each fit to be stored."""
     try:
         lines = path.read_text(encoding="utf-8").split("\n")
     except OSError as error:
@@ -91,6 +103,7 @@ def _read(path: Path, scope: Scope) -> Iterator[tuple[Record, list[Record]]]:
         raise Incompatible(
             f"{path} has export version {header.get('version')!r}; this version of agentmem reads {FORMAT}"
         )
+    found: dict[str, _Line] = {}
     for number, line in enumerate(lines[1:], start=2):
         if not line:
             continue
@@ -98,17 +111,21 @@ def _read(path: Path, scope: Scope) -> Iterator[tuple[Record, list[Record]]]:
         try:
             record = Record.model_validate(parsed["record"])
             older = [Record.model_validate(version) for version in parsed["older"]]
-        except (KeyError, TypeError, ValidationError) as error:
+            draft, *_ = [draft_of(version) for version in (record, *older)]
+        except (KeyError, TypeError, ValidationError, InvalidInput, ScopeError) as error:
             raise InvalidInput(f"{path}, line {number}: not a record ({error})") from error
+        if not ID.fullmatch(record.id) or record.id in found:
+            raise InvalidInput(f"{path}, line {number}: its id is malformed or came before")
         if not record.scope.within(scope):
             raise ScopeError(f"{path}, line {number}: its scope ({record.scope}) is outside this handle's ({scope})")
-        yield record, older
+        found[record.id] = _Line(record, older, draft)
+    return found
 
 
 def _parsed(path: Path, number: int, line: str) -> dict[str, Any]:
     try:
         parsed = json.loads(line)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InvalidInput(f"{path}, line {number}: not JSON ({error})") from error
     if not isinstance(parsed, dict):
         raise InvalidInput(f"{path}, line {number}: not a JSON object")

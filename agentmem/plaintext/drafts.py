@@ -9,9 +9,11 @@ from __future__ import annotations
 import datetime as dt
 import json
 import math
+import os
 import reprlib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast, get_args
 
 from agentmem.errors import InvalidInput, ScopeError
@@ -21,6 +23,7 @@ __all__ = [
     "Draft",
     "check_k",
     "check_metadata",
+    "check_path",
     "check_scope",
     "check_text",
     "draft_of",
@@ -306,6 +309,14 @@ def narrow(scope: Scope, **levels: object) -> Scope:
             raise ScopeError(f"this handle is bound to {level}={values[level]!r} and can't reach {level}={checked!r}")
         values[level] = checked
     return check_scope(Scope(**values))
+
+
+def check_path(path: object, what: str = "the path") -> Path:
+    """``path`` if it is a str or path that can name a file or folder, else `InvalidInput`."""
+    name = os.fspath(path) if isinstance(path, os.PathLike) else path
+    if not isinstance(name, str):
+        raise InvalidInput(f"{what} is a {type(path).__name__}: give a str or a path")
+    return Path(_line(name, what, MAX_SOURCE_BYTES))
 
 
 def check_k(k: object, what: str = "k") -> int:

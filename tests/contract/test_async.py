@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from agentmem import AsyncMemory, InvalidInput, Memory, NotFound, Unavailable, async_memory, memory
+from agentmem import AgentMemError, AsyncMemory, InvalidInput, Memory, NotFound, Unavailable, async_memory, memory
 from agentmem.provider import Generation, Request
 from agentmem.testing import FakeClock, ScriptedProvider
 
@@ -87,7 +87,7 @@ async def test_a_stream_left_early_is_not_remembered(mem: AsyncMemory) -> None:
         async for _ in stream:
             break
     assert await mem.list() == []
-    with pytest.raises(RuntimeError):
+    with pytest.raises(AgentMemError, match="closed"):
         await stream.reply()
 
 

@@ -10,7 +10,17 @@ from typing import Any
 
 import pytest
 
-from agentmem import ConfigError, InvalidInput, Memory, NotFound, Record, ScopeError, StoreError, Unavailable
+from agentmem import (
+    AgentMemError,
+    ConfigError,
+    InvalidInput,
+    Memory,
+    NotFound,
+    Record,
+    ScopeError,
+    StoreError,
+    Unavailable,
+)
 from agentmem.provider import Capabilities, Request
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import Message
@@ -306,7 +316,7 @@ def test_a_stream_closed_early_is_not_remembered(memory: Memory) -> None:
     with memory.chat("Count", stream=True) as stream:
         next(stream)
     assert memory.list() == []
-    with pytest.raises(RuntimeError):
+    with pytest.raises(AgentMemError, match="closed"):
         _ = stream.reply
 
 
@@ -524,3 +534,30 @@ def test_an_unknown_model_or_setting_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="colour"):
         Memory(tmp_path / "m", colour="teal")
     assert isinstance(Record(id="1", text="x"), Record)
+
+
+def test_one_bad_line_far_into_an_export_loads_nothing(tmp_path: Path, memory: Memory) -> None:
+    memory.add([f"fact {n}" for n in range(300)])
+    path = tmp_path / "file.jsonl"
+    memory.export(path)
+    lines = path.read_text(encoding="utf-8").split("\n")
+    bad = json.loads(lines[299])
+    for change in ({"text": " "}, {"id": "../etc"}, {"id": json.loads(lines[2])["record"]["id"]}):
+        lines[299] = json.dumps({**bad, "record": {**bad["record"], **change}})
+        path.write_text("\n".join(lines), encoding="utf-8")
+        with Memory(tmp_path / "other", embedder="hash") as other:
+            with pytest.raises(InvalidInput, match="line 300"):
+                other.load(path)
+            assert other.list() == []
+
+
+def test_a_broken_export_leaves_no_half_of_it(tmp_path: Path, memory: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
+    memory.add(["a secret", "another"])
+
+    def interrupted(*_: object) -> list[Record]:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(memory._engine.records, "history", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        memory.export(tmp_path / "out.jsonl")
+    assert [path.name for path in tmp_path.iterdir()] == ["memory"]

@@ -54,3 +54,9 @@ def test_a_key_never_reaches_the_message(tmp_path: Path) -> None:
     with pytest.raises(ConfigError) as raised:
         read(write(tmp_path, 'providers = "sk-secret"'))
     assert "sk-secret" not in str(raised.value)
+
+
+def test_an_environment_that_is_no_json_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AGENTMEM_PROVIDERS", "not json")
+    with pytest.raises(ConfigError, match="environment"):
+        read()

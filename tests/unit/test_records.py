@@ -123,7 +123,7 @@ def test_a_malformed_scope_is_refused_everywhere(value: Any, records: Records) -
     with pytest.raises(ScopeError):
         narrow(ROOT, user=value)
     scope = Scope.model_construct(tenant=None, user=value, agent=None, session=None)
-    for call in (check_scope, records.list, records.count, records.session, records.ids, records.newest):
+    for call in (check_scope, records.list, records.count, records.count_turns, records.ids, records.newest):
         with pytest.raises(ScopeError):
             call(scope)
     for refused in (lambda: drafts("x", scope=scope), lambda: records.get(new_id(), scope)):
