@@ -11,6 +11,7 @@ import contextlib
 import os
 import sqlite3
 import threading
+import weakref
 from collections.abc import Generator, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -127,8 +128,8 @@ class Database:
         self._lock = threading.RLock()
         self._broken: str | None = None
         self._depth = 0
-        self._connection = self._connect()
-        self._pid = os.getpid()
+        self._connection: sqlite3.Connection | None = self._connect()
+        _OPEN.add(self)
 
     def _connect(self) -> sqlite3.Connection:
         if self.path != ":memory:":
@@ -173,11 +174,22 @@ class Database:
     def _live(self) -> sqlite3.Connection:
         if self._broken:
             raise StoreError(self._broken)
-        if os.getpid() != self._pid:
-            # An SQLite connection must not cross a fork: the child leaves the parent's alone and opens its own.
-            self._lock, self._depth, self._pid = threading.RLock(), 0, os.getpid()
+        if self._connection is None:
             self._connection = self._connect()
         return self._connection
+
+    def before_fork(self) -> None:
+        """No SQLite connection may cross a fork (sqlite.org/howtocorrupt.html, 2.6): each side opens its own later."""
+        self._lock.acquire()
+        if self._connection is not None and self._depth == 0 and self.path != ":memory:":
+            self._connection.close()
+            self._connection = None
+
+    def after_fork(self, *, child: bool) -> None:
+        """Go on; in a child that got a connection all the same (in RAM, or inside a transaction), refuse to."""
+        if child and self._connection is not None:
+            self._broken = self._broken or f"{self.path} can't be used in a forked process: open it again there"
+        self._lock.release()
 
     def query(self, sql: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """All rows of a SELECT, as of now (committed by any process, or by this transaction)."""
@@ -195,25 +207,20 @@ class Database:
         """
         with self._lock:
             connection = self._live()
+            depth = self._depth
+            # Ctrl-C may come between any two steps: whatever happens, the depth is what it was and nothing stays open.
             with _mapped(self.path, self):
-                if self._depth == 0:
-                    connection.execute("BEGIN IMMEDIATE")
-                self._depth += 1
                 try:
+                    if depth == 0:
+                        connection.execute("BEGIN IMMEDIATE")
+                    self._depth = depth + 1
                     yield connection
-                except BaseException:
-                    self._depth -= 1
-                    if self._depth == 0 and connection.in_transaction:
-                        connection.execute("ROLLBACK")
-                    raise
-                self._depth -= 1
-                if self._depth == 0:
-                    try:
+                    if depth == 0:
                         connection.execute("COMMIT")
-                    except sqlite3.Error:
-                        if connection.in_transaction:
-                            connection.execute("ROLLBACK")
-                        raise
+                finally:
+                    self._depth = depth
+                    if depth == 0 and connection.in_transaction:
+                        connection.execute("ROLLBACK")
 
     def scrub(self) -> bool:
         """Drop the bytes of deleted rows from the full-text index and the write-ahead log.
@@ -235,9 +242,34 @@ class Database:
     def close(self) -> None:
         """Close the connection; safe to call twice. The last process to close merges the write-ahead log."""
         with self._lock:
-            if os.getpid() == self._pid:
+            if self._connection is not None:
                 self._connection.close()
             self._broken = f"{self.path} is closed: open the memory again"
+            _OPEN.discard(self)
+
+
+_OPEN: weakref.WeakSet[Database] = weakref.WeakSet()
+
+
+def _before_fork() -> None:
+    _FORKING.extend(_OPEN)
+    for database in _FORKING:
+        database.before_fork()
+
+
+def _after_fork(*, child: bool) -> None:
+    while _FORKING:
+        _FORKING.pop().after_fork(child=child)
+
+
+#: The databases whose locks the forking thread holds.
+_FORKING: list[Database] = []
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(
+        before=_before_fork,
+        after_in_parent=lambda: _after_fork(child=False),
+        after_in_child=lambda: _after_fork(child=True),
+    )
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -6,14 +6,18 @@ embedder, a model, a page store) is made at its first use.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import json
+import logging
+import os
 import secrets
 import shutil
 import tempfile
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -34,6 +38,8 @@ if TYPE_CHECKING:
     from .plaintext.index import VectorIndex
 
 __all__ = ["Engine"]
+
+_log = logging.getLogger("agentmem")
 
 
 class Engine:
@@ -65,15 +71,28 @@ class Engine:
             scheme, _ = providers.split_name(settings.model)
             self.provider = providers.load(settings.model, settings.providers.get(scheme, {}))
         self._kept = settings.path != ":memory:"
-        self.folder = Path(settings.path) if self._kept else Path(tempfile.mkdtemp(prefix="agentmem-"))
-        try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        except OSError as error:
-            raise StoreError(f"can't make the memory folder {self.folder}: {error.strerror}") from error
-        self.database = Database(self.folder / "memory.db" if self._kept else ":memory:")
-        self.records = Records(self.database, clock=clock)
-        self.ledger = Ledger(self.database, clock)
-        self.finish_erasures()
+        with contextlib.ExitStack() as undo:
+            if provider is None and self.provider is not None:
+                undo.callback(self.provider.close)
+            self.folder = Path(settings.path) if self._kept else self._passing_folder()
+            try:
+                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            except OSError as error:
+                raise StoreError(f"can't make the memory folder {self.folder}: {error.strerror}") from error
+            self.database = Database(self.folder / "memory.db" if self._kept else ":memory:")
+            undo.callback(self.database.close)
+            self.records = Records(self.database, clock=clock)
+            self.ledger = Ledger(self.database, clock)
+            # Caches of this engine, not of the class: they must not keep it, its model and its texts alive.
+            self.count = functools.lru_cache(maxsize=16_384)(self._count)
+            self.finish_erasures()
+            undo.pop_all()
+
+    def _passing_folder(self) -> Path:
+        """A folder that goes with this engine, closed or not, but never by the hand of a forked child."""
+        folder = Path(tempfile.mkdtemp(prefix="agentmem-"))
+        self._remove = weakref.finalize(self, _remove, folder, os.getpid())
+        return folder
 
     # ---- parts made at first use ----------------------------------------------------------------------------------
 
@@ -189,16 +208,18 @@ class Engine:
     def cache_key(self, scope: Scope) -> str:
         """An opaque routing key, equal for requests of one scope; scope names can't be read from it."""
         names = json.dumps([value for _, value in scope.levels()]).encode()
-        return hashlib.blake2b(names, key=self._secret(), digest_size=16).hexdigest()
+        return hashlib.blake2b(names, key=self._secret, digest_size=16).hexdigest()
 
-    @functools.cache  # noqa: B019 - lives as long as the folder is open
+    @functools.cached_property
     def _secret(self) -> bytes:
-        with self.database.write() as connection:
-            connection.execute("INSERT OR IGNORE INTO meta VALUES ('secret', ?)", (secrets.token_hex(32),))
-            return bytes.fromhex(connection.execute("SELECT value FROM meta WHERE key = 'secret'").fetchone()[0])
+        held = "SELECT value FROM meta WHERE key = 'secret'"
+        if not (rows := self.database.query(held)):
+            with self.database.write() as connection:
+                connection.execute("INSERT OR IGNORE INTO meta VALUES ('secret', ?)", (secrets.token_hex(32),))
+            rows = self.database.query(held)
+        return bytes.fromhex(rows[0]["value"])
 
-    @functools.lru_cache(maxsize=16_384)  # noqa: B019 - lives as long as the folder is open
-    def count(self, text: str) -> int:
+    def _count(self, text: str) -> int:
         """Tokens of a text: by the model's own tokenizer where that needs no request, else by tiktoken."""
         provider = self.provider
         if provider is not None and provider.capabilities.kv == "tensors":
@@ -222,7 +243,11 @@ class Engine:
             elif work["vectors"]:
                 # Not worth loading an embedder for: the index is derived and is rebuilt from the vectors that remain.
                 shutil.rmtree(self.folder / "index", ignore_errors=True)
-            self.database.scrub()
+            if not self.database.scrub():
+                _log.warning(
+                    "another process is reading %s: forgotten bytes leave its log at the next open", self.folder
+                )
+                continue
             with self.database.write() as connection:
                 connection.execute("DELETE FROM erasures WHERE id = ?", (row["id"],))
 
@@ -234,17 +259,20 @@ class Engine:
         return sizes
 
     def close(self) -> None:
-        """Write the index, close everything; safe to call twice."""
-        with self._lock:
-            if self._index is not None:
-                self._index.close()
-            if self._pages is not None:
-                self._pages.close()
-            if self.provider is not None:
-                self.provider.close()
-            self.database.close()
+        """Write the index, close everything; safe to call twice. What one part fails at stops no other's closing."""
+        with self._lock, contextlib.ExitStack() as parts:
             if not self._kept:
-                shutil.rmtree(self.folder, ignore_errors=True)
+                parts.callback(self._remove)
+            parts.callback(self.count.cache_clear)
+            parts.callback(self.database.close)
+            for part in (self.provider, self._pages, self._index):
+                if part is not None:
+                    parts.callback(part.close)
+
+
+def _remove(folder: Path, owner: int) -> None:
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _size(file: Path) -> int:
