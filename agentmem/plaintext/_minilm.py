@@ -18,8 +18,6 @@ from torch.nn import functional
 
 from agentmem.errors import Corrupt
 
-from .embed import MAX_CHARACTERS
-
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -60,7 +58,7 @@ class Bert:
     @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Float32 [len(texts), dimension], not yet normalised."""
-        encoded = self._tokenizer.encode_batch([text[:MAX_CHARACTERS] for text in texts])
+        encoded = self._tokenizer.encode_batch(list(texts))
         ids = [item.ids for item in encoded]
         vectors = np.empty((len(ids), self._plan["dimension"]), np.float32)
         for batch in _batches([len(item) for item in ids]):

@@ -244,7 +244,7 @@ class FolderEmbedder(_Local):
 
     def _embed(self, texts: Sequence[str], query: bool) -> Any:
         prompt = self._plan.get("query" if query else "passage", "")
-        return self._model.embed([prompt + text for text in texts])
+        return self._model.embed([(prompt + text)[:MAX_CHARACTERS] for text in texts])
 
 
 class StaticEmbedder(_Local):
