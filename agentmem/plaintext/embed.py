@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, Protocol, runtime_checkable
 
 from agentmem import provider
 from agentmem.errors import ConfigError, InvalidInput, MissingDependency, ProviderError
+from agentmem.tokens import counter_for
 
 if TYPE_CHECKING:
     import numpy as np
@@ -108,7 +109,10 @@ def load(name: str, settings: Mapping[str, Any] | None = None) -> Embedder | Non
             f"no embedder {name!r}: use default, minilm, wordllama, hash, none, st:/folder or a provider's model "
             "such as openai:text-embedding-3-small"
         )
-    return HostedEmbedder(name, provider.load(name, dict(tables.get(scheme) or {})))
+    table = dict(tables.get(scheme) or {})
+    return HostedEmbedder(
+        name, provider.load(name, table), {k: v for k, v in table.items() if k.startswith("embedding_")}
+    )
 
 
 def checked(vectors: object, count: int, dimension: int | None, name: str) -> Vectors:
@@ -310,34 +314,45 @@ class _SentenceTransformers(_Local):
 
 
 class HostedEmbedder:
-    """A provider's embedding model. Its dimension is asked with one short text at first use."""
+    """A provider's embedding model; its dimension is that of its first answer."""
 
-    def __init__(self, name: str, model: provider.Provider) -> None:
+    def __init__(self, name: str, model: provider.Provider, settings: Mapping[str, Any] | None = None) -> None:
         if not model.capabilities.embeds:
             raise ConfigError(f"{name!r} has no embeddings: choose another embedder, such as 'default'")
         self.name = name
         self._model = model
         self._dimension: int | None = None
-        self.digest = _digest(f"hosted 1 {model.name}")
+        # Settings such as embedding_model or embedding_dimensions make another space of the same name.
+        apart = f" {json.dumps(settings, sort_keys=True)}" if settings else ""
+        self.digest = _digest(f"hosted 1 {model.name}{apart}")
 
     @property
     def dimension(self) -> int:
-        """How many numbers a vector has."""
+        """How many numbers a vector has; asked with one short text where nothing was embedded yet."""
         if self._dimension is None:
-            self._dimension = int(checked(self._model.embed(["dimension"]), 1, None, self.name).shape[1])
+            self._checked(self._model.embed(["dimension"]), 1)
+        assert self._dimension is not None
         return self._dimension
+
+    def count_tokens(self, texts: Sequence[str]) -> int:
+        """Tokens of these texts, exact for OpenAI's models and an estimate for others: what a use is billed by."""
+        counter = counter_for(self._model.name)
+        return sum(counter.count(text) for text in texts)
 
     def embed(self, texts: Sequence[str], *, query: bool = False) -> Vectors:  # noqa: ARG002 - the API has no such mark
         """Float32 [len(texts), dimension] with rows of length 1; one request for the batch."""
         texts = _texts(texts)
-        vectors = self._model.embed(texts) if texts else _nothing(self.dimension)
-        return checked(vectors, len(texts), self._dimension, self.name)
+        return self._checked(self._model.embed(texts) if texts else _nothing(self.dimension), len(texts))
 
     async def aembed(self, texts: Sequence[str], *, query: bool = False) -> Vectors:  # noqa: ARG002
         """The same as `embed`."""
         texts = _texts(texts)
-        vectors = await self._model.aembed(texts) if texts else _nothing(self.dimension)
-        return checked(vectors, len(texts), self._dimension, self.name)
+        return self._checked(await self._model.aembed(texts) if texts else _nothing(self.dimension), len(texts))
+
+    def _checked(self, vectors: object, count: int) -> Vectors:
+        matrix = checked(vectors, count, self._dimension, self.name)
+        self._dimension = int(matrix.shape[1])
+        return matrix
 
 
 #: Longer texts are cut before they are tokenized: no local model here reads more than 512 tokens.
