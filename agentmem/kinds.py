@@ -5,6 +5,7 @@ Plain functions and flows over the engine; the two faces (memory.py, async_memor
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -39,8 +40,15 @@ __all__ = [
 
 def entries(engine: Engine, scope: Scope) -> list[PageEntry]:
     """The pages made from records of this scope and beneath; on the root handle all of them."""
-    mine = None if scope == Scope() else engine.records.ids(scope)
-    return [entry for entry in engine.pages.entries() if mine is None or mine.intersection(entry.records)]
+    if scope == Scope():
+        return engine.pages.entries()
+    mine = engine.records.ids(scope)
+    # A page of the root handle's chats may hold records of several users: each sees only their own named.
+    return [
+        dataclasses.replace(entry, records=tuple(record for record in entry.records if record in mine))
+        for entry in engine.pages.entries()
+        if mine.intersection(entry.records)
+    ]
 
 
 def pin(engine: Engine, scope: Scope, keys: Sequence[str] | None, *, pinned: bool) -> int:
@@ -115,7 +123,11 @@ def train(
             f"{provider.name} gives no access to its weights: LoRA versions need a local model (model='local')"
         )
     if records is None:
-        chosen = [record for record in engine.records.newest(scope, limit=200)[::-1] if record.scope.within(scope)]
+        chosen = [
+            record
+            for record in engine.records.newest(scope, limit=200, at=engine.clock())[::-1]
+            if record.scope.within(scope)
+        ]
     else:
         ids = [record.id if isinstance(record, Record) else record for record in _listed(records, "records")]
         chosen = [engine.records.get(record, scope) for record in ids]
