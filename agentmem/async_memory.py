@@ -21,7 +21,7 @@ from .flows import When
 from .ledger import Report
 from .memory import NOT_GIVEN, Content, narrowed, opened
 from .provider import Provider
-from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
+from .types import Context, Erasure, Hit, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry
@@ -168,7 +168,7 @@ class AsyncScopedMemory:
     @overload
     async def chat(
         self,
-        message: str | Message | Mapping[str, Any],
+        message: Content,
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
@@ -181,7 +181,7 @@ class AsyncScopedMemory:
     @overload
     async def chat(
         self,
-        message: str | Message | Mapping[str, Any],
+        message: Content,
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
@@ -193,7 +193,7 @@ class AsyncScopedMemory:
 
     async def chat(
         self,
-        message: str | Message | Mapping[str, Any],
+        message: Content,
         *,
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,

@@ -6,20 +6,21 @@ answer came: a turn that fails or is cancelled leaves nothing half-done.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import logging
+import math
 import threading
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from . import prompt
 from .engine import Engine
-from .errors import ConfigError, InvalidInput, NotFound, ProviderError
+from .errors import ConfigError, InvalidInput, ProviderError, StoreError
 from .flow import Flow, Generate
-from .flows import embedded, search
-from .plaintext.drafts import Draft, check_text, drafts, shown
+from .flows import embedded, note_embeddings, search
+from .ledger import price
+from .plaintext.drafts import Draft, check_text, drafts, shown, utc_seconds
 from .plaintext.records import TURN, new_id
 from .provider import Generation, Options, Request
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
@@ -28,6 +29,8 @@ __all__ = ["Conversation", "chat", "options_of", "prime"]
 
 _log = logging.getLogger("agentmem")
 
+#: The newest records that a core is chosen from.
+CORE_CANDIDATES = 2000
 #: Turns read at once, from the newest back, until the history's budget is full.
 TURNS_READ = 64
 #: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
@@ -111,15 +114,17 @@ def chat(
     if known_tools and not provider.capabilities.tools:
         raise ConfigError(f"{provider.name} takes no tools: leave tools out, or choose a model that takes them")
     session = conversation.session
-    turn_id, reply_id = new_id(), new_id()
-    asked, turn = _asked(message, session, turn_id)
-    history = _history(engine, session)
+    asked = _asked(message, session)
+    turn = [said for _, said in asked]
+    history = _history(engine, session, answers=turn)
+    noted: list[Usage] = []
     hits: list[Hit] = []
     core: list[Record] = []
     if recall:
         core = _core(engine, conversation.scope, new_session=not history)
-        if turn.role == "user":
-            hits = yield from _recall(engine, conversation.scope, turn.content, {i for m in history for i in m.records})
+        if turn[0].role == "user":
+            present = {record for said in history for record in said.records}
+            hits = yield from _recall(engine, conversation.scope, turn[0].content, present, noted)
     in_core = {record.id for record in core}
     segments = prompt.lay_out(
         system=_system(engine, system),
@@ -131,35 +136,45 @@ def chat(
         memories=recall,
     )
     request = _request(engine, conversation.scope, segments, tools=known_tools, options=options or Options())
-    generation: Generation = yield Generate(provider, request)
+    in_prompt = [record for segment in segments for said in segment.messages for record in said.records]
+    holds_s = provider.capabilities.holds_prefix_s
+    try:
+        generation: Generation = yield Generate(provider, request)
+    except BaseException:
+        # It failed, or was given up half-way: the host has read the prompt all the same.
+        _note_shown(engine, provider.name, in_prompt, holds_s)
+        raise
     cache = _observe(engine, conversation, segments, generation)
+    money = price(provider.name, generation.usage)
+    new: list[Draft] = []
     kept: tuple[str, ...] = ()
     vectors: Any = None
-    new: list[Draft] = []
     if remember:
-        new = [asked, *_reply_drafts(generation, session)]
-        kept = (turn_id, reply_id)[: len(new)]
+        new = [*(draft for draft, _ in asked), *_reply_drafts(generation, session)]
+        kept = (*(said.records[0] for said in turn), new_id())[: len(new)]
         try:
-            vectors = yield from embedded(engine, new)
+            vectors = yield from embedded(engine, [draft.passage for draft in new], noted)
         except ProviderError as error:
             # The turn itself is what must not be lost; its vectors are made at the next search.
             _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
     with engine.database.write() as connection:
         if new:
             engine.records.insert(new, vectors, engine.space if vectors is not None else None, ids=list(kept))
-            if len(kept) == 2:
-                seen = {hit.record.id for hit in hits} | in_core
+            if len(new) > len(asked):
                 connection.executemany(
-                    "INSERT OR IGNORE INTO lineage VALUES ('reply', ?, ?)", [(reply_id, record) for record in seen]
+                    "INSERT OR IGNORE INTO lineage VALUES ('reply', ?, ?)",
+                    [(kept[-1], record) for record in {hit.record.id for hit in hits} | in_core],
                 )
+        note_embeddings(engine, session, noted)
         engine.ledger.note(
             "chat",
             provider.name,
             session,
             generation.usage,
             cache=cache,
-            shown=[record for segment in segments for m in segment.messages for record in m.records],
-            holds_s=provider.capabilities.holds_prefix_s,
+            shown=in_prompt,
+            holds_s=holds_s,
+            money=money,
         )
     return Reply(
         text=generation.text,
@@ -188,31 +203,58 @@ def prime(engine: Engine, conversation: Conversation, *, system: str | None = No
         turn=Message(role="user", content="."),  # every template and API wants a last message; it is never kept
     )
     request = _request(engine, conversation.scope, segments, options=Options(max_tokens=0))
+    in_prompt = [record for segment in segments for said in segment.messages for record in said.records]
     generation: Generation = yield Generate(provider, request)
     _observe(engine, conversation, segments, generation)
-    engine.ledger.note("prime", provider.name, conversation.session, generation.usage)
+    engine.ledger.note(
+        "prime",
+        provider.name,
+        conversation.session,
+        generation.usage,
+        shown=in_prompt,
+        holds_s=provider.capabilities.holds_prefix_s,
+    )
     return generation.usage
 
 
-def _asked(message: Any, session: Scope, turn_id: str) -> tuple[Draft, Message]:
-    """The new message, as what will be remembered and as what enters the prompt. A tool's result names its call in
-    ``tool_call_id``, which is kept in the metadata."""
+def _note_shown(engine: Engine, model: str, records: Sequence[str], holds_s: float | None) -> None:
+    """Note what a host has read of a turn that did not end, for the receipts of `forget`."""
+    if holds_s is None or not records:
+        return
+    try:
+        engine.ledger.note_shown(model, records, holds_s)
+    except StoreError as error:
+        _log.warning("what %s was shown could not be noted: %s", model, error)
+
+
+def _asked(message: Any, session: Scope) -> list[tuple[Draft, Message]]:
+    """The new message (or the results of several tools), as what will be remembered and as what enters the prompt.
+
+    A tool's result names its call in ``tool_call_id``, which is kept in the metadata.
+    """
+    asked = [_said(part, session) for part in (message if isinstance(message, (list, tuple)) else [message])]
+    roles = [said.role for _, said in asked]
+    if roles != ["user"] and (not roles or set(roles) != {"tool"}):
+        raise InvalidInput("chat takes one message of the user, or the results of tools; store others with add")
+    return asked
+
+
+def _said(message: Any, session: Scope) -> tuple[Draft, Message]:
     call_id = None
     if isinstance(message, Message):
         call_id = message.tool_call_id
     elif isinstance(message, Mapping) and "tool_call_id" in message:
         message = dict(message)
         call_id = message.pop("tool_call_id")
+    if call_id is not None:
+        check_text(call_id, "tool_call_id")
     metadata = {"tool_call_id": call_id} if call_id is not None else None
-    found = drafts(message, scope=session, metadata=metadata, source=TURN)
-    if len(found) != 1 or found[0].role not in ("user", "tool"):
-        raise InvalidInput("chat takes one message, of the user or of a tool; store others with add")
-    draft = found[0]
-    turn = Message(role=draft.role, content=draft.text, name=draft.name, tool_call_id=call_id, records=(turn_id,))
-    return draft, turn
+    [draft] = drafts([message], scope=session, metadata=metadata, source=TURN)
+    records = (new_id(),)
+    return draft, Message(role=draft.role, content=draft.text, name=draft.name, tool_call_id=call_id, records=records)
 
 
-def _history(engine: Engine, session: Scope) -> list[Message]:
+def _history(engine: Engine, session: Scope, *, answers: Sequence[Message] = ()) -> list[Message]:
     """The end of the session's own turns, within the budget. The cost is that of what is kept, however long the
     session is; records added by hand are no part of it."""
     budget = engine.settings.history_tokens
@@ -223,17 +265,19 @@ def _history(engine: Engine, session: Scope) -> list[Message]:
         turns[:0] = older[::-1]
         messages = prompt.conversation(turns)
         if len(older) < TURNS_READ:
-            return prompt.recent(messages, budget, engine.count)
-    before = engine.records.count_turns(session, before=turns[0].id)
-    return prompt.recent(messages, budget, engine.count, before=before)
+            break
+    before = engine.records.count_turns(session, before=turns[0].id) if turns else 0
+    return prompt.paired(prompt.recent(messages, budget, engine.count, before=before), answers)
 
 
-def _recall(engine: Engine, scope: Scope, query: str, present: set[str]) -> Flow[list[Hit]]:
+def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: list[Usage]) -> Flow[list[Hit]]:
     """The best records for this turn that are not in the conversation already, within the budget."""
     settings = engine.settings
     if settings.recall_k == 0 or settings.recall_tokens == 0:
         return []
-    found = yield from search(engine, scope, query[:QUERY_CHARACTERS], k=settings.recall_k + len(present))
+    found = yield from search(
+        engine, scope, query.strip()[:QUERY_CHARACTERS], k=settings.recall_k + len(present), noted=noted
+    )
     fresh = [hit for hit in found if hit.record.id not in present][: settings.recall_k]
     fitting = {record.id for record in prompt.fit([h.record for h in fresh], settings.recall_tokens, engine.count)}
     return [hit for hit in fresh if hit.record.id in fitting]
@@ -252,18 +296,19 @@ def _core(engine: Engine, scope: Scope, *, new_session: bool) -> list[Record]:
     stored = engine.database.query(
         "SELECT ids, records FROM cores WHERE tenant = ? AND user = ? AND agent = ? AND session = ?", levels
     )
-    visible = engine.records.count(scope)
-    if stored and (not new_session or visible < 1.5 * stored[0]["records"] + 8):
-        # A record forgotten by another process this very moment is missing here: then the core is chosen again.
-        with contextlib.suppress(NotFound):
-            return [engine.records.get(record, scope) for record in json.loads(stored[0]["ids"])]
+    if stored:
+        ids = json.loads(stored[0]["ids"])
+        held = engine.records.named(ids, scope)
+        # One that was forgotten by another process this very moment is missing: then the core is chosen again.
+        if len(held) == len(ids) and not (new_session and _outdated(engine, scope, held, stored[0]["records"])):
+            return held
     # A session's own turns are its history: its core comes from what the levels above share.
-    candidates = [
-        r for r in engine.records.newest(scope, limit=2000) if scope.session is None or r.scope.session is None
-    ]
+    now = engine.clock()
+    newest = engine.records.newest(scope, limit=CORE_CANDIDATES, at=now)
+    candidates = [r for r in newest if scope.session is None or r.scope.session is None]
     chosen = prompt.choose_core(
         candidates[::-1],
-        engine.ledger.times_shown(),
+        engine.ledger.times_shown([record.id for record in candidates]),
         least=engine.settings.page_tokens,
         budget=engine.settings.core_tokens,
         count=engine.count,
@@ -272,10 +317,18 @@ def _core(engine: Engine, scope: Scope, *, new_session: bool) -> list[Record]:
         connection.execute("DELETE FROM lineage WHERE kind = 'core' AND key = ?", (key,))
         ids = json.dumps([record.id for record in chosen])
         connection.execute(
-            "INSERT OR REPLACE INTO cores VALUES (?, ?, ?, ?, ?, ?, ?)", (*levels, ids, engine.clock(), visible)
+            "INSERT OR REPLACE INTO cores VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*levels, ids, now, engine.records.count(scope)),
         )
         connection.executemany("INSERT INTO lineage VALUES ('core', ?, ?)", [(key, record.id) for record in chosen])
     return chosen
+
+
+def _outdated(engine: Engine, scope: Scope, core: Sequence[Record], seen: int) -> bool:
+    """True if the scope has grown by half since the core was chosen, or one of its records no longer holds."""
+    now = engine.clock()
+    ended = any(record.valid_until is not None and utc_seconds(record.valid_until) <= now for record in core)
+    return ended or engine.records.count(scope) >= 1.5 * seen + 8
 
 
 def _request(
@@ -324,10 +377,24 @@ def _observe(
 
 def _reply_drafts(generation: Generation, session: Scope) -> list[Draft]:
     """What the model said, as a draft; none if it said nothing that can be stored."""
-    calls = [call.model_dump() for call in generation.tool_calls]
-    text = generation.text if generation.text.strip() else "".join(f"[calls {call['name']}]" for call in calls)
-    text = text.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+    calls: Any = _storable([call.model_dump() for call in generation.tool_calls])
+    text = _storable(generation.text) if generation.text.strip() else prompt.calls_text(generation.tool_calls)
     if not text.strip():
         return []
-    metadata = {"tool_calls": calls} if calls else None
-    return drafts({"role": "assistant", "content": text}, scope=session, metadata=metadata, source=TURN)
+    said = {"role": "assistant", "content": text}
+    try:
+        return drafts(said, scope=session, metadata={"tool_calls": calls} if calls else None, source=TURN)
+    except InvalidInput as error:  # a model may write anything: the answer has come and must not be lost for it
+        _log.warning("the answer's tool calls are not remembered: %s", error)
+        return drafts(said, scope=session, source=TURN)
+
+
+def _storable(value: Any) -> Any:
+    """What a model wrote, without the characters and numbers that can't be stored."""
+    if isinstance(value, str):
+        return value.replace("\0", "").encode("utf-8", "replace").decode("utf-8")
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    if isinstance(value, dict):
+        return {_storable(key): _storable(item) for key, item in value.items()}
+    return [_storable(item) for item in value] if isinstance(value, (list, tuple)) else value

@@ -8,24 +8,39 @@ from __future__ import annotations
 
 import datetime as dt
 import json
+import logging
+import time
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from . import prompt
 from .engine import Engine
-from .errors import InvalidInput, ScopeError
+from .errors import InvalidInput, ScopeError, StoreError
 from .flow import Embed, Flow
-from .ledger import Report
+from .ledger import LISTED, Report
 from .plaintext import search as searching
-from .plaintext.drafts import Draft, check_k, drafts
-from .types import Context, Erasure, Hit, Record, Scope, Verification
+from .plaintext.conditions import beneath, matching
+from .plaintext.drafts import check_k, drafts, moment
+from .types import Context, Erasure, Hit, Record, Scope, Usage, Verification
 
-__all__ = ["add", "catch_up", "context", "embedded", "forget", "report", "search", "update", "verify"]
+__all__ = [
+    "add",
+    "catch_up",
+    "context",
+    "embedded",
+    "forget",
+    "note_embeddings",
+    "report",
+    "search",
+    "update",
+    "verify",
+]
 
 #: Texts embedded at once when records of another embedder are embedded again.
 BATCH = 256
 
 When = dt.datetime | str | None
+_log = logging.getLogger("agentmem")
 
 
 def add(
@@ -43,16 +58,34 @@ def add(
     new = drafts(
         content, scope=scope, metadata=metadata, at=at, valid_from=valid_from, valid_until=valid_until, source=source
     )
-    vectors = yield from embedded(engine, new)
-    return engine.records.insert(new, vectors, engine.space)
+    noted: list[Usage] = []
+    vectors = yield from embedded(engine, [draft.passage for draft in new], noted)
+    space = engine.space
+    with engine.database.write():
+        records = engine.records.insert(new, vectors, space)
+        note_embeddings(engine, scope, noted)
+    return records
 
 
-def embedded(engine: Engine, new: Sequence[Draft]) -> Flow[Any]:
-    """The vectors of these drafts or records, or None where search is lexical only."""
+def embedded(engine: Engine, texts: Sequence[str], noted: list[Usage], *, query: bool = False) -> Flow[Any]:
+    """The vectors of these texts, or None where search is lexical only.
+
+    What an embedder outside this machine was asked for is appended to ``noted``, for `note_embeddings`.
+    """
     embedder = engine.embedder
-    if embedder is None or not new:
+    if embedder is None or not texts:
         return None
-    return (yield Embed(embedder, [draft.passage for draft in new]))
+    begun = time.perf_counter()
+    vectors = yield Embed(embedder, texts, query=query)
+    if (count := getattr(embedder, "count_tokens", None)) is not None:
+        noted.append(Usage(input_tokens=count(texts), total_s=time.perf_counter() - begun))
+    return vectors
+
+
+def note_embeddings(engine: Engine, scope: Scope, noted: Sequence[Usage]) -> None:
+    """Write uses of the embedder into the ledger, in the transaction that is open, if one is."""
+    for usage in noted:
+        engine.ledger.note("embed", engine.embedder.name if engine.embedder else "", scope, usage)
 
 
 def catch_up(engine: Engine) -> Flow[int]:
@@ -65,8 +98,11 @@ def catch_up(engine: Engine) -> Flow[int]:
     if space is None or embedder is None:
         return done
     while rows := engine.records.pending(space, limit=BATCH):
-        vectors = yield Embed(embedder, [passage for _, passage in rows])
-        done += engine.records.embed_rows(rows, vectors, space)
+        noted: list[Usage] = []
+        vectors = yield from embedded(engine, [passage for _, passage in rows], noted)
+        with engine.database.write():
+            done += engine.records.embed_rows(rows, vectors, space)
+            note_embeddings(engine, Scope(), noted)
     return done
 
 
@@ -79,14 +115,25 @@ def search(
     where: Mapping[str, Any] | None = None,
     at: When = None,
     explain: bool = False,
+    noted: list[Usage] | None = None,
 ) -> Flow[list[Hit]]:
-    """One embedding, one pass over both indexes, scope and validity inside the search."""
+    """One embedding, one pass over both indexes, scope and validity inside the search.
+
+    A caller that gives ``noted`` writes the embedder's use down itself, in a transaction of its own.
+    """
     check_k(k)
     searching.check_query(query)
     yield from catch_up(engine)
-    vector = None
-    if engine.embedder is not None:
-        vector = (yield Embed(engine.embedder, [query], query=True))[0]
+    matching(where)
+    moment(at, "at")
+    uses: list[Usage] = [] if noted is None else noted
+    vectors = yield from embedded(engine, [query], uses, query=True)
+    vector = None if vectors is None else vectors[0]
+    if noted is None and uses:
+        try:
+            note_embeddings(engine, scope, uses)
+        except StoreError as error:  # a full disk must not keep anybody from reading
+            _log.warning("a use of the embedder could not be noted: %s", error)
     return searching.search(
         engine.database,
         engine.records,
@@ -111,16 +158,21 @@ def update(
     metadata: Mapping[str, Any] | None = None,
 ) -> Flow[Record]:
     """A new version of a record. Core blocks and LoRA versions made from the old text are dropped or retired."""
+    noted: list[Usage] = []
     vector = None
     old = engine.records.get(id, scope)
-    if text is not None and engine.embedder is not None:
+    if text is not None:
         changed = drafts({"role": old.role, "content": text, "name": old.name}, scope=old.scope)
-        vector = (yield Embed(engine.embedder, [changed[0].passage]))[0]
+        vectors = yield from embedded(engine, [changed[0].passage], noted)
+        vector = None if vectors is None else vectors[0]
+    space = engine.space
     with engine.database.write():
-        record = engine.records.update(id, scope, text=text, metadata=metadata, vector=vector, space=engine.space)
-        if text is not None and text != old.text:
-            _drop_derived(engine, [id], pages=False)
-    engine.finish_erasures()
+        old = engine.records.get(id, scope)
+        record = engine.records.update(id, scope, text=text, metadata=metadata, vector=vector, space=space)
+        note_embeddings(engine, scope, noted)
+        derived = record.text != old.text and _drop_derived(engine, [id], pages=False)
+    if derived:
+        engine.finish_erasures()
     return record
 
 
@@ -164,11 +216,11 @@ def forget(
 
 
 def _made_from(engine: Engine, kind: str, records: Sequence[str]) -> list[str]:
-    found: dict[str, None] = {}
-    for record in records:
-        rows = engine.database.query("SELECT key FROM lineage WHERE record = ? AND kind = ?", (record, kind))
-        found.update((row["key"], None) for row in rows)
-    return list(found)
+    rows = engine.database.query(
+        f"SELECT DISTINCT key FROM lineage WHERE kind = ? AND record IN ({LISTED}) ORDER BY key",
+        (kind, json.dumps(records)),
+    )
+    return [row["key"] for row in rows]
 
 
 def _receipt(engine: Engine, gone: Sequence[str], *, dry_run: bool) -> Erasure:
@@ -184,8 +236,11 @@ def _receipt(engine: Engine, gone: Sequence[str], *, dry_run: bool) -> Erasure:
     )
 
 
-def _drop_derived(engine: Engine, records: Sequence[str], *, pages: bool, vectors: bool = False) -> None:
-    """Drop core blocks now and write down which pages and LoRA versions are to go (`Engine.finish_erasures`)."""
+def _drop_derived(engine: Engine, records: Sequence[str], *, pages: bool, vectors: bool = False) -> bool:
+    """Drop core blocks now and write down which pages and LoRA versions are to go (`Engine.finish_erasures`).
+
+    Returns True if there is anything to finish.
+    """
     work = {
         "pages": engine.pages.made_from(records) if pages and _made_from(engine, "page", records) else [],
         "loras": _made_from(engine, "lora", records),
@@ -196,14 +251,16 @@ def _drop_derived(engine: Engine, records: Sequence[str], *, pages: bool, vector
             levels = json.loads(core)
             connection.execute("DELETE FROM cores WHERE tenant = ? AND user = ? AND agent = ? AND session = ?", levels)
             connection.execute("DELETE FROM lineage WHERE kind = 'core' AND key = ?", (core,))
-        connection.execute("INSERT INTO erasures (at, work) VALUES (?, ?)", (engine.clock(), json.dumps(work)))
+        if any(work.values()):
+            connection.execute("INSERT INTO erasures (at, work) VALUES (?, ?)", (engine.clock(), json.dumps(work)))
+    return any(work.values())
 
 
 def context(engine: Engine, scope: Scope, query: str | None = None, *, max_tokens: int = 500) -> Flow[Context]:
     """The records for a query (or the newest ones) as a fenced block of at most ``max_tokens`` tokens."""
     check_k(max_tokens, "max_tokens")
     if query is None:
-        newest = engine.records.newest(scope, limit=200)
+        newest = engine.records.newest(scope, limit=200, at=engine.clock())
         hits = [Hit(record=record, score=0.0) for record in newest]
     else:
         hits = yield from search(engine, scope, query, k=50)
@@ -215,16 +272,25 @@ def context(engine: Engine, scope: Scope, query: str | None = None, *, max_token
 
 
 def report(engine: Engine, scope: Scope) -> Report:
-    """What memory cost and saved in this scope and beneath it."""
-    held = engine.database.query(
-        "SELECT (SELECT COUNT(*) FROM pages) AS pages, (SELECT COUNT(*) FROM loras WHERE state != 'retired') AS loras"
-    )[0]
+    """What memory cost and saved in this scope and beneath it. Sizes on disk are those of the whole folder: they are
+    told on the root handle only."""
+    if scope == Scope():
+        pages = engine.database.query("SELECT COUNT(*) FROM pages")[0][0]
+        loras = engine.database.query("SELECT COUNT(*) FROM loras WHERE state != 'retired'")[0][0]
+    else:
+        whose, values = beneath(scope)
+        pages = engine.database.query(
+            "SELECT COUNT(DISTINCT lineage.key) FROM records CROSS JOIN lineage ON lineage.record = records.id"
+            f" AND lineage.kind = 'page' WHERE {whose}",
+            values,
+        )[0][0]
+        loras = sum(version.state != "retired" for version in engine.registry.versions(scope))
     return Report(
         lines=engine.ledger.lines(scope),
-        bytes=engine.bytes_held(),
+        bytes=engine.bytes_held() if scope == Scope() else {},
         records=engine.records.count(scope),
-        pages=held["pages"],
-        loras=held["loras"],
+        pages=pages,
+        loras=loras,
     )
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import io
-import logging
+import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,7 +18,8 @@ from .types import CacheUse, Scope, Usage, Value
 
 __all__ = ["Ledger", "Line", "Report", "price"]
 
-_log = logging.getLogger("agentmem")
+#: Many values bound as one JSON list.
+LISTED = "SELECT value FROM json_each(?)"
 
 
 class Line(Value):
@@ -172,12 +173,14 @@ class Ledger:
         size: int = 0,
         shown: Sequence[str] = (),
         holds_s: float | None = None,
+        money: tuple[float, float] | None = None,
     ) -> None:
         """Write down one use. ``shown`` are the records that stood in the prompt; ``size`` is in bytes written;
-        ``holds_s`` is how long the provider may hold the prompt."""
+        ``holds_s`` is how long the provider may hold the prompt; ``money`` is what `price` said, asked here if not
+        given."""
         now = self._clock()
         cache = cache or CacheUse()
-        money, bare = price(model, usage) or (None, None)
+        paid, bare = money or price(model, usage) or (None, None)
         levels = [value or "" for _, value in scope.levels()]
         with self._database.write() as connection:
             connection.execute(
@@ -187,30 +190,39 @@ class Ledger:
                 (
                     *(now, verb, model, *levels),
                     *(usage.input_tokens, usage.cached_tokens, usage.written_tokens, usage.output_tokens),
-                    *(usage.first_token_s, usage.total_s, size, cache.expected_tokens, cache.reason, money, bare),
+                    *(usage.first_token_s, usage.total_s, size, cache.expected_tokens, cache.reason, paid, bare),
                 ),
             )
+            self.note_shown(model, shown, holds_s)
+
+    def note_shown(self, model: str, records: Sequence[str], holds_s: float | None) -> None:
+        """Write down that these records stood in a prompt, which the provider may hold for ``holds_s``."""
+        now = self._clock()
+        with self._database.write() as connection:
             connection.executemany(
                 "INSERT INTO shown VALUES (?, ?, ?, 1, ?)"
                 " ON CONFLICT DO UPDATE SET at = excluded.at, times = times + 1, holds_s = excluded.holds_s",
-                [(record, model, now, holds_s) for record in dict.fromkeys(shown)],
+                [(record, model, now, holds_s) for record in dict.fromkeys(records)],
             )
 
-    def times_shown(self) -> dict[str, int]:
-        """How often each record was put into a prompt, by id."""
-        rows = self._database.query("SELECT record, SUM(times) FROM shown GROUP BY record")
+    def times_shown(self, records: Sequence[str]) -> dict[str, int]:
+        """How often each of these records was put into a prompt, by id; those that never were are left out."""
+        rows = self._database.query(
+            f"SELECT record, SUM(times) FROM shown WHERE record IN ({LISTED}) GROUP BY record", [json.dumps(records)]
+        )
         return {row[0]: int(row[1]) for row in rows}
 
     def may_hold(self, records: Sequence[str]) -> list[str]:
         """One sentence per provider outside this machine that was shown one of the records: what it may hold."""
-        until: dict[str, float] = {}
-        for record in records:
-            for row in self._database.query("SELECT model, at, holds_s FROM shown WHERE record = ?", (record,)):
-                if row["holds_s"] is not None:
-                    until[row["model"]] = max(until.get(row["model"], 0.0), row["at"] + row["holds_s"])
+        rows = self._database.query(
+            "SELECT model, MAX(at + holds_s) AS until FROM shown"
+            f" WHERE record IN ({LISTED}) AND holds_s IS NOT NULL GROUP BY model ORDER BY model",
+            [json.dumps(records)],
+        )
         return [
-            f"{model} was shown them; its prompt cache may hold them until {_utc(end)}, its logs as its contract says"
-            for model, end in sorted(until.items())
+            f"{row['model']} was shown them; its prompt cache may hold them until {_utc(row['until'])}, "
+            "its logs as its contract says"
+            for row in rows
         ]
 
     def lines(self, scope: Scope) -> list[Line]:

@@ -242,7 +242,7 @@ class ScopedMemory:
     @overload
     def chat(
         self,
-        message: str | Message | Mapping[str, Any],
+        message: Content,
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
@@ -254,7 +254,7 @@ class ScopedMemory:
     @overload
     def chat(
         self,
-        message: str | Message | Mapping[str, Any],
+        message: Content,
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
@@ -265,7 +265,7 @@ class ScopedMemory:
     ) -> ReplyStream: ...
     def chat(
         self,
-        message: str | Message | Mapping[str, Any],
+        message: Content,
         *,
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
@@ -276,6 +276,8 @@ class ScopedMemory:
     ) -> Reply | ReplyStream:
         """One turn with the model: recall, answer, remember.
 
+        ``message`` is of the user, or the result of a tool (``{"role": "tool", "content", "tool_call_id"}``), or a list
+        of results where the model asked for several tools at once.
         What was recalled enters at the end of the prompt, so the cached prefix before it stays whole. ``recall=False``
         keeps every record out but this session's own turns; ``remember=False`` stores nothing. ``options`` are
         ``max_tokens, temperature, top_p, seed, stop`` and whatever the vendor takes. On a handle without a session the
@@ -297,7 +299,7 @@ class ScopedMemory:
         return ReplyStream(flow) if stream else run(flow)
 
     def report(self) -> Report:
-        """What memory cost and saved in this scope: tokens, seconds, bytes, money."""
+        """What memory cost and saved in this scope: tokens, seconds, money; on the root handle also bytes on disk."""
         return run(local(flows.report, self._engine, self._scope))
 
     def export(self, path: str | os.PathLike[str]) -> int:
@@ -458,7 +460,7 @@ class Parametric:
         )
 
     def versions(self) -> builtins.list[LoraVersion]:
-        """The versions of this scope and beneath it, oldest first."""
+        """The versions of this scope, beneath it and of the levels above it, newest first."""
         return run(local(self._engine.registry.versions, self._scope))
 
     def active(self) -> LoraVersion | None:

@@ -9,13 +9,28 @@ inside a fence, in a user message, never with the system's authority.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
+from pydantic import ValidationError
+
 from .types import Message, Record, Segment, ToolCall
 
-__all__ = ["MEMORY_NOTE", "choose_core", "conversation", "cost", "fit", "lay_out", "quote", "record_line", "recent"]
+__all__ = [
+    "MEMORY_NOTE",
+    "calls_text",
+    "choose_core",
+    "conversation",
+    "cost",
+    "fit",
+    "lay_out",
+    "paired",
+    "quote",
+    "recent",
+    "record_line",
+]
 
 Count = Callable[[str], int]
 
@@ -113,15 +128,51 @@ def conversation(records: Sequence[Record]) -> list[Message]:
 
 
 def _message(record: Record) -> Message:
-    calls = tuple(ToolCall(**call) for call in record.metadata.get("tool_calls", ()))
+    call_id = record.metadata.get("tool_call_id")
+    try:
+        calls = tuple(ToolCall.model_validate(call) for call in record.metadata.get("tool_calls", ()))
+    except (TypeError, ValidationError):  # somebody else's metadata: a record of any origin may stand in a session
+        calls = ()
     return Message(
         role=record.role,
-        content="" if calls else record.text,
+        content="" if calls and record.text == calls_text(calls) else record.text,
         name=record.name,
         tool_calls=calls,
-        tool_call_id=record.metadata.get("tool_call_id"),
+        tool_call_id=call_id if isinstance(call_id, str) else None,
         records=(record.id,),
     )
+
+
+def calls_text(calls: Sequence[ToolCall]) -> str:
+    """What stands for an answer that is only tool calls, where a text is needed."""
+    return "".join(f"[calls {call.name}]" for call in calls)
+
+
+def paired(history: Sequence[Message], answers: Sequence[Message] = ()) -> list[Message]:
+    """The history with every tool call followed by its result, as the vendors' APIs demand.
+
+    ``answers`` is the turn that follows. A call that was never answered is told as text; a result whose call was
+    forgotten is left out.
+    """
+    whole = [*history, *answers]
+    kept: list[Message] = []
+    open_calls: set[str] = set()
+    for place, message in enumerate(history):
+        if message.role == "tool":
+            if message.tool_call_id in open_calls or (message.tool_call_id is None and open_calls):
+                kept.append(message)
+            continue
+        results = itertools.takewhile(lambda said: said.role == "tool", whole[place + 1 :])
+        answered = {said.tool_call_id for said in results}
+        # Engines without ids take the results in order.
+        calls = tuple(call for call in message.tool_calls if None in answered or call.id in answered)
+        open_calls = {call.id for call in calls}
+        if len(calls) < len(message.tool_calls):
+            content = message.content or ("" if calls else calls_text(message.tool_calls))
+            kept.append(message.model_copy(update={"tool_calls": calls, "content": content}))
+        else:
+            kept.append(message)
+    return kept
 
 
 def cost(messages: Iterable[Message], count: Count) -> int:
@@ -156,12 +207,13 @@ def lay_out(
     core_records: Sequence[str] = (),
     history: Sequence[Message] = (),
     recalled: Sequence[Record] = (),
-    turn: Message | None = None,
+    turn: Message | Sequence[Message] = (),
     memories: bool = True,
 ) -> tuple[Segment, ...]:
     """The segments of a prompt, in order of their rate of change; empty ones are left out.
 
-    ``core`` is the rendered core block, ``recalled`` the records for this turn, ``turn`` the new message. With
+    ``core`` is the rendered core block, ``recalled`` the records for this turn, ``turn`` the new message or
+    the results of tools. With
     ``memories=False`` nothing speaks of memory, so that the prompt is what it would be without agentmem.
     """
     segments: list[Segment] = []
@@ -175,10 +227,11 @@ def lay_out(
         segments.append(Segment(name="core", messages=(block,), stable=True))
     if history:
         segments.append(Segment(name="history", messages=tuple(history), stable=True))
-    if turn is not None:
+    new = [turn] if isinstance(turn, Message) else list(turn)
+    if new:
         if recalled:
-            content = f"{quote(recalled)}\n\n{turn.content}"
-            lineage = (*turn.records, *(record.id for record in recalled))
-            turn = turn.model_copy(update={"content": content, "records": lineage})
-        segments.append(Segment(name="turn", messages=(turn,), stable=False))
+            content = f"{quote(recalled)}\n\n{new[0].content}"
+            lineage = (*new[0].records, *(record.id for record in recalled))
+            new[0] = new[0].model_copy(update={"content": content, "records": lineage})
+        segments.append(Segment(name="turn", messages=tuple(new), stable=False))
     return tuple(segments)

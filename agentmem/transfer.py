@@ -17,10 +17,10 @@ from pydantic import ValidationError
 from .engine import Engine
 from .errors import Incompatible, InvalidInput, ScopeError, StoreError
 from .flow import Flow
-from .flows import BATCH, embedded
+from .flows import BATCH, embedded, note_embeddings
 from .plaintext.drafts import Draft, check_path, draft_of
 from .plaintext.records import ID, new_id
-from .types import Record, Scope
+from .types import Record, Scope, Usage
 
 __all__ = ["export", "load"]
 
@@ -71,14 +71,12 @@ def load(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> Flow[int
     for first in range(0, len(new), BATCH):
         batch = new[first : first + BATCH]
         drafts = [line.draft for line in batch]
-        vectors = yield from embedded(engine, drafts)
-        engine.records.insert(
-            drafts,
-            vectors,
-            engine.space,
-            ids=[line.record.id for line in batch],
-            older=[line.older for line in batch],
-        )
+        noted: list[Usage] = []
+        vectors = yield from embedded(engine, [draft.passage for draft in drafts], noted)
+        ids, older, space = [line.record.id for line in batch], [line.older for line in batch], engine.space
+        with engine.database.write():
+            engine.records.insert(drafts, vectors, space, ids=ids, older=older)
+            note_embeddings(engine, scope, noted)
     return len(new)
 
 

@@ -21,7 +21,7 @@ from agentmem.database import Database
 from agentmem.errors import Corrupt, InvalidInput, NotFound, ScopeError, StoreError
 from agentmem.types import Record, Scope
 
-from .conditions import beneath, joined, matching, visible
+from .conditions import beneath, joined, matching, valid_at, visible
 from .drafts import (
     Draft,
     check_k,
@@ -169,9 +169,19 @@ class Records:
         rows = self._database.query(f"SELECT * FROM records WHERE {sql} ORDER BY seq LIMIT ?", [*values, limit])
         return [record_of(row) for row in rows]
 
-    def newest(self, scope: Scope, limit: int = 100) -> builtins.list[Record]:
-        """Up to ``limit`` visible records, the newest arrival first."""
+    def named(self, ids: Sequence[str], scope: Scope) -> builtins.list[Record]:
+        """The visible records among these, in the order of ``ids``."""
         sql, values = visible(scope)
+        listed = "SELECT value FROM json_each(?)"
+        rows = self._database.query(
+            f"SELECT * FROM records WHERE id IN ({listed}) AND {sql}", [json.dumps(ids), *values]
+        )
+        found = {row["id"]: record_of(row) for row in rows}
+        return [found[id_] for id_ in ids if id_ in found]
+
+    def newest(self, scope: Scope, limit: int = 100, *, at: float | None = None) -> builtins.list[Record]:
+        """Up to ``limit`` visible records, the newest arrival first; with ``at`` those that hold then (UTC seconds)."""
+        sql, values = joined([visible(scope), *([] if at is None else [valid_at(at)])])
         rows = self._database.query(
             f"SELECT * FROM records WHERE {sql} ORDER BY seq DESC LIMIT ?", [*values, check_k(limit, "limit")]
         )

@@ -80,4 +80,5 @@ def test_hosts_are_named_until_their_caches_run_out(ledger: Ledger, clock: FakeC
     [sentence] = ledger.may_hold(["r1"])
     assert "openai:m" in sentence
     assert "22:24 UTC" in sentence  # 2023-11-14 22:13:20, and 60 s, and ten minutes
-    assert ledger.times_shown() == {"r1": 3, "r2": 1}
+    assert ledger.times_shown(["r1", "r2", "r3"]) == {"r1": 3, "r2": 1}
+    assert ledger.times_shown(["r2"]) == {"r2": 1}
