@@ -22,7 +22,7 @@ from .flows import embedded, note_embeddings, search
 from .ledger import price
 from .plaintext.drafts import Draft, check_text, drafts, shown, utc_seconds
 from .plaintext.records import TURN, new_id
-from .provider import Generation, Options, Request
+from .provider import Generation, Options, Provider, Request
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
 
 __all__ = ["Conversation", "chat", "options_of", "prime"]
@@ -136,14 +136,8 @@ def chat(
         memories=recall,
     )
     request = _request(engine, conversation.scope, segments, tools=known_tools, options=options or Options())
-    in_prompt = [record for segment in segments for said in segment.messages for record in said.records]
-    holds_s = provider.capabilities.holds_prefix_s
-    try:
-        generation: Generation = yield Generate(provider, request)
-    except BaseException:
-        # It failed, or was given up half-way: the host has read the prompt all the same.
-        _note_shown(engine, provider.name, in_prompt, holds_s)
-        raise
+    shown_here = _shown(engine, provider, segments)
+    generation: Generation = yield Generate(provider, request)
     cache = _observe(engine, conversation, segments, generation)
     money = price(provider.name, generation.usage)
     new: list[Draft] = []
@@ -162,7 +156,8 @@ def chat(
             engine.records.insert(new, vectors, engine.space if vectors is not None else None, ids=list(kept))
             if len(new) > len(asked):
                 connection.executemany(
-                    "INSERT OR IGNORE INTO lineage VALUES ('reply', ?, ?)",
+                    # One that was forgotten while the model spoke leaves no trace here.
+                    "INSERT OR IGNORE INTO lineage SELECT 'reply', ?, id FROM records WHERE id = ?",
                     [(kept[-1], record) for record in {hit.record.id for hit in hits} | in_core],
                 )
         note_embeddings(engine, session, noted)
@@ -172,8 +167,7 @@ def chat(
             session,
             generation.usage,
             cache=cache,
-            shown=in_prompt,
-            holds_s=holds_s,
+            shown=shown_here,
             money=money,
         )
     return Reply(
@@ -203,7 +197,7 @@ def prime(engine: Engine, conversation: Conversation, *, system: str | None = No
         turn=Message(role="user", content="."),  # every template and API wants a last message; it is never kept
     )
     request = _request(engine, conversation.scope, segments, options=Options(max_tokens=0))
-    in_prompt = [record for segment in segments for said in segment.messages for record in said.records]
+    shown_here = _shown(engine, provider, segments)
     generation: Generation = yield Generate(provider, request)
     _observe(engine, conversation, segments, generation)
     engine.ledger.note(
@@ -211,20 +205,26 @@ def prime(engine: Engine, conversation: Conversation, *, system: str | None = No
         provider.name,
         conversation.session,
         generation.usage,
-        shown=in_prompt,
-        holds_s=provider.capabilities.holds_prefix_s,
+        shown=shown_here,
     )
     return generation.usage
 
 
-def _note_shown(engine: Engine, model: str, records: Sequence[str], holds_s: float | None) -> None:
-    """Note what a host has read of a turn that did not end, for the receipts of `forget`."""
+def _shown(engine: Engine, provider: Provider, segments: Sequence[Segment]) -> list[str]:
+    """The records that stand in a prompt, to be noted with its use.
+
+    A host's are noted here, before it reads them: a turn that fails, is given up or is killed was read all the same,
+    and the receipt of a `forget` in the meantime has to say so.
+    """
+    records = [record for segment in segments for message in segment.messages for record in message.records]
+    holds_s = provider.capabilities.holds_prefix_s
     if holds_s is None or not records:
-        return
+        return records
     try:
-        engine.ledger.note_shown(model, records, holds_s)
-    except StoreError as error:
-        _log.warning("what %s was shown could not be noted: %s", model, error)
+        engine.ledger.note_shown(provider.name, records, holds_s)
+    except StoreError as error:  # reading must go on where nothing can be written
+        _log.warning("what %s is shown could not be noted: %s", provider.name, error)
+    return []
 
 
 def _asked(message: Any, session: Scope) -> list[tuple[Draft, Message]]:

@@ -172,12 +172,10 @@ class Ledger:
         cache: CacheUse | None = None,
         size: int = 0,
         shown: Sequence[str] = (),
-        holds_s: float | None = None,
         money: tuple[float, float] | None = None,
     ) -> None:
         """Write down one use. ``shown`` are the records that stood in the prompt; ``size`` is in bytes written;
-        ``holds_s`` is how long the provider may hold the prompt; ``money`` is what `price` said, asked here if not
-        given."""
+        ``money`` is what `price` said, asked here if not given."""
         now = self._clock()
         cache = cache or CacheUse()
         paid, bare = money or price(model, usage) or (None, None)
@@ -193,10 +191,10 @@ class Ledger:
                     *(usage.first_token_s, usage.total_s, size, cache.expected_tokens, cache.reason, paid, bare),
                 ),
             )
-            self.note_shown(model, shown, holds_s)
+            self.note_shown(model, shown, None)
 
     def note_shown(self, model: str, records: Sequence[str], holds_s: float | None) -> None:
-        """Write down that these records stood in a prompt, which the provider may hold for ``holds_s``."""
+        """Write down that these records stand in a prompt, which a host may hold for ``holds_s`` seconds."""
         now = self._clock()
         with self._database.write() as connection:
             connection.executemany(

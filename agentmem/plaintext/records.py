@@ -72,6 +72,8 @@ __all__ = [
 ]
 
 ID = re.compile(r"[0-9a-f]{32}")
+#: By the whole primary key: by the row alone it would walk through all vectors.
+DROP_VECTORS = "DELETE FROM vectors WHERE space IN (SELECT id FROM spaces) AND seq = ?"
 #: The source of a chat's own turns. Written out in SQL, so that the partial index ``records_turns`` answers.
 TURN = "chat"
 TURNS = f"tenant = ? AND user = ? AND agent = ? AND session = ? AND source = '{TURN}'"
@@ -172,10 +174,9 @@ class Records:
     def named(self, ids: Sequence[str], scope: Scope) -> builtins.list[Record]:
         """The visible records among these, in the order of ``ids``."""
         sql, values = visible(scope)
-        listed = "SELECT value FROM json_each(?)"
-        rows = self._database.query(
-            f"SELECT * FROM records WHERE id IN ({listed}) AND {sql}", [json.dumps(ids), *values]
-        )
+        # CROSS JOIN keeps the order: a few look-ups by id, not a walk through the scope.
+        wanted = "json_each(?) AS wanted CROSS JOIN records ON records.id = wanted.value"
+        rows = self._database.query(f"SELECT records.* FROM {wanted} WHERE {sql}", [json.dumps(list(ids)), *values])
         found = {row["id"]: record_of(row) for row in rows}
         return [found[id_] for id_ in ids if id_ in found]
 
@@ -222,7 +223,7 @@ class Records:
         """The visible records in these rows, by row; what is gone or not visible is left out."""
         sql, values = visible(scope)
         rows = self._database.query(
-            f"SELECT * FROM records WHERE seq IN (SELECT value FROM json_each(?)) AND {sql}",
+            f"SELECT records.* FROM json_each(?) AS wanted CROSS JOIN records ON seq = wanted.value WHERE {sql}",
             [json.dumps([int(seq) for seq in seqs]), *values],
         )
         return {int(row["seq"]): record_of(row) for row in rows}
@@ -281,7 +282,7 @@ class Records:
                     "INSERT INTO records_fts (rowid, text, name) VALUES (?, ?, ?)",
                     (row["seq"], new["text"], row["name"]),
                 )
-                connection.execute("DELETE FROM vectors WHERE seq = ?", (row["seq"],))
+                connection.execute(DROP_VECTORS, (row["seq"],))
                 if blobs is None:
                     note_changes(connection, [(row["tenant"], row["seq"], 0)])
                 else:
@@ -317,7 +318,7 @@ class Records:
                 drop_words(connection, row)
                 connection.execute("DELETE FROM records WHERE seq = ?", (row["seq"],))
                 versions += connection.execute("DELETE FROM versions WHERE id = ?", (id_,)).rowcount
-                vectors += connection.execute("DELETE FROM vectors WHERE seq = ?", (row["seq"],)).rowcount
+                vectors += connection.execute(DROP_VECTORS, (row["seq"],)).rowcount
                 note_changes(connection, [(row["tenant"], row["seq"], 0)])
                 connection.execute("INSERT OR REPLACE INTO tombstones (record, at) VALUES (?, ?)", (id_, self._clock()))
                 records += 1

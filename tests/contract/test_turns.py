@@ -141,6 +141,17 @@ def test_a_host_that_read_an_unfinished_turn_is_on_the_receipt(folder: Path, tur
         assert "hosted:model" in memory.forget(record.id).hosted[0]
 
 
+def test_a_host_that_reads_a_record_while_it_is_forgotten_is_on_the_receipt(folder: Path) -> None:
+    memory, _ = opened(folder, "One two three.")
+    with memory:
+        [record] = memory.add("I'm allergic to peanuts.")
+        with memory.chat("What am I allergic to?", stream=True) as stream:
+            next(stream)
+            assert "hosted:model" in memory.forget(record.id).hosted[0]
+            assert stream.reply.records
+        assert memory._engine.database.query("SELECT * FROM lineage WHERE record = ?", (record.id,)) == []
+
+
 def test_a_host_that_was_primed_is_on_the_receipt(folder: Path) -> None:
     memory, _ = opened(folder)
     with memory:

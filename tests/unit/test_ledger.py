@@ -73,10 +73,10 @@ def test_the_report_adds_up_and_shows_itself(ledger: Ledger) -> None:
 
 
 def test_hosts_are_named_until_their_caches_run_out(ledger: Ledger, clock: FakeClock) -> None:
-    ledger.note("chat", "openai:m", Scope(), Usage(), shown=["r1", "r2"], holds_s=600.0)
+    ledger.note_shown("openai:m", ["r1", "r2"], 600.0)
     ledger.note("chat", "local:m", Scope(), Usage(), shown=["r1"])
     clock.advance(60)
-    ledger.note("chat", "openai:m", Scope(), Usage(), shown=["r1"], holds_s=600.0)
+    ledger.note_shown("openai:m", ["r1"], 600.0)
     [sentence] = ledger.may_hold(["r1"])
     assert "openai:m" in sentence
     assert "22:24 UTC" in sentence  # 2023-11-14 22:13:20, and 60 s, and ten minutes

@@ -9,7 +9,7 @@ import random
 import re
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -517,3 +517,26 @@ def test_the_end_of_a_long_conversation_is_found_by_an_index(records: Records, d
         f"EXPLAIN QUERY PLAN SELECT * FROM records WHERE {TURNS} ORDER BY seq DESC", ["", "ana", "", "s"]
     )
     assert "records_turns" in plan[0]["detail"]
+
+
+@pytest.mark.parametrize("verb", ["delete", "named", "at_rows", "update"])
+def test_a_look_up_by_id_never_walks_through_a_table(records: Records, database: Database, verb: str) -> None:
+    space = open_space(database, "e", "d", 2)
+    many = records.insert(drafts([f"fact {n}" for n in range(50)], scope=ROOT), np.ones((50, 2), np.float32), space)
+    ids = [record.id for record in many[:3]]
+    asked: list[str] = []
+    connection: Any = database._connection
+    connection.set_trace_callback(asked.append)
+    calls: dict[str, Callable[[], object]] = {
+        "delete": lambda: records.delete(ids),
+        "named": lambda: records.named(ids, ROOT),
+        "at_rows": lambda: records.at_rows([1, 2], ROOT),
+        "update": lambda: records.update(ids[0], ROOT, text="other"),
+    }
+    calls[verb]()
+    connection.set_trace_callback(None)
+    for statement in asked:
+        if statement.startswith(("SELECT", "DELETE", "UPDATE")) and "_fts" not in statement:
+            plan = [row["detail"] for row in database.query(f"EXPLAIN QUERY PLAN {statement}")]
+            walks = [line for line in plan if line.startswith("SCAN") and line.split()[1] in ("records", "vectors")]
+            assert not walks, (statement, walks)
