@@ -131,13 +131,9 @@ class Engine:
                 f"{self.folder} was embedded by {others[0]['name']!r}, not {embedder.name!r}: open it with that "
                 "embedder, or set reembed=True to embed its records again"
             )
-        with self.database.write() as connection:
-            connection.execute(
-                "INSERT INTO spaces (name, digest, dimension) VALUES (?, ?, ?) ON CONFLICT (digest) DO NOTHING",
-                (embedder.name, embedder.digest, embedder.dimension),
-            )
-            row = connection.execute("SELECT id FROM spaces WHERE digest = ?", (embedder.digest,)).fetchone()
-        return int(row["id"])
+        from .plaintext.index import open_space
+
+        return open_space(self.database, embedder.name, embedder.digest, embedder.dimension)
 
     @property
     def index(self) -> VectorIndex | None:

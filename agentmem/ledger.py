@@ -44,7 +44,10 @@ class Line(Value):
 
 
 class Report(Value):
-    """What memory cost and saved, by verb and model, and what it holds. ``bytes`` is on disk, by kind of memory."""
+    """What memory cost and saved, by verb and model, and what it holds.
+
+    ``bytes`` is on disk, by kind of memory: the whole folder's, so it is told on the root handle only.
+    """
 
     lines: list[Line]
     bytes: dict[str, int]
@@ -58,15 +61,18 @@ class Report(Value):
         tokens = sum(line.input_tokens for line in self.lines)
         return sum(line.cached_tokens for line in self.lines) / tokens if tokens else 0.0
 
+    def _disk(self) -> str:
+        sizes = ", ".join(f"{kind} {_size(size)}" for kind, size in self.bytes.items())
+        return f"; on disk: {sizes}" if sizes else ""
+
     def _table(self) -> Any:
         from rich.table import Table
 
         table = Table(
             title="agentmem: what memory cost and saved",
             caption=(
-                f"{self.records} records, {self.pages} KV pages, {self.loras} LoRA versions; on disk: "
-                + ", ".join(f"{kind} {_size(size)}" for kind, size in self.bytes.items())
-                + f"; {self.cached_share:.0%} of all prompt tokens came from a cache"
+                f"{self.records} records, {self.pages} KV pages, {self.loras} LoRA versions{self._disk()}"
+                f"; {self.cached_share:.0%} of all prompt tokens came from a cache"
             ),
         )
         table.add_column("verb")

@@ -206,7 +206,8 @@ def test_a_scoped_report_tells_nothing_of_other_scopes(folder: Path) -> None:
         memory.scope(user="ben").add("ben's")
         report = memory.scope(user="ana").report()
         assert (report.bytes, report.pages, report.loras, report.records) == ({}, 0, 0, 0)
-        assert str(report)
+        assert "on disk" not in str(report)
+        assert "on disk" in str(memory.report())
         assert memory.report().bytes["records"] > 0
 
 
