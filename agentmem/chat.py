@@ -151,25 +151,30 @@ def chat(
         except ProviderError as error:
             # The turn itself is what must not be lost; its vectors are made at the next search.
             _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
-    with engine.database.write() as connection:
+    try:
+        with engine.database.write() as connection:
+            if new:
+                engine.records.insert(new, vectors, engine.space if vectors is not None else None, ids=list(kept))
+                if len(new) > len(asked):
+                    connection.executemany(
+                        # One that was forgotten while the model spoke leaves no trace here.
+                        "INSERT OR IGNORE INTO lineage SELECT 'reply', ?, id FROM records WHERE id = ?",
+                        [(kept[-1], record) for record in {hit.record.id for hit in hits} | in_core],
+                    )
+            note_embeddings(engine, session, noted)
+            engine.ledger.note(
+                "chat",
+                provider.name,
+                session,
+                generation.usage,
+                cache=cache,
+                shown=shown_here,
+                money=money,
+            )
+    except StoreError as error:
         if new:
-            engine.records.insert(new, vectors, engine.space if vectors is not None else None, ids=list(kept))
-            if len(new) > len(asked):
-                connection.executemany(
-                    # One that was forgotten while the model spoke leaves no trace here.
-                    "INSERT OR IGNORE INTO lineage SELECT 'reply', ?, id FROM records WHERE id = ?",
-                    [(kept[-1], record) for record in {hit.record.id for hit in hits} | in_core],
-                )
-        note_embeddings(engine, session, noted)
-        engine.ledger.note(
-            "chat",
-            provider.name,
-            session,
-            generation.usage,
-            cache=cache,
-            shown=shown_here,
-            money=money,
-        )
+            raise
+        _log.warning("a use of %s could not be noted: %s", provider.name, error)
     return Reply(
         text=generation.text,
         usage=generation.usage,

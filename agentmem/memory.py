@@ -284,7 +284,8 @@ class ScopedMemory:
         turns go to a session of its own, for the handle's life. With ``stream=True`` a `ReplyStream` comes back at
         once.
 
-        Raises `ConfigError` without a model, `ProviderError` when the model fails (then nothing is remembered).
+        Raises `ConfigError` without a model, `ProviderError` when the model fails and `StoreError` when the turn can't
+        be stored (then nothing is remembered; pieces of a stream have come by then).
         """
         flow = chats.chat(
             self._engine,

@@ -270,3 +270,22 @@ def test_other_settings_of_one_embedder_are_another_space() -> None:
     model = ScriptedProvider("Ok.", name="openai:text-embedding-3-small", capabilities=HOSTED)
     plain, small = HostedEmbedder(model.name, model), HostedEmbedder(model.name, model, {"embedding_dimensions": 256})
     assert plain.digest != small.digest
+
+
+def test_on_a_full_disk_a_chat_that_stores_nothing_still_answers(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from agentmem import Full
+
+    memory, _ = opened(folder, "Ok.", "Ok.", "Ok.")
+    with memory:
+        memory.add("I like tea")
+        memory.chat("Hello")
+
+        def full(*_: object, **__: object) -> None:
+            raise Full("no room")
+
+        monkeypatch.setattr(memory._engine.ledger, "note", full)
+        monkeypatch.setattr(memory._engine.ledger, "note_shown", full)
+        assert memory.chat("What do I like?", remember=False).text == "Ok."
+        with pytest.raises(Full):
+            memory.chat("Remember this")
+        assert len(memory.list()) == 3
