@@ -159,7 +159,7 @@ def chat(
                     connection.executemany(
                         # One that was forgotten while the model spoke leaves no trace here.
                         "INSERT OR IGNORE INTO lineage SELECT 'reply', ?, id FROM records WHERE id = ?",
-                        [(kept[-1], record) for record in {hit.record.id for hit in hits} | in_core],
+                        [(reply, record) for reply in kept[-1:] for record in {h.record.id for h in hits} | in_core],
                     )
             note_embeddings(engine, session, noted)
             engine.ledger.note(
@@ -262,7 +262,7 @@ def _said(message: Any, session: Scope) -> tuple[Draft, Message]:
 def _history(engine: Engine, session: Scope, *, answers: Sequence[Message] = ()) -> list[Message]:
     """The end of the session's own turns, within the budget. The cost is that of what is kept, however long the
     session is; records added by hand are no part of it."""
-    budget = engine.settings.history_tokens
+    budget = _within(engine, engine.settings.history_tokens, 0.4)
     turns: list[Record] = []
     messages: list[Message] = []
     while prompt.cost(messages, engine.count) <= budget:
@@ -275,16 +275,23 @@ def _history(engine: Engine, session: Scope, *, answers: Sequence[Message] = ())
     return prompt.paired(prompt.recent(messages, budget, engine.count, before=before), answers)
 
 
+def _within(engine: Engine, tokens: int, share: float) -> int:
+    """A budget of the settings, cut to this share of the model's window where that is known and small."""
+    window = engine.chat_provider().capabilities.context_tokens
+    return tokens if window is None else min(tokens, int(window * share))
+
+
 def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: list[Usage]) -> Flow[list[Hit]]:
     """The best records for this turn that are not in the conversation already, within the budget."""
     settings = engine.settings
     if settings.recall_k == 0 or settings.recall_tokens == 0:
         return []
+    budget = _within(engine, settings.recall_tokens, 0.1)
     found = yield from search(
         engine, scope, query.strip()[:QUERY_CHARACTERS], k=settings.recall_k + len(present), noted=noted
     )
     fresh = [hit for hit in found if hit.record.id not in present][: settings.recall_k]
-    fitting = {record.id for record in prompt.fit([h.record for h in fresh], settings.recall_tokens, engine.count)}
+    fitting = {record.id for record in prompt.fit([h.record for h in fresh], budget, engine.count)}
     return [hit for hit in fresh if hit.record.id in fitting]
 
 
@@ -315,7 +322,7 @@ def _core(engine: Engine, scope: Scope, *, new_session: bool) -> list[Record]:
         candidates[::-1],
         engine.ledger.times_shown([record.id for record in candidates]),
         least=engine.settings.page_tokens,
-        budget=engine.settings.core_tokens,
+        budget=_within(engine, engine.settings.core_tokens, 0.1),
         count=engine.count,
     )
     with engine.database.write() as connection:

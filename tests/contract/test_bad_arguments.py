@@ -19,9 +19,14 @@ class Odd:
     pass
 
 
-DEEP: Any = {}
-for _ in range(2000):
-    DEEP = {"a": DEEP}
+def nested(levels: int) -> Any:
+    value: Any = {}
+    for _ in range(levels):
+        value = {"a": value}
+    return value
+
+
+DEEP = nested(2000)
 
 AWKWARD: dict[str, Any] = {
     "None": None,
@@ -171,7 +176,8 @@ def test_a_memory_is_opened_or_refused_with_our_errors(folder: Path, setting: st
     opened: Callable[..., Memory] = Memory
     for name, value in AWKWARD.items():
         try:
-            opened(**{"path": folder / "memory", "embedder": "hash", setting: value}).close()
+            arguments: dict[str, Any] = {"path": folder / "memory", "embedder": "hash", setting: value}
+            opened(**arguments).close()
         except AgentMemError:
             pass
         except Exception as error:

@@ -289,3 +289,15 @@ def test_on_a_full_disk_a_chat_that_stores_nothing_still_answers(folder: Path, m
         with pytest.raises(Full):
             memory.chat("Remember this")
         assert len(memory.list()) == 3
+
+
+def test_a_small_window_is_never_overrun_by_memory(tmp_path: Path) -> None:
+    window = 600
+    provider = ScriptedProvider("Noted.", capabilities=Capabilities(chat=True, context_tokens=window))
+    with Memory(tmp_path / "m", model=provider, embedder="hash") as memory:
+        memory.add([f"I always keep fact number {n} about tea in mind, and I like it." for n in range(200)])
+        for n in range(40):
+            memory.chat(f"Tell me number {n} of all the things about tea that I like, please.")
+        for request in provider.requests:
+            said = [m.content for segment in request.segments for m in segment.messages]
+            assert sum(memory._engine.count(text) for text in said) < window
