@@ -5,7 +5,6 @@ Plain functions and flows over the engine; the two faces (memory.py, async_memor
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -45,7 +44,7 @@ def entries(engine: Engine, scope: Scope) -> list[PageEntry]:
     mine = engine.records.ids(scope)
     # A page of the root handle's chats may hold records of several users: each sees only their own named.
     return [
-        dataclasses.replace(entry, records=tuple(record for record in entry.records if record in mine))
+        entry.model_copy(update={"records": tuple(record for record in entry.records if record in mine)})
         for entry in engine.pages.entries()
         if mine.intersection(entry.records)
     ]

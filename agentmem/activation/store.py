@@ -14,12 +14,12 @@ import os
 import re
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ..database import Database
 from ..errors import Corrupt, Incompatible, InvalidInput, StoreError
+from ..types import Value
 from . import archive
 from .catalog import FILE, Catalog, marks, parts
 from .eviction import choose, descendants
@@ -35,8 +35,7 @@ _KEY = re.compile(r"[0-9a-f]{64}")
 Key = bytes
 
 
-@dataclass(frozen=True)
-class PageEntry:
+class PageEntry(Value):
     """One stored page. ``tokens`` is its length in tokens, ``records`` the ids of the records it was made from."""
 
     key: str
