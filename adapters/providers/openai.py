@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from agentmem.errors import ConfigError
@@ -76,10 +76,8 @@ def build_request(
     ``official`` chooses OpenAI's own names of fields over those that every compatible server knows.
     """
     options = request.options
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": [_message(message, official) for segment in request.segments for message in segment.messages],
-    }
+    messages = [_message(message, official) for segment in request.segments for message in segment.messages]
+    body: dict[str, Any] = {"model": model, "messages": messages if official else _alternating(messages)}
     if request.tools:
         body["tools"] = [_tool(tool) for tool in request.tools]
     if options.max_tokens is not None:
@@ -96,6 +94,18 @@ def build_request(
         body["stream"] = True
         body["stream_options"] = {"include_usage": True}
     return {**body, **options.extra}
+
+
+def _alternating(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Neighbouring user messages as one: the chat templates of some models refuse two in a row. What stands before a
+    growing end stays the same bytes."""
+    merged: list[dict[str, Any]] = []
+    for message in messages:
+        if merged and message["role"] == merged[-1]["role"] == "user":
+            merged[-1] = {**merged[-1], "content": f"{merged[-1]['content']}\n\n{message['content']}"}
+        else:
+            merged.append(message)
+    return merged
 
 
 def _message(message: Message, official: bool) -> dict[str, Any]:

@@ -235,3 +235,11 @@ def test_a_missing_package_is_named_with_its_command(
 def test_a_scheme_alone_asks_for_a_model(scheme: str) -> None:
     with pytest.raises(ConfigError, match=f"'{scheme}:<model>"):
         load(scheme, {"base_url": "http://127.0.0.1:1"})
+
+
+def test_other_servers_get_alternating_roles_and_openai_gets_what_was_laid_out() -> None:
+    said = (Message(role="user", content="core"), Message(role="user", content="question"))
+    segments = tuple(Segment(name="turn", messages=(message,), stable=False) for message in said)
+    theirs = adapter.build_request(Request(segments=segments), model="m", official=False)["messages"]
+    assert theirs == [{"role": "user", "content": "core\n\nquestion"}]
+    assert len(adapter.build_request(Request(segments=segments), model="m")["messages"]) == 2
