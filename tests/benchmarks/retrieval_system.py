@@ -3,7 +3,8 @@
 From the repository root, with the evaluation beside it:
 
     export PYTHONPATH=tests/benchmarks
-    python ../shared/eval/eval_retrieval.py --system retrieval_system:AgentMem --dataset locomo
+    python ../shared/eval/eval_retrieval.py --dataset locomo --json tests/benchmarks/results/locomo.json \\
+        --system baselines:Dense --system baselines:BM25 --system retrieval_system:AgentMem
 
 ``AGENTMEM_EMBEDDER`` chooses the embedder (default: the packaged one).
 """
