@@ -6,6 +6,7 @@ has a room of its own (chat.py), export and load too (transfer.py).
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import json
 import logging
@@ -21,6 +22,7 @@ from .ledger import LISTED, Report
 from .plaintext import search as searching
 from .plaintext.conditions import beneath, matching
 from .plaintext.drafts import check_k, drafts, moment
+from .progress import progress
 from .types import Context, Erasure, Hit, Record, Scope, Usage, Verification
 
 __all__ = [
@@ -97,12 +99,20 @@ def catch_up(engine: Engine) -> Flow[int]:
     done = 0
     if space is None or embedder is None:
         return done
-    while rows := engine.records.pending(space, limit=BATCH):
-        noted: list[Usage] = []
-        vectors = yield from embedded(engine, [passage for _, passage in rows], noted)
-        with engine.database.write():
-            done += engine.records.embed_rows(rows, vectors, space)
-            note_embeddings(engine, Scope(), noted)
+    rows = engine.records.pending(space, limit=BATCH)
+    if not rows:
+        return done
+    with progress("embedding") if len(rows) == BATCH else contextlib.nullcontext() as moved:
+        total = engine.records.count(Scope()) if moved else 0
+        while rows:
+            noted: list[Usage] = []
+            vectors = yield from embedded(engine, [passage for _, passage in rows], noted)
+            with engine.database.write():
+                done += engine.records.embed_rows(rows, vectors, space)
+                note_embeddings(engine, Scope(), noted)
+            if moved:
+                moved(done, total)
+            rows = engine.records.pending(space, limit=BATCH)
     return done
 
 

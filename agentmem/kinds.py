@@ -6,13 +6,13 @@ Plain functions and flows over the engine; the two faces (memory.py, async_memor
 from __future__ import annotations
 
 import os
-import sys
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .engine import Engine
 from .errors import ConfigError, InvalidInput, NotFound, ScopeError
 from .plaintext.drafts import check_path, check_scope, shown
+from .progress import progress
 from .types import Record, Scope, Usage
 
 if TYPE_CHECKING:
@@ -134,8 +134,8 @@ def train(
         raise InvalidInput(f"no records to learn in {scope}: add some first")
     corpus = corpora.build(chosen)
     tensors = provider.tensors()
-    with _progress("learning") as progress:
-        trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=progress)
+    with progress("learning") as moved:
+        trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=moved)
     version = engine.registry.add(trained, scope=scope, gate=gate(tensors, trained, corpus))
     engine.ledger.note("train", provider.name, scope, Usage(total_s=trained.seconds), size=version.bytes)
     if activate and version.gate.passed:
@@ -175,28 +175,3 @@ def beneath(scope: Scope, other: Any) -> Scope:
     if not wanted.within(scope):
         raise ScopeError(f"{wanted} lies outside this handle's scope ({scope})")
     return check_scope(wanted)
-
-
-class _progress:  # noqa: N801 - used like a function
-    """A progress bar in a terminal, nothing in a pipe."""
-
-    def __init__(self, label: str) -> None:
-        self._label = label
-        self._bar: Any = None
-
-    def __enter__(self) -> Callable[[int, int], None] | None:
-        if not sys.stderr.isatty():
-            return None
-        from rich.console import Console
-        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-
-        self._bar = Progress(
-            TextColumn("{task.description}"), BarColumn(), TimeRemainingColumn(), console=Console(stderr=True)
-        )
-        self._bar.start()
-        task = self._bar.add_task(self._label, total=None)
-        return lambda done, total: self._bar.update(task, completed=done, total=total)
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()

@@ -26,7 +26,7 @@ ORDER = [
     ["engine"],
     ["prompt", "ledger", "flow"],
     ["plaintext", "activation", "parametric"],
-    ["provider", "database", "config", "tokens"],
+    ["provider", "database", "config", "tokens", "progress"],
     ["_pure"],
     ["_native"],
     ["types"],
