@@ -26,8 +26,9 @@ def test_a_pipe_gets_nothing(capsys: pytest.CaptureFixture[str]) -> None:
 def test_embedding_again_shows_a_bar_in_a_terminal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with Memory(tmp_path / "m", embedder="none") as memory:
         memory.add([f"fact {n}" for n in range(600)])
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
     with Memory(tmp_path / "m", embedder="hash") as memory:
         assert memory.plaintext.embed() == 600
         assert memory.verify().ok
-    assert "embedding" in sys.stderr.getvalue()  # type: ignore[attr-defined]
+    assert "embedding" in terminal.getvalue()
