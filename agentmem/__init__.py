@@ -8,7 +8,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from .activation.store import PageEntry as PageEntry
     from .async_memory import AsyncMemory as AsyncMemory
+    from .async_memory import AsyncReplyStream as AsyncReplyStream
+    from .async_memory import AsyncScopedMemory as AsyncScopedMemory
     from .errors import AgentMemError as AgentMemError
     from .errors import ConfigError as ConfigError
     from .errors import Corrupt as Corrupt
@@ -27,6 +30,10 @@ if TYPE_CHECKING:
     from .errors import Unavailable as Unavailable
     from .ledger import Report as Report
     from .memory import Memory as Memory
+    from .memory import ReplyStream as ReplyStream
+    from .memory import ScopedMemory as ScopedMemory
+    from .parametric.registry import LoraVersion as LoraVersion
+    from .types import CacheUse as CacheUse
     from .types import Context as Context
     from .types import Erasure as Erasure
     from .types import Hit as Hit
@@ -34,40 +41,26 @@ if TYPE_CHECKING:
     from .types import Record as Record
     from .types import Reply as Reply
     from .types import Scope as Scope
+    from .types import ToolCall as ToolCall
     from .types import Usage as Usage
     from .types import Verification as Verification
 
 __version__ = "0.1.0"
 
+#: Where each public name lives.
 _MODULES = {
-    "async_memory": ("AsyncMemory",),
+    "activation.store": "PageEntry",
+    "async_memory": "AsyncMemory AsyncReplyStream AsyncScopedMemory",
     "errors": (
-        *(
-            "AgentMemError",
-            "ConfigError",
-            "Corrupt",
-            "Full",
-            "Incompatible",
-            "InvalidInput",
-            "Locked",
-            "MissingDependency",
-        ),
-        *(
-            "NotFound",
-            "ProviderError",
-            "RateLimited",
-            "Rejected",
-            "ScopeError",
-            "StoreError",
-            "TrainingError",
-            "Unavailable",
-        ),
+        "AgentMemError ConfigError Corrupt Full Incompatible InvalidInput Locked MissingDependency NotFound "
+        "ProviderError RateLimited Rejected ScopeError StoreError TrainingError Unavailable"
     ),
-    "ledger": ("Report",),
-    "memory": ("Memory",),
-    "types": ("Context", "Erasure", "Hit", "Message", "Record", "Reply", "Scope", "Usage", "Verification"),
+    "ledger": "Report",
+    "memory": "Memory ReplyStream ScopedMemory",
+    "parametric.registry": "LoraVersion",
+    "types": "CacheUse Context Erasure Hit Message Record Reply Scope ToolCall Usage Verification",
 }
-_HOME = {name: module for module, names in _MODULES.items() for name in names}
+_HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 
 __all__ = [*_HOME, "__version__"]  # noqa: PLE0604 # pyright: ignore[reportUnsupportedDunderAll]
 

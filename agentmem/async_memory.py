@@ -191,6 +191,19 @@ class AsyncScopedMemory:
         **options: Any,
     ) -> AsyncReplyStream: ...
 
+    @overload
+    async def chat(
+        self,
+        message: Content,
+        *,
+        system: str | None = ...,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        stream: bool,
+        recall: bool = ...,
+        remember: bool = ...,
+        **options: Any,
+    ) -> Reply | AsyncReplyStream: ...
+
     async def chat(
         self,
         message: Content,

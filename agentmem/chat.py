@@ -22,7 +22,7 @@ from .flows import embedded, note_embeddings, search
 from .ledger import price
 from .plaintext.drafts import Draft, check_text, drafts, shown, utc_seconds
 from .plaintext.records import TURN, new_id
-from .provider import Generation, Options, Provider, Request
+from .provider import Generation, LoraRef, Options, Provider, Request
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
 
 __all__ = ["Conversation", "chat", "options_of", "prime"]
@@ -46,6 +46,7 @@ class Conversation:
         self.scope = scope
         self.lock = threading.Lock()
         self.prefix: tuple[Message, ...] = ()
+        self.loras: tuple[LoraRef, ...] | None = None
         self._session = scope if scope.session is not None else None
 
     @property
@@ -138,8 +139,10 @@ def chat(
     request = _request(engine, conversation.scope, segments, tools=known_tools, options=options or Options())
     shown_here = _shown(engine, provider, segments)
     generation: Generation = yield Generate(provider, request)
-    cache = _observe(engine, conversation, segments, generation)
+    cache = _observe(engine, conversation, request, generation)
     money = price(provider.name, generation.usage)
+    # What the answer was made from, beside the conversation so far.
+    before_it = {said.records[0] for said in turn} | {hit.record.id for hit in hits} | in_core
     new: list[Draft] = []
     kept: tuple[str, ...] = ()
     vectors: Any = None
@@ -159,7 +162,7 @@ def chat(
                     connection.executemany(
                         # One that was forgotten while the model spoke leaves no trace here.
                         "INSERT OR IGNORE INTO lineage SELECT 'reply', ?, id FROM records WHERE id = ?",
-                        [(reply, record) for reply in kept[-1:] for record in {h.record.id for h in hits} | in_core],
+                        [(reply, record) for reply in kept[-1:] for record in before_it],
                     )
             note_embeddings(engine, session, noted)
             engine.ledger.note(
@@ -204,7 +207,7 @@ def prime(engine: Engine, conversation: Conversation, *, system: str | None = No
     request = _request(engine, conversation.scope, segments, options=Options(max_tokens=0))
     shown_here = _shown(engine, provider, segments)
     generation: Generation = yield Generate(provider, request)
-    _observe(engine, conversation, segments, generation)
+    _observe(engine, conversation, request, generation)
     engine.ledger.note(
         "prime",
         provider.name,
@@ -361,12 +364,10 @@ def _request(
     )
 
 
-def _observe(
-    engine: Engine, conversation: Conversation, segments: tuple[Segment, ...], generation: Generation
-) -> CacheUse:
+def _observe(engine: Engine, conversation: Conversation, request: Request, generation: Generation) -> CacheUse:
     """Compare what came from the cache with what the last request of this conversation left cacheable."""
     capabilities = engine.chat_provider().capabilities
-    stable = tuple(message for segment in segments if segment.stable for message in segment.messages)
+    stable = tuple(message for segment in request.segments if segment.stable for message in segment.messages)
     common = 0
     for before, now in zip(conversation.prefix, stable, strict=False):
         if before != now:
@@ -378,12 +379,18 @@ def _observe(
     expected = expected // step * step if capabilities.kv == "tensors" else expected * (expected >= step)
     if capabilities.kv == "none" or (capabilities.kv == "tensors" and engine.settings.page_budget == 0):
         expected = 0
-    conversation.prefix = stable
+    switched = conversation.loras is not None and conversation.loras != request.loras
+    conversation.prefix, conversation.loras = stable, request.loras
     cached = generation.usage.cached_tokens
     reason = None
     # An expectation is counted message by message, so it can be off by the template's own tokens: a tenth is no miss.
     if cached < 0.9 * expected:
-        reason = generation.miss or ("the prompt's prefix changed" if broken else "the cache did not hold the prefix")
+        ours = "the cache did not hold the prefix"
+        if switched:
+            ours = "another LoRA version answers now, and it has pages of its own"
+        elif broken:
+            ours = "the prompt's prefix changed"
+        reason = generation.miss or ours
     return CacheUse(kind=capabilities.kv, expected_tokens=expected, cached_tokens=cached, reason=reason)
 
 

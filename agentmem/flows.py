@@ -235,9 +235,12 @@ def _made_from(engine: Engine, kind: str, records: Sequence[str]) -> list[str]:
 
 def _receipt(engine: Engine, gone: Sequence[str], *, dry_run: bool) -> Erasure:
     forgotten = set(gone)
+    rows = engine.records.rows_of(gone)
     return Erasure(
         dry_run=dry_run,
         records=list(gone),
+        versions=rows.versions,
+        vectors=rows.vectors,
         pages=engine.pages.made_from(gone) if _made_from(engine, "page", gone) else [],
         cores=_made_from(engine, "core", gone),
         loras=_made_from(engine, "lora", gone),

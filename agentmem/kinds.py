@@ -5,6 +5,7 @@ Plain functions and flows over the engine; the two faces (memory.py, async_memor
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from .types import Record, Scope, Usage
 if TYPE_CHECKING:
     from .activation.store import PageEntry
     from .parametric.registry import LoraVersion
+
+_log = logging.getLogger("agentmem")
 
 __all__ = [
     "activate",
@@ -133,6 +136,12 @@ def train(
     if not chosen:
         raise InvalidInput(f"no records to learn in {scope}: add some first")
     corpus = corpora.build(chosen)
+    if not corpus.examples:
+        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out[:3])
+        raise InvalidInput(f"none of these {len(chosen)} records can be learnt ({why})")
+    if corpus.left_out:
+        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out)
+        _log.warning("%d of %d records are not learnt (%s)", len(corpus.left_out), len(chosen), why)
     tensors = provider.tensors()
     with progress("learning") as moved:
         trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=moved)

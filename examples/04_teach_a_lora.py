@@ -18,9 +18,9 @@ def main(epochs: int) -> None:
         ana.add(FACTS)
         before = ana.chat(QUESTION, recall=False, remember=False, max_tokens=20)
         print(f"base model, no records in the prompt: {before.text.strip()}")
-        version = ana.parametric.train(epochs=epochs)
+        version = ana.parametric.train(epochs=epochs, activate=False)
         print(f"{version.name}: {version.gate}")
-        ana.parametric.activate(version, force=True)
+        ana.parametric.activate(version, force=True)  # here whatever the gate says; train() asks it by itself
         after = ana.chat(QUESTION, recall=False, remember=False, max_tokens=20)
         print(f"with {version.name}, no records in the prompt: {after.text.strip()}")
         ana.parametric.rollback()

@@ -238,10 +238,14 @@ def _retry_after(headers: Mapping[str, str]) -> float | None:
     return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
 
 
+#: A shorter word is no key (local servers are given "none") and might stand in any sentence.
+SHORTEST_KEY = 8
+
+
 def clean(value: Any, secrets: Sequence[str]) -> Any:
     """``value`` without the keys: some servers repeat what they were sent."""
     if isinstance(value, str):
-        for secret in secrets:
+        for secret in (secret for secret in secrets if len(secret) >= SHORTEST_KEY):
             value = value.replace(secret, "***")
         return value
     if isinstance(value, Mapping):

@@ -248,7 +248,12 @@ class _Run:
         if last <= self._first:
             return 0
         tokens = self._prompt.tokens[: last * self._grid]
-        records = [self._prompt.records((number + 1) * self._grid) for number in range(self._first, last)]
+        # What a LoRA learnt has shaped every state that was computed under it.
+        learnt = {record for lora in self._loras for record in lora.records}
+        records = [
+            tuple(dict.fromkeys((*self._prompt.records((number + 1) * self._grid), *sorted(learnt))))
+            for number in range(self._first, last)
+        ]
         try:
             return self._engine.states.seal(
                 self._pages, self._identity, self._cache, tokens=tokens, first=self._first, records=records
@@ -266,11 +271,14 @@ def _stop_if(cancel: threading.Event | None) -> None:
 class Sampler:
     """Picks the next token: the likeliest at temperature None or 0, else by nucleus sampling (Holtzman et al. 2020).
 
-    ``extra`` may hold ``top_k`` and ``repetition_penalty`` (Keskar et al. 2019); other keys are ignored. Equal
+    ``extra`` may hold ``top_k`` and ``repetition_penalty`` (Keskar et al. 2019); others are ignored and logged. Equal
     seeds give equal tokens. Raises `InvalidInput` for values that can't be.
     """
 
     def __init__(self, options: Options) -> None:
+        unknown = sorted(set(options.extra) - {"top_k", "repetition_penalty", "chat_template_kwargs"})
+        if unknown:
+            log.warning("a local model takes no option %s: it is ignored", ", ".join(unknown))
         self._temperature = _number("temperature", options.temperature, 0.0, low=0.0, high=100.0)
         self._top_p = _number("top_p", options.top_p, 1.0, low=0.0, high=1.0)
         self._top_k = int(_number("top_k", options.extra.get("top_k"), 0, low=0, high=1 << 31))

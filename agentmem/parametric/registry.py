@@ -192,7 +192,8 @@ class Registry:
         Raises `Corrupt` for damaged files, `NotFound` where they are gone.
         """
         self._check(version.digest)
-        return LoraRef(name=version.name, digest=version.digest, path=str(self._path(version.digest)))
+        path = str(self._path(version.digest))
+        return LoraRef(name=version.name, digest=version.digest, path=path, records=version.records)
 
     def activate(self, version: str | LoraVersion | None, scope: Scope, *, force: bool = False) -> LoraVersion | None:
         """Answer with ``version`` in ``scope`` and beneath it from the next request on; None is the base model.

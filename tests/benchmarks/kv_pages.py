@@ -12,11 +12,11 @@ Results go to tests/benchmarks/results/kv_pages.json.
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import pickle
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -217,7 +217,11 @@ def measure(tokens: int, rounds: int) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    result = measure(*(int(argument) for argument in (*sys.argv[1:], *("2048", "15")[len(sys.argv) - 1 :])))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", type=int, nargs="?", default=2048)
+    parser.add_argument("rounds", type=int, nargs="?", default=15)
+    options = parser.parse_args()
+    result = measure(options.tokens, options.rounds)
     print(f"{result['bytes'] / 1e6:.0f} MB of states, {result['rounds']} rounds, {result['kernels']}")
     for name, speed in result["gigabytes_per_second"].items():
         print(f"  {name:45} {result['seconds'][name] * 1e3:8.1f} ms  {speed:6.2f} GB/s")
@@ -226,4 +230,3 @@ if __name__ == "__main__":
             print(f"  {kind.replace('_', ' ')}: {ratio:5.2f} x {name}")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
-    print(json.dumps(result))

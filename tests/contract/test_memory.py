@@ -406,12 +406,19 @@ def test_forget_removes_every_byte(tmp_path: Path, provider: ScriptedProvider) -
     assert b"quixotry" not in everything(folder)
 
 
-def test_dry_run_changes_nothing(memory: Memory) -> None:
+def test_dry_run_changes_nothing_and_says_what_the_real_run_will(memory: Memory) -> None:
     [record] = memory.add("keep me")
+    record = memory.update(record.id, text="keep me still")
     receipt = memory.forget(record.id, dry_run=True)
     assert receipt.dry_run
-    assert receipt.records == [record.id]
+    assert (receipt.records, receipt.versions, receipt.vectors) == ([record.id], 1, 1)
     assert memory.get(record.id) == record
+    assert memory.forget(record.id) == receipt.model_copy(update={"dry_run": False})
+
+
+def test_the_receipt_names_the_answer_to_a_forgotten_message(memory: Memory) -> None:
+    said, answered = memory.scope(user="ana").chat("My cat is called Miso.").records
+    assert memory.forget(said).replies == [answered]
 
 
 def test_forget_everything_stays_in_its_scope(memory: Memory) -> None:

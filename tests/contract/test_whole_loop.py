@@ -113,8 +113,11 @@ def test_a_lora_answers_without_records_and_no_page_crosses_it(memory: Memory) -
     assert ana.parametric.rollback() is None
     assert "Biscuit" not in ana.chat("What is my dog called?", recall=False, remember=False, max_tokens=16).text
     ana.parametric.activate(version, force=True)
+    under = {entry.key for entry in memory.activation.entries() if facts[0].id in entry.records}
+    assert under  # a page made under the version carries what the version learnt
     receipt = ana.forget(facts[0].id)
     assert receipt.loras == [version.digest]
+    assert under <= set(receipt.pages)
     assert ana.parametric.active() is None
     assert "Biscuit" not in ana.chat("What is my dog called?", recall=False, remember=False, max_tokens=16).text
     assert [v.state for v in ana.parametric.versions()] == ["retired"]

