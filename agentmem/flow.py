@@ -1,4 +1,4 @@
-"""One logic, two faces: a verb is a generator that yields what it needs from outside and is sent the answer.
+"""A verb as a generator: it yields what it needs from outside and is sent the answer.
 
 The drivers here run such a flow synchronously or under asyncio. They know nothing of what a flow does. After the
 sans-I/O auth flows of httpx.
