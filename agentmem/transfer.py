@@ -1,4 +1,6 @@
-"""Records in and out as JSON lines. A file has a header, then one object per record with its older versions.
+"""Export and load: records in and out as JSON lines.
+
+A file has a header, then one object per record with its older versions.
 
 Everything needed to rebuild the records is in the file; vectors, pages and LoRA versions are not, they are derived.
 """
