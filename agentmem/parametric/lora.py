@@ -111,19 +111,19 @@ def load(folder: str | os.PathLike[str], *, digest: str | None = None) -> Lora:
     Raises `NotFound` where there is no such folder, `Corrupt` for damaged files, and `TrainingError` for a PEFT
     method that is not plain LoRA (DoRA, rsLoRA, trained biases and the like).
     """
-    import safetensors
-    import safetensors.torch
     import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load as parsed
 
     config, weights = _read(Path(folder))
     if digest is not None and _digest(config, weights) != digest:
         raise Corrupt(f"the LoRA in {folder} is not what was stored (its digest differs): train it again")
     try:
         settings = json.loads(config)
-        flat = safetensors.torch.load(weights)
+        flat = parsed(weights)
         length = int.from_bytes(weights[:8], "little")
         notes = json.loads(weights[8 : 8 + length]).get("__metadata__", {})
-    except (ValueError, RecursionError, safetensors.SafetensorError) as error:
+    except (ValueError, RecursionError, SafetensorError) as error:
         raise Corrupt(f"the LoRA in {folder} can't be read ({error}): train it again") from error
     rank, alpha, base = _settings(settings, folder)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
