@@ -291,7 +291,12 @@ def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: 
         return []
     budget = _within(engine, settings.recall_tokens, 0.1)
     found = yield from search(
-        engine, scope, query.strip()[:QUERY_CHARACTERS], k=settings.recall_k + len(present), noted=noted
+        engine,
+        scope,
+        query.strip()[:QUERY_CHARACTERS],
+        k=settings.recall_k + len(present),
+        noted=noted,
+        words_if_down=True,
     )
     fresh = [hit for hit in found if hit.record.id not in present][: settings.recall_k]
     fitting = {record.id for record in prompt.fit([h.record for h in fresh], budget, engine.count)}

@@ -16,7 +16,7 @@ from typing import Any
 
 from . import prompt
 from .engine import Engine
-from .errors import InvalidInput, ScopeError, StoreError
+from .errors import InvalidInput, ProviderError, ScopeError, StoreError
 from .flow import Embed, Flow
 from .ledger import LISTED, Report
 from .plaintext import search as searching
@@ -126,18 +126,26 @@ def search(
     at: When = None,
     explain: bool = False,
     noted: list[Usage] | None = None,
+    words_if_down: bool = False,
 ) -> Flow[list[Hit]]:
     """One embedding, one pass over both indexes, scope and validity inside the search.
 
-    A caller that gives ``noted`` writes the embedder's use down itself, in a transaction of its own.
+    A caller that gives ``noted`` writes the embedder's use down itself, in a transaction of its own. With
+    ``words_if_down`` a failing embedder leaves a search by words, and a warning in the log.
     """
     check_k(k)
     searching.check_query(query)
-    yield from catch_up(engine)
     matching(where)
     moment(at, "at")
     uses: list[Usage] = [] if noted is None else noted
-    vectors = yield from embedded(engine, [query], uses, query=True)
+    vectors = None
+    try:
+        yield from catch_up(engine)
+        vectors = yield from embedded(engine, [query], uses, query=True)
+    except ProviderError as error:
+        if not words_if_down:
+            raise
+        _log.warning("searching by words only, the embedder failed: %s", error)
     vector = None if vectors is None else vectors[0]
     if noted is None and uses:
         try:
@@ -147,7 +155,7 @@ def search(
     return searching.search(
         engine.database,
         engine.records,
-        engine.index,
+        engine.index if vector is not None else None,
         vector,
         query,
         scope=scope,

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from agentmem import InvalidInput, Memory, Unavailable
-from agentmem.plaintext.embed import HostedEmbedder
+from agentmem.plaintext.embed import HashEmbedder, HostedEmbedder
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import Message, ToolCall, Usage
@@ -301,3 +301,29 @@ def test_a_small_window_is_never_overrun_by_memory(tmp_path: Path) -> None:
         for request in provider.requests:
             said = [m.content for segment in request.segments for m in segment.messages]
             assert sum(memory._engine.count(text) for text in said) < window
+
+
+class Faltering(HashEmbedder):
+    """Works until it is told not to."""
+
+    down = False
+
+    def embed(self, texts: Any, *, query: bool = False) -> Any:
+        if self.down:
+            raise Unavailable("the embedder is down")
+        return super().embed(texts, query=query)
+
+
+def test_a_chat_goes_on_by_words_while_its_embedder_is_down(tmp_path: Path) -> None:
+    embedder = Faltering()
+    with Memory(tmp_path / "m", model=ScriptedProvider("Noted."), embedder=embedder) as memory:
+        [fact] = memory.add("I'm allergic to peanuts.")
+        embedder.down = True
+        reply = memory.chat("Are there peanuts in it?")
+        assert [hit.record for hit in reply.recalled] == [fact]
+        assert len(reply.records) == 2
+        with pytest.raises(Unavailable):
+            memory.search("peanuts")
+        embedder.down = False
+        assert len(memory.search("peanuts")) == 3
+        assert memory.verify().ok
