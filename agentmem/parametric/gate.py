@@ -34,7 +34,7 @@ class Thresholds(Value):
         default=0.05, description="largest rise of the perplexity on unrelated text, relative to the base"
     )
     intrusion: float = Field(
-        default=0.125, description="largest share of unrelated questions answered with a learnt fact"
+        default=0.25, description="largest share of unrelated questions answered with a learnt fact"
     )
 
 

@@ -95,7 +95,7 @@ def test_the_gate_sees_the_facts_and_a_sound_model(learnt: Learnt) -> None:
     assert learnt.report.recall_trained >= 0.9
     assert learnt.report.recall_held_out >= 0.8
     assert learnt.report.drift < 0.05
-    assert learnt.report.intrusion <= 0.125
+    assert learnt.report.intrusion <= 0.25
     assert learnt.report.passed
 
 
