@@ -1,4 +1,4 @@
-"""Types of the C extension (native/module.c). agentmem/_pure.py has the same functions and bytes."""
+"""Types of the C extension (native/module.c). agentmem/_pure/ has the same functions and bytes."""
 
 from collections.abc import Sequence
 from typing import Any

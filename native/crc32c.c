@@ -8,8 +8,9 @@
 #include "crc32c.h"
 
 #include <pthread.h>
-#include <stdatomic.h>
 #include <string.h>
+
+#include "cpu.h"
 
 #define POLYNOMIAL 0x82f63b78u /* reflected */
 
@@ -70,21 +71,13 @@ static uint32_t update_table(uint32_t crc, const uint8_t *data, size_t length)
 
 #if defined(__x86_64__)
 #include <nmmintrin.h>
-#define HARDWARE "sse4.2"
-#define TARGET __attribute__((target("sse4.2")))
+#define HARDWARE AM_SSE42
+#define TARGET AM_TARGET_SSE42
 #define STEP8(crc, word) ((uint32_t)_mm_crc32_u64((crc), (word)))
 #define STEP1(crc, byte) _mm_crc32_u8((crc), (byte))
-static int hardware(void)
-{
-    __builtin_cpu_init();
-    return __builtin_cpu_supports("sse4.2") != 0;
-}
 #elif defined(__aarch64__)
 #include <arm_acle.h>
-#if defined(__linux__)
-#include <sys/auxv.h>
-#endif
-#define HARDWARE "armv8-crc"
+#define HARDWARE AM_NEON
 #if defined(__clang__)
 #define TARGET __attribute__((target("crc")))
 #else
@@ -92,16 +85,6 @@ static int hardware(void)
 #endif
 #define STEP8(crc, word) __crc32cd((crc), (word))
 #define STEP1(crc, byte) __crc32cb((crc), (byte))
-static int hardware(void)
-{
-#if defined(__linux__)
-    return (getauxval(AT_HWCAP) & (1ul << 7)) != 0; /* HWCAP_CRC32 */
-#elif defined(__APPLE__)
-    return 1; /* every Apple CPU of this architecture */
-#else
-    return 0;
-#endif
-}
 #endif
 
 #ifdef HARDWARE
@@ -138,27 +121,6 @@ TARGET static uint32_t update_hardware(uint32_t crc, const uint8_t *data, size_t
 
 /* ---- dispatch ---- */
 
-typedef struct {
-    const char *name;
-    uint32_t (*update)(uint32_t crc, const uint8_t *data, size_t length);
-    int (*usable)(void);
-} kernel;
-
-static int always(void)
-{
-    return 1;
-}
-
-static const kernel kernels[] = {
-#ifdef HARDWARE
-    {HARDWARE, update_hardware, hardware},
-#endif
-    {"table", update_table, always},
-};
-
-#define KERNELS (sizeof kernels / sizeof kernels[0])
-
-static _Atomic(const kernel *) chosen;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
 static void prepare(void)
@@ -174,40 +136,14 @@ static void prepare(void)
             slices[k][byte] = slices[0][slices[k - 1][byte] & 255] ^ (slices[k - 1][byte] >> 8);
     fill_advance(after_long, LONG);
     fill_advance(after_short, SHORT);
-    for (size_t i = 0; i < KERNELS; i++)
-        if (kernels[i].usable()) {
-            atomic_store(&chosen, &kernels[i]);
-            return;
-        }
 }
 
 uint32_t am_crc32c(uint32_t value, const void *data, size_t length)
 {
     pthread_once(&once, prepare);
-    return ~atomic_load_explicit(&chosen, memory_order_acquire)->update(~value, data, length);
-}
-
-const char *am_crc32c_level(void)
-{
-    pthread_once(&once, prepare);
-    return atomic_load(&chosen)->name;
-}
-
-const char *am_crc32c_usable(size_t index)
-{
-    for (size_t i = 0; i < KERNELS; i++)
-        if (kernels[i].usable() && index-- == 0)
-            return kernels[i].name;
-    return NULL;
-}
-
-int am_crc32c_force(const char *name)
-{
-    pthread_once(&once, prepare);
-    for (size_t i = 0; i < KERNELS; i++)
-        if (!strcmp(kernels[i].name, name) && kernels[i].usable()) {
-            atomic_store(&chosen, &kernels[i]);
-            return 0;
-        }
-    return -1;
+#ifdef HARDWARE
+    if (am_cpu_level() >= HARDWARE)
+        return ~update_hardware(~value, data, length);
+#endif
+    return ~update_table(~value, data, length);
 }

@@ -1,6 +1,6 @@
-/* CRC32C (Castagnoli, RFC 3720 section 12.1), with the fastest kernel that this CPU has.
+/* CRC32C (Castagnoli polynomial, RFC 3720 appendix B.4): hardware instructions where the CPU has them, else a table.
  *
- * Compiles without Python. The kernels are rows of a named table, so that one can ask which is in use and force one.
+ * Compiles without Python. Safe from any number of threads.
  */
 #ifndef AM_CRC32C_H
 #define AM_CRC32C_H
@@ -8,16 +8,7 @@
 #include <stddef.h>
 #include <stdint.h>
 
-/* The checksum of `length` bytes appended to data whose checksum is `value` (0 for none). Thread-safe. */
+/* CRC32C of `length` bytes appended to data whose CRC32C is `value` (0 for no data). */
 uint32_t am_crc32c(uint32_t value, const void *data, size_t length);
-
-/* Name of the kernel in use: "sse4.2", "armv8-crc" or "table". */
-const char *am_crc32c_level(void);
-
-/* Name of the `index`-th kernel that this CPU can run, fastest first; NULL past the last. */
-const char *am_crc32c_usable(size_t index);
-
-/* Use the kernel `name` from now on in the whole process (for tests); returns 0, or -1 if this CPU can't run it. */
-int am_crc32c_force(const char *name);
 
 #endif

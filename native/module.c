@@ -1,6 +1,6 @@
 /* Python's face of the native code: buffers in, GIL released, results turned into errors. No algorithm lives here.
  *
- * The same functions, with the same bytes and the same errors, are in agentmem/_pure.py; agentmem/_native.pyi has the
+ * The same functions, with the same bytes and the same errors, are in agentmem/_pure/; agentmem/_native.pyi has the
  * types. Stable ABI of 3.11.
  */
 #define PY_SSIZE_T_CLEAN
@@ -12,6 +12,7 @@
 #include <sys/mman.h>
 #include <unistd.h>
 
+#include "cpu.h"
 #include "crc32c.h"
 #include "page.h"
 
@@ -156,22 +157,24 @@ static PyObject *crc32c(PyObject *module, PyObject *args)
 static PyObject *cpu_level(PyObject *module, PyObject *ignored)
 {
     (void)module, (void)ignored;
-    return PyUnicode_FromString(am_crc32c_level());
+    return PyUnicode_FromString(am_cpu_name(am_cpu_level()));
 }
 
 static PyObject *cpu_levels(PyObject *module, PyObject *ignored)
 {
     (void)module, (void)ignored;
-    Py_ssize_t count = 0;
-    while (am_crc32c_usable((size_t)count))
-        count++;
-    PyObject *names = PyTuple_New(count);
-    for (Py_ssize_t i = 0; names && i < count; i++) {
-        PyObject *name = PyUnicode_FromString(am_crc32c_usable((size_t)i));
-        if (!name || PyTuple_SetItem(names, i, name))
+    PyObject *names = PyList_New(0);
+    for (int level = AM_LEVELS - 1; names && level >= 0; level--) {
+        if (!am_cpu_usable(level))
+            continue;
+        PyObject *name = PyUnicode_FromString(am_cpu_name(level));
+        if (!name || PyList_Append(names, name))
             Py_CLEAR(names);
+        Py_XDECREF(name);
     }
-    return names;
+    PyObject *tuple = names ? PyList_AsTuple(names) : NULL;
+    Py_XDECREF(names);
+    return tuple;
 }
 
 static PyObject *set_cpu_level(PyObject *module, PyObject *args)
@@ -180,7 +183,7 @@ static PyObject *set_cpu_level(PyObject *module, PyObject *args)
     const char *name;
     if (!PyArg_ParseTuple(args, "s:set_cpu_level", &name))
         return NULL;
-    if (am_crc32c_force(name))
+    if (am_cpu_force(name))
         return PyErr_Format(PyExc_ValueError, "this CPU has no level %s: see cpu_levels()", name);
     Py_RETURN_NONE;
 }

@@ -9,6 +9,8 @@
 #include <stddef.h>
 #include <stdint.h>
 
+#include "codec.h"
+
 #if !defined(__BYTE_ORDER__) || __BYTE_ORDER__ != __ORDER_LITTLE_ENDIAN__
 #error "page files are little-endian and are mapped as they are: big-endian hosts are not supported"
 #endif
@@ -25,8 +27,6 @@
 #define AM_MAX_HEADS 1024u
 #define AM_MAX_DIM 65536u
 
-enum { AM_F32 = 1, AM_F16 = 2, AM_BF16 = 3 }; /* dtype of compute */
-enum { AM_RAW = 0 };                          /* codec of an extent */
 
 /* Results. 0 is success; each other value is one broken rule (am_rule, am_rule_text). */
 enum {

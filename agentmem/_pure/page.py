@@ -1,77 +1,25 @@
-"""The numpy twin of the C extension: the same functions, the same bytes, the same errors, none of the speed.
+"""Page files in numpy, format version 1 (native/README.md): the twin of native/page.c.
 
-The reference in tests, and what runs where no compiler was. Knows nothing of files' names, stores or models. `kernels`
-chooses between the two; numpy is imported by the first call that needs it, so that choosing costs nothing.
+Knows the bytes of a page and the rules that a reader checks; codecs are in the modules beside it.
 """
 
 from __future__ import annotations
 
-import functools
-import logging
 import os
 import struct
-import sys
-import threading
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from .errors import Incompatible
+from .crc import crc32c, rows_crc
 
 if TYPE_CHECKING:
-    from types import ModuleType
-
     import numpy as np
     import numpy.typing as npt
     from typing_extensions import Buffer
 
     Bytes = npt.NDArray[np.uint8]
-    Words = npt.NDArray[Any]  # uint32; the stubs lose that at every operator
 
-__all__ = [
-    "PageError",
-    "cpu_level",
-    "cpu_levels",
-    "crc32c",
-    "kernels",
-    "page_parse",
-    "page_read",
-    "page_size",
-    "page_verify",
-    "page_write",
-    "prefault",
-    "set_cpu_level",
-]
-
-logger = logging.getLogger("agentmem")
-
-#: One warning per process, also when many threads ask at once.
-_choosing = threading.Lock()
-_chosen: list[ModuleType] = []
-
-
-def kernels() -> ModuleType:
-    """The C extension if it can be imported, else this module (with one warning in the log).
-
-    ``AGENTMEM_PURE=1`` in the environment forces this module. Raises `Incompatible` on a big-endian machine.
-    """
-    with _choosing:
-        if not _chosen:
-            if sys.byteorder != "little":
-                raise Incompatible("page files are little-endian: agentmem does not run on a big-endian machine")
-            module = sys.modules[__name__]
-            if os.environ.get("AGENTMEM_PURE", "") not in {"", "0"}:
-                logger.warning("AGENTMEM_PURE is set: using the numpy code instead of the C extension")
-            else:
-                try:
-                    from . import _native as module
-                except ImportError as error:
-                    logger.warning(
-                        "the C extension agentmem._native can't be used (%s): using the slower numpy code; "
-                        "install a C compiler and agentmem again",
-                        error,
-                    )
-            _chosen.append(module)
-        return _chosen[0]
+__all__ = ["RULES", "PageError", "page_parse", "page_read", "page_size", "page_verify", "page_write", "prefault"]
 
 
 class PageError(ValueError):
@@ -101,100 +49,6 @@ RULES = {
 def _broken(rule: str, where: str = "") -> PageError:
     return PageError(rule, RULES[rule] + where)
 
-
-# ---- CRC32C (Castagnoli, RFC 3720): many lanes at once, joined by "advance over n zero bytes" ----
-
-
-@functools.cache
-def _byte_table() -> Words:
-    import numpy as np
-
-    table = np.arange(256, dtype=np.uint32)
-    for _ in range(8):
-        table = (table >> np.uint32(1)) ^ (table & np.uint32(1)) * np.uint32(0x82F63B78)
-    return table
-
-
-def _advanced(crc: Words, tables: Words) -> Words:
-    result: Words = tables[0][crc & 255] ^ tables[1][crc >> 8 & 255] ^ tables[2][crc >> 16 & 255] ^ tables[3][crc >> 24]
-    return result
-
-
-@functools.lru_cache(maxsize=64)
-def _zeros_tables(zeros: int) -> Words:
-    """Tables [4, 256]: byte k of a register after ``zeros`` zero bytes, by squaring."""
-    import numpy as np
-
-    places = np.arange(4, dtype=np.uint32)[:, None] * 8
-    registers = (np.arange(256, dtype=np.uint32)[None, :] << places).astype(np.uint32)
-    if zeros == 0:
-        return registers
-    if zeros == 1:
-        one: Words = _byte_table()[registers & 255] ^ (registers >> 8)
-        return one
-    half = _zeros_tables(zeros // 2)
-    tables = _advanced(half, half)
-    return _advanced(tables, _zeros_tables(1)) if zeros % 2 else tables
-
-
-def _rows_crc(rows: Bytes) -> Words:
-    """CRC32C of every row of a byte matrix."""
-    import numpy as np
-
-    count, length = rows.shape
-    table = _byte_table()
-    # Lanes of `width` bytes, their number a power of two. Zero bytes in front don't change a zero register, so rows are
-    # filled up there; the initial register of all ones is an exclusive-or with the first four bytes of the message.
-    lanes = 1 << max(0, (length // 256).bit_length() - 1)
-    width = -(-length // lanes)
-    before = lanes * width - length
-    filled = np.zeros((count, lanes * width), np.uint8)
-    filled[:, before:] = rows
-    if length >= 4:
-        filled[:, before : before + 4] ^= 0xFF
-        columns = np.ascontiguousarray(filled.reshape(count * lanes, width).T)
-        crc = np.zeros(count * lanes, np.uint32)
-        for column in columns:
-            crc = table[(crc ^ column) & 255] ^ (crc >> 8)
-        while lanes > 1:
-            pairs = crc.reshape(-1, 2)
-            crc = _advanced(pairs[:, 0], _zeros_tables(width)) ^ pairs[:, 1]
-            lanes, width = lanes // 2, width * 2
-    else:
-        crc = np.full(count, 0xFFFFFFFF, np.uint32)
-        for column in np.ascontiguousarray(rows.T):
-            crc = table[(crc ^ column) & 255] ^ (crc >> 8)
-    return ~crc
-
-
-def crc32c(data: Buffer, value: int = 0, /) -> int:
-    """CRC32C of ``data``, appended to data whose checksum is ``value``."""
-    import numpy as np
-
-    array = np.frombuffer(memoryview(data), np.uint8)
-    crc = int(_rows_crc(array[None, :])[0])
-    if value:
-        crc ^= int(_advanced(np.array([value], np.uint32), _zeros_tables(len(array)))[0])
-    return crc
-
-
-def cpu_level() -> str:
-    """Name of the instruction set in use: always ``"numpy"`` here."""
-    return "numpy"
-
-
-def cpu_levels() -> tuple[str, ...]:
-    """Names that `set_cpu_level` takes."""
-    return ("numpy",)
-
-
-def set_cpu_level(name: str, /) -> None:
-    """Use this level from now on; ValueError for one that `cpu_levels` doesn't list."""
-    if name != "numpy":
-        raise ValueError(f"this CPU has no level {name}: see cpu_levels()")
-
-
-# ---- page files, format version 1: native/README.md ----
 
 MAGIC = b"AMKVPAGE"
 VERSION = 1
@@ -354,7 +208,7 @@ def page_write(  # noqa: PLR0917 (as the C function)
         rows[:, place.key_bytes : place.size] = _blocks_of(pair[1], at, grid, place)
         table.extend(
             EXTENT.pack(place.offset + i * place.room, place.size, int(crc), 0)
-            for i, crc in enumerate(_rows_crc(rows[:, : place.size]))
+            for i, crc in enumerate(rows_crc(rows[:, : place.size]))
         )
     fields = (first, dtype, length, grid, min(BLOCK, grid), number, len(layers), extents, b"", *ids[:3])
     header = bytearray(FIXED_FIELDS.pack(MAGIC, VERSION, 0, *fields))
@@ -461,7 +315,7 @@ def _check_extents(data: memoryview, header: _Header) -> None:
     for layer, place in enumerate(header.places):
         rows = image[place.offset :][: place.heads * place.blocks * place.room].reshape(-1, place.room)
         wanted = np.array(header.checksums[index : index + len(rows)], np.uint32)
-        bad_sum = _rows_crc(rows[:, : place.size]) != wanted
+        bad_sum = rows_crc(rows[:, : place.size]) != wanted
         bad = bad_sum | rows[:, place.size :].any(axis=1)
         index += len(rows)
         if bad.any():
