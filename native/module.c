@@ -18,6 +18,7 @@
 
 #ifndef MADV_POPULATE_READ
 #define MADV_POPULATE_READ 22 /* Linux 5.14 */
+#define MADV_POPULATE_WRITE 23
 #endif
 
 typedef struct {
@@ -228,64 +229,189 @@ static PyObject *page_size(PyObject *module, PyObject *args)
     return size;
 }
 
+/* The shapes of these tensors, whose positions `at` .. `at + grid` they must hold; NULL with an error. */
+static am_layer *shapes_of(PyObject *module, tensors *all, unsigned int dtype, unsigned int grid, Py_ssize_t at)
+{
+    if (!am_item(dtype))
+        return fail(module, AM_DTYPE, NULL), NULL;
+    am_layer *shapes = PyMem_Calloc((size_t)all->layers, sizeof *shapes);
+    if (!shapes)
+        return PyErr_NoMemory(), NULL;
+    for (Py_ssize_t i = 0; i < all->layers; i++) {
+        const Py_ssize_t *k = all->views[2 * i].shape, *v = all->views[2 * i + 1].shape;
+        if (k[0] > (Py_ssize_t)AM_MAX_HEADS || k[2] > (Py_ssize_t)AM_MAX_DIM || v[2] > (Py_ssize_t)AM_MAX_DIM) {
+            fail(module, AM_SHAPE, NULL);
+            goto failed;
+        }
+        shapes[i] = (am_layer){(uint32_t)k[0], (uint32_t)k[2], (uint32_t)v[2]};
+        if (tensors_fit(all, i, shapes[i], am_item(dtype), at, grid))
+            goto failed;
+    }
+    return shapes;
+failed:
+    PyMem_Free(shapes);
+    return NULL;
+}
+
+/* The four byte strings of a header. */
+typedef struct {
+    Py_buffer identity, key, parent, tokens;
+} names;
+
+static void names_release(names *all)
+{
+    PyBuffer_Release(&all->identity);
+    PyBuffer_Release(&all->key);
+    PyBuffer_Release(&all->parent);
+    PyBuffer_Release(&all->tokens);
+}
+
+static int names_wrong(const names *all, unsigned int grid)
+{
+    if (all->identity.len == 32 && all->key.len == 32 && all->parent.len == 32 &&
+        all->tokens.len == (Py_ssize_t)grid * 4)
+        return 0;
+    PyErr_SetString(PyExc_ValueError, "identity, key and parent are 32 bytes each, tokens are grid int32 values");
+    return -1;
+}
+
+static am_page_head head_of(const names *all, unsigned int dtype, unsigned int grid, unsigned int number,
+                            Py_ssize_t layers, const am_layer *shapes)
+{
+    am_page_head head = {
+        .dtype = dtype, .grid = grid, .number = number, .layers = (uint32_t)layers, .shapes = shapes,
+        .identity = all->identity.buf, .key = all->key.buf, .parent = all->parent.buf, .tokens = all->tokens.buf,
+    };
+    return head;
+}
+
 static PyObject *page_write(PyObject *module, PyObject *args)
 {
     int fd;
     unsigned int dtype, grid, number;
-    Py_buffer identity, key, parent, tokens;
-    PyObject *keys, *values;
+    names named;
+    PyObject *keys, *values, *written = NULL;
     Py_ssize_t at;
-    if (!PyArg_ParseTuple(args, "iIIIy*y*y*y*OOn:page_write", &fd, &dtype, &grid, &number, &identity, &key, &parent,
-                          &tokens, &keys, &values, &at))
+    if (!PyArg_ParseTuple(args, "iIIIy*y*y*y*OOn:page_write", &fd, &dtype, &grid, &number, &named.identity, &named.key,
+                          &named.parent, &named.tokens, &keys, &values, &at))
         return NULL;
-    PyObject *written = NULL;
     tensors all;
-    am_layer *shapes = NULL;
-    if (identity.len != 32 || key.len != 32 || parent.len != 32 || tokens.len != (Py_ssize_t)grid * 4) {
-        PyErr_SetString(PyExc_ValueError, "identity, key and parent are 32 bytes each, tokens are grid int32 values");
+    if (names_wrong(&named, grid) || tensors_init(&all, keys, values, PyBUF_STRIDES))
         goto release;
+    am_layer *shapes = shapes_of(module, &all, dtype, grid, at);
+    if (shapes) {
+        am_page_head head = head_of(&named, dtype, grid, number, all.layers, shapes);
+        uint64_t length = 0;
+        int result, saved;
+        Py_BEGIN_ALLOW_THREADS
+        result = am_page_write(fd, &head, all.keys, all.values, &length);
+        saved = errno;
+        Py_END_ALLOW_THREADS
+        errno = saved;
+        written = result == AM_OK ? PyLong_FromUnsignedLongLong(length) : fail(module, result, NULL);
     }
-    if (!am_item(dtype)) {
-        fail(module, AM_DTYPE, NULL);
-        goto release;
-    }
-    if (tensors_init(&all, keys, values, PyBUF_STRIDES))
-        goto release;
-    shapes = PyMem_Calloc((size_t)all.layers, sizeof *shapes);
-    if (!shapes) {
-        PyErr_NoMemory();
+    PyMem_Free(shapes);
+    tensors_destroy(&all);
+release:
+    names_release(&named);
+    return written;
+}
+
+static PyObject *page_encode(PyObject *module, PyObject *args)
+{
+    unsigned int dtype, codec, grid;
+    PyObject *keys, *values, *encoded = NULL, *body = NULL, *table = NULL;
+    Py_ssize_t at;
+    int writeback;
+    if (!PyArg_ParseTuple(args, "IIIOOnp:page_encode", &dtype, &codec, &grid, &keys, &values, &at, &writeback))
+        return NULL;
+    if (codec >= AM_CODECS)
+        return fail(module, AM_CODEC, NULL);
+    tensors all;
+    if (tensors_init(&all, keys, values, PyBUF_STRIDES | (writeback ? PyBUF_WRITABLE : 0)))
+        return NULL;
+    am_layer *shapes = shapes_of(module, &all, dtype, grid, at);
+    if (!shapes)
+        goto destroy;
+    int result;
+    uint64_t most = am_page_size(dtype, grid, (uint32_t)all.layers, shapes, &result);
+    if (!most) {
+        fail(module, result, NULL);
         goto destroy;
     }
-    for (Py_ssize_t i = 0; i < all.layers; i++) {
-        const Py_ssize_t *k = all.views[2 * i].shape, *v = all.views[2 * i + 1].shape;
-        if (k[0] > (Py_ssize_t)AM_MAX_HEADS || k[2] > (Py_ssize_t)AM_MAX_DIM || v[2] > (Py_ssize_t)AM_MAX_DIM) {
-            fail(module, AM_SHAPE, NULL);
-            goto destroy;
-        }
-        shapes[i] = (am_layer){(uint32_t)k[0], (uint32_t)k[2], (uint32_t)v[2]};
-        if (tensors_fit(&all, i, shapes[i], am_item(dtype), at, grid))
-            goto destroy;
-    }
-    am_page_head head = {
-        .dtype = dtype, .grid = grid, .number = number, .layers = (uint32_t)all.layers, .shapes = shapes,
-        .identity = identity.buf, .key = key.buf, .parent = parent.buf, .tokens = tokens.buf,
-    };
-    uint64_t length = 0;
-    int result, saved;
+    uint32_t extents = am_page_extents(grid, (uint32_t)all.layers, shapes);
+    body = PyByteArray_FromStringAndSize(NULL, (Py_ssize_t)most);
+    table = PyBytes_FromStringAndSize(NULL, (Py_ssize_t)(extents * sizeof(am_extent)));
+    if (!body || !table)
+        goto destroy;
+    am_page_head head = {.dtype = dtype, .grid = grid, .layers = (uint32_t)all.layers, .shapes = shapes};
+    uint8_t *out = (uint8_t *)PyByteArray_AsString(body);
+    am_extent *entries = (am_extent *)(void *)PyBytes_AsString(table);
+    uint64_t length;
     Py_BEGIN_ALLOW_THREADS
-    result = am_page_write(fd, &head, all.keys, all.values, &length);
+    length = am_page_encode(&head, codec, all.keys, all.values, writeback, out, entries);
+    Py_END_ALLOW_THREADS
+    if (!PyByteArray_Resize(body, (Py_ssize_t)length))
+        encoded = Py_BuildValue("(OO)", table, body);
+destroy:
+    Py_XDECREF(body);
+    Py_XDECREF(table);
+    PyMem_Free(shapes);
+    tensors_destroy(&all);
+    return encoded;
+}
+
+static PyObject *page_write_encoded(PyObject *module, PyObject *args)
+{
+    int fd;
+    unsigned int dtype, grid, number;
+    names named;
+    Py_buffer table, body;
+    PyObject *layers, *written = NULL;
+    if (!PyArg_ParseTuple(args, "iIIIy*y*y*y*O!y*y*:page_write_encoded", &fd, &dtype, &grid, &number, &named.identity,
+                          &named.key, &named.parent, &named.tokens, &PyTuple_Type, &layers, &table, &body))
+        return NULL;
+    am_layer *shapes = NULL;
+    am_extent *entries = NULL;
+    Py_ssize_t count = PyTuple_Size(layers);
+    if (names_wrong(&named, grid))
+        goto release;
+    if (count > (Py_ssize_t)AM_MAX_LAYERS) {
+        fail(module, AM_LAYERS, NULL);
+        goto release;
+    }
+    shapes = PyMem_Calloc((size_t)count + 1, sizeof *shapes);
+    entries = PyMem_Malloc((size_t)table.len + 1); /* a copy: the caller's bytes need not be aligned */
+    if (!shapes || !entries) {
+        PyErr_NoMemory();
+        goto release;
+    }
+    if (layers_from(layers, shapes, count))
+        goto release;
+    int result, saved;
+    if (!am_page_size(dtype, grid, (uint32_t)count, shapes, &result)) {
+        fail(module, result, NULL);
+        goto release;
+    }
+    if ((uint64_t)table.len != (uint64_t)am_page_extents(grid, (uint32_t)count, shapes) * sizeof *entries) {
+        fail(module, AM_EXTENT, NULL);
+        goto release;
+    }
+    memcpy(entries, table.buf, (size_t)table.len);
+    am_page_head head = head_of(&named, dtype, grid, number, count, shapes);
+    uint64_t length = 0;
+    Py_BEGIN_ALLOW_THREADS
+    result = am_page_write_encoded(fd, &head, entries, body.buf, (uint64_t)body.len, &length);
     saved = errno;
     Py_END_ALLOW_THREADS
     errno = saved;
     written = result == AM_OK ? PyLong_FromUnsignedLongLong(length) : fail(module, result, NULL);
-destroy:
-    PyMem_Free(shapes);
-    tensors_destroy(&all);
 release:
-    PyBuffer_Release(&identity);
-    PyBuffer_Release(&key);
-    PyBuffer_Release(&parent);
-    PyBuffer_Release(&tokens);
+    PyMem_Free(shapes);
+    PyMem_Free(entries);
+    PyBuffer_Release(&table);
+    PyBuffer_Release(&body);
+    names_release(&named);
     return written;
 }
 
@@ -364,7 +490,8 @@ static PyObject *page_read(PyObject *module, PyObject *args)
     PyObject *keys, *values;
     Py_ssize_t at;
     int check = 1;
-    if (!PyArg_ParseTuple(args, "y*OOn|p:page_read", &data, &keys, &values, &at, &check))
+    unsigned int first = 0;
+    if (!PyArg_ParseTuple(args, "y*OOn|pI:page_read", &data, &keys, &values, &at, &check, &first))
         return NULL;
     PyObject *none = NULL;
     am_page page;
@@ -379,17 +506,17 @@ static PyObject *page_read(PyObject *module, PyObject *args)
     }
     if (tensors_init(&all, keys, values, PyBUF_STRIDES | PyBUF_WRITABLE))
         goto release;
-    if (all.layers != (Py_ssize_t)page.layers) {
-        PyErr_Format(PyExc_ValueError, "the page has %u layers, room for %zd was given", (unsigned)page.layers,
-                     all.layers);
+    if (first >= page.layers || all.layers > (Py_ssize_t)(page.layers - first)) {
+        PyErr_Format(PyExc_ValueError, "the page has %u layers, room for %zd from layer %u on was given",
+                     (unsigned)page.layers, all.layers, first);
         goto destroy;
     }
-    for (uint32_t i = 0; i < page.layers; i++)
-        if (tensors_fit(&all, (Py_ssize_t)i, am_page_layer(&page, i), page.item, at, page.grid))
+    for (Py_ssize_t i = 0; i < all.layers; i++)
+        if (tensors_fit(&all, i, am_page_layer(&page, first + (uint32_t)i), page.item, at, page.grid))
             goto destroy;
     uint32_t bad = 0;
     Py_BEGIN_ALLOW_THREADS
-    result = am_page_read(&page, all.keys, all.values, check, &bad);
+    result = am_page_read(&page, first, (uint32_t)all.layers, all.keys, all.values, check, &bad);
     Py_END_ALLOW_THREADS
     none = result == AM_OK ? Py_NewRef(Py_None) : fail_extent(module, &page, result, bad);
 destroy:
@@ -399,27 +526,130 @@ release:
     return none;
 }
 
+/* ---- single blocks: for tests and measurements of the codecs ---- */
+
+/* The block of two buffers [rows, key_dim] and [rows, value_dim]; -1 with an error. */
+static int block_of_buffers(unsigned int dtype, const Py_buffer *key, const Py_buffer *value, am_block *block)
+{
+    if (!am_item(dtype) || key->ndim != 2 || value->ndim != 2 || key->itemsize != (Py_ssize_t)am_item(dtype) ||
+        value->itemsize != key->itemsize || key->shape[0] != value->shape[0] || key->shape[0] < 1 ||
+        key->shape[0] > (Py_ssize_t)AM_CODEC_MAX_ROWS || key->shape[1] < 1 || value->shape[1] < 1 ||
+        key->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM || value->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM) {
+        PyErr_SetString(PyExc_ValueError, "a block is K [1..64, 1..1024] and V [as many, 1..1024] of the dtype's values");
+        return -1;
+    }
+    *block = (am_block){dtype, (uint32_t)key->shape[0], (uint32_t)key->shape[1], (uint32_t)value->shape[1]};
+    return 0;
+}
+
+static PyObject *block_encode(PyObject *module, PyObject *args)
+{
+    (void)module;
+    unsigned int codec, dtype;
+    PyObject *key_object, *value_object, *encoded = NULL;
+    Py_buffer key, value;
+    if (!PyArg_ParseTuple(args, "IIOO:block_encode", &codec, &dtype, &key_object, &value_object))
+        return NULL;
+    if (PyObject_GetBuffer(key_object, &key, PyBUF_ND))
+        return NULL;
+    if (PyObject_GetBuffer(value_object, &value, PyBUF_ND)) {
+        PyBuffer_Release(&key);
+        return NULL;
+    }
+    am_block block;
+    if (!block_of_buffers(dtype, &key, &value, &block)) {
+        if (!am_codec_takes(codec, block))
+            encoded = Py_NewRef(Py_None);
+        else {
+            uint8_t *room = PyMem_Malloc(am_codec_size(codec, block));
+            uint64_t size = room ? am_codec_encode(codec, block, key.buf, value.buf, room) : 0;
+            encoded = !room  ? PyErr_NoMemory()
+                      : size ? PyBytes_FromStringAndSize((const char *)room, (Py_ssize_t)size)
+                             : Py_NewRef(Py_None);
+            PyMem_Free(room);
+        }
+    }
+    PyBuffer_Release(&key);
+    PyBuffer_Release(&value);
+    return encoded;
+}
+
+static PyObject *block_decode(PyObject *module, PyObject *args)
+{
+    unsigned int codec, dtype;
+    PyObject *key_object, *value_object, *none = NULL;
+    Py_buffer data, key, value;
+    if (!PyArg_ParseTuple(args, "IIy*OO:block_decode", &codec, &dtype, &data, &key_object, &value_object))
+        return NULL;
+    if (PyObject_GetBuffer(key_object, &key, PyBUF_ND | PyBUF_WRITABLE))
+        goto data_only;
+    if (PyObject_GetBuffer(value_object, &value, PyBUF_ND | PyBUF_WRITABLE))
+        goto key_too;
+    am_block block;
+    if (!block_of_buffers(dtype, &key, &value, &block)) {
+        if (!am_codec_takes(codec, block) ||
+            am_codec_decode(codec, block, data.buf, (uint64_t)data.len, key.buf, value.buf))
+            fail(module, AM_ENCODING, NULL);
+        else
+            none = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&value);
+key_too:
+    PyBuffer_Release(&key);
+data_only:
+    PyBuffer_Release(&data);
+    return none;
+}
+
+/* ---- memory ---- */
+
+/* madvise over the whole system pages that `data` touches (outwards) or holds (inwards); errno of a failure, or 0. */
+static int advise(const Py_buffer *data, int advice, int outwards)
+{
+#if defined(__linux__)
+    uintptr_t mask = (uintptr_t)sysconf(_SC_PAGESIZE) - 1, start = (uintptr_t)data->buf, end = start + (size_t)data->len;
+    start = outwards ? start & ~mask : (start + mask) & ~mask;
+    end = outwards ? end : end & ~mask;
+    return end > start && madvise((void *)start, end - start, advice) ? errno : 0;
+#else
+    (void)data, (void)advice, (void)outwards;
+    return 0;
+#endif
+}
+
 static PyObject *prefault(PyObject *module, PyObject *args)
 {
     (void)module;
     Py_buffer data;
     if (!PyArg_ParseTuple(args, "y*:prefault", &data))
         return NULL;
-    int failed = 0, saved = 0;
-#if defined(__linux__)
-    uintptr_t page_bytes = (uintptr_t)sysconf(_SC_PAGESIZE), start = (uintptr_t)data.buf & ~(page_bytes - 1);
-    size_t length = (uintptr_t)data.buf + (size_t)data.len - start;
+    int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = length ? madvise((void *)start, length, MADV_POPULATE_READ) : 0;
-    saved = errno;
+    failed = advise(&data, MADV_POPULATE_READ, 1);
     Py_END_ALLOW_THREADS
-#endif
     PyBuffer_Release(&data);
     /* EINVAL: a kernel that doesn't know the advice; then the pages come in one by one, as everywhere else. */
-    if (failed && saved != EINVAL) {
-        errno = saved;
+    if (failed && failed != EINVAL) {
+        errno = failed;
         return PyErr_SetFromErrno(PyExc_OSError);
     }
+    Py_RETURN_NONE;
+}
+
+static PyObject *reserve(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer data;
+    if (!PyArg_ParseTuple(args, "w*:reserve", &data))
+        return NULL;
+    Py_BEGIN_ALLOW_THREADS
+    /* Only advice: where it can't be had, memory comes in small pages at its first touch, as everywhere else. */
+#if defined(__linux__)
+    advise(&data, MADV_HUGEPAGE, 0);
+#endif
+    advise(&data, MADV_POPULATE_WRITE, 0);
+    Py_END_ALLOW_THREADS
+    PyBuffer_Release(&data);
     Py_RETURN_NONE;
 }
 
@@ -437,8 +667,15 @@ static PyMethodDef methods[] = {
      "page_parse(data, /): (dtype, grid, number, identity, key, parent, tokens, layers) of a page file."},
     {"page_verify", page_verify, METH_VARARGS, "page_verify(data, /): check every checksum of a page file."},
     {"page_read", page_read, METH_VARARGS,
-     "page_read(data, keys, values, at, check=True, /): copy all layers out of a page file."},
+     "page_read(data, keys, values, at, check=True, first=0, /): decode layers out of a page file, from layer first on."},
+    {"page_encode", page_encode, METH_VARARGS,
+     "page_encode(dtype, codec, grid, keys, values, at, writeback, /): (table, body) of a page in a codec."},
+    {"page_write_encoded", page_write_encoded, METH_VARARGS,
+     "page_write_encoded(fd, dtype, grid, number, identity, key, parent, tokens, layers, table, body, /): its file."},
+    {"block_encode", block_encode, METH_VARARGS, "block_encode(codec, dtype, key, value, /): bytes, None if not taken."},
+    {"block_decode", block_decode, METH_VARARGS, "block_decode(codec, dtype, data, key, value, /): into key and value."},
     {"prefault", prefault, METH_VARARGS, "prefault(data, /): map all of a file mapping; OSError where it can't be read."},
+    {"reserve", reserve, METH_VARARGS, "reserve(data, /): give a fresh buffer its memory at once, in huge pages."},
     {NULL, NULL, 0, NULL},
 };
 
@@ -471,7 +708,7 @@ static int module_clear(PyObject *module)
 
 /* What 3.12 and 3.13 added to the slots is unknown to the limited API of 3.11 and refused by 3.11 itself, so the table is
  * chosen at run time. Both claims hold: the only state shared between interpreters or threads is the checksum's tables
- * (filled once) and the chosen kernel (atomic). */
+ * (filled once) and the chosen instruction set (atomic). */
 #define MULTIPLE_INTERPRETERS 3
 #define PER_INTERPRETER_GIL ((void *)2)
 #define GIL 4

@@ -77,6 +77,7 @@ static const struct {
     [AM_EXTENT] = {"extent", "an extent does not lie where the layout puts it"},
     [AM_PADDING] = {"padding", "padding is not zero"},
     [AM_CHECKSUM] = {"checksum", "an extent fails its checksum"},
+    [AM_ENCODING] = {"encoding", "an extent is not an encoding of its codec"},
     [AM_MEMORY] = {"memory", "out of memory"},
     [AM_SYSTEM] = {"system", "a system call failed"},
 };
@@ -114,9 +115,10 @@ static int good_shape(am_layer shape)
            shape.value_dim >= 1 && shape.value_dim <= AM_MAX_DIM;
 }
 
-static uint64_t extent_length(uint32_t block, am_layer shape, uint32_t item)
+static am_block block_shape(uint32_t dtype, uint32_t grid, am_layer shape)
 {
-    return (uint64_t)block * (shape.key_dim + shape.value_dim) * item;
+    am_block block = {dtype, block_of(grid), shape.key_dim, shape.value_dim};
+    return block;
 }
 
 static uint64_t header_length(uint32_t grid, uint32_t layers, uint64_t extents)
@@ -125,7 +127,7 @@ static uint64_t header_length(uint32_t grid, uint32_t layers, uint64_t extents)
 }
 
 /* The header's length and the file's for a layout whose shapes are all good; the bounds keep both far below 2^64. */
-static uint64_t measure(uint32_t grid, uint32_t item, uint32_t layers, const am_layer *shapes, uint64_t *header,
+static uint64_t measure(uint32_t grid, uint32_t dtype, uint32_t layers, const am_layer *shapes, uint64_t *header,
                         uint64_t *extents)
 {
     uint32_t block = block_of(grid);
@@ -133,7 +135,7 @@ static uint64_t measure(uint32_t grid, uint32_t item, uint32_t layers, const am_
     for (uint32_t i = 0; i < layers; i++) {
         uint64_t here = (uint64_t)shapes[i].kv_heads * (grid / block);
         count += here;
-        payload += here * aligned(extent_length(block, shapes[i], item));
+        payload += here * aligned(am_block_bytes(block_shape(dtype, grid, shapes[i])));
     }
     *extents = count;
     *header = header_length(grid, layers, count);
@@ -152,7 +154,7 @@ uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_l
             *result = AM_SHAPE;
     if (*result != AM_OK)
         return 0;
-    uint64_t length = measure(grid, am_item(dtype), layers, shapes, &header, &extents);
+    uint64_t length = measure(grid, dtype, layers, shapes, &header, &extents);
     if (header > UINT32_MAX) {
         *result = AM_HEADER_LENGTH;
         return 0;
@@ -168,6 +170,15 @@ am_layer am_page_layer(const am_page *page, uint32_t layer)
 }
 
 /* ---- reading ---- */
+
+/* Whether an extent of this codec can have this size. */
+static int good_size(uint32_t codec, am_block block, uint64_t size)
+{
+    if (!am_codec_takes(codec, block))
+        return 0;
+    uint64_t most = am_codec_size(codec, block);
+    return am_codec_fixed(codec) ? size == most : size >= 1 && size <= most;
+}
 
 int am_page_open(am_page *page, const void *bytes, uint64_t length)
 {
@@ -232,13 +243,15 @@ int am_page_open(am_page *page, const void *bytes, uint64_t length)
     uint64_t offset = first;
     for (uint32_t i = 0; i < page->layers; i++) {
         am_layer shape = am_page_layer(page, i);
-        uint64_t bytes_each = extent_length(page->block, shape, page->item);
+        am_block block = block_shape(page->dtype, page->grid, shape);
         for (uint32_t j = 0; j < shape.kv_heads * blocks; j++, entry += EXTENT_ENTRY) {
-            if (load32(entry + 20) != AM_RAW)
+            uint32_t codec = load32(entry + 20);
+            if (codec >= AM_CODECS)
                 return AM_CODEC;
-            if (load64(entry) != offset || load64(entry + 8) != bytes_each || bytes_each > length - offset)
+            uint64_t size = load64(entry + 8);
+            if (load64(entry) != offset || !good_size(codec, block, size) || size > length - offset)
                 return AM_EXTENT;
-            offset = aligned(offset + bytes_each);
+            offset = aligned(offset + size);
             if (offset > length)
                 return AM_EXTENT;
         }
@@ -248,12 +261,18 @@ int am_page_open(am_page *page, const void *bytes, uint64_t length)
     return all_zero(entry, (uint64_t)(data + first - entry)) ? AM_OK : AM_PADDING;
 }
 
+/* Zeros behind an extent, up to the next one. */
+static int good_padding(const am_page *page, const uint8_t *entry)
+{
+    uint64_t end = load64(entry) + load64(entry + 8);
+    return all_zero(page->data + end, aligned(end) - end);
+}
+
 static int check_extent(const am_page *page, const uint8_t *entry)
 {
-    uint64_t offset = load64(entry), length = load64(entry + 8);
-    if (am_crc32c(0, page->data + offset, length) != load32(entry + 16))
+    if (am_crc32c(0, page->data + load64(entry), load64(entry + 8)) != load32(entry + 16))
         return AM_CHECKSUM;
-    return all_zero(page->data + offset + length, aligned(offset + length) - offset - length) ? AM_OK : AM_PADDING;
+    return good_padding(page, entry) ? AM_OK : AM_PADDING;
 }
 
 int am_page_verify(const am_page *page, uint32_t *bad)
@@ -274,24 +293,52 @@ static uint8_t *block_at(const am_rows *rows, uint32_t head, uint32_t position, 
     return rows->data + (ptrdiff_t)head * rows->head_stride + (size_t)position * width;
 }
 
-int am_page_read(const am_page *page, const am_rows *keys, const am_rows *values, int check, uint32_t *bad)
+/* Copies a raw extent, its checksum computed on the way. */
+static int read_raw(const am_page *page, const uint8_t *entry, uint8_t *key, size_t key_bytes, uint8_t *value, int check)
 {
-    const uint8_t *entry = page->extent_table;
-    uint32_t index = 0;
-    for (uint32_t i = 0; i < page->layers; i++) {
-        am_layer shape = am_page_layer(page, i);
+    const uint8_t *extent = page->data + load64(entry);
+    size_t value_bytes = load64(entry + 8) - key_bytes;
+    if (!check) {
+        memcpy(key, extent, key_bytes);
+        memcpy(value, extent + key_bytes, value_bytes);
+        return AM_OK;
+    }
+    uint32_t crc = am_crc32c_copy(0, key, extent, key_bytes);
+    if (am_crc32c_copy(crc, value, extent + key_bytes, value_bytes) != load32(entry + 16))
+        return AM_CHECKSUM;
+    return good_padding(page, entry) ? AM_OK : AM_PADDING;
+}
+
+int am_page_read(const am_page *page, uint32_t from, uint32_t count, const am_rows *keys, const am_rows *values, int check,
+                 uint32_t *bad)
+{
+    uint32_t index = 0, blocks = page->grid / page->block;
+    for (uint32_t i = 0; i < from; i++)
+        index += am_page_layer(page, i).kv_heads * blocks;
+    const uint8_t *entry = page->extent_table + (size_t)EXTENT_ENTRY * index;
+    for (uint32_t i = 0; i < count; i++) {
+        am_layer shape = am_page_layer(page, from + i);
+        am_block block = block_shape(page->dtype, page->grid, shape);
         size_t key_width = (size_t)shape.key_dim * page->item, value_width = (size_t)shape.value_dim * page->item;
         for (uint32_t head = 0; head < shape.kv_heads; head++)
             for (uint32_t at = 0; at < page->grid; at += page->block, entry += EXTENT_ENTRY, index++) {
-                int result = check ? check_extent(page, entry) : AM_OK;
+                uint8_t *key = block_at(&keys[i], head, at, key_width);
+                uint8_t *value = block_at(&values[i], head, at, value_width);
+                uint32_t codec = load32(entry + 20);
+                int result = AM_OK;
+                if (codec == AM_RAW)
+                    result = read_raw(page, entry, key, page->block * key_width, value, check);
+                else {
+                    if (check)
+                        result = check_extent(page, entry);
+                    if (result == AM_OK &&
+                        am_codec_decode(codec, block, page->data + load64(entry), load64(entry + 8), key, value))
+                        result = AM_ENCODING;
+                }
                 if (result != AM_OK) {
                     *bad = index;
                     return result;
                 }
-                const uint8_t *extent = page->data + load64(entry);
-                size_t key_bytes = page->block * key_width;
-                memcpy(block_at(&keys[i], head, at, key_width), extent, key_bytes);
-                memcpy(block_at(&values[i], head, at, value_width), extent + key_bytes, page->block * value_width);
             }
     }
     return AM_OK;
@@ -374,6 +421,38 @@ static void fill_header(uint8_t *header, const am_page_head *head, uint64_t firs
     }
 }
 
+/* Bytes of extents that are read for their checksums and then written, so that the second reading finds them in the
+ * second-level cache. */
+#define STRETCH (256u << 10)
+
+static void fill_entry(uint8_t *entry, uint64_t offset, am_extent extent)
+{
+    store64(entry, offset);
+    store64(entry + 8, extent.size);
+    store32(entry + 16, extent.crc);
+    store32(entry + 20, extent.codec);
+}
+
+/* The header of a page with room for its table of extents, which begins at *entry; NULL without memory. */
+static uint8_t *new_header(const am_page_head *head, uint64_t first, uint64_t extents, uint64_t length, uint8_t **entry)
+{
+    uint8_t *header = calloc(1, first);
+    if (header) {
+        fill_header(header, head, first, extents, length);
+        *entry = header + AM_PAGE_FIXED + 4ull * head->grid + (uint64_t)LAYER_ENTRY * head->layers;
+    }
+    return header;
+}
+
+/* Completes the header's checksum and writes it: last, since it holds the checksums of all that follows it. */
+static int write_header(gather *out, uint8_t *header, uint64_t first)
+{
+    store32(header + 12, am_crc32c(0, header + 16, first - 16));
+    out->offset = 0;
+    int result = gather_add(out, header, first);
+    return result == AM_OK ? gather_flush(out) : result;
+}
+
 int am_page_write(int fd, const am_page_head *head, const am_rows *keys, const am_rows *values, uint64_t *written)
 {
     static const uint8_t zeros[AM_ALIGN];
@@ -383,59 +462,140 @@ int am_page_write(int fd, const am_page_head *head, const am_rows *keys, const a
         return result;
     uint32_t item = am_item(head->dtype), block = block_of(head->grid);
     uint64_t first, extents;
-    measure(head->grid, item, head->layers, head->shapes, &first, &extents);
-    uint8_t *header = calloc(1, first);
+    measure(head->grid, head->dtype, head->layers, head->shapes, &first, &extents);
+    uint8_t *entry = NULL, *header = new_header(head, first, extents, length, &entry);
     gather *out = malloc(sizeof *out);
     if (!header || !out) {
         free(header);
         free(out);
         return AM_MEMORY;
     }
-    fill_header(header, head, first, extents, length);
-
-    uint8_t *entry = header + AM_PAGE_FIXED + 4ull * head->grid + (uint64_t)LAYER_ENTRY * head->layers;
-    uint64_t offset = first;
-    for (uint32_t i = 0; i < head->layers; i++) {
-        am_layer shape = head->shapes[i];
-        size_t key_width = (size_t)shape.key_dim * item, value_width = (size_t)shape.value_dim * item;
-        uint64_t size = extent_length(block, shape, item);
-        for (uint32_t h = 0; h < shape.kv_heads; h++)
-            for (uint32_t at = 0; at < head->grid; at += block, entry += EXTENT_ENTRY, offset += aligned(size)) {
-                uint32_t crc = am_crc32c(0, block_at(&keys[i], h, at, key_width), block * key_width);
-                crc = am_crc32c(crc, block_at(&values[i], h, at, value_width), block * value_width);
-                store64(entry, offset);
-                store64(entry + 8, size);
-                store32(entry + 16, crc);
-                store32(entry + 20, AM_RAW);
-            }
-    }
-    store32(header + 12, am_crc32c(0, header + 16, first - 16));
-
     out->fd = fd;
     out->count = 0;
-    out->offset = 0;
+    out->offset = first;
     result = reserve(fd, length);
-    if (result == AM_OK)
-        result = gather_add(out, header, first);
+    uint64_t offset = first, waiting = 0;
     for (uint32_t i = 0; result == AM_OK && i < head->layers; i++) {
         am_layer shape = head->shapes[i];
         size_t key_width = (size_t)shape.key_dim * item, value_width = (size_t)shape.value_dim * item;
-        uint64_t size = extent_length(block, shape, item);
+        uint64_t size = am_block_bytes(block_shape(head->dtype, head->grid, shape));
         for (uint32_t h = 0; result == AM_OK && h < shape.kv_heads; h++)
-            for (uint32_t at = 0; result == AM_OK && at < head->grid; at += block) {
-                result = gather_add(out, block_at(&keys[i], h, at, key_width), block * key_width);
+            for (uint32_t at = 0; result == AM_OK && at < head->grid; at += block, entry += EXTENT_ENTRY) {
+                const uint8_t *key = block_at(&keys[i], h, at, key_width);
+                const uint8_t *value = block_at(&values[i], h, at, value_width);
+                uint32_t crc = am_crc32c(am_crc32c(0, key, block * key_width), value, block * value_width);
+                am_extent extent = {size, crc, AM_RAW};
+                fill_entry(entry, offset, extent);
+                result = gather_add(out, key, block * key_width);
                 if (result == AM_OK)
-                    result = gather_add(out, block_at(&values[i], h, at, value_width), block * value_width);
+                    result = gather_add(out, value, block * value_width);
                 if (result == AM_OK)
                     result = gather_add(out, zeros, aligned(size) - size);
+                offset += aligned(size);
+                waiting += aligned(size);
+                if (result == AM_OK && waiting >= STRETCH) {
+                    result = gather_flush(out);
+                    waiting = 0;
+                }
             }
     }
     if (result == AM_OK)
         result = gather_flush(out);
+    if (result == AM_OK)
+        result = write_header(out, header, first);
     int saved = errno;
     free(header);
     free(out);
     errno = saved;
     *written = length;
+    return result;
+}
+
+/* ---- encoding ---- */
+
+uint32_t am_page_extents(uint32_t grid, uint32_t layers, const am_layer *shapes)
+{
+    uint32_t count = 0;
+    for (uint32_t i = 0; i < layers; i++)
+        count += shapes[i].kv_heads * (grid / block_of(grid));
+    return count;
+}
+
+uint64_t am_page_encode(const am_page_head *head, uint32_t codec, const am_rows *keys, const am_rows *values, int writeback,
+                        uint8_t *body, am_extent *table)
+{
+    uint32_t item = am_item(head->dtype), rows = block_of(head->grid);
+    uint8_t *out = body;
+    for (uint32_t i = 0; i < head->layers; i++) {
+        am_layer shape = head->shapes[i];
+        am_block block = block_shape(head->dtype, head->grid, shape);
+        size_t key_width = (size_t)shape.key_dim * item, value_width = (size_t)shape.value_dim * item;
+        int takes = am_codec_takes(codec, block);
+        for (uint32_t h = 0; h < shape.kv_heads; h++)
+            for (uint32_t at = 0; at < head->grid; at += rows, table++) {
+                uint8_t *key = block_at(&keys[i], h, at, key_width), *value = block_at(&values[i], h, at, value_width);
+                table->codec = codec;
+                table->size = takes ? am_codec_encode(codec, block, key, value, out) : 0;
+                if (!table->size) {
+                    table->codec = AM_RAW;
+                    table->size = am_codec_encode(AM_RAW, block, key, value, out);
+                } else if (writeback)
+                    am_codec_decode(codec, block, out, table->size, key, value);
+                table->crc = am_crc32c(0, out, table->size);
+                uint64_t room = aligned(table->size);
+                memset(out + table->size, 0, room - table->size);
+                out += room;
+            }
+    }
+    return (uint64_t)(out - body);
+}
+
+int am_page_write_encoded(int fd, const am_page_head *head, const am_extent *table, const uint8_t *body, uint64_t length,
+                          uint64_t *written)
+{
+    int result;
+    if (!am_page_size(head->dtype, head->grid, head->layers, head->shapes, &result))
+        return result;
+    uint64_t first, extents, offset = 0;
+    measure(head->grid, head->dtype, head->layers, head->shapes, &first, &extents);
+    uint8_t *entry = NULL, *header = new_header(head, first, extents, first + length, &entry);
+    gather *out = malloc(sizeof *out);
+    if (!header || !out) {
+        free(header);
+        free(out);
+        return AM_MEMORY;
+    }
+    for (uint32_t i = 0; result == AM_OK && i < head->layers; i++) {
+        am_block block = block_shape(head->dtype, head->grid, head->shapes[i]);
+        uint32_t here = am_page_extents(head->grid, 1, &head->shapes[i]);
+        for (uint32_t j = 0; result == AM_OK && j < here; j++, table++, entry += EXTENT_ENTRY) {
+            if (table->codec >= AM_CODECS)
+                result = AM_CODEC;
+            else if (!good_size(table->codec, block, table->size) || table->size > length - offset)
+                result = AM_EXTENT;
+            fill_entry(entry, first + offset, *table);
+            offset = aligned(offset + table->size);
+            if (offset > length)
+                result = AM_EXTENT;
+        }
+    }
+    if (result == AM_OK && offset != length)
+        result = AM_EXTENT;
+    if (result == AM_OK)
+        result = reserve(fd, first + length);
+    out->fd = fd;
+    out->count = 0;
+    out->offset = first;
+    if (result == AM_OK)
+        result = gather_add(out, body, length);
+    if (result == AM_OK)
+        result = gather_flush(out);
+    if (result == AM_OK)
+        result = write_header(out, header, first);
+    int saved = errno;
+    free(header);
+    free(out);
+    errno = saved;
+    *written = first + length;
     return result;
 }

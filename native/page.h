@@ -46,6 +46,7 @@ enum {
     AM_EXTENT,
     AM_PADDING,
     AM_CHECKSUM,
+    AM_ENCODING,
     AM_MEMORY, /* no memory for the header */
     AM_SYSTEM, /* a system call failed: errno says why */
     AM_RULES
@@ -92,15 +93,38 @@ am_layer am_page_layer(const am_page *page, uint32_t layer);
 /* Checks the checksum of every extent and that all padding is zero; *bad is the extent that failed. */
 int am_page_verify(const am_page *page, uint32_t *bad);
 
-/* Copies every layer's K and V out of the page into keys[layer], values[layer] (room for `grid` positions each). With
- * `check` each extent is verified while it is in the cache; on AM_CHECKSUM the destinations hold undefined bytes. */
-int am_page_read(const am_page *page, const am_rows *keys, const am_rows *values, int check, uint32_t *bad);
+/* Decodes K and V of layers `from` .. `from + count` into keys[i], values[i] (room for `grid` positions each; i counts from
+ * 0). With `check` each extent is verified on the way; on AM_CHECKSUM, AM_PADDING and AM_ENCODING the destinations hold
+ * undefined bytes and *bad is the extent. */
+int am_page_read(const am_page *page, uint32_t from, uint32_t count, const am_rows *keys, const am_rows *values, int check,
+                 uint32_t *bad);
 
-/* Length of the page file for a layout, or 0 with *result set to the rule that the layout breaks. */
+/* Length of the page file of a layout with the raw codec, which is the most that it takes with any other; or 0 with
+ * *result set to the rule that the layout breaks. */
 uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_layer *shapes, int *result);
 
-/* Writes a whole page file to `fd`, an empty file, by pwritev straight from the tensors (never through a mapping: a full
- * disk is an error here, not a signal). *written is the file's length on success. */
+/* Writes a whole page file to `fd`, an empty file, straight from the tensors with the raw codec (never through a mapping: a
+ * full disk is an error here, not a signal). *written is the file's length on success. */
 int am_page_write(int fd, const am_page_head *head, const am_rows *keys, const am_rows *values, uint64_t *written);
+
+/* An extent of an encoded page: what am_page_encode says of it, and what the file's table says beside its offset. */
+typedef struct {
+    uint64_t size;
+    uint32_t crc, codec;
+} am_extent;
+
+/* Number of extents of a layout that am_page_size accepts. */
+uint32_t am_page_extents(uint32_t grid, uint32_t layers, const am_layer *shapes);
+
+/* Encodes a page into `body` (room for am_page_size bytes, 64-byte aligned or not), each extent followed by zeros up to a
+ * multiple of 64, and `table` (am_page_extents entries); returns the bytes of the body. A block that the codec does not
+ * take is stored raw. With `writeback` the decoded values replace those in the tensors: a run that goes on with them
+ * computes what a restored one will. */
+uint64_t am_page_encode(const am_page_head *head, uint32_t codec, const am_rows *keys, const am_rows *values, int writeback,
+                        uint8_t *body, am_extent *table);
+
+/* Writes the page file of an encoded page to `fd`, an empty file. AM_EXTENT if table and body don't fit the layout. */
+int am_page_write_encoded(int fd, const am_page_head *head, const am_extent *table, const uint8_t *body, uint64_t length,
+                          uint64_t *written);
 
 #endif

@@ -14,7 +14,21 @@ from typing import TYPE_CHECKING
 
 from ..errors import Incompatible
 from .crc import crc32c
-from .page import RULES, PageError, page_parse, page_read, page_size, page_verify, page_write, prefault
+from .page import (
+    RULES,
+    PageError,
+    block_decode,
+    block_encode,
+    page_encode,
+    page_parse,
+    page_read,
+    page_size,
+    page_verify,
+    page_write,
+    page_write_encoded,
+    prefault,
+    reserve,
+)
 
 if TYPE_CHECKING:
     from types import ModuleType
@@ -22,16 +36,21 @@ if TYPE_CHECKING:
 __all__ = [
     "RULES",
     "PageError",
+    "block_decode",
+    "block_encode",
     "cpu_level",
     "cpu_levels",
     "crc32c",
     "kernels",
+    "page_encode",
     "page_parse",
     "page_read",
     "page_size",
     "page_verify",
     "page_write",
+    "page_write_encoded",
     "prefault",
+    "reserve",
     "set_cpu_level",
 ]
 

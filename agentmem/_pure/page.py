@@ -10,6 +10,7 @@ import struct
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from . import codec
 from .crc import crc32c, rows_crc
 
 if TYPE_CHECKING:
@@ -19,7 +20,21 @@ if TYPE_CHECKING:
 
     Bytes = npt.NDArray[np.uint8]
 
-__all__ = ["RULES", "PageError", "page_parse", "page_read", "page_size", "page_verify", "page_write", "prefault"]
+__all__ = [
+    "RULES",
+    "PageError",
+    "block_decode",
+    "block_encode",
+    "page_encode",
+    "page_parse",
+    "page_read",
+    "page_size",
+    "page_verify",
+    "page_write",
+    "page_write_encoded",
+    "prefault",
+    "reserve",
+]
 
 
 class PageError(ValueError):
@@ -43,6 +58,7 @@ RULES = {
     "extent": "an extent does not lie where the layout puts it",
     "padding": "padding is not zero",
     "checksum": "an extent fails its checksum",
+    "encoding": "an extent is not an encoding of its codec",
 }
 
 
@@ -60,6 +76,7 @@ ITEMS = {1: 4, 2: 2, 3: 2}  # bytes of a value of f32, f16, bf16
 FIXED_FIELDS = struct.Struct("<8sIIIIQIIIII12s32s32s32s")
 LAYER = struct.Struct("<IIII")
 EXTENT = struct.Struct("<QQII")
+TABLE_ENTRY = struct.Struct("<QII")
 
 Layers = tuple[tuple[int, int, int], ...]
 
@@ -108,7 +125,7 @@ def _places(dtype: int, grid: int, layers: Layers) -> tuple[int, int, int, list[
 
 
 def page_size(dtype: int, grid: int, layers: Layers, /) -> int:
-    """Length in bytes of a page file with this layout."""
+    """Length in bytes of a page file with this layout and the raw codec: the most that it takes with any other."""
     return _places(dtype, grid, layers)[1]
 
 
@@ -166,6 +183,21 @@ def _blocks_of(array: npt.NDArray[Any], at: int, grid: int, place: _Place) -> By
     return part.reshape(-1).view(np.uint8).reshape(place.heads * place.blocks, -1)
 
 
+def _shapes(
+    dtype: int, grid: int, keys: Sequence[Any], values: Sequence[Any], at: int, *, writable: bool
+) -> tuple[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], Layers]:
+    """The arrays of every layer, checked, and their shapes."""
+    if dtype not in ITEMS:
+        raise _broken("dtype")
+    pairs = _pairs(keys, values, writable=writable)
+    layers: Layers = tuple((k.shape[0], k.shape[2], v.shape[2]) for k, v in pairs)
+    for i, (pair, shape) in enumerate(zip(pairs, layers, strict=True)):
+        if shape[0] > MAX_HEADS or shape[1] > MAX_DIM or shape[2] > MAX_DIM:
+            raise _broken("shape")
+        _check_fit(pair, i, shape=shape, item=ITEMS[dtype], at=at, grid=grid)
+    return pairs, layers
+
+
 def page_write(  # noqa: PLR0917 (as the C function)
     fd: int,
     dtype: int,
@@ -180,47 +212,134 @@ def page_write(  # noqa: PLR0917 (as the C function)
     at: int,
     /,
 ) -> int:
-    """Write a whole page file to the empty file ``fd``; its length in bytes.
+    """Write a whole page file to the empty file ``fd`` with the raw codec; its length in bytes.
 
     ``keys[layer]`` and ``values[layer]`` are [kv_heads, positions, head_dim]; ``at`` is the page's first position
     there.
     """
     import numpy as np
 
+    ids = _ids(identity, key, parent, tokens, grid)
+    pairs, layers = _shapes(dtype, grid, keys, values, at, writable=False)
+    first, length, _, places = _places(dtype, grid, layers)
+    body = np.zeros(length - first, np.uint8)
+    table: list[tuple[int, int, int]] = []
+    for pair, place in zip(pairs, places, strict=True):
+        rows = body[place.offset - first :][: place.heads * place.blocks * place.room].reshape(-1, place.room)
+        rows[:, : place.key_bytes] = _blocks_of(pair[0], at, grid, place)
+        rows[:, place.key_bytes : place.size] = _blocks_of(pair[1], at, grid, place)
+        table.extend((place.size, int(crc), codec.RAW) for crc in rows_crc(rows[:, : place.size]))
+    return _write(fd, dtype, grid, number, ids, layers, table, memoryview(body.data))
+
+
+def _ids(identity: Buffer, key: Buffer, parent: Buffer, tokens: Buffer, grid: int) -> list[bytes]:
     ids = [bytes(memoryview(part)) for part in (identity, key, parent, tokens)]
     if [len(part) for part in ids] != [32, 32, 32, 4 * grid]:
         raise ValueError("identity, key and parent are 32 bytes each, tokens are grid int32 values")
-    if dtype not in ITEMS:
-        raise _broken("dtype")
-    pairs = _pairs(keys, values, writable=False)
-    layers: Layers = tuple((k.shape[0], k.shape[2], v.shape[2]) for k, v in pairs)
-    for i, (pair, shape) in enumerate(zip(pairs, layers, strict=True)):
-        if shape[0] > MAX_HEADS or shape[1] > MAX_DIM or shape[2] > MAX_DIM:
-            raise _broken("shape")
-        _check_fit(pair, i, shape=shape, item=ITEMS[dtype], at=at, grid=grid)
-    first, length, extents, places = _places(dtype, grid, layers)
+    return ids
 
-    image = np.zeros(length, np.uint8)
-    table: list[bytes] = []
-    for pair, place in zip(pairs, places, strict=True):
-        rows = image[place.offset :][: place.heads * place.blocks * place.room].reshape(-1, place.room)
-        rows[:, : place.key_bytes] = _blocks_of(pair[0], at, grid, place)
-        rows[:, place.key_bytes : place.size] = _blocks_of(pair[1], at, grid, place)
-        table.extend(
-            EXTENT.pack(place.offset + i * place.room, place.size, int(crc), 0)
-            for i, crc in enumerate(rows_crc(rows[:, : place.size]))
-        )
+
+def _write(  # noqa: PLR0917
+    fd: int,
+    dtype: int,
+    grid: int,
+    number: int,
+    ids: list[bytes],
+    layers: Layers,
+    table: list[tuple[int, int, int]],
+    body: memoryview,
+) -> int:
+    """Header, then body, into an empty file; ``table`` has (size, checksum, codec) of every extent."""
+    first, _, extents, _ = _places(dtype, grid, layers)
+    length = first + len(body)
     fields = (first, dtype, length, grid, min(BLOCK, grid), number, len(layers), extents, b"", *ids[:3])
     header = bytearray(FIXED_FIELDS.pack(MAGIC, VERSION, 0, *fields))
-    header += ids[3] + b"".join(LAYER.pack(*shape, 0) for shape in layers) + b"".join(table)
+    header += ids[3] + b"".join(LAYER.pack(*shape, 0) for shape in layers)
+    offset = first
+    for size, crc, number_of_codec in table:
+        header += EXTENT.pack(offset, size, crc, number_of_codec)
+        offset += _aligned(size)
     header += bytes(first - len(header))
     struct.pack_into("<I", header, 12, crc32c(memoryview(header)[16:]))
-    image[:first] = np.frombuffer(header, np.uint8)
-    left, offset = memoryview(image.data), 0
-    while left:
-        done = os.pwrite(fd, left, offset)
-        left, offset = left[done:], offset + done
+    at = 0
+    for part in (memoryview(header), body):
+        sent = 0
+        while sent < len(part):
+            sent += os.pwrite(fd, part[sent:], at + sent)
+        at += len(part)
     return length
+
+
+def page_encode(  # noqa: PLR0917
+    dtype: int, wanted: int, grid: int, keys: Sequence[Any], values: Sequence[Any], at: int, writeback: bool, /
+) -> tuple[bytes, bytearray]:
+    """(table, body) of positions ``at .. at + grid`` in the codec ``wanted``.
+
+    The table has ``<QII`` (size, CRC32C, codec) per extent, the body each extent padded to a multiple of 64 bytes. A
+    block that the codec does not take is stored raw. With ``writeback`` the decoded values replace those given.
+    """
+    if wanted not in codec.CODECS:
+        raise _broken("codec")
+    pairs, layers = _shapes(dtype, grid, keys, values, at, writable=writeback)
+    _places(dtype, grid, layers)
+    block = min(BLOCK, grid)
+    table, body = bytearray(), bytearray()
+    for (key, value), (heads, _, _) in zip(pairs, layers, strict=True):
+        for head in range(heads):
+            for start in range(at, at + grid, block):
+                parts = key[head, start : start + block], value[head, start : start + block]
+                used, encoded = wanted, codec.encode(wanted, dtype, *parts)
+                if encoded is None:
+                    used, encoded = codec.RAW, parts[0].tobytes() + parts[1].tobytes()
+                elif writeback:
+                    codec.decode(wanted, dtype, encoded, *parts)
+                table += TABLE_ENTRY.pack(len(encoded), crc32c(encoded), used)
+                body += encoded + bytes(_aligned(len(encoded)) - len(encoded))
+    return bytes(table), body
+
+
+def page_write_encoded(  # noqa: PLR0917
+    fd: int,
+    dtype: int,
+    grid: int,
+    number: int,
+    identity: Buffer,
+    key: Buffer,
+    parent: Buffer,
+    tokens: Buffer,
+    layers: Layers,
+    table: Buffer,
+    body: Buffer,
+    /,
+) -> int:
+    """Write the page file of what `page_encode` gave to the empty file ``fd``; its length in bytes."""
+    ids = _ids(identity, key, parent, tokens, grid)
+    _, _, extents, places = _places(dtype, grid, layers)
+    view = memoryview(body).cast("B")
+    entries = memoryview(table).cast("B")
+    if len(entries) != extents * TABLE_ENTRY.size:
+        raise _broken("extent")
+    found = list(TABLE_ENTRY.iter_unpack(entries))
+    offset = 0
+    for (size, _, used), shape in zip(found, _block_shapes(dtype, places), strict=True):
+        if used not in codec.CODECS:
+            raise _broken("codec")
+        if not codec.good_size(used, *shape, size) or _aligned(offset + size) > len(view):
+            raise _broken("extent")
+        offset = _aligned(offset + size)
+    if offset != len(view):
+        raise _broken("extent")
+    return _write(fd, dtype, grid, number, ids, layers, found, view)
+
+
+def _block_shapes(dtype: int, places: list[_Place]) -> Iterator[tuple[int, int, int, int]]:
+    """(dtype, rows, key_dim, value_dim) of the block behind every extent, in the order of the table."""
+    item = ITEMS[dtype]
+    for place in places:
+        key_dim = place.key_bytes // (place.block * item)
+        value_dim = (place.size - place.key_bytes) // (place.block * item)
+        for _ in range(place.heads * place.blocks):
+            yield dtype, place.block, key_dim, value_dim
 
 
 class _Header(NamedTuple):
@@ -233,7 +352,7 @@ class _Header(NamedTuple):
     tokens: bytes
     layers: Layers
     places: list[_Place]
-    checksums: list[int]
+    extents: list[tuple[int, int, int, int]]  # offset, size, checksum, codec
 
 
 def _open(data: memoryview) -> _Header:
@@ -276,30 +395,21 @@ def _open(data: memoryview) -> _Header:
     end = extents_at + EXTENT.size * extents
     if sum(layer[0] for layer in layers) * (grid // block) != extents or first != _aligned(end):
         raise _broken("header length")
-    _, expected_length, _, places = _places(dtype, grid, tuple(layers))
-    expected = _extents(places)
-    checksums = []
-    for offset, size, checksum, codec in EXTENT.iter_unpack(data[extents_at:end]):
-        where, length_here, _ = next(expected)
-        if codec:
+    _, _, _, places = _places(dtype, grid, tuple(layers))
+    table = list(EXTENT.iter_unpack(data[extents_at:end]))
+    where = first
+    for (offset, size, _, used), shape in zip(table, _block_shapes(dtype, places), strict=True):
+        if used not in codec.CODECS:
             raise _broken("codec")
-        if offset != where or size != length_here or _aligned(offset + size) > length:
+        if offset != where or not codec.good_size(used, *shape, size) or _aligned(offset + size) > length:
             raise _broken("extent")
-        checksums.append(checksum)
-    if expected_length != length:
+        where = _aligned(offset + size)
+    if where != length:
         raise _broken("length")
     if any(data[end:first]):
         raise _broken("padding")
     tokens = bytes(data[FIXED:layers_at])
-    return _Header(dtype, grid, number, ids[0], ids[1], ids[2], tokens, tuple(layers), places, checksums)
-
-
-def _extents(places: list[_Place]) -> Iterator[tuple[int, int, str]]:
-    """(offset, size, words for an error) of every extent, in the order of the table."""
-    for layer, place in enumerate(places):
-        for i in range(place.heads * place.blocks):
-            where = f" (layer {layer}, head {i // place.blocks}, block {i % place.blocks})"
-            yield place.offset + i * place.room, place.size, where
+    return _Header(dtype, grid, number, ids[0], ids[1], ids[2], tokens, tuple(layers), places, table)
 
 
 def page_parse(data: Buffer, /) -> tuple[int, int, int, bytes, bytes, bytes, bytes, Layers]:
@@ -307,49 +417,109 @@ def page_parse(data: Buffer, /) -> tuple[int, int, int, bytes, bytes, bytes, byt
     return _open(memoryview(data).cast("B"))[:8]
 
 
-def _check_extents(data: memoryview, header: _Header) -> None:
+def _named(place: _Place, layer: int, i: int) -> str:
+    return f" (layer {layer}, head {i // place.blocks}, block {i % place.blocks})"
+
+
+def _check_extents(data: memoryview, header: _Header, layers: range) -> None:
+    """Checksums and padding of these layers, many extents of one size at a time."""
     import numpy as np
 
     image = np.frombuffer(data, np.uint8)
-    index = 0
-    for layer, place in enumerate(header.places):
-        rows = image[place.offset :][: place.heads * place.blocks * place.room].reshape(-1, place.room)
-        wanted = np.array(header.checksums[index : index + len(rows)], np.uint32)
-        bad_sum = rows_crc(rows[:, : place.size]) != wanted
-        bad = bad_sum | rows[:, place.size :].any(axis=1)
-        index += len(rows)
-        if bad.any():
-            i = int(np.argmax(bad))
-            where = f" (layer {layer}, head {i // place.blocks}, block {i % place.blocks})"
-            raise _broken("checksum" if bad_sum[i] else "padding", where)
+    index = _extents_before(header, layers.start)
+    for layer in layers:
+        place = header.places[layer]
+        count = place.heads * place.blocks
+        mine = header.extents[index : index + count]
+        index += count
+        runs = [mine] if len({size for _, size, _, _ in mine}) == 1 else [[extent] for extent in mine]
+        done = 0
+        for run in runs:
+            offset, size = run[0][:2]
+            rows = image[offset:][: len(run) * _aligned(size)].reshape(len(run), -1)
+            bad_sum = rows_crc(rows[:, :size]) != np.array([checksum for _, _, checksum, _ in run], np.uint32)
+            bad = bad_sum | rows[:, size:].any(axis=1)
+            if bad.any():
+                i = int(np.argmax(bad))
+                raise _broken("checksum" if bad_sum[i] else "padding", _named(place, layer, done + i))
+            done += len(run)
+
+
+def _extents_before(header: _Header, layer: int) -> int:
+    return sum(place.heads * place.blocks for place in header.places[:layer])
 
 
 def page_verify(data: Buffer, /) -> None:
     """Check every checksum of a page file; `PageError` for the first that fails."""
     view = memoryview(data).cast("B")
-    _check_extents(view, _open(view))
+    header = _open(view)
+    _check_extents(view, header, range(len(header.layers)))
 
 
-def page_read(data: Buffer, keys: Sequence[Any], values: Sequence[Any], at: int, check: bool = True, /) -> None:
-    """Copy all layers out of a page file into ``keys[layer]``, ``values[layer]``, to positions ``at .. at + grid``."""
-    import numpy as np
-
+def page_read(  # noqa: PLR0917
+    data: Buffer, keys: Sequence[Any], values: Sequence[Any], at: int, check: bool = True, first: int = 0, /
+) -> None:
+    """Decode layers ``first ..`` of a page file into ``keys[i]``, ``values[i]``, positions ``at .. at + grid``."""
     view = memoryview(data).cast("B")
     header = _open(view)
     pairs = _pairs(keys, values, writable=True)
-    if len(pairs) != len(header.layers):
-        raise ValueError(f"the page has {len(header.layers)} layers, room for {len(pairs)} was given")
-    for i, (pair, shape) in enumerate(zip(pairs, header.layers, strict=True)):
-        _check_fit(pair, i, shape=shape, item=ITEMS[header.dtype], at=at, grid=header.grid)
+    if first >= len(header.layers) or len(pairs) > len(header.layers) - first:
+        raise ValueError(
+            f"the page has {len(header.layers)} layers, room for {len(pairs)} from layer {first} on was given"
+        )
+    for i, pair in enumerate(pairs):
+        _check_fit(pair, i, shape=header.layers[first + i], item=ITEMS[header.dtype], at=at, grid=header.grid)
     if check:
-        _check_extents(view, header)
-    image = np.frombuffer(view, np.uint8)
-    for pair, place in zip(pairs, header.places, strict=True):
-        rows = image[place.offset :][: place.heads * place.blocks * place.room].reshape(-1, place.room)
-        for array, part in ((pair[0], rows[:, : place.key_bytes]), (pair[1], rows[:, place.key_bytes : place.size])):
-            shape = (place.heads, header.grid, array.shape[2])
-            array[:, at : at + header.grid] = np.ascontiguousarray(part).view(array.dtype).reshape(shape)
+        _check_extents(view, header, range(first, first + len(pairs)))
+    index = _extents_before(header, first)
+    for layer, (key, value) in enumerate(pairs, first):
+        place = header.places[layer]
+        for i in range(place.heads * place.blocks):
+            offset, size, _, used = header.extents[index]
+            index += 1
+            start = at + i % place.blocks * place.block
+            head = i // place.blocks
+            parts = key[head, start : start + place.block], value[head, start : start + place.block]
+            try:
+                codec.decode(used, header.dtype, bytes(view[offset : offset + size]), *parts)
+            except ValueError:
+                raise _broken("encoding", _named(place, layer, i)) from None
+
+
+def _one_block(dtype: int, key: Any, value: Any, *, writable: bool) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    import numpy as np
+
+    views = memoryview(key), memoryview(value)
+    if writable and any(view.readonly for view in views):
+        raise BufferError("key or value is read-only")
+    arrays = np.asarray(views[0]), np.asarray(views[1])
+    if (
+        dtype not in ITEMS
+        or any(a.ndim != 2 or a.itemsize != ITEMS[dtype] or not 1 <= a.shape[1] <= codec.MAX_DIM for a in arrays)
+        or arrays[0].shape[0] != arrays[1].shape[0]
+        or not 1 <= arrays[0].shape[0] <= BLOCK
+    ):
+        raise ValueError("a block is K [1..64, 1..1024] and V [as many, 1..1024] of the dtype's values")
+    return arrays
+
+
+def block_encode(wanted: int, dtype: int, key: Any, value: Any, /) -> bytes | None:
+    """One block in the codec ``wanted``; None if it isn't taken."""
+    return codec.encode(wanted, dtype, *_one_block(dtype, key, value, writable=False))
+
+
+def block_decode(wanted: int, dtype: int, data: Buffer, key: Any, value: Any, /) -> None:
+    """Decode one block into ``key`` and ``value``; `PageError` for bytes that are no encoding."""
+    arrays = _one_block(dtype, key, value, writable=True)
+    try:
+        codec.decode(wanted, dtype, bytes(memoryview(data)), *arrays)
+    except ValueError:
+        raise _broken("encoding") from None
 
 
 def prefault(data: Buffer, /) -> None:
     """Map all of a file mapping now; OSError where it can't be read. Needs the C extension: here it does nothing."""
+
+
+def reserve(data: Buffer, /) -> None:
+    """Give a fresh buffer its memory at once. Needs the C extension: here it does nothing."""

@@ -53,8 +53,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             }
         }
         if (complete) {
-            am_page_read(&page, rows, rows + page.layers, 1, &bad);
-            am_page_read(&page, rows, rows + page.layers, 0, &bad);
+            am_page_read(&page, 0, page.layers, rows, rows + page.layers, 1, &bad);
+            am_page_read(&page, 0, page.layers, rows, rows + page.layers, 0, &bad);
         }
         for (uint32_t i = 0; rows && i < 2 * page.layers; i++)
             free(rows[i].data);
