@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
+import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
-from .errors import ConfigError, MissingDependency
+from .errors import ConfigError, InvalidInput, MissingDependency
 from .types import Segment, ToolCall, Usage
 
 if TYPE_CHECKING:
@@ -24,13 +26,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Capabilities",
     "Generation",
+    "HoldsSlots",
     "LoraRef",
     "Options",
     "Pages",
     "Provider",
     "Request",
+    "SavedSlot",
     "SealedPage",
+    "Slots",
     "load",
+    "served_name",
     "split_name",
 ]
 
@@ -88,6 +94,23 @@ class LoraRef:
     scale: float = 1.0
     records: tuple[str, ...] = ()
 
+    @property
+    def served_name(self) -> str:
+        """See `served_name`."""
+        return served_name(self.name, self.digest)
+
+
+def served_name(name: str, digest: str) -> str:
+    """What a LoRA version is called at a server or in an exported file: ``name-<first 16 hex digits of its digest>``.
+
+    Servers tell LoRAs apart by name, in their KV caches too. A name that changes with the content makes a retrained
+    LoRA another one there. Characters that a file or URL can't hold become ``_``.
+    """
+    if not re.fullmatch(r"[0-9a-f]{16,}", digest):
+        raise InvalidInput(f"{digest!r} is no digest of a LoRA version: give its SHA-256 in hex")
+    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "lora"
+    return f"{plain[:64]}-{digest[:16]}"
+
 
 class SealedPage(Protocol):
     """KV states of one step of the token grid, read-only, as a page store hands them out."""
@@ -131,19 +154,99 @@ class Pages(Protocol):
         ...
 
 
+@dataclass(frozen=True)
+class SavedSlot:
+    """A saved slot as `Slots` found it: its file's name, how many tokens it holds, and whether they are a
+    conversation's head (system and core) that other conversations begin with too."""
+
+    name: str
+    tokens: int
+    head: bool
+
+
+class Slots(Protocol):
+    """What a provider with ``kv="slots"`` asks of the store of slot files (activation/slots.py), as one tenant.
+
+    ``folder`` is where the server saves its slots; ``facts`` are all that a slot's content depends on beside its
+    tokens. Nothing here raises for a file or folder that can't be used: that is a miss, and logged.
+    """
+
+    @property
+    def step(self) -> int:
+        """Tokens by which a prefix grows before it is saved again."""
+        ...
+
+    @property
+    def tenant(self) -> bytes:
+        """Opaque; equal for requests that may share a slot."""
+        ...
+
+    def longest(self, folder: Path, facts: Mapping[str, str | int], tokens: Sequence[int]) -> SavedSlot | None:
+        """The longest saved slot whose tokens begin ``tokens``, by its manifest alone."""
+        ...
+
+    def sound(self, folder: Path, facts: Mapping[str, str | int], tokens: Sequence[int], saved: SavedSlot) -> bool:
+        """True if the file is, byte for byte, what its manifest says; else it is put aside. Reads the whole file."""
+        ...
+
+    def reserve(
+        self, folder: Path, facts: Mapping[str, str | int], tokens: Sequence[int], records: Sequence[str]
+    ) -> str | None:
+        """The name to save a slot under that was made from these records; their lineage is on disk before any KV is."""
+        ...
+
+    def keep(
+        self,
+        folder: Path,
+        facts: Mapping[str, str | int],
+        tokens: Sequence[int],
+        *,
+        size: int,
+        head: bool,
+        records: Sequence[str],
+        instead_of: str | None = None,
+    ) -> bool:
+        """Take in the file that was saved under the reserved name; the file ``instead_of`` goes."""
+        ...
+
+    def discard(self, folder: Path, name: str) -> None:
+        """Delete this file and all that speaks of it."""
+        ...
+
+    def helps(self, facts: Mapping[str, str | int]) -> bool:
+        """False once restored slots of this model and server have twice saved no computing."""
+        ...
+
+    def judge(self, facts: Mapping[str, str | int], *, helped: bool) -> None:
+        """Note whether the tokens of a restored slot were really reused."""
+        ...
+
+
+@runtime_checkable
+class HoldsSlots(Protocol):
+    """A provider with ``kv="slots"`` has this too."""
+
+    def erase_slots(self) -> int:
+        """Erase what the server's slots hold in memory; returns how many were erased. Never raises."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Request:
     """One request, laid out by rate of change (prompt.py). Adapters flatten ``segments`` to the vendor's format.
 
-    ``cache_key`` is an opaque string, equal for requests that share a prefix (scope names don't leak into it). ``salt``
-    separates tenants in the page store. ``pages`` is set only for providers with ``kv="tensors"``.
+    ``cache_key`` is an opaque string, equal for requests that share a prefix (scope names don't leak into it).
+    ``tenant`` is opaque too, can't be guessed, and separates tenants in caches that others keep. ``pages`` is set only
+    for providers with ``kv="tensors"``, ``slots`` only for those with ``kv="slots"``.
     """
 
     segments: tuple[Segment, ...]
     options: Options = Options()
     tools: tuple[Mapping[str, Any], ...] = ()
     cache_key: str = ""
+    tenant: str = ""
     pages: Pages | None = None
+    slots: Slots | None = None
     loras: tuple[LoraRef, ...] = ()
 
 
