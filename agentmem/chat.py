@@ -364,7 +364,9 @@ def _request(
         options=options,
         tools=tools,
         cache_key=engine.cache_key(scope),
+        tenant=engine.tenant_key(scope),
         pages=engine.page_view(scope),
+        slots=engine.slot_view(scope),
         loras=engine.active_loras(scope),
     )
 
@@ -386,17 +388,26 @@ def _observe(engine: Engine, conversation: Conversation, request: Request, gener
         expected = 0
     switched = conversation.loras is not None and conversation.loras != request.loras
     conversation.prefix, conversation.loras = stable, request.loras
-    cached = generation.usage.cached_tokens
+    cached, estimate = generation.usage.cached_tokens, generation.usage.estimated_cached_tokens
     reason = None
     # An expectation is counted message by message, so it can be off by the template's own tokens: a tenth is no miss.
-    if cached < 0.9 * expected:
+    if max(cached, estimate or 0) < 0.9 * expected:
         ours = "the cache did not hold the prefix"
         if switched:
             ours = "another LoRA version answers now, and it has pages of its own"
         elif broken:
             ours = "the prompt's prefix changed"
         reason = generation.miss or ours
-    return CacheUse(kind=capabilities.kv, expected_tokens=expected, cached_tokens=cached, reason=reason)
+    elif capabilities.kv == "slots":  # a restore without effect is told also where nothing was expected yet
+        reason = generation.miss
+    return CacheUse(
+        kind=capabilities.kv,
+        expected_tokens=expected,
+        cached_tokens=cached,
+        estimated=estimate is not None,
+        estimated_tokens=estimate or 0,
+        reason=reason,
+    )
 
 
 def _reply_drafts(generation: Generation, session: Scope) -> list[Draft]:

@@ -68,7 +68,7 @@ CREATE TABLE changes (
     nonce INTEGER NOT NULL DEFAULT (random())
 );
 
--- Lineage: which records a derived thing was made from. kind is page, core, lora or reply.
+-- Lineage: which records a derived thing was made from. kind is page, slot, core, lora or reply.
 CREATE TABLE lineage (
     kind TEXT NOT NULL, key TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, key, record)
 ) WITHOUT ROWID;
@@ -85,7 +85,8 @@ CREATE TABLE cores (
 ) WITHOUT ROWID;
 CREATE TABLE pages (
     key BLOB PRIMARY KEY, identity BLOB NOT NULL, parent BLOB NOT NULL, number INTEGER NOT NULL,
-    bytes INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, pinned INTEGER NOT NULL
+    bytes INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, pinned INTEGER NOT NULL,
+    codec TEXT NOT NULL
 ) WITHOUT ROWID;
 CREATE TABLE loras (
     digest TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,

@@ -28,10 +28,11 @@ from .database import Database
 from .errors import ConfigError, Incompatible, StoreError
 from .ledger import Ledger
 from .plaintext.records import Records
-from .provider import LoraRef, Pages, Provider
+from .provider import HoldsSlots, LoraRef, Pages, Provider, Slots
 from .types import Scope
 
 if TYPE_CHECKING:
+    from .activation.slots import SlotStore
     from .activation.store import PageStore
     from .parametric.registry import Registry
     from .plaintext.embed import Embedder
@@ -65,6 +66,7 @@ class Engine:
         self._spaces: dict[str, int] = {}
         self._index: VectorIndex | None = None
         self._pages: PageStore | None = None
+        self._slots: SlotStore | None = None
         self._registry: Registry | None = None
         self.provider = provider
         if provider is None and settings.model is not None:
@@ -163,6 +165,21 @@ class Engine:
             return self._pages
 
     @property
+    def slots(self) -> SlotStore:
+        """The store of slot files, of servers that own their KV."""
+        with self._lock:
+            if self._slots is None:
+                from .activation.slots import SlotStore
+
+                self._slots = SlotStore(
+                    self.database,
+                    step=self.settings.page_tokens,
+                    budget_bytes=self.settings.page_budget,
+                    clock=self.clock,
+                )
+            return self._slots
+
+    @property
     def registry(self) -> Registry:
         """The LoRA versions."""
         with self._lock:
@@ -191,6 +208,20 @@ class Engine:
             return None
         # The salt keeps tenants apart; it is derived, not random, so that saved pages can be restored elsewhere.
         return self.pages.view(hashlib.sha256(b"agentmem tenant\0" + (scope.tenant or "").encode()).digest())
+
+    def slot_view(self, scope: Scope) -> Slots | None:
+        """The slot files as one tenant sees them, for providers whose server owns its KV; None where nothing is kept.
+
+        The salt holds this folder's secret, so that no other memory that shares the server finds these files.
+        """
+        provider = self.provider
+        if provider is None or provider.capabilities.kv != "slots" or self.settings.page_budget == 0 or not self._kept:
+            return None
+        return self.slots.view(bytes.fromhex(self.tenant_key(scope)))
+
+    def tenant_key(self, scope: Scope) -> str:
+        """An opaque string that can't be guessed, equal for all requests of one tenant of this folder."""
+        return hashlib.blake2b((scope.tenant or "").encode(), key=self._secret, digest_size=32).hexdigest()
 
     def active_loras(self, scope: Scope) -> tuple[LoraRef, ...]:
         """The LoRA versions that answer for this scope, where the provider can serve them."""
@@ -232,6 +263,10 @@ class Engine:
             work = json.loads(row["work"])
             if work["pages"]:
                 self.pages.delete(work["pages"])
+            if work.get("slots"):
+                self.slots.delete(work["slots"])
+            if work.get("live"):
+                self._erase_live()
             if work["loras"]:
                 self.registry.retire(work["loras"])
             if work["vectors"] and self._embedder_known and self.index is not None:
@@ -247,11 +282,19 @@ class Engine:
             with self.database.write() as connection:
                 connection.execute("DELETE FROM erasures WHERE id = ?", (row["id"],))
 
+    def _erase_live(self) -> None:
+        """What a server's slots hold in memory may be of a forgotten record, also of one that was only recalled."""
+        provider = self.provider
+        if provider is not None and provider.capabilities.kv == "slots" and isinstance(provider, HoldsSlots):
+            provider.erase_slots()
+
     def bytes_held(self) -> dict[str, int]:
         """Bytes on disk by kind of memory."""
         sizes = {"records": sum(_size(file) for file in self.folder.glob("memory.db*"))}
         for kind, name in (("index", "index"), ("KV pages", "pages"), ("LoRA", "lora")):
             sizes[kind] = sum(_size(file) for file in (self.folder / name).rglob("*"))
+        if slots := self.slots.size():
+            sizes["saved slots"] = slots
         return sizes
 
     def close(self) -> None:

@@ -252,6 +252,7 @@ def _receipt(engine: Engine, gone: Sequence[str], *, dry_run: bool) -> Erasure:
         pages=engine.pages.made_from(gone) if _made_from(engine, "page", gone) else [],
         cores=_made_from(engine, "core", gone),
         loras=_made_from(engine, "lora", gone),
+        slots=engine.slots.made_from(gone),
         replies=[reply for reply in _made_from(engine, "reply", gone) if reply not in forgotten],
         hosted=engine.ledger.may_hold(gone),
     )
@@ -265,6 +266,8 @@ def _drop_derived(engine: Engine, records: Sequence[str], *, pages: bool, vector
     work = {
         "pages": engine.pages.made_from(records) if pages and _made_from(engine, "page", records) else [],
         "loras": _made_from(engine, "lora", records),
+        "slots": engine.slots.made_from(records) if pages else [],
+        "live": pages and engine.provider is not None and engine.provider.capabilities.kv == "slots",
         "vectors": vectors,
     }
     with engine.database.write() as connection:

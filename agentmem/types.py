@@ -139,13 +139,16 @@ class Usage(Value):
     """What one request used. ``input_tokens`` counts the whole prompt, cached tokens included, on every provider.
 
     ``cached_tokens`` were read from a cache, ``written_tokens`` were newly put into one (where the provider says so, or
-    the KV pages that were sealed). Seconds are wall time: to the first piece of text, and in all.
+    the KV pages that were sealed, or the slots that were saved). ``estimated_cached_tokens`` is set, and
+    ``cached_tokens`` 0, where the provider counts none and reuse could only be inferred from its times. Seconds are
+    wall time: to the first piece of text, and in all.
     """
 
     input_tokens: int = 0
     cached_tokens: int = 0
     written_tokens: int = 0
     output_tokens: int = 0
+    estimated_cached_tokens: int | None = None
     first_token_s: float | None = None
     total_s: float = 0.0
 
@@ -161,12 +164,16 @@ class CacheUse(Value):
     """What was expected of the cache, what came, and why not.
 
     ``expected_tokens`` is the longest prefix that an earlier request of this handle left cacheable; ``reason`` is set
-    when fewer tokens came from the cache than that.
+    when fewer tokens came from the cache than that. ``cached_tokens`` are what the provider counted. Where it counts
+    none (Ollama), ``estimated`` is True and ``estimated_tokens`` are inferred from the time that reading the prompt
+    took: an estimate, never part of the ledger's cached tokens.
     """
 
     kind: Literal["none", "auto", "breakpoints", "slots", "tensors"] = "none"
     expected_tokens: int = 0
     cached_tokens: int = 0
+    estimated: bool = False
+    estimated_tokens: int = 0
     reason: str | None = None
 
 
@@ -199,6 +206,7 @@ class Erasure(Value):
     versions: int = Field(default=0, description="rows of older versions of these records")
     vectors: int = 0
     pages: list[str] = Field(default=[], description="keys of the KV pages made from these records, in hex")
+    slots: list[str] = Field(default=[], description="files of a server's slots that were made from these records")
     cores: list[str] = Field(default=[], description="scopes whose core block held one of these records")
     loras: list[str] = Field(default=[], description="LoRA versions that learnt one of these records, now retired")
     replies: list[str] = []
@@ -209,6 +217,7 @@ class Erasure(Value):
         lines = [
             f"{verb} {len(self.records)} records ({self.versions} older versions, {self.vectors} vectors), "
             f"{len(self.pages)} KV pages, {len(self.cores)} core blocks, {len(self.loras)} LoRA versions"
+            + (f", {len(self.slots)} saved slots" if self.slots else "")
         ]
         if self.replies:
             lines.append(

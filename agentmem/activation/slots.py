@@ -24,7 +24,6 @@ from .._pure import kernels
 from ..database import Database
 from ..errors import StoreError
 from ..provider import SavedSlot
-from .catalog import marks, parts
 from .identity import digest, token_bytes
 
 __all__ = ["SlotStore", "TenantSlots"]
@@ -33,6 +32,8 @@ logger = logging.getLogger("agentmem")
 
 Facts = Mapping[str, str | int]
 
+#: Many values bound as one JSON list.
+LISTED = "SELECT value FROM json_each(?)"
 #: ``<root>-<tokens>.slot``: digests of (identity, tenant) and of the tokens under it. Nothing can be read from a name.
 NAME = re.compile(r"([0-9a-f]{32})-([0-9a-f]{32})\.slot")
 #: A manifest is smaller; a larger file is none of ours.
@@ -71,6 +72,8 @@ class TenantSlots:
         for file in _listed(folder, f"{root.hex()[:32]}-*.slot.json"):
             name = file.name.removesuffix(".json")
             manifest = _read(file)
+            if manifest is None and not file.exists():  # another process removed it this moment
+                continue
             if manifest is None or not (folder / name).is_file():
                 self._store.put_aside(folder, name, "its manifest or its file is missing or damaged")
                 continue
@@ -198,21 +201,19 @@ class SlotStore:
 
     def made_from(self, records: Sequence[str]) -> list[str]:
         """The names of all slot files made from these records."""
-        names: dict[str, None] = {}
-        for part in parts(list(dict.fromkeys(records))):
-            for row in self._database.query(
-                f"SELECT DISTINCT key FROM lineage WHERE kind = 'slot' AND record IN ({marks(part)}) ORDER BY key", part
-            ):
-                names[row["key"]] = None
-        return list(names)
+        rows = self._database.query(
+            f"SELECT DISTINCT key FROM lineage WHERE kind = 'slot' AND record IN ({LISTED}) ORDER BY key",
+            [json.dumps(list(records))],
+        )
+        return [row["key"] for row in rows]
 
     def delete(self, names: Sequence[str]) -> None:
         """Delete these files wherever this memory ever had slots saved."""
         self.remove(names, self._folders())
 
-    def bytes(self) -> int:
+    def size(self) -> int:
         """Bytes of all slot files in the folders of this memory."""
-        return sum(file.stat().st_size for folder in self._folders() for file in _listed(folder, "*.slot"))
+        return sum(_size(file) for folder in self._folders() for file in _listed(folder, "*.slot"))
 
     # ---- what a tenant's view asks
 
@@ -240,10 +241,10 @@ class SlotStore:
 
     def forgotten(self, records: Iterable[str]) -> bool:
         """True if one of these records was forgotten."""
-        return any(
-            self._database.query(f"SELECT record FROM tombstones WHERE record IN ({marks(part)}) LIMIT 1", part)
-            for part in parts(sorted(set(records)))
+        found = self._database.query(
+            f"SELECT record FROM tombstones WHERE record IN ({LISTED}) LIMIT 1", [json.dumps(list(records))]
         )
+        return bool(found)
 
     def remove(self, names: Sequence[str], folders: Sequence[Path]) -> None:
         """Delete these files in these folders, and their lineage."""
