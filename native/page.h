@@ -94,7 +94,7 @@ am_layer am_page_layer(const am_page *page, uint32_t layer);
 int am_page_verify(const am_page *page, uint32_t *bad);
 
 /* Decodes K and V of layers `from` .. `from + count` into keys[i], values[i] (room for `grid` positions each; i counts from
- * 0). With `check` each extent is verified on the way; on AM_CHECKSUM, AM_PADDING and AM_ENCODING the destinations hold
+ * 0). With `check` each extent is verified on the way (raw ones always are); on AM_CHECKSUM, AM_PADDING and AM_ENCODING the destinations hold
  * undefined bytes and *bad is the extent. */
 int am_page_read(const am_page *page, uint32_t from, uint32_t count, const am_rows *keys, const am_rows *values, int check,
                  uint32_t *bad);

@@ -517,7 +517,7 @@ def block_decode(wanted: int, dtype: int, data: Buffer, key: Any, value: Any, /)
         raise _broken("encoding") from None
 
 
-def prefault(data: Buffer, /) -> None:
+def prefault(data: Buffer, fd: int = -1, /) -> None:
     """Map all of a file mapping now; OSError where it can't be read. Needs the C extension: here it does nothing."""
 
 
