@@ -218,9 +218,9 @@ static int layers_from(PyObject *sequence, am_layer *shapes, Py_ssize_t count)
 
 static PyObject *page_size(PyObject *module, PyObject *args)
 {
-    unsigned int dtype, grid;
+    unsigned int dtype, grid, codec = AM_RAW;
     PyObject *layers;
-    if (!PyArg_ParseTuple(args, "IIO!:page_size", &dtype, &grid, &PyTuple_Type, &layers))
+    if (!PyArg_ParseTuple(args, "IIO!|I:page_size", &dtype, &grid, &PyTuple_Type, &layers, &codec))
         return NULL;
     Py_ssize_t count = PyTuple_Size(layers);
     if (count > (Py_ssize_t)AM_MAX_LAYERS)
@@ -231,7 +231,7 @@ static PyObject *page_size(PyObject *module, PyObject *args)
     PyObject *size = NULL;
     if (!layers_from(layers, shapes, count)) {
         int result;
-        uint64_t length = am_page_size(dtype, grid, (uint32_t)count, shapes, &result);
+        uint64_t length = am_page_size(dtype, grid, (uint32_t)count, shapes, codec, &result);
         size = length ? PyLong_FromUnsignedLongLong(length) : fail(module, result, NULL);
     }
     PyMem_Free(shapes);
@@ -343,7 +343,7 @@ static PyObject *page_encode(PyObject *module, PyObject *args)
     if (!shapes)
         goto destroy;
     int result;
-    uint64_t most = am_page_size(dtype, grid, (uint32_t)all.layers, shapes, &result);
+    uint64_t most = am_page_size(dtype, grid, (uint32_t)all.layers, shapes, AM_RAW, &result);
     if (!most) {
         fail(module, result, NULL);
         goto destroy;
@@ -398,7 +398,7 @@ static PyObject *page_write_encoded(PyObject *module, PyObject *args)
     if (layers_from(layers, shapes, count))
         goto release;
     int result, saved;
-    if (!am_page_size(dtype, grid, (uint32_t)count, shapes, &result)) {
+    if (!am_page_size(dtype, grid, (uint32_t)count, shapes, AM_RAW, &result)) {
         fail(module, result, NULL);
         goto release;
     }
@@ -689,7 +689,7 @@ static PyMethodDef methods[] = {
     {"cpu_level", cpu_level, METH_NOARGS, "cpu_level(): name of the instruction set in use."},
     {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels(): names that set_cpu_level takes on this CPU, fastest first."},
     {"set_cpu_level", set_cpu_level, METH_VARARGS, "set_cpu_level(name, /): use this one from now on, in all threads."},
-    {"page_size", page_size, METH_VARARGS, "page_size(dtype, grid, layers, /): length in bytes of such a page file."},
+    {"page_size", page_size, METH_VARARGS, "page_size(dtype, grid, layers, codec=0, /): length in bytes of such a page file."},
     {"page_write", page_write, METH_VARARGS,
      "page_write(fd, dtype, grid, number, identity, key, parent, tokens, keys, values, at, /): write a whole page file."},
     {"page_parse", page_parse, METH_VARARGS,

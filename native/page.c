@@ -127,34 +127,37 @@ static uint64_t header_length(uint32_t grid, uint32_t layers, uint64_t extents)
 }
 
 /* The header's length and the file's for a layout whose shapes are all good; the bounds keep both far below 2^64. */
-static uint64_t measure(uint32_t grid, uint32_t dtype, uint32_t layers, const am_layer *shapes, uint64_t *header,
-                        uint64_t *extents)
+static uint64_t measure(uint32_t grid, uint32_t dtype, uint32_t layers, const am_layer *shapes, uint32_t codec,
+                        uint64_t *header, uint64_t *extents)
 {
     uint32_t block = block_of(grid);
     uint64_t count = 0, payload = 0;
     for (uint32_t i = 0; i < layers; i++) {
         uint64_t here = (uint64_t)shapes[i].kv_heads * (grid / block);
         count += here;
-        payload += here * aligned(am_block_bytes(block_shape(dtype, grid, shapes[i])));
+        am_block each = block_shape(dtype, grid, shapes[i]);
+        int taken = am_codec_fixed(codec) && am_codec_takes(codec, each);
+        payload += here * aligned(taken ? am_codec_size(codec, each) : am_block_bytes(each));
     }
     *extents = count;
     *header = header_length(grid, layers, count);
     return *header + payload;
 }
 
-uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_layer *shapes, int *result)
+uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_layer *shapes, uint32_t codec, int *result)
 {
     uint64_t header, extents;
     *result = !am_item(dtype) ? AM_DTYPE
               : !good_grid(grid) ? AM_GRID
               : layers < 1 || layers > AM_MAX_LAYERS ? AM_LAYERS
+              : codec >= AM_CODECS ? AM_CODEC
                                                      : AM_OK;
     for (uint32_t i = 0; *result == AM_OK && i < layers; i++)
         if (!good_shape(shapes[i]))
             *result = AM_SHAPE;
     if (*result != AM_OK)
         return 0;
-    uint64_t length = measure(grid, dtype, layers, shapes, &header, &extents);
+    uint64_t length = measure(grid, dtype, layers, shapes, codec, &header, &extents);
     if (header > UINT32_MAX) {
         *result = AM_HEADER_LENGTH;
         return 0;
@@ -445,12 +448,12 @@ int am_page_write(int fd, const am_page_head *head, const am_rows *keys, const a
 {
     static const uint8_t zeros[AM_ALIGN];
     int result;
-    uint64_t length = am_page_size(head->dtype, head->grid, head->layers, head->shapes, &result);
+    uint64_t length = am_page_size(head->dtype, head->grid, head->layers, head->shapes, AM_RAW, &result);
     if (!length)
         return result;
     uint32_t item = am_item(head->dtype), block = block_of(head->grid);
     uint64_t first, extents;
-    measure(head->grid, head->dtype, head->layers, head->shapes, &first, &extents);
+    measure(head->grid, head->dtype, head->layers, head->shapes, AM_RAW, &first, &extents);
     uint8_t *entry = NULL, *header = new_header(head, first, extents, length, &entry);
     gather *out = malloc(sizeof *out);
     if (!header || !out) {
@@ -545,10 +548,10 @@ int am_page_write_encoded(int fd, const am_page_head *head, const am_extent *tab
                           uint64_t *written)
 {
     int result;
-    if (!am_page_size(head->dtype, head->grid, head->layers, head->shapes, &result))
+    if (!am_page_size(head->dtype, head->grid, head->layers, head->shapes, AM_RAW, &result))
         return result;
     uint64_t first, extents, offset = 0;
-    measure(head->grid, head->dtype, head->layers, head->shapes, &first, &extents);
+    measure(head->grid, head->dtype, head->layers, head->shapes, AM_RAW, &first, &extents);
     uint8_t *entry = NULL, *header = new_header(head, first, extents, first + length, &entry);
     gather *out = malloc(sizeof *out);
     if (!header || !out) {

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import numpy.typing as npt
 
-__all__ = ["CODECS", "MAX_DIM", "RAW", "decode", "encode", "good_size"]
+__all__ = ["CODECS", "MAX_DIM", "RAW", "decode", "encode", "expected", "fixed", "good_size"]
 
 RAW, LOSSLESS, DENSE, INT8, K8V4, INT4 = range(6)
 CODECS = range(6)
@@ -44,6 +44,18 @@ def _takes(codec: int, dtype: int, rows: int, key_dim: int, value_dim: int) -> b
     return _size(codec, dtype, rows, key_dim, value_dim) < _raw_size(dtype, rows, key_dim, value_dim)
 
 
+def fixed(codec: int) -> bool:
+    """Whether the size of an encoding does not depend on the values."""
+    return codec not in (LOSSLESS, DENSE)
+
+
+def expected(codec: int, dtype: int, rows: int, key_dim: int, value_dim: int) -> int:
+    """Bytes of a block in a codec of fixed size, or raw where that doesn't take it."""
+    if codec == RAW or not _takes(codec, dtype, rows, key_dim, value_dim):
+        return _raw_size(dtype, rows, key_dim, value_dim)
+    return _size(codec, dtype, rows, key_dim, value_dim)
+
+
 def good_size(  # noqa: PLR0917
     codec: int, dtype: int, rows: int, key_dim: int, value_dim: int, size: int
 ) -> bool:
@@ -53,7 +65,7 @@ def good_size(  # noqa: PLR0917
     if not _takes(codec, dtype, rows, key_dim, value_dim):
         return False
     most = _size(codec, dtype, rows, key_dim, value_dim)
-    return 1 <= size <= most if codec in (LOSSLESS, DENSE) else size == most
+    return size == most if fixed(codec) else 1 <= size <= most
 
 
 def encode(codec: int, dtype: int, key: npt.NDArray[Any], value: npt.NDArray[Any]) -> bytes | None:
