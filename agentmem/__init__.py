@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry as PageEntry
+    from .activation.store import Swapped as Swapped
     from .async_memory import AsyncMemory as AsyncMemory
     from .async_memory import AsyncReplyStream as AsyncReplyStream
     from .async_memory import AsyncScopedMemory as AsyncScopedMemory
@@ -49,7 +50,7 @@ __version__ = "0.1.0"
 
 #: Where each public name lives.
 _MODULES = {
-    "activation.store": "PageEntry",
+    "activation.store": "PageEntry Swapped",
     "async_memory": "AsyncMemory AsyncReplyStream AsyncScopedMemory",
     "errors": (
         "AgentMemError ConfigError Corrupt Full Incompatible InvalidInput Locked MissingDependency NotFound "

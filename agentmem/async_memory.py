@@ -24,7 +24,7 @@ from .provider import Provider
 from .types import Context, Erasure, Hit, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
-    from .activation.store import PageEntry
+    from .activation.store import PageEntry, Swapped
     from .parametric.registry import LoraVersion
     from .plaintext.embed import Embedder
 
@@ -329,6 +329,12 @@ class AsyncActivation:
 
     async def evict(self, keys: Sequence[str] | None = None) -> int:
         return await arun(local(kinds.evict, self._engine, self._scope, keys))
+
+    async def swap_out(self, keys: Sequence[str] | None = None) -> Swapped:
+        return await arun(local(kinds.swap_out, self._engine, self._scope, keys))
+
+    async def swap_in(self, keys: Sequence[str] | None = None) -> Swapped:
+        return await arun(local(kinds.swap_in, self._engine, self._scope, keys))
 
     async def save(self, path: str | os.PathLike[str]) -> int:
         return await arun(local(kinds.save, self._engine, self._scope, path))

@@ -9,9 +9,9 @@ import os
 import reprlib
 import tomllib
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -55,7 +55,13 @@ class Settings(BaseSettings):
     history_tokens: int = Field(default=3000, ge=0, description="tokens of the running conversation kept in the prompt")
     page_tokens: int = Field(default=256, ge=16, multiple_of=16, description="the token grid: tokens per KV page")
     page_budget: int = Field(
-        default=8 << 30, ge=0, description="bytes of KV pages on disk; 0 turns activation memory off"
+        default=8 << 30, ge=0, description="bytes of KV pages on disk and in RAM; 0 turns activation memory off"
+    )
+    page_codec: Literal["raw", "lossless", "dense", "int8", "k8v4", "int4"] = Field(
+        default="raw", description="how KV pages are stored; int8, k8v4 and int4 change the states a little"
+    )
+    page_key: SecretStr | None = Field(
+        default=None, description="32 bytes as hex or base64: KV pages are encrypted at rest with AES-256-GCM"
     )
     providers: dict[str, dict[str, Any]] = Field(
         default={}, description="one table per scheme: [providers.openai] base_url = …, [providers.local] device = …"
@@ -99,8 +105,8 @@ def read(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Setti
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        # A provider's table may hold a key, so its values are never repeated.
-        given = "" if name.startswith("providers") else f" (given: {reprlib.repr(first.get('input'))})"
+        # A provider's table may hold a key, so its values are never repeated; nor is the page key.
+        given = "" if name.startswith(("providers", "page_key")) else f" (given: {reprlib.repr(first.get('input'))})"
         raise ConfigError(f"setting {name!r}: {first['msg']}{given}") from None
     except SettingsError as error:  # the environment holds something that is no JSON where JSON is wanted
         raise ConfigError(f"the environment can't be read: {error}") from None

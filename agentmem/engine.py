@@ -32,6 +32,7 @@ from .provider import HoldsSlots, LoraRef, Pages, Provider, Slots
 from .types import Scope
 
 if TYPE_CHECKING:
+    from .activation.cipher import PageCipher
     from .activation.slots import SlotStore
     from .activation.store import PageStore
     from .parametric.registry import Registry
@@ -66,6 +67,7 @@ class Engine:
         self._spaces: dict[str, int] = {}
         self._index: VectorIndex | None = None
         self._pages: PageStore | None = None
+        self._cipher = _cipher(settings)
         self._slots: SlotStore | None = None
         self._registry: Registry | None = None
         self.provider = provider
@@ -160,6 +162,8 @@ class Engine:
                     self.folder / "pages",
                     grid=self.settings.page_tokens,
                     budget_bytes=self.settings.page_budget,
+                    codec=self.settings.page_codec,
+                    cipher=self._cipher,
                     clock=self.clock,
                 )
             return self._pages
@@ -307,6 +311,15 @@ class Engine:
             for part in (self.provider, self._pages, self._index):
                 if part is not None:
                     parts.callback(part.close)
+
+
+def _cipher(settings: Settings) -> PageCipher | None:
+    """What encrypts KV pages, or None. A bad key is a `ConfigError` here, before anything is opened."""
+    if settings.page_key is None:
+        return None
+    from .activation.cipher import PageCipher
+
+    return PageCipher.parse(settings.page_key.get_secret_value())
 
 
 def _remove(folder: Path, owner: int) -> None:

@@ -17,7 +17,7 @@ from .progress import progress
 from .types import Record, Scope, Usage
 
 if TYPE_CHECKING:
-    from .activation.store import PageEntry
+    from .activation.store import PageEntry, Swapped
     from .parametric.registry import LoraVersion
 
 _log = logging.getLogger("agentmem")
@@ -32,6 +32,8 @@ __all__ = [
     "restore",
     "rollback",
     "save",
+    "swap_in",
+    "swap_out",
     "train",
 ]
 
@@ -62,6 +64,16 @@ def pin(engine: Engine, scope: Scope, keys: Sequence[str] | None, *, pinned: boo
 def evict(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> int:
     """Delete these pages (default: all of the scope). Nothing is lost but the time to compute them again."""
     return engine.pages.evict(_keys(engine, scope, keys))
+
+
+def swap_out(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> Swapped:
+    """Let these pages (default: all of the scope) leave the RAM; their files stay."""
+    return engine.pages.swap_out(_keys(engine, scope, keys))
+
+
+def swap_in(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> Swapped:
+    """Bring these pages (default: all of the scope) into RAM, checked, as far as the budget lets them."""
+    return engine.pages.swap_in(_keys(engine, scope, keys))
 
 
 def _keys(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> list[str]:

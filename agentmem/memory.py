@@ -25,7 +25,7 @@ from .provider import Provider
 from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
-    from .activation.store import PageEntry
+    from .activation.store import PageEntry, Swapped
     from .parametric.registry import LoraVersion
     from .plaintext.embed import Embedder
 
@@ -427,6 +427,17 @@ class Activation:
     def evict(self, keys: Sequence[str] | None = None) -> int:
         """Delete these pages (default: all of the scope); returns how many. They are computed again when needed."""
         return run(local(kinds.evict, self._engine, self._scope, keys))
+
+    def swap_out(self, keys: Sequence[str] | None = None) -> Swapped:
+        """Let these pages (default: all of the scope) leave the RAM, and say what that took; their files stay."""
+        return run(local(kinds.swap_out, self._engine, self._scope, keys))
+
+    def swap_in(self, keys: Sequence[str] | None = None) -> Swapped:
+        """Bring these pages (default: all of the scope) into RAM ahead of use, checked; says what is there afterwards.
+
+        The last used come first, up to a quarter of ``page_budget``. Damaged pages are put aside.
+        """
+        return run(local(kinds.swap_in, self._engine, self._scope, keys))
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Copy all pages with their lineage into a new folder; returns how many. As private as the transcript.

@@ -132,7 +132,21 @@ class Pages(Protocol):
     def longest(self, identity: bytes, tokens: Sequence[int]) -> Sequence[SealedPage]:
         """The stored pages of the longest prefix of ``tokens`` under ``identity``, from position 0 on; may be empty.
 
-        Never raises for a missing, damaged or foreign page: that page and all after it are simply not returned.
+        Never raises for a missing, damaged or foreign page: that page and all after it are simply not returned. States
+        may prove damaged only when they are read: that raises `Corrupt`, and the prefix ends before that page.
+        """
+        ...
+
+    @property
+    def lossy(self) -> bool:
+        """Whether pages are stored with a codec that changes bits: then `encode` every page once it is computed."""
+        ...
+
+    def encode(self, layers: Sequence[tuple[Any, Any]], at: int) -> Any:
+        """With a lossy codec: the page of positions ``at .. at + grid`` as `seal` wants it in ``encoded``.
+
+        ``layers`` as in `seal`, writable; the arrays then hold what the page decodes to, so that the live run goes on
+        with the bits of a restored one. With an exact codec it does nothing and returns None.
         """
         ...
 
@@ -143,13 +157,18 @@ class Pages(Protocol):
         first: int,
         layers: Sequence[tuple[Any, Any]],
         records: Sequence[tuple[str, ...]],
+        *,
+        encoded: Sequence[Any] | None = None,
+        seconds: float | None = None,
     ) -> int:
         """Keep the full pages ``first ..`` of the prefix ``tokens``; returns how many pages were written.
 
         ``layers[i]`` is (K, V) of layer i: C-contiguous buffers (numpy arrays; bf16 as uint16 views) of shape
         [kv_heads, positions, head_dim] that hold positions ``first * grid ..``. ``records[j]`` are the ids of the
-        records that page ``first + j`` was made from (all that stand in the prompt up to its end). Never raises for a
-        full disk or a read-only folder: it logs and returns 0.
+        records that page ``first + j`` was made from (all that stand in the prompt up to its end). ``encoded[j]`` is
+        what `encode` gave for that page: needed with a lossy codec, for which ``layers`` may be empty. ``seconds`` is
+        what computing all of them took, where it was measured. Never raises for a full disk or a read-only folder: it
+        logs and returns 0.
         """
         ...
 

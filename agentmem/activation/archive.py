@@ -1,7 +1,8 @@
 """Saved pages: a folder of page files with a list of their lineage, to be carried elsewhere and brought back.
 
-Knows the folder; decides nothing about what may come back (store.py does). Nothing in a saved folder is believed: names
-are made from checked keys, every page is verified as a copy of our own, and the list carries a digest.
+Nothing in a saved folder is believed: names are made from checked keys, every page is verified as a copy of our own,
+and the list carries a digest. Encrypted pages are copied as they are; without their page key only their container is
+checked here, and the rest by whoever uses them with the key.
 """
 
 from __future__ import annotations
@@ -14,16 +15,22 @@ import logging
 import os
 import secrets
 import shutil
+import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from ..database import Database
 from ..errors import Corrupt, Full, Incompatible, InvalidInput, NotFound, StoreError
+from .budget import Budget
+from .catalog import Catalog, marks, parts
+from .cipher import ContainerError, ForeignKey, PageCipher, key_name
+from .eviction import PageRow
 from .pages import Page, sync_folder
 
-__all__ = ["Saved", "fetch", "load", "save"]
+__all__ = ["Saved", "load", "restore", "save"]
 
 logger = logging.getLogger("agentmem")
 
@@ -47,6 +54,7 @@ class Saved(BaseModel):
     bytes: int = Field(ge=1)
     pinned: bool
     records: list[str]
+    codec: str = Field(default="raw", max_length=16)
 
 
 class Manifest(BaseModel):
@@ -67,16 +75,37 @@ class Entry(Protocol):
     @property
     def pinned(self) -> bool: ...
     @property
+    def codec(self) -> str: ...
+    @property
     def records(self) -> tuple[str, ...]: ...
 
 
 def _digest(pages: Sequence[Saved]) -> str:
-    content = json.dumps([page.model_dump() for page in pages], sort_keys=True, separators=(",", ":"))
+    # Only what the list says: a field that came later is not in the digest of an older list.
+    content = json.dumps([page.model_dump(exclude_unset=True) for page in pages], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(content.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def save(entries: Sequence[Entry], folder: Path, path: Path) -> int:
-    """Copy the pages ``entries`` of ``folder`` into the new folder ``path``; those that fail a check are left out."""
+def _checked(path: Path, row: PageRow, cipher: PageCipher | None) -> None:
+    """Raise `Corrupt` or `Incompatible` unless the file at ``path`` is this page, whole and undamaged."""
+    try:
+        page = Page(path, cipher)
+    except ForeignKey:
+        # Not ours to read: is it a whole container at least?
+        try:
+            key_name(path.read_bytes())
+        except ContainerError as error:
+            raise Corrupt(f"{path.name}: {error.args[1]}") from error
+        found = (row.key, row.identity, row.parent, row.number, path.stat().st_size)
+    else:
+        page.verify()
+        found = (page.name, page.identity, page.parent_name, page.number, page.stamp.size)
+    if found != (row.key, row.identity, row.parent, row.number, row.bytes):
+        raise Corrupt(f"{path.name} is not the page that the list names")
+
+
+def save(entries: Sequence[Entry], catalog: Catalog, path: Path, cipher: PageCipher | None) -> int:
+    """Copy the pages ``entries`` into the new folder ``path``; those that fail a check are left out."""
     path = path.absolute()
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise InvalidInput(f"{path} exists and is not an empty folder: save to a new one")
@@ -84,24 +113,29 @@ def save(entries: Sequence[Entry], folder: Path, path: Path) -> int:
     try:
         temporary.mkdir(mode=0o700, parents=True)
         pages: list[Saved] = []
+        rows = catalog.rows()
         for entry in entries:
             name = f"{entry.key}.page"
+            row = rows.get(bytes.fromhex(entry.key))
             try:
-                page = Page(folder / name)
-                page.verify()
+                if row is None:
+                    raise FileNotFoundError("deleted meanwhile")
+                _copy(catalog.folder / name, temporary / name, row.bytes)
+                _checked(temporary / name, row, cipher)
             except (Corrupt, Incompatible, FileNotFoundError) as error:
+                (temporary / name).unlink(missing_ok=True)
                 logger.warning("KV page %s is not saved: %s", entry.key[:12], error)
                 continue
-            _write(temporary / name, page.data)
             pages.append(
                 Saved(
-                    key=page.key.hex(),
-                    identity=page.identity.hex(),
-                    parent=page.parent.hex(),
-                    number=page.number,
-                    bytes=len(page.data),
+                    key=entry.key,
+                    identity=row.identity.hex(),
+                    parent=row.parent.hex(),
+                    number=row.number,
+                    bytes=row.bytes,
                     pinned=entry.pinned,
                     records=list(entry.records),
+                    codec=row.codec,
                 )
             )
         manifest = Manifest(format=FORMAT, digest=_digest(pages), pages=pages)
@@ -139,29 +173,90 @@ def load(path: Path) -> list[tuple[Saved, Path]]:
     return [(page, path / f"{page.key}.page") for page in sorted(manifest.pages, key=lambda page: page.number)]
 
 
-def fetch(saved: Saved, file: Path, folder: Path) -> Path | None:
+def restore(
+    path: Path, database: Database, catalog: Catalog, budget: Budget, *, cipher: PageCipher | None, now: float
+) -> int:
+    """Bring back what may come back of a saved folder; how many pages are new (see `PageStore.restore`)."""
+    restored = 0
+    for saved, file in load(path):
+        row = PageRow(
+            key=bytes.fromhex(saved.key),
+            identity=bytes.fromhex(saved.identity),
+            parent=bytes.fromhex(saved.parent),
+            number=saved.number,
+            bytes=saved.bytes,
+            created=now,
+            used=now,
+            uses=0,
+            pinned=saved.pinned,
+            codec=saved.codec,
+        )
+        if catalog.bytes_of_files() + row.bytes > budget.total:
+            logger.warning("no room in the budget of %d bytes for all saved KV pages", budget.total)
+            break
+        with catalog.locked(exclusive=False) as held:
+            if not held:
+                raise StoreError(f"another process holds {catalog.folder}: try again")
+            if row.key in catalog.rows([row.key]) and catalog.path(row.key).exists():
+                continue
+            temporary = _fetched(row, file, catalog.folder, cipher)
+            if temporary is None:
+                continue
+            try:
+                if _entered(row, saved.records, database, catalog, budget):
+                    restored += catalog.publish({row.key: temporary})
+            finally:
+                temporary.unlink(missing_ok=True)
+    return restored
+
+
+def _fetched(row: PageRow, file: Path, folder: Path, cipher: PageCipher | None) -> Path | None:
     """A verified copy of a saved page as a temporary file of ``folder``, or None (with a warning) if it is no good."""
-    temporary = folder / f"{saved.key}.{secrets.token_hex(8)}.tmp"
+    temporary = folder / f"{row.key.hex()}.{secrets.token_hex(8)}.tmp"
     try:
         try:
-            source = Page(file)
-            _write(temporary, source.data)
-            copy = Page(temporary)
-            copy.verify()
+            _copy(file, temporary, row.bytes)
+            _checked(temporary, row, cipher)
         except BaseException:
             temporary.unlink(missing_ok=True)
             raise
     except (Corrupt, Incompatible, FileNotFoundError) as error:
-        logger.warning("saved KV page %s is passed over: %s", saved.key[:12], error)
+        logger.warning("saved KV page %s is passed over: %s", row.key.hex()[:12], error)
         return None
     except OSError as error:
         raise _store_error(error, f"saved KV pages can't be brought back to {folder}") from error
-    found = (copy.key.hex(), copy.identity.hex(), copy.parent.hex(), copy.number, len(copy.data))
-    if found != (saved.key, saved.identity, saved.parent, saved.number, saved.bytes):
-        logger.warning("saved KV page %s is passed over: it is not the page that the list names", saved.key[:12])
-        temporary.unlink(missing_ok=True)
-        return None
     return temporary
+
+
+def _entered(row: PageRow, records: Sequence[str], database: Database, catalog: Catalog, budget: Budget) -> bool:
+    """Give a page its row and lineage, if its records and its parent are here and it fits."""
+    with database.write() as connection:
+        known = {
+            found["id"]
+            for part in parts(records)
+            for found in database.query(
+                f"SELECT id FROM records WHERE id IN ({marks(part)}) AND id NOT IN (SELECT record FROM tombstones)",
+                part,
+            )
+        }
+        if known != set(records) or (row.number > 0 and row.parent not in catalog.rows([row.parent])):
+            return False
+        budget.files = catalog.bytes_of_files() + row.bytes
+        budget.refresh_copies()
+        if budget.files > budget.total:
+            return False
+        catalog.insert(connection, row, records, replace=True)
+    return True
+
+
+def _copy(source: Path, target: Path, size: int) -> None:
+    """A durable private copy of a file; `Corrupt` for what is no file or has another size."""
+    descriptor = os.open(source, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(descriptor, "rb") as file:
+        status = os.fstat(descriptor)
+        if not stat.S_ISREG(status.st_mode) or status.st_size != size:
+            raise Corrupt(f"{source.name} has {status.st_size} bytes, not the {size} of the page that the list names")
+        _write(target, file.read())
 
 
 def _write(path: Path, content: object) -> None:

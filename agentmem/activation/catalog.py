@@ -48,6 +48,10 @@ class Catalog:
         self._lock = threading.Lock()
         self._touched: dict[bytes, tuple[float, int]] = {}
 
+    def renew_lock(self) -> None:
+        """For a forked child: the thread that held the lock may not exist there."""
+        self._lock = threading.Lock()
+
     def path(self, key: bytes) -> Path:
         """Where the file of this page is, or would be."""
         return self.folder / f"{key.hex()}.page"
@@ -61,7 +65,7 @@ class Catalog:
 
     def rows(self, keys: Iterable[bytes] | None = None) -> dict[bytes, PageRow]:
         """The rows of these pages, or of all."""
-        select = "SELECT key, identity, parent, number, bytes, created, used, uses, pinned FROM pages"
+        select = "SELECT key, identity, parent, number, bytes, created, used, uses, pinned, codec FROM pages"
         if keys is None:
             found = self._database.query(select)
         else:
@@ -81,9 +85,30 @@ class Catalog:
                 used=row["used"],
                 uses=row["uses"],
                 pinned=bool(row["pinned"]),
+                codec=row["codec"],
             )
             for row in found
         }
+
+    def bytes_of_files(self) -> int:
+        """Bytes of all stored pages."""
+        return int(self._database.query("SELECT COALESCE(SUM(bytes), 0) AS total FROM pages")[0]["total"])
+
+    def insert(self, connection: sqlite3.Connection, row: PageRow, records: Iterable[str], *, replace: bool) -> None:
+        """Add a page and its lineage; of a page that has a row only the lineage, or with ``replace`` its new file's."""
+        kept = "DO UPDATE SET bytes = excluded.bytes, codec = excluded.codec" if replace else "DO NOTHING"
+        connection.execute(
+            "INSERT INTO pages (key, identity, parent, number, bytes, created, used, uses, pinned, codec) "
+            f"VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) {kept}",
+            (
+                *(row.key, row.identity, row.parent, row.number, row.bytes),
+                *(row.created, row.used, row.uses, int(row.pinned), row.codec),
+            ),
+        )
+        connection.executemany(
+            "INSERT OR IGNORE INTO lineage (kind, key, record) VALUES ('page', ?, ?)",
+            [(row.key.hex(), record) for record in records],
+        )
 
     def flush(self, connection: sqlite3.Connection) -> None:
         """Write the noted uses down in this transaction."""

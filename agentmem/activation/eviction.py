@@ -1,20 +1,27 @@
 """Which pages go first when room is short, and which go along with another.
 
-Pure functions over rows; knows nothing of files. Pages form trees: a page is of no use without its parent, so only a
-page without stored children may go.
+Pure functions over rows and costs; knows nothing of files. Pages form trees: a page is of no use without its parent, so
+only a page without stored children may be deleted. A page may also have a copy in RAM: that may always go.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import math
+import threading
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-__all__ = ["PageRow", "choose", "descendants"]
+__all__ = ["Chosen", "Costs", "PageRow", "RamCopy", "choose", "descendants"]
 
 #: Tokens of prefix at which one more token costs twice as much to compute as at the start (linear layers plus attention
 #: over all before it; measured on the default model: 2,827 tokens/s over 512 tokens, 1,409 over 8,192).
 DOUBLING_TOKENS = 4096
+#: Where nothing was measured yet: seconds to compute a token at the start of a prompt, and bytes loaded per second.
+TOKEN_S = 1 / 2827
+LOAD_RATE = 1e9
+#: Weight of the newest measurement in the running mean.
+_NEWEST = 0.5
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,75 @@ class PageRow:
     used: float
     uses: int
     pinned: bool
+    codec: str
+
+
+@dataclass(frozen=True)
+class RamCopy:
+    """A page that is held in RAM: bytes there, last use in seconds of the store's clock."""
+
+    key: bytes
+    bytes: int
+    used: float
+    pinned: bool
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """What is to go: files (children before parents) and copies in RAM, by key."""
+
+    files: list[bytes] = field(default_factory=list)
+    copies: list[bytes] = field(default_factory=list)
+
+
+class Costs:
+    """Seconds to have a page again: to load its file, or to compute it. Running means of what was measured.
+
+    A page costs more to compute the deeper it lies: a token costs ``1 + position / 4096`` times one at the start.
+    """
+
+    def __init__(self, grid: int) -> None:
+        self._grid = grid
+        self._lock = threading.Lock()
+        self._token_s: dict[bytes, float] = {}
+        self._load_rate = 0.0
+
+    def renew_lock(self) -> None:
+        """For a forked child: the thread that held the lock may not exist there."""
+        self._lock = threading.Lock()
+
+    @property
+    def load_rate(self) -> float:
+        """Bytes per second at which files come into RAM, checked."""
+        return self._load_rate or LOAD_RATE
+
+    def loaded(self, size: int, seconds: float) -> None:
+        """``size`` bytes came from a file into RAM, checked, in so many seconds."""
+        if size > 0 and seconds > 0 and math.isfinite(seconds):
+            with self._lock:
+                self._load_rate = _mean(self._load_rate, size / seconds)
+
+    def computed(self, identity: bytes, first: int, count: int, seconds: float) -> None:
+        """Pages ``first`` .. ``first + count`` under this identity were computed in so many seconds."""
+        units = sum(self._units(number) for number in range(first, first + count))
+        if units > 0 and seconds > 0 and math.isfinite(seconds):
+            with self._lock:
+                self._token_s[identity] = _mean(self._token_s.get(identity, 0.0), seconds / units)
+
+    def compute_s(self, row: PageRow) -> float:
+        """Seconds to compute this page, its prefix given."""
+        return self._token_s.get(row.identity, TOKEN_S) * self._units(row.number)
+
+    def load_s(self, size: int) -> float:
+        """Seconds to bring a file of this size into RAM, checked."""
+        return size / self.load_rate
+
+    def _units(self, number: int) -> float:
+        return self._grid * (1.0 + number * self._grid / DOUBLING_TOKENS)
+
+
+def _mean(known: float, new: float) -> float:
+    return new if known == 0.0 else (1 - _NEWEST) * known + _NEWEST * new
 
 
 def descendants(rows: Iterable[PageRow], keys: Iterable[bytes]) -> list[bytes]:
@@ -46,33 +122,58 @@ def descendants(rows: Iterable[PageRow], keys: Iterable[bytes]) -> list[bytes]:
     return list(found)
 
 
-def choose(rows: Sequence[PageRow], *, free: int, now: float, grid: int) -> list[bytes]:
-    """Keys to delete, in this order, until ``free`` bytes are free or only pinned pages and their ancestors are left.
+def choose(
+    rows: Sequence[PageRow],
+    *,
+    free: int,
+    now: float,
+    costs: Costs,
+    copies: Collection[RamCopy] = (),
+    spare: Collection[bytes] = (),
+) -> Chosen:
+    """What goes, in this order, until ``free`` bytes are free or nothing is left that may go.
 
-    Goes first what has the least rebuild cost per byte and second since its last use (the size-aware form of least
-    recent use: N. Young's Landlord / P. Cao and S. Irani's GreedyDual-Size with cost per byte). Ties go to the deeper
-    page.
+    A file costs what it takes to compute the page, a copy in RAM what it takes to load it. First goes what has the
+    least cost per byte and second since its last use (the size-aware form of least recent use: N. Young's Landlord /
+    P. Cao and S. Irani's GreedyDual-Size with real costs). Ties go to the deeper page. Pinned pages and all before them
+    keep their files, as do those of ``spare``; copies of pinned pages go last. A file takes its copy along.
     """
     by_key: Mapping[bytes, PageRow] = {row.key: row for row in rows}
+    in_ram = {copy.key: copy for copy in copies}
     children: dict[bytes, int] = {}
     for row in rows:
         children[row.parent] = children.get(row.parent, 0) + 1
 
-    def rank(row: PageRow) -> tuple[float, int, bytes]:
+    def rank(cost: float, size: int, used: float) -> float:
         # A clock that was set back must not make a page immortal or a division by zero.
-        age = max(now - row.used, 1e-3)
-        cost = 1.0 + row.number * grid / DOUBLING_TOKENS
-        return cost / age, -row.number, row.key
+        return cost / max(size, 1) / max(now - used, 1e-3)
 
-    leaves = [rank(row) for row in rows if not row.pinned and not children.get(row.key)]
-    heapq.heapify(leaves)
-    chosen: list[bytes] = []
-    while free > 0 and leaves:
-        row = by_key[heapq.heappop(leaves)[2]]
-        chosen.append(row.key)
+    def file(row: PageRow) -> tuple[bool, float, int, bytes, bool]:
+        return False, rank(costs.compute_s(row), row.bytes, row.used), -row.number, row.key, True
+
+    def copied(copy: RamCopy) -> tuple[bool, float, int, bytes, bool]:
+        depth = by_key[copy.key].number if copy.key in by_key else 0
+        return copy.pinned, rank(costs.load_s(copy.bytes), copy.bytes, copy.used), -depth, copy.key, False
+
+    def may_go(row: PageRow) -> bool:
+        return not row.pinned and row.key not in spare and not children.get(row.key)
+
+    heap = [file(row) for row in rows if may_go(row)] + [copied(copy) for copy in copies]
+    heapq.heapify(heap)
+    chosen = Chosen()
+    while free > 0 and heap:
+        *_, key, on_disk = heapq.heappop(heap)
+        copy = in_ram.pop(key, None)
+        if copy is not None:
+            chosen.copies.append(key)
+            free -= copy.bytes
+        if not on_disk:
+            continue
+        row = by_key[key]
+        chosen.files.append(key)
         free -= row.bytes
         children[row.parent] -= 1
         parent = by_key.get(row.parent)
-        if parent is not None and not parent.pinned and not children[row.parent]:
-            heapq.heappush(leaves, rank(parent))
+        if parent is not None and may_go(parent):
+            heapq.heappush(heap, file(parent))
     return chosen

@@ -1,6 +1,6 @@
 """The store of KV pages of one memory folder: which pages are handed out, kept, and deleted.
 
-Knows budgets, tenants and lineage; knows nothing of models, prompts or what a record says. A page's rows are committed
+Knows look-ups, tiers and lineage; knows nothing of models, prompts or what a record says. A page's rows are committed
 before its file gets its name, so whatever is visible has its lineage. A page with no row or no file is a miss; a file
 that fails any check is put aside and is a miss. Usable from many threads and processes: pages never change and are
 named by content.
@@ -9,10 +9,13 @@ named by content.
 from __future__ import annotations
 
 import contextlib
+import functools
+import hashlib
 import logging
 import os
 import re
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,16 @@ from ..database import Database
 from ..errors import Corrupt, Incompatible, InvalidInput, StoreError
 from ..types import Value
 from . import archive
+from .budget import Budget
 from .catalog import FILE, Catalog, marks, parts
-from .eviction import choose, descendants
+from .cipher import ForeignKey, PageCipher
+from .eviction import PageRow, choose, descendants
 from .identity import chain, root
-from .pages import Layout, NewPage, Page, stage_pages
+from .pages import CODECS, LOSSY, Codec, Encoded, Page, Stamp
+from .sealing import PageWriter
+from .tenant import TenantPages
 
-__all__ = ["PageEntry", "PageStore", "TenantPages"]
+__all__ = ["PageEntry", "PageStore", "Swapped"]
 
 logger = logging.getLogger("agentmem")
 
@@ -36,13 +43,15 @@ Key = bytes
 
 
 class PageEntry(Value):
-    """One stored page. ``tokens`` is its length in tokens, ``records`` the ids of the records it was made from."""
+    """One stored page. ``tokens`` is its length in tokens, ``bytes`` its file's, ``records`` the ids of the records it
+    was made from, ``codec`` how its states are stored (a block that this codec does not take is stored raw)."""
 
     key: str
     identity: str
     number: int
     tokens: int
     bytes: int
+    codec: str
     created: float
     used: float
     uses: int
@@ -50,51 +59,21 @@ class PageEntry(Value):
     records: tuple[str, ...]
 
 
-class TenantPages:
-    """The pages of one tenant, as a provider sees them (`agentmem.provider.Pages`)."""
+class Swapped(Value):
+    """What a swap did: ``pages`` that are in RAM now, or left it, their ``bytes``, and the ``seconds`` it took."""
 
-    def __init__(self, store: PageStore, salt: bytes, *, writable: bool) -> None:
-        self._store = store
-        self._salt = salt
-        self._writable = writable
-
-    @property
-    def grid(self) -> int:
-        """Tokens per page."""
-        return self._store.grid
-
-    def longest(self, identity: bytes, tokens: Sequence[int]) -> list[Page]:
-        """The verified pages of the longest stored prefix of ``tokens``, in order from position 0; may be empty.
-
-        Costs one query, and one pass over the bytes of the pages. Never raises for a page that is missing or damaged.
-        """
-        return self._store.longest(self._salt, identity, tokens)
-
-    def seal(
-        self,
-        identity: bytes,
-        tokens: Sequence[int],
-        first: int,
-        layers: Sequence[tuple[Any, Any]],
-        records: Sequence[tuple[str, ...]],
-    ) -> int:
-        """Keep the full pages ``first ..`` of ``tokens``; returns how many were written.
-
-        ``layers[i]`` is (K, V) of layer i, [kv_heads, positions, head_dim], holding positions ``first * grid ..``;
-        ``records[j]`` are the records that page ``first + j`` was made from. A page made from a forgotten record,
-        and all after it, are not kept. A full disk or a read-only folder is logged and gives 0. Raises `InvalidInput`
-        for arrays that can't be a page.
-        """
-        if not self._writable:
-            return 0
-        return self._store.seal(self._salt, identity, tokens, first=first, layers=layers, records=records)
+    pages: int
+    bytes: int
+    seconds: float
 
 
 class PageStore:
     """All KV pages of a folder, under one byte budget.
 
-    ``grid`` is in tokens, ``budget_bytes`` in bytes of page files. Opening it removes what a killed process
-    left behind.
+    ``grid`` is in tokens; ``budget_bytes`` is for the page files and what is kept of them in RAM (budget.py says who
+    yields to whom). New pages are stored with ``codec``; ``raw``, ``lossless`` and ``dense`` give the same bits and so
+    share pages, each lossy codec has pages of its own. With ``cipher`` pages are encrypted, and only those under its
+    page key are found. Opening a store removes what a killed process left behind.
     """
 
     def __init__(
@@ -104,26 +83,49 @@ class PageStore:
         *,
         grid: int = 256,
         budget_bytes: int = 8 << 30,
+        codec: Codec = "raw",
+        cipher: PageCipher | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         if not (1 <= grid <= 64 or (grid % 64 == 0 and grid <= 65536)):
             raise InvalidInput(f"a page of {grid} tokens is not possible: give a multiple of 64, up to 65536")
+        if codec not in CODECS:
+            raise InvalidInput(f"page codec {codec!r} is none of {', '.join(CODECS)}")
         self.grid = grid
-        self.budget_bytes = budget_bytes
+        self.codec: Codec = codec
         self._database = database
         self._folder = Path(folder)
-        self._catalog = Catalog(database, self._folder)
+        self._cipher = cipher
         self._clock = clock
         self._closed = False
+        self._folder_changed = 0
+        self._catalog = Catalog(database, self._folder)
+        self._budget = Budget(database, self._catalog, total=budget_bytes, grid=grid, clock=clock)
+        self._writer = PageWriter(
+            database, self._catalog, self._budget, grid=grid, codec=codec, cipher=cipher, clock=clock
+        )
         # Where that fails every write will say so in the log, and the chat goes on without stored pages.
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._catalog.tidy()
+        _OPEN.add(self)
+
+    @property
+    def budget_bytes(self) -> int:
+        """Bytes that files and RAM copies may have together."""
+        return self._budget.total
+
+    @budget_bytes.setter
+    def budget_bytes(self, value: int) -> None:
+        self._budget.total = value
 
     # ---- what providers ask
 
     def view(self, salt: Key, *, writable: bool = True) -> TenantPages:
         """The pages under one tenant's salt. Another salt's pages can be neither found nor probed through it."""
+        if self.codec in LOSSY:
+            # Other bits than the exact codecs': other pages.
+            salt = hashlib.sha256(b"agentmem codec 1\0" + self.codec.encode() + b"\0" + salt).digest()
         return TenantPages(self, salt, writable=writable)
 
     def longest(self, salt: Key, identity: Key, tokens: Sequence[int]) -> list[Page]:
@@ -132,41 +134,78 @@ class PageStore:
         pages: list[Page] = []
         if self._closed or not keys:
             return pages
+        names = keys if self._cipher is None else [self._cipher.name(key) for key in keys]
         try:
-            rows = self._catalog.rows(keys)
+            self._notice_deletions()
+            rows = self._catalog.rows(names)
+            self._budget.refresh()
         except StoreError as error:
             logger.warning("KV pages can't be looked up, computing anew: %s", error)
             return pages
+        self._budget.ram.drop([name for name in names if name not in rows])
         parent = root(identity, salt, self.grid)
-        for number, key in enumerate(keys):
-            if key not in rows:
+        for number, (key, name) in enumerate(zip(keys, names, strict=True)):
+            if name not in rows:
                 break
-            page = self._mapped(key)
+            page = self._opened(rows[name])
             if page is None:
                 break
             expected = (key, parent, identity, number, tuple(tokens[number * self.grid : (number + 1) * self.grid]))
             found = (page.key, page.parent, page.identity, page.number, page.tokens)
-            if found != expected or page.layout != (pages[0] if pages else page).layout:
-                self._catalog.put_aside(key, "it holds another page than its name says")
+            if found != expected or page.name != name or page.layout != (pages[0] if pages else page).layout:
+                self._put_aside(page, name, "it holds another page than its name says")
                 break
             pages.append(page)
             parent = key
-        self._catalog.touch((page.key for page in pages), self._clock())
+        self._catalog.touch((page.name for page in pages), self._clock())
         return pages
 
-    def _mapped(self, key: Key) -> Page | None:
+    def _opened(self, row: PageRow) -> Page | None:
+        """This page from RAM or from its file, its header checked; None where it is missing or not sound."""
+        path = self._catalog.path(row.key)
+        page = self._budget.ram.get(row.key, path)
         try:
-            page = Page(self._catalog.path(key))
-            page.verify()
+            if page is None:
+                page = Page(path, self._cipher)
+                if page.verified:
+                    self._proved(page, None, pinned=row.pinned)
         except FileNotFoundError:
             self._catalog.tidy()
+            return None
         except (Corrupt, Incompatible) as error:
-            self._catalog.put_aside(key, str(error))
+            self._catalog.put_aside(row.key, str(error))
+            return None
         except OSError as error:
-            logger.warning("KV page %s can't be opened, computing anew: %s", key.hex()[:12], error)
-        else:
-            return page
-        return None
+            logger.warning("KV page %s can't be opened, computing anew: %s", row.key.hex()[:12], error)
+            return None
+        page.on_check = functools.partial(self._proved, pinned=row.pinned)
+        return page
+
+    def _proved(self, page: Page, error: Exception | None, *, pinned: bool) -> None:
+        """All of a page's states were checked for the first time: it stays in RAM, or it is put aside."""
+        if error is not None:
+            self._put_aside(page, page.name, str(error))
+        elif not self._closed:
+            self._budget.costs.loaded(len(page.data), page.seconds)
+            self._budget.admit(page, pinned=pinned)
+
+    def _put_aside(self, page: Page, name: Key, why: str) -> None:
+        self._budget.ram.drop([name])
+        try:
+            now = Stamp.of(os.stat(self._catalog.path(name), follow_symlinks=False))
+        except OSError:
+            return
+        # Somebody else may have put it aside and computed it anew meanwhile: that is another file.
+        if (now.device, now.inode) == (page.stamp.device, page.stamp.inode):
+            self._catalog.put_aside(name, why)
+
+    def _notice_deletions(self) -> None:
+        """Copies of files that anybody deleted leave the RAM, at the latest with the next look-up."""
+        with contextlib.suppress(OSError):
+            changed = os.stat(self._folder).st_mtime_ns
+            if changed != self._folder_changed:
+                self._folder_changed = changed
+                self._budget.ram.sweep(self._catalog.path)
 
     def seal(
         self,
@@ -177,115 +216,22 @@ class PageStore:
         first: int,
         layers: Sequence[tuple[Any, Any]],
         records: Sequence[tuple[str, ...]],
+        encoded: Sequence[Encoded | None] | None = None,
+        seconds: float | None = None,
     ) -> int:
         """See `TenantPages.seal`."""
-        keys = [root(identity, salt, self.grid), *chain(identity, salt, tokens, self.grid)]
-        count = len(keys) - 1 - first
-        if first < 0:
-            raise InvalidInput(f"the first page to keep can't be {first}")
-        if self._closed or count <= 0:
+        if self._closed:
             return 0
-        layout = Layout.of(layers, self.grid)
-        positions = min(shape[1] for pair in layers for part in pair if (shape := memoryview(part).shape))
-        if len(records) < count or positions < count * self.grid:
-            raise InvalidInput(
-                f"{count} pages of {self.grid} tokens are to be kept, but there are {positions} positions and the "
-                f"records of {len(records)} pages"
-            )
-        # Pages that would have to be evicted at once to make room for their own ancestors are not written at all.
-        count = min(count, self.budget_bytes // layout.page_bytes - first)
-        wanted = {keys[first + 1 + i]: tuple(records[i]) for i in range(count)}
-        staged: dict[Key, Path] = {}
-        try:
-            with self._catalog.locked(exclusive=False) as held:
-                if not held:
-                    logger.warning("KV pages are not kept: another process holds %s", self._folder)
-                    return 0
-                count = min(count, self._unforgotten(list(wanted.values())))
-                rows = self._catalog.rows(wanted)
-                new = {
-                    keys[first + 1 + i]: NewPage(
-                        identity=identity,
-                        parent=keys[first + i],
-                        number=first + i,
-                        tokens=tokens[(first + i) * self.grid : (first + i + 1) * self.grid],
-                        layers=layers,
-                        at=i * self.grid,
-                    )
-                    for i in range(count)
-                    if keys[first + 1 + i] not in rows or not self._catalog.path(keys[first + 1 + i]).exists()
-                }
-                staged.update(zip(new, stage_pages(self._folder, list(new.values())), strict=True))
-                if count <= 0:
-                    return 0
-                committed = self._commit(
-                    identity,
-                    keys[first : first + count + 1],
-                    first=first,
-                    records=wanted,
-                    staged=staged,
-                    size=layout.page_bytes,
-                )
-                written = self._catalog.publish({key: staged[key] for key in committed if key in staged})
-        except (OSError, StoreError) as error:
-            logger.warning("KV pages could not be kept (%s); the chat goes on without them", error)
-            return 0
-        finally:
-            for temporary in staged.values():
-                with contextlib.suppress(OSError):
-                    temporary.unlink(missing_ok=True)
-        if written:
-            self._keep_budget()
-        return written
-
-    def _unforgotten(self, records: Sequence[tuple[str, ...]]) -> int:
-        """How many of these pages come before the first that was made from a forgotten record."""
-        ids = {record for page in records for record in page}
-        forgotten = {
-            row["record"]
-            for part in parts(sorted(ids))
-            for row in self._database.query(f"SELECT record FROM tombstones WHERE record IN ({marks(part)})", part)
-        }
-        for i, page in enumerate(records):
-            if forgotten.intersection(page):
-                return i
-        return len(records)
-
-    def _commit(
-        self,
-        identity: Key,
-        keys: Sequence[Key],
-        *,
-        first: int,
-        records: dict[Key, tuple[str, ...]],
-        staged: dict[Key, Path],
-        size: int,
-    ) -> list[Key]:
-        """Rows and lineage of the pages ``keys[1:]`` behind ``keys[0]``, in one transaction; which got them."""
-        now = self._clock()
-        with self._database.write() as connection:
-            # Asked again under the write lock: a record may have been forgotten, a parent evicted, while we wrote.
-            count = min(len(keys) - 1, self._unforgotten([records[key] for key in keys[1:]]))
-            rows = self._catalog.rows(keys)
-            done: list[Key] = []
-            for i in range(count):
-                parent, key = keys[i], keys[i + 1]
-                if first + i > 0 and parent not in rows and parent not in done:
-                    break
-                if key not in rows and key not in staged:
-                    break
-                connection.execute(
-                    "INSERT OR IGNORE INTO pages (key, identity, parent, number, bytes, created, used, uses, pinned) "
-                    "VALUES (?, ?, ?, ?, ?, ?, ?, 0, 0)",
-                    (key, identity, parent, first + i, size, now, now),
-                )
-                connection.executemany(
-                    "INSERT OR IGNORE INTO lineage (kind, key, record) VALUES ('page', ?, ?)",
-                    [(key.hex(), record) for record in records[key]],
-                )
-                done.append(key)
-            self._catalog.flush(connection)
-        return done
+        return self._writer.seal(
+            salt,
+            identity,
+            tokens,
+            first=first,
+            layers=layers,
+            records=records,
+            encoded=encoded,
+            seconds=seconds,
+        )
 
     # ---- what users ask
 
@@ -302,6 +248,7 @@ class PageStore:
                 number=row.number,
                 tokens=self.grid,
                 bytes=row.bytes,
+                codec=row.codec,
                 created=row.created,
                 used=row.used,
                 uses=row.uses,
@@ -312,14 +259,19 @@ class PageStore:
         ]
 
     def bytes(self) -> int:
-        """Bytes of all stored pages."""
-        return int(self._database.query("SELECT COALESCE(SUM(bytes), 0) AS total FROM pages")[0]["total"])
+        """Bytes of the files of all stored pages."""
+        return self._catalog.bytes_of_files()
+
+    def bytes_in_ram(self) -> int:
+        """Bytes of the pages that this process keeps in RAM, beside those that a request is reading."""
+        return self._budget.ram.held
 
     def pin(self, keys: Sequence[str], pinned: bool = True) -> None:
         """Keep these pages whatever the budget says, and with them all pages before them; or let them go again."""
         packed = _unhex(keys)
         with self._database.write() as connection:
             connection.executemany("UPDATE pages SET pinned = ? WHERE key = ?", [(int(pinned), key) for key in packed])
+        self._budget.ram.pin(packed, pinned)
 
     def evict(self, keys: Sequence[str] | None = None, *, bytes: int | None = None) -> int:
         """Delete pages to make room; returns how many. Pinned pages and the pages before them stay.
@@ -330,24 +282,62 @@ class PageStore:
         chosen = None if keys is None else _unhex(keys)
         with self._database.write() as connection:
             self._catalog.flush(connection)
-            rows = self._catalog.rows()
             if chosen is None:
-                free = sum(row.bytes for row in rows.values()) - self.budget_bytes if bytes is None else bytes
-                gone = choose(list(rows.values()), free=free, now=self._clock(), grid=self.grid)
-            else:
-                below = [key for key in descendants(rows.values(), chosen) if key in rows]
-                among = [rows[key] for key in below]
-                everything = sum(row.bytes for row in among)
-                gone = choose(among, free=everything, now=self._clock(), grid=self.grid)
+                return self._budget.evict(connection, bytes)
+            rows = self._catalog.rows()
+            among = [rows[key] for key in descendants(rows.values(), chosen) if key in rows]
+            everything = sum(row.bytes for row in among)
+            gone = choose(among, free=everything, now=self._clock(), costs=self._budget.costs).files
+            self._drop(gone)
             self._catalog.remove(connection, gone)
         return len(gone)
 
-    def _keep_budget(self) -> None:
-        try:
-            if self.bytes() > self.budget_bytes:
-                self.evict()
-        except (OSError, StoreError) as error:
-            logger.warning("KV pages over the budget could not be removed: %s", error)
+    def _drop(self, names: Sequence[Key]) -> None:
+        for page in self._budget.ram.drop(names):
+            page.close()
+
+    def swap_out(self, keys: Sequence[str] | None = None) -> Swapped:
+        """Let these pages (default: all) leave the RAM, this process's and the system's; their files stay.
+
+        A request that reads one of them can finish: its memory goes afterwards.
+        """
+        started = time.perf_counter()
+        rows = self._chosen(keys)
+        self._drop([row.key for row in rows] if keys is not None else [copy.key for copy in self._budget.ram.copies()])
+        for row in rows:
+            _advise(self._catalog.path(row.key), "POSIX_FADV_DONTNEED")
+        return Swapped(pages=len(rows), bytes=sum(row.bytes for row in rows), seconds=time.perf_counter() - started)
+
+    def swap_in(self, keys: Sequence[str] | None = None) -> Swapped:
+        """Bring these pages (default: all, the last used first) into RAM, checked, as far as the budget lets them.
+
+        The next request copies them without waiting for the disk and without checking them again. Damaged ones are put
+        aside. Says what is in RAM afterwards of what was asked for.
+        """
+        started = time.perf_counter()
+        rows, room = [], self._budget.share
+        for row in sorted(self._chosen(keys), key=lambda row: (-row.used, row.number)):
+            room -= row.bytes
+            if room < 0:
+                break
+            rows.append(row)
+        for row in rows:  # all at once: the disk reads on while the first are checked
+            _advise(self._catalog.path(row.key), "POSIX_FADV_WILLNEED")
+        self._budget.refresh()
+        there: list[int] = []
+        for row in rows:
+            page = self._opened(row)
+            if page is not None:
+                with contextlib.suppress(Corrupt, Incompatible):
+                    if not page.verified:
+                        page.verify()
+                    if self._budget.admit(page, pinned=row.pinned):
+                        there.append(row.bytes)
+        return Swapped(pages=len(there), bytes=sum(there), seconds=time.perf_counter() - started)
+
+    def _chosen(self, keys: Sequence[str] | None) -> list[PageRow]:
+        self._catalog.flush_now()
+        return list(self._catalog.rows(None if keys is None else dict.fromkeys(_unhex(keys))).values())
 
     def made_from(self, record_ids: Sequence[str]) -> list[str]:
         """Keys of all pages made from these records, with all pages behind those: what forgetting them must delete."""
@@ -373,6 +363,7 @@ class PageStore:
             return []
         with self._database.write() as connection:
             gone = descendants(self._catalog.rows().values(), asked)
+            self._drop(gone)
             try:
                 self._catalog.remove(connection, gone, durable=True)
             except OSError as error:
@@ -382,76 +373,41 @@ class PageStore:
     def save(self, path: str | os.PathLike[str]) -> int:
         """Copy all sound pages and their lineage into the new folder ``path``, whole or not at all; returns how many.
 
-        Raises `InvalidInput` if the folder exists and isn't empty, `Full` if it doesn't fit.
+        Encrypted pages stay encrypted. Raises `InvalidInput` if the folder exists and isn't empty, `Full` if it doesn't
+        fit.
         """
-        return archive.save(self.entries(), self._folder, Path(path))
+        return archive.save(self.entries(), self._catalog, Path(path), self._cipher)
 
     def restore(self, path: str | os.PathLike[str]) -> int:
         """Bring pages back that `save` wrote; returns how many are new here.
 
-        Every file is checked in full. Skipped are damaged pages, pages made from a record that was forgotten or is
-        unknown here, all pages behind those, and what the budget has no room for. Raises `NotFound` if nothing was
-        saved there, `Corrupt` or `Incompatible` for its list of pages.
+        Every file is checked in full (encrypted under another page key: as far as that is possible). Skipped are
+        damaged pages, pages made from a record that was forgotten or is unknown here, all pages behind those, and what
+        the budget has no room for. Raises `NotFound` if nothing was saved there, `Corrupt` or `Incompatible` for its
+        list of pages.
         """
-        saved = archive.load(Path(path))
-        restored = 0
-        for entry, file in saved:
-            key, parent = bytes.fromhex(entry.key), bytes.fromhex(entry.parent)
-            if self.bytes() + entry.bytes > self.budget_bytes:
-                logger.warning("no room in the budget of %d bytes for all saved KV pages", self.budget_bytes)
-                break
-            with self._catalog.locked(exclusive=False) as held:
-                if not held:
-                    raise StoreError(f"another process holds {self._folder}: try again")
-                if key in self._catalog.rows([key]) and self._catalog.path(key).exists():
-                    continue
-                temporary = archive.fetch(entry, file, self._folder)
-                if temporary is None:
-                    continue
-                try:
-                    restored += self._adopt(entry, key, parent, temporary)
-                finally:
-                    temporary.unlink(missing_ok=True)
-        return restored
-
-    def _adopt(self, entry: archive.Saved, key: Key, parent: Key, temporary: Path) -> int:
-        now = self._clock()
-        with self._database.write() as connection:
-            known = {
-                row["id"]
-                for part in parts(entry.records)
-                for row in self._database.query(
-                    f"SELECT id FROM records WHERE id IN ({marks(part)}) AND id NOT IN (SELECT record FROM tombstones)",
-                    part,
-                )
-            }
-            if known != set(entry.records) or (entry.number > 0 and parent not in self._catalog.rows([parent])):
-                return 0
-            connection.execute(
-                "INSERT OR IGNORE INTO pages (key, identity, parent, number, bytes, created, used, uses, pinned) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?, 0, ?)",
-                (key, bytes.fromhex(entry.identity), parent, entry.number, entry.bytes, now, now, int(entry.pinned)),
-            )
-            connection.executemany(
-                "INSERT OR IGNORE INTO lineage (kind, key, record) VALUES ('page', ?, ?)",
-                [(entry.key, record) for record in entry.records],
-            )
-        return self._catalog.publish({key: temporary})
+        return archive.restore(
+            Path(path), self._database, self._catalog, self._budget, cipher=self._cipher, now=self._clock()
+        )
 
     def verify(self) -> list[str]:
         """Check every byte of every page; a sentence for each file that is damaged, missing or has no row.
 
-        Damaged files are put aside as a use of them would do; nothing else is changed.
+        Damaged files are put aside as a use of them would do; nothing else is changed. Pages under another page key are
+        passed over.
         """
         problems: list[str] = []
         rows = self._catalog.rows()
         for key, row in rows.items():
             name = self._catalog.path(key).name
             try:
-                page = Page(self._catalog.path(key))
+                page = Page(self._catalog.path(key), self._cipher)
                 page.verify()
-                if (page.key, page.parent, page.identity, page.number) != (key, row.parent, row.identity, row.number):
+                found = (page.name, page.parent_name, page.identity, page.number)
+                if found != (key, row.parent, row.identity, row.number):
                     raise Corrupt(f"{name} holds another page than its name says")
+            except ForeignKey:
+                continue  # whoever has its page key can check it
             except FileNotFoundError:
                 # Deleted since we asked, or really missing?
                 if key in self._catalog.rows([key]):
@@ -478,6 +434,36 @@ class PageStore:
             with contextlib.suppress(StoreError):
                 self._catalog.flush_now()
             self._closed = True
+            self._budget.ram.clear()
+            _OPEN.discard(self)
+
+    def renew_locks(self) -> None:
+        """For a forked child: a thread that held a lock does not exist there."""
+        self._catalog.renew_lock()
+        self._budget.renew_locks()
+
+
+_OPEN: weakref.WeakSet[PageStore] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for store in list(_OPEN):
+        store.renew_locks()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
+
+
+def _advise(path: Path, advice: str) -> None:
+    """Tell the system about the use of a file's bytes, where it listens."""
+    if hasattr(os, advice):
+        with contextlib.suppress(OSError):
+            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+            try:
+                os.posix_fadvise(descriptor, 0, 0, getattr(os, advice))
+            finally:
+                os.close(descriptor)
 
 
 def _unhex(keys: Sequence[str]) -> list[Key]:

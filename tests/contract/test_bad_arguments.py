@@ -91,6 +91,8 @@ VERBS: dict[str, dict[str, Any]] = {
     "activation.prime": {"system": None},
     "activation.pin": {"keys": None, "pinned": True},
     "activation.evict": {"keys": None},
+    "activation.swap_out": {"keys": None},
+    "activation.swap_in": {"keys": None},
     "activation.save": {"path": "PATH"},
     "activation.restore": {"path": "PATH"},
     "parametric.train": {"scope": None, "records": None, "seed": 0, "epochs": 1, "activate": True},

@@ -69,7 +69,19 @@ class Shelf:
         return self.view.seal(identity, tokens, first, layers, (records or [("r",)] * count)[first:])
 
     def found(self, tokens: list[int] = TOKENS) -> int:
-        return len(self.view.longest(IDENTITY, tokens))
+        """Pages that a provider gets to use: what is handed out, up to the first that can't be copied."""
+        room = [(np.zeros((2, GRID, 8), np.uint16), np.zeros((2, GRID, 4), np.uint16)) for _ in range(2)]
+        count = 0
+        for page in self.view.longest(IDENTITY, tokens):
+            try:
+                page.read_layers([k for k, _ in room], [v for _, v in room], 0)
+            except Corrupt:
+                break
+            count += 1
+            wanted = states(count * GRID)
+            for copies, sources in zip(room, wanted, strict=True):
+                assert all((copy == source[:, -GRID:]).all() for copy, source in zip(copies, sources, strict=True))
+        return count
 
     def files(self) -> list[str]:
         return sorted(path.name for path in (self.folder / "pages").iterdir() if path.suffix == ".page")
@@ -111,8 +123,9 @@ def test_sealed_pages_are_found_and_hold_their_states(shelf: Shelf) -> None:
     assert [page.number for page in pages] == [0, 1, 2, 3]
     room = [(np.zeros_like(k), np.zeros_like(v)) for k, v in states()]
     for i, page in enumerate(pages):
-        assert page.verified
+        assert not page.verified  # checked while it is copied, not before
         page.read_layers([k for k, _ in room], [v for _, v in room], i * GRID)
+        assert page.verified
     for copies, sources in zip(room, states(), strict=True):
         assert all((copy == source).all() for copy, source in zip(copies, sources, strict=True))
 
@@ -336,10 +349,10 @@ def test_a_record_forgotten_while_its_page_is_written_is_not_kept(
     def slow(*args: Any, **fields: Any) -> list[Path]:
         staged = original(*args, **fields)
         shelf.forget("b")
-        monkeypatch.setattr("agentmem.activation.store.stage_pages", original)
+        monkeypatch.setattr("agentmem.activation.sealing.stage_pages", original)
         return staged
 
-    monkeypatch.setattr("agentmem.activation.store.stage_pages", slow)
+    monkeypatch.setattr("agentmem.activation.sealing.stage_pages", slow)
     assert shelf.seal(records=[("a",), ("a", "b"), ("a", "b"), ("a", "b")]) == 1
     assert shelf.files() == [shelf.file(0).name]
     assert not list((shelf.folder / "pages").glob("*.tmp"))
@@ -497,7 +510,7 @@ def test_no_error_of_the_disk_breaks_a_chat(
     def fail(*args: Any, **fields: Any) -> Path:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
-    monkeypatch.setattr("agentmem.activation.store.stage_pages", fail)
+    monkeypatch.setattr("agentmem.activation.sealing.stage_pages", fail)
     assert shelf.seal() == 0
     assert os.strerror(getattr(errno, code)) in caplog.text
     monkeypatch.undo()

@@ -1,0 +1,145 @@
+"""One byte budget over page files and their copies in RAM: what may come in, and what goes for it.
+
+Knows sizes and costs (eviction.py chooses by them); knows nothing of tenants, prompts or where a page came from.
+"""
+
+from __future__ import annotations
+
+import logging
+import sqlite3
+from collections.abc import Callable, Collection
+
+from ..database import Database
+from ..errors import StoreError
+from .catalog import Catalog
+from .eviction import Chosen, Costs, RamCopy, choose
+from .pages import Page
+from .residency import Residency, settled
+
+__all__ = ["Budget"]
+
+logger = logging.getLogger("agentmem")
+
+#: Of the budget, RAM copies never take more than one part in this many.
+RAM_PART = 4
+
+
+class Budget:
+    """``total`` bytes, shared by the files of the folder and the RAM copies of this process.
+
+    Files and copies compete by one rule, cost per byte and time since the last use (`eviction.choose`). A copy is some
+    ten times cheaper to have again than a file, so copies go first; but a copy in use displaces a file that has not
+    been used for as many times longer. So that a busy working set can't delete the store bit by bit, copies have at
+    most a quarter of the budget, and they go when files need the room. ``files`` is what the files hold as far as this
+    process knows: others may have added to it since it last looked.
+    """
+
+    def __init__(
+        self, database: Database, catalog: Catalog, *, total: int, grid: int, clock: Callable[[], float]
+    ) -> None:
+        self.total = total
+        self.files = 0
+        self.costs = Costs(grid)
+        self.ram = Residency(clock)
+        self._database = database
+        self._catalog = catalog
+        self._clock = clock
+
+    def renew_locks(self) -> None:
+        """For a forked child: a thread that held a lock does not exist there."""
+        self.ram.renew_lock()
+        self.costs.renew_lock()
+
+    @property
+    def share(self) -> int:
+        """Bytes that RAM copies may have at most, room permitting."""
+        return self.total // RAM_PART
+
+    def _limit(self) -> int:
+        return min(self.share, self.total - self.files)
+
+    def refresh(self) -> None:
+        """Look how much the files hold now, and drop copies where that leaves less room."""
+        self.files = self._catalog.bytes_of_files()
+        self.refresh_copies()
+
+    def refresh_copies(self) -> None:
+        """Drop copies where the files leave less room."""
+        self._trim(0)
+
+    def _trim(self, size: int) -> None:
+        """Make room for a copy of this size among the copies: of equal cost per byte, so the least recently used go."""
+        over = self.ram.held + size - self._limit()
+        if over > 0:
+            copies = self.ram.copies()
+            self.ram.drop(choose([], free=over, now=self._clock(), costs=self.costs, copies=copies).copies)
+
+    def admit(self, page: Page, *, pinned: bool) -> bool:
+        """Keep a good page in RAM if it is worth what has to go for it; whether it is there now."""
+        size = len(page.data)
+        if size > self.share or not settled(page):
+            return False
+        over = self.files + min(self.ram.held + size, self.share) - self.total
+        if over > 0 and not self._displaced(over, RamCopy(page.name, size, self._clock(), pinned)):
+            return False
+        self._trim(size)
+        return self.ram.keep(page, pinned=pinned, limit=self._limit)
+
+    def _displaced(self, free: int, new: RamCopy) -> bool:
+        """Delete and drop what is worth less than the new copy, if that frees enough; else nothing."""
+        try:
+            with self._database.write() as connection:
+                chosen = self._choose(connection, free, copies=[*self.ram.copies(), new])
+                if new.key in chosen.copies:
+                    return False
+                self._let_go(connection, chosen)
+        except (OSError, StoreError) as error:
+            logger.warning("no room can be made for a KV page in RAM: %s", error)
+            return False
+        return True
+
+    def make_room(self, connection: sqlite3.Connection, size: int, *, spare: Collection[bytes]) -> int:
+        """Make room for ``size`` bytes of new files, never at the cost of ``spare``; how many may come.
+
+        Part of the caller's transaction, so that no moment has more than the budget in named files.
+        """
+        held = self._catalog.bytes_of_files()
+        # Said first: a copy that comes in from now on counts with them.
+        self.files = held + size
+        over = self.files + self.ram.held - self.total
+        if over > 0:
+            self._let_go(connection, self._choose(connection, over, spare=spare), coming=size)
+        return self.total - self._catalog.bytes_of_files()
+
+    def evict(self, connection: sqlite3.Connection, free: int | None) -> int:
+        """Delete files and drop copies of ``free`` bytes (default: what is above the budget); how many files went."""
+        if free is not None:
+            chosen = self._choose(connection, free, copies=[])
+        else:
+            over = self._catalog.bytes_of_files() + self.ram.held - self.total
+            chosen = self._choose(connection, over)
+        self._let_go(connection, chosen)
+        return len(chosen.files)
+
+    def _choose(
+        self,
+        connection: sqlite3.Connection,
+        free: int,
+        *,
+        copies: Collection[RamCopy] | None = None,
+        spare: Collection[bytes] = (),
+    ) -> Chosen:
+        self._catalog.flush(connection)
+        return choose(
+            list(self._catalog.rows().values()),
+            free=free,
+            now=self._clock(),
+            costs=self.costs,
+            copies=self.ram.copies() if copies is None else copies,
+            spare=spare,
+        )
+
+    def _let_go(self, connection: sqlite3.Connection, chosen: Chosen, *, coming: int = 0) -> None:
+        self.ram.drop([*chosen.copies, *chosen.files])
+        self._catalog.remove(connection, chosen.files)
+        self.files = self._catalog.bytes_of_files() + coming

@@ -1,0 +1,130 @@
+"""The pages that this process keeps in RAM: mapped (or decrypted) and known to be good, by name.
+
+Knows files' stamps and bytes; decides nothing about how much may stay (budget.py does). A copy is handed out only while
+its file is still the one that was checked.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import resource
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+from .eviction import RamCopy
+from .pages import Page, Stamp
+
+__all__ = ["Residency", "settled"]
+
+#: A file that changed this shortly before it was checked may change again without a new time stamp. Time stamps of
+#: local file systems move every 10 ms at least.
+SETTLED_NS = 100_000_000
+
+
+def settled(page: Page) -> bool:
+    """Whether a later change of this page's file would show in its stamp."""
+    return page.encrypted or time.time_ns() - max(page.stamp.modified, page.stamp.changed) > SETTLED_NS
+
+
+class Residency:
+    """Good pages in RAM. Usable from many threads; no lock is held while files are looked at."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._lock = threading.Lock()
+        self._pages: dict[bytes, tuple[Page, RamCopy]] = {}
+        self._held = 0
+
+    def renew_lock(self) -> None:
+        """For a forked child: the thread that held the lock may not exist there."""
+        self._lock = threading.Lock()
+
+    @property
+    def held(self) -> int:
+        """Bytes of all copies."""
+        return self._held
+
+    def copies(self) -> list[RamCopy]:
+        """All copies."""
+        with self._lock:
+            return [copy for _, copy in self._pages.values()]
+
+    def get(self, name: bytes, path: Path) -> Page | None:
+        """A handle of its own on this page, if it is here and its file did not change; notes the use."""
+        with self._lock:
+            found = self._pages.get(name)
+        if found is None:
+            return None
+        page, copy = found
+        if _stamp(path) != page.stamp:
+            self.drop([name])
+            return None
+        with self._lock:
+            if self._pages.get(name) is found:
+                self._pages[name] = page, replace(copy, used=self._clock())
+        return page.share()
+
+    def keep(self, page: Page, *, pinned: bool, limit: Callable[[], int]) -> bool:
+        """Keep this good page unless it would take the copies above ``limit()`` bytes; whether it is here now."""
+        size = len(page.data)
+        with self._lock:
+            if page.name in self._pages and self._pages[page.name][0].stamp == page.stamp:
+                return True
+            if self._held + size > limit() or len(self._pages) >= _most_mappings():
+                return False
+            mine = page.share()
+            mine.on_check = None
+            self._take(page.name)
+            self._pages[page.name] = mine, RamCopy(page.name, size, self._clock(), pinned)
+            self._held += size
+        return True
+
+    def pin(self, names: Iterable[bytes], pinned: bool) -> None:
+        """Note that these pages are pinned now, or not any more."""
+        with self._lock:
+            for name in names:
+                if name in self._pages:
+                    page, copy = self._pages[name]
+                    self._pages[name] = page, replace(copy, pinned=pinned)
+
+    def drop(self, names: Iterable[bytes]) -> list[Page]:
+        """Give these copies up. Whoever still reads one of them can finish: the memory goes with the last handle."""
+        with self._lock:
+            return [page for name in names if (page := self._take(name)) is not None]
+
+    def _take(self, name: bytes) -> Page | None:
+        page, copy = self._pages.pop(name, (None, None))
+        if copy is not None:
+            self._held -= copy.bytes
+        return page
+
+    def sweep(self, path: Callable[[bytes], Path]) -> None:
+        """Give up all copies whose file is gone or another one."""
+        with self._lock:
+            held = [(name, page.stamp) for name, (page, _) in self._pages.items()]
+        self.drop([name for name, stamp in held if _stamp(path(name)) != stamp])
+
+    def clear(self) -> None:
+        """Give up all copies."""
+        with self._lock:
+            self._pages.clear()
+            self._held = 0
+
+
+def _stamp(path: Path) -> Stamp | None:
+    with contextlib.suppress(OSError):
+        return Stamp.of(os.stat(path, follow_symlinks=False))
+    return None
+
+
+def _most_mappings() -> int:
+    """Before Python 3.13 every mapping holds a file descriptor: a quarter of what the process may have."""
+    if sys.version_info >= (3, 13):
+        return 1 << 30
+    soft = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    return 1 << 30 if soft == resource.RLIM_INFINITY else soft // 4
