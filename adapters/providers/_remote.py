@@ -16,7 +16,7 @@ import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -116,13 +116,19 @@ class Remote(ABC):
 
     def generate(self, request: Request) -> Generation:
         """The whole answer. Raises the errors of `ProviderError`."""
-        body, clock = self._checked(request, stream=False), Clock(self._timeout_s)
+        return self._answer(request, Clock(self._timeout_s))
+
+    def _answer(self, request: Request, clock: Clock) -> Generation:
+        body = self._checked(request, stream=False)
         reply = self._sync(clock, lambda: self._chat(self._sync_client(), body))
         return self._finished(request, clock, self._understood(lambda: self._parse(self._plain(reply))))
 
     async def agenerate(self, request: Request) -> Generation:
         """`generate`, awaited."""
-        body, clock = self._checked(request, stream=False), Clock(self._timeout_s)
+        return await self._aanswer(request, Clock(self._timeout_s))
+
+    async def _aanswer(self, request: Request, clock: Clock) -> Generation:
+        body = self._checked(request, stream=False)
         reply = await self._async(clock, lambda: self._chat(self._async_client(), body))
         return self._finished(request, clock, self._understood(lambda: self._parse(self._plain(reply))))
 
@@ -131,7 +137,10 @@ class Remote(ABC):
         if request.options.max_tokens == 0:
             yield self.generate(request)
             return
-        body, clock, reader = self._checked(request, stream=True), Clock(self._timeout_s), self._reader()
+        yield from self._pieces(request, Clock(self._timeout_s))
+
+    def _pieces(self, request: Request, clock: Clock) -> Generator[str | Generation, None, None]:
+        body, reader = self._checked(request, stream=True), self._reader()
         source, event = self._sync(clock, lambda: _opened(self._chat(self._sync_client(), body)))
         try:
             while event is not None:
@@ -149,7 +158,12 @@ class Remote(ABC):
         if request.options.max_tokens == 0:
             yield await self.agenerate(request)
             return
-        body, clock, reader = self._checked(request, stream=True), Clock(self._timeout_s), self._reader()
+        async with contextlib.aclosing(self._apieces(request, Clock(self._timeout_s))) as pieces:
+            async for piece in pieces:
+                yield piece
+
+    async def _apieces(self, request: Request, clock: Clock) -> AsyncGenerator[str | Generation, None]:
+        body, reader = self._checked(request, stream=True), self._reader()
         source, event = await self._async(clock, lambda: _aopened(self._chat(self._async_client(), body)))
         try:
             while event is not None:

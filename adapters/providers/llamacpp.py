@@ -2,37 +2,62 @@
 
 Knows the server's own fields and routes beside OpenAI's format: ``cache_prompt``, ``id_slot``, ``timings.cache_n``,
 ``/tokenize``, ``/props``. The server keeps the KV states of its slots in memory and reuses the longest common prefix
-(``kv="auto"``, cached tokens are reported).
+(``kv="auto"``, cached tokens are reported). With the setting ``slot_dir`` its slots are saved to files, restored and
+erased as well (``kv="slots"``); which and when is `_llamacpp_slots.py`'s to say.
 
-Not here yet: saving and restoring slots to files, and switching LoRA adapters, so ``loras`` is not a capability.
+LoRA adapters are those that the server was started with, chosen per request by the option ``lora=[{"id": 0, "scale":
+1.0}]``. ``loras`` is not a capability: a GGUF file does not say which of our LoRA versions it was made from.
 ``max_tokens=0`` makes the server generate one token, which is dropped.
 """
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import importlib
 import json
+import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
 
-from agentmem.errors import AgentMemError
+from agentmem.errors import AgentMemError, ConfigError
 from agentmem.provider import Capabilities, Generation, Request
 
 from . import openai as _openai
 from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, watched
+from ._llamacpp_slots import Call, SlotPlanner, Turn, advance, digest_cache
 from ._remote import Remote
 
 __all__ = ["build_request", "create", "parse_reply"]
+
+logger = logging.getLogger("agentmem")
+
+T = TypeVar("T")
 
 DEFAULT = "http://127.0.0.1:8080"
 #: Counts kept, so that a prompt's unchanged parts are not sent to be counted again.
 COUNTS = 4096
 #: Seconds that the question for the context window may take when the provider is made.
 PROBE_S = 2.0
+#: Seconds that erasing the slots may take in all; one that is busy is erased before its next use.
+ERASE_S = 5.0
+
+SETTINGS: Mapping[str, type] = {
+    "id_slot": int,
+    "slot_dir": str,
+    "model_file": str,
+    "rope": str,
+    "cache_types": str,
+}
+
+#: What may come of a server's unexpected reply or folder while a slot is prepared.
+UNPLANNED = (AgentMemError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
 
 #: A server's answer is read by OpenAI's rules; the cached tokens are in ``usage`` and in ``timings``.
 parse_reply = _openai.parse_reply
@@ -45,10 +70,17 @@ def create(model: str, settings: Mapping[str, Any]) -> LlamaCpp:
     server's own variable), ``id_slot`` (the slot to use), ``timeout_s`` (120, over all attempts), ``max_retries`` (2),
     ``context_tokens`` (else asked of the server, once, here). For embeddings the server must run with ``--embedding``
     and a pooling type.
+
+    ``slot_dir`` is the folder that llama-server was started with as ``--slot-save-path``, on this machine; then slots
+    are saved there and restored. ``model_file`` names the model's file where the server's own path can't be read from
+    here. ``rope`` and ``cache_types`` are texts that name what the server was started with and does not report (a
+    trial prefill is compared in any case).
     """
     importlib.import_module("httpx")  # a missing package is told here, not at the first request
 
-    values = read_settings("llamacpp", settings, {"id_slot": int})
+    values = read_settings("llamacpp", settings, SETTINGS)
+    if values.get("slot_dir") is not None and not values["slot_dir"]:
+        raise ConfigError("llamacpp: slot_dir is empty; give llama-server's --slot-save-path, or leave it out")
     base_url = values.get("base_url") or os.environ.get("LLAMACPP_BASE_URL") or DEFAULT
     values["base_url"] = base_url.rstrip("/").removesuffix("/v1")
     values["api_key"] = values.get("api_key") or os.environ.get("LLAMA_API_KEY")
@@ -76,7 +108,7 @@ class LlamaCpp(Remote):
             chat=True,
             embeds=True,
             tools=True,
-            kv="auto",
+            kv="slots" if values.get("slot_dir") else "auto",
             context_tokens=values.get("context_tokens"),
             holds_prefix_s=None if is_loopback(values["base_url"]) else _openai.HOLDS_S,
         )
@@ -85,6 +117,18 @@ class LlamaCpp(Remote):
         self._values = values
         self._counts: OrderedDict[str, int] = OrderedDict()
         self._counts_lock = threading.Lock()
+        self._planner: SlotPlanner | None = None
+        if values.get("slot_dir"):
+            model_file = values.get("model_file")
+            self._planner = SlotPlanner(
+                name,
+                Path(values["slot_dir"]).expanduser().absolute(),
+                lambda request: self._build(request, stream=False),
+                told={"rope": values.get("rope", ""), "cache types": values.get("cache_types", "")},
+                model_file=None if model_file is None else Path(model_file).expanduser(),
+                id_slot=values.get("id_slot"),
+                cache=digest_cache(),
+            )
         if capabilities.context_tokens is None:
             self.capabilities = replace(capabilities, context_tokens=self._window())
 
@@ -112,6 +156,108 @@ class LlamaCpp(Remote):
             if len(self._counts) > COUNTS:
                 self._counts.popitem(last=False)
         return count
+
+    # The faces, where a slot is chosen, restored or saved before the request and its reuse is checked after it.
+
+    def _answer(self, request: Request, clock: Clock) -> Generation:
+        planner, turn = self._planner, _turn(request)
+        if planner is None or turn is None:
+            return super()._answer(request, clock)
+        try:
+            self._plan(planner, turn, clock)
+            return planner.after(turn, super()._answer(_placed(turn), clock))
+        finally:
+            planner.done(turn)
+
+    async def _aanswer(self, request: Request, clock: Clock) -> Generation:
+        planner, turn = self._planner, _turn(request)
+        if planner is None or turn is None:
+            return await super()._aanswer(request, clock)
+        try:
+            await self._aplan(planner, turn, clock)
+            return planner.after(turn, await super()._aanswer(_placed(turn), clock))
+        finally:
+            planner.done(turn)
+
+    def _pieces(self, request: Request, clock: Clock) -> Generator[str | Generation, None, None]:
+        planner, turn = self._planner, _turn(request)
+        if planner is None or turn is None:
+            yield from super()._pieces(request, clock)
+            return
+        try:
+            self._plan(planner, turn, clock)
+            with contextlib.closing(super()._pieces(_placed(turn), clock)) as pieces:
+                for piece in pieces:
+                    yield planner.after(turn, piece) if isinstance(piece, Generation) else piece
+        finally:
+            planner.done(turn)
+
+    async def _apieces(self, request: Request, clock: Clock) -> AsyncGenerator[str | Generation, None]:
+        planner, turn = self._planner, _turn(request)
+        try:
+            if planner is not None and turn is not None:
+                await self._aplan(planner, turn, clock)
+                request = _placed(turn)
+            async with contextlib.aclosing(super()._apieces(request, clock)) as pieces:
+                async for piece in pieces:
+                    if planner is not None and turn is not None and isinstance(piece, Generation):
+                        yield planner.after(turn, piece)
+                    else:
+                        yield piece
+        finally:
+            if planner is not None and turn is not None:
+                planner.done(turn)
+
+    def erase_slots(self) -> int:
+        """Erase what the server's slots hold in memory; returns how many were erased. Never raises."""
+        if self._planner is None:
+            return 0
+        steps = self._planner.erase()
+        try:
+            return self._run(steps, Clock(min(ERASE_S, self._timeout_s)))
+        except (AgentMemError, KeyError, TypeError, ValueError) as error:
+            logger.warning("%s: its slots can't be erased now, each will be before its next use: %s", self.name, error)
+            return 0
+
+    def _plan(self, planner: SlotPlanner, turn: Turn, clock: Clock) -> None:
+        try:
+            self._run(planner.before(turn), clock)
+        except UNPLANNED as error:
+            self._unplanned(turn, error)
+
+    async def _aplan(self, planner: SlotPlanner, turn: Turn, clock: Clock) -> None:
+        try:
+            await self._arun(planner.before(turn), clock)
+        except UNPLANNED as error:
+            self._unplanned(turn, error)
+
+    def _unplanned(self, turn: Turn, error: Exception) -> None:
+        """Nothing about slots may break a chat: the request goes on as its plan stands."""
+        turn.miss = turn.miss or f"the server's slots could not be used: {error}"
+        logger.warning("%s: the slots are left as they are for this request: %s", self.name, error)
+
+    def _run(self, steps: Generator[Call, Any, T], clock: Clock) -> T:
+        """Send what the steps ask for, each once, within the clock of the whole request."""
+        reply: Any = None
+        failure: AgentMemError | None = None
+        while isinstance(call := advance(steps, reply, failure), Call):
+            try:
+                reply, failure = self._sync(clock, partial(_call, self._sync_client(), call), retries=0), None
+            except AgentMemError as error:
+                reply, failure = None, error
+        return call.value
+
+    async def _arun(self, steps: Generator[Call, Any, T], clock: Clock) -> T:
+        """`_run`, awaited. A step reads and checks files, so it runs beside the event loop."""
+        reply: Any = None
+        failure: AgentMemError | None = None
+        while isinstance(call := await _beside(partial(advance, steps, reply, failure)), Call):
+            try:
+                reply = await self._async(clock, partial(_acall, self._async_client(), call), retries=0)
+                failure = None
+            except AgentMemError as error:
+                reply, failure = None, error
+        return call.value
 
     def _connect(self, *, asynchronous: bool) -> Any:
         import httpx
@@ -166,6 +312,26 @@ class LlamaCpp(Remote):
         return None
 
 
+def _turn(request: Request) -> Turn | None:
+    return None if request.slots is None else Turn(request, request.slots)
+
+
+def _placed(turn: Turn) -> Request:
+    """The request with the fields that put it into its slot."""
+    options = turn.request.options
+    return replace(turn.request, options=replace(options, extra={**options.extra, **turn.fields}))
+
+
+async def _beside(work: Callable[[], T]) -> T:
+    """Run in a thread. A cancelled caller waits for its end, so that no step runs behind what comes after it."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait([task])
+        raise
+
+
 class _ErrorEvent(Exception):
     """An error that the server sends inside a stream that had begun well."""
 
@@ -185,6 +351,14 @@ def _post(client: Any, path: str, body: Mapping[str, Any], *, stream: bool) -> A
     if isinstance(client, httpx.AsyncClient):
         return _aevents(client, path, body) if stream else _ajson(client, path, body)
     return _events(client, path, body) if stream else _json(client.post(path, json=body))
+
+
+def _call(client: Any, call: Call) -> Any:
+    return _json(client.request(call.method, call.path, json=call.body))
+
+
+async def _acall(client: Any, call: Call) -> Any:
+    return _json(await client.request(call.method, call.path, json=call.body))
 
 
 def _json(response: Any) -> Any:
