@@ -1,0 +1,17 @@
+/* What the parts of the Python face share. */
+#ifndef AM_MODULE_H
+#define AM_MODULE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+
+typedef struct {
+    PyObject *page_error;
+} am_module_state;
+
+/* Sets the exception of a result of page.h, with `detail` instead of the rule's own words if given; returns NULL. */
+PyObject *am_module_fail(PyObject *module, int result, const char *detail);
+
+extern PyMethodDef am_module_pages[]; /* module_pages.c; ends with a NULL entry */
+
+#endif
