@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from agentmem.activation.identity import digest
-from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected, Unavailable
+from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected, StoreError, Unavailable
 from agentmem.provider import Generation, LoraRef, Options, Request
 from agentmem.types import Usage
 
@@ -201,6 +201,8 @@ class _Run:
         self._all: list[int] = []
         self._done = 0
         self._first = 0
+        self._encoded: dict[int, Any] = {}  # what the codec made of the pages that this run computed
+        self._seconds: dict[int, float] = {}  # and how long computing each took
         self.cached = 0
         self.miss: str | None = None
 
@@ -224,7 +226,17 @@ class _Run:
         logits = torch.empty(0)
         while self._done < len(tokens):
             part = tokens[self._done : self._done + step]
-            logits = self.step(part)
+            started = time.perf_counter()
+            try:
+                logits = self.step(part)
+            except StoreError as error:  # of a page that was still on its way to the device
+                log.warning("KV pages could not be read, all is computed again: %s", error)
+                self._cache, self.cached, self._first, self._done = states.empty(self._capacity), 0, 0, 0
+                continue
+            if self._pages is not None and len(part) == grid:
+                number = self._done // grid
+                self._encoded[number] = states.settle(self._pages, self._cache, number)
+                self._seconds[number] = time.perf_counter() - started
             self._done += len(part)
         return logits
 
@@ -256,7 +268,14 @@ class _Run:
         ]
         try:
             return self._engine.states.seal(
-                self._pages, self._identity, self._cache, tokens=tokens, first=self._first, records=records
+                self._pages,
+                self._identity,
+                self._cache,
+                tokens=tokens,
+                first=self._first,
+                records=records,
+                encoded=[self._encoded.get(number) for number in range(self._first, last)],
+                seconds=sum(self._seconds.get(number, 0.0) for number in range(self._first, last)),
             )
         except AgentMemError as error:  # the memory was closed while an answer was still being read
             log.warning("KV pages of %d tokens were not kept: %s", len(tokens), error)

@@ -6,19 +6,24 @@ nothing of prompts, sampling or how pages are stored. One sequence at a time (ba
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
+import math
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
 import numpy.typing as npt
 import torch
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer
 
+from agentmem._pure import kernels
 from agentmem.errors import AgentMemError
 from agentmem.provider import Pages
+
+from ._local_device import Loading, as_array, to_host
 
 __all__ = ["GRID", "Forward", "States", "unsafe_architecture"]
 
@@ -31,6 +36,7 @@ GRID = 256
 _STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _ATTENTION = ("full_attention", "sliding_attention")
 _TEST = (16, 8)
+LINE = 64  # bytes of a cache line
 
 #: Runs the model on the tokens that follow what a cache holds; gives the last one's logits [vocabulary] and the cache.
 Forward = Callable[[Sequence[int], Any], tuple[torch.Tensor, Any]]
@@ -49,13 +55,15 @@ class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._capacity = capacity
         self._length = 0
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._ready: Callable[[], None] | None = None
         if keys is not None and values is not None:
             self.lazy_initialization(keys, values)
             self._buffers = (keys, values)
 
-    def restored(self, length: int) -> None:
-        """The first ``length`` positions of the buffers were filled from outside."""
+    def restored(self, length: int, ready: Callable[[], None] | None = None) -> None:
+        """The first ``length`` positions of the buffers were filled from outside, or will be when ``ready`` returns."""
         self._length = length
+        self._ready = ready
         self._show()
 
     def update(
@@ -63,6 +71,9 @@ class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
+        if self._ready is not None:
+            self._ready()
+            self._ready = None
         end = self._length + key_states.shape[-2]
         if self._buffers is None or end > self._capacity:
             self._capacity = max(self._capacity, end if self._buffers is None else end * 3 // 2)
@@ -124,6 +135,7 @@ class States:
     def __init__(self, model: Any, forward: Forward, device: torch.device) -> None:
         self._forward = forward
         self._device = device
+        self._staged = device.type != "cpu"
         self._model = model
         self._layers = int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0))
         self.miss = unsafe_architecture(model)
@@ -164,11 +176,12 @@ class States:
             return reason
         self._shapes = [_shape(layer) for layer in live.layers]
         # Another capacity on purpose: where a state lies in memory must not matter.
-        again, keys, values = self._reserved(first + rest + 40)
-        for layer, key, value in zip(live.layers, keys, values, strict=True):
-            key[:, :first] = _numpy(layer.keys[0, :, :first])
-            value[:, :first] = _numpy(layer.values[0, :, :first])
-        got, _ = self._forward(ids[first:], self._filled(again, keys, values, first))
+        again, buffers = self._reserved(first + rest + 40)
+        for layer, old, new in zip(again, live.layers, buffers, strict=True):
+            new[0][:, :, :first] = old.keys[:, :, :first]
+            new[1][:, :, :first] = old.values[:, :, :first]
+            layer.restored(first)
+        got, _ = self._forward(ids[first:], self._cache(again))
         if not torch.equal(wanted, got):
             return "its restored KV states don't give the same logits as live ones"
         return None
@@ -194,48 +207,53 @@ class States:
     def restore(self, pages: Sequence[Any], grid: int, capacity: int) -> tuple[Any, int]:
         """A cache that begins with the states of ``pages``, and how many positions that are.
 
-        A page that can't be read ends the prefix there. Only after `check` said yes.
+        A page that can't be read ends the prefix there. Only after `check` said yes. On another device than the CPU the
+        pages are checked here and loaded while the first layers compute: then a forward pass raises what goes wrong.
         """
         if not pages:
             return self.empty(capacity), 0
-        cache, keys, values = self._reserved(max(capacity, len(pages) * grid))
-        count = 0
-        for page in pages:
-            try:
-                page.read_layers(keys, values, count * grid)
-            except AgentMemError as error:
-                log.warning("a KV page could not be read and is computed again: %s", error)
-                break
-            count += 1
-        if count == 0:
+        layers, buffers = self._reserved(max(capacity, len(pages) * grid))
+        ready: list[Callable[[], None] | None]
+        if self._staged:
+            pages = pages[: _leading(pages, lambda page, _: page.verify())]
+            loading = Loading(pages, grid, [(key[0], value[0]) for key, value in buffers]) if pages else None
+            ready = [None if loading is None else functools.partial(loading.wait, i) for i in range(len(layers))]
+        else:
+            keys, values = ([as_array(pair[side][0]) for pair in buffers] for side in (0, 1))
+            count = _leading(pages, lambda page, number: page.read_layers(keys, values, number * grid))
+            pages, ready = pages[:count], [None] * len(layers)
+        if not pages:
             return self.empty(capacity), 0
-        return self._filled(cache, keys, values, count * grid), count * grid
+        length = len(pages) * grid
+        for layer, when in zip(layers, ready, strict=True):
+            layer.restored(length, when)
+        return self._cache(layers), length
 
-    def _reserved(self, capacity: int) -> tuple[list[PrefixLayer], list[npt.NDArray[Any]], list[npt.NDArray[Any]]]:
-        """Layers with buffers, and numpy arrays [KV heads, capacity, head dim] to fill (on a CPU the same memory)."""
-        layers, keys, values = [], [], []
-        for heads, key_dim, value_dim, dtype in self._shapes:
-            buffers = [
-                torch.empty((1, heads, capacity, dim), dtype=dtype, device=self._device) for dim in (key_dim, value_dim)
-            ]
-            layers.append(PrefixLayer(capacity, *buffers))
-            hosts = [
-                buffer if buffer.device.type == "cpu" else torch.empty_like(buffer, device="cpu") for buffer in buffers
-            ]
-            keys.append(_numpy(hosts[0][0]))
-            values.append(_numpy(hosts[1][0]))
-        return layers, keys, values
+    def _reserved(self, capacity: int) -> tuple[list[PrefixLayer], list[tuple[torch.Tensor, torch.Tensor]]]:
+        """Layers with room for ``capacity`` positions, and their buffers [1, KV heads, capacity, head dim].
 
-    def _filled(
-        self, layers: list[PrefixLayer], keys: list[npt.NDArray[Any]], values: list[npt.NDArray[Any]], length: int
-    ) -> Any:
-        for layer, *parts in zip(layers, keys, values, strict=True):
-            assert layer._buffers is not None
-            for buffer, part in zip(layer._buffers, parts, strict=True):
-                if buffer.device.type != "cpu":
-                    buffer[0, :, :length] = _torch(part, buffer.dtype)[:, :length].to(buffer.device)
-            layer.restored(length)
-        return self._cache(layers)
+        On a CPU they are cut from one piece of memory in huge pages: filling fresh memory in small ones is four times
+        as slow as copying. Each begins at a cache line, so that a restore can write past the caches.
+        """
+        item = self._shapes[0][3].itemsize
+        sizes = [
+            math.ceil(heads * capacity * dim * item / LINE) * LINE // item
+            for heads, *dims, _ in self._shapes
+            for dim in dims
+        ]
+        slab = torch.empty(sum(sizes) + LINE // item, dtype=self._shapes[0][3], device=self._device)
+        if slab.device.type == "cpu":
+            kernels().reserve(as_array(slab))
+        at = -slab.data_ptr() % LINE // item
+        layers, pairs = [], []
+        for i, (heads, *dims, _) in enumerate(self._shapes):
+            pair = []
+            for dim, size in zip(dims, sizes[2 * i : 2 * i + 2], strict=True):
+                pair.append(slab[at : at + heads * capacity * dim].view(1, heads, capacity, dim))
+                at += size
+            layers.append(PrefixLayer(capacity, *pair))
+            pairs.append((pair[0], pair[1]))
+        return layers, pairs
 
     def _cache(self, layers: list[PrefixLayer]) -> Any:
         cache: Any = DynamicCache()
@@ -243,6 +261,23 @@ class States:
         return cache
 
     # -- seal ------------------------------------------------------------------------------------------------------
+
+    def settle(self, pages: Pages, cache: Any, number: int) -> Any:
+        """After page ``number`` was computed: with a codec that changes bits, go on with what it will be restored as.
+
+        Returns what the codec made of it, for `seal`; None for a codec that changes nothing.
+        """
+        if not pages.lossy:
+            return None
+        start, end = number * pages.grid, (number + 1) * pages.grid
+        if not self._staged:
+            return pages.encode([(as_array(layer.keys[0]), as_array(layer.values[0])) for layer in cache.layers], start)
+        sides = [part[0, :, start:end] for layer in cache.layers for part in (layer.keys, layer.values)]
+        hosts = to_host(sides)
+        encoded = pages.encode(list(zip(hosts[::2], hosts[1::2], strict=True)), 0)
+        for side, host in zip(sides, hosts, strict=True):
+            side.copy_(_torch(host, side.dtype))
+        return encoded
 
     def seal(
         self,
@@ -253,18 +288,42 @@ class States:
         tokens: Sequence[int],
         first: int,
         records: Sequence[tuple[str, ...]],
+        encoded: Sequence[Any],
+        seconds: float,
     ) -> int:
-        """Hand pages ``first`` .. to the store, ``records`` for each; ``tokens`` end with the last page.
+        """Hand pages ``first`` .. to the store, with the ``records`` of each and what `settle` gave for it.
 
-        Returns how many positions it wrote.
+        ``tokens`` end with the last page; computing the pages took ``seconds``. Returns how many positions it wrote.
         """
-        grid = pages.grid
-        start, end = first * grid, len(tokens)
-        layers = [
-            (_numpy(layer.keys[0, :, start:end].contiguous()), _numpy(layer.values[0, :, start:end].contiguous()))
-            for layer in cache.layers
-        ]
-        return pages.seal(identity, tokens, first, layers, records) * grid
+        layers: list[tuple[Any, Any]] = []  # a lossy codec has them already
+        if not pages.lossy:
+            start, end = first * pages.grid, len(tokens)
+            hosts = to_host([part[0, :, start:end] for layer in cache.layers for part in (layer.keys, layer.values)])
+            layers = list(zip(hosts[::2], hosts[1::2], strict=True))
+        count = pages.seal(identity, tokens, first, layers, records, encoded=encoded, seconds=seconds)
+        return count * pages.grid
+
+
+def _leading(pages: Sequence[Any], read: Callable[[Any, int], None]) -> int:
+    """How many pages from the first on could be read, several at a time."""
+
+    def one(number: int) -> AgentMemError | None:
+        try:
+            read(pages[number], number)
+        except AgentMemError as error:
+            return error
+        return None
+
+    if len(pages) > 1 and torch.get_num_threads() > 1:
+        with ThreadPoolExecutor(min(len(pages), torch.get_num_threads())) as pool:
+            errors = list(pool.map(one, range(len(pages))))
+    else:
+        errors = [one(number) for number in range(len(pages))]
+    for number, error in enumerate(errors):
+        if error is not None:
+            log.warning("a KV page could not be read and is computed again: %s", error)
+            return number
+    return len(pages)
 
 
 def _shape(layer: PrefixLayer) -> tuple[int, int, int, torch.dtype]:
@@ -273,17 +332,6 @@ def _shape(layer: PrefixLayer) -> tuple[int, int, int, torch.dtype]:
     return layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype
 
 
-def _numpy(tensor: torch.Tensor) -> npt.NDArray[Any]:
-    """The tensor's bytes as numpy sees them; bfloat16, which numpy doesn't have, as uint16. No copy on a CPU."""
-    tensor = tensor.detach().cpu()
-    if tensor.dtype == torch.bfloat16:
-        bits: npt.NDArray[Any] = tensor.view(torch.int16).numpy().view(np.uint16)
-        return bits
-    plain: npt.NDArray[Any] = tensor.numpy()
-    return plain
-
-
 def _torch(array: npt.NDArray[Any], dtype: torch.dtype) -> torch.Tensor:
-    if dtype == torch.bfloat16:
-        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-    return torch.from_numpy(array)
+    tensor = torch.from_numpy(array.view("int16") if dtype == torch.bfloat16 else array)
+    return tensor.view(dtype)

@@ -32,8 +32,11 @@ class Page:
     def __init__(self, key: bytes, tokens: tuple[int, ...], layers: list[tuple[Any, Any]]) -> None:
         self.key, self.tokens, self._layers = key, tokens, layers
 
-    def read_layers(self, keys: Sequence[Any], values: Sequence[Any], at: int) -> None:
-        for (key, value), into_key, into_value in zip(self._layers, keys, values, strict=True):
+    def verify(self) -> None:
+        pass
+
+    def read_layers(self, keys: Sequence[Any], values: Sequence[Any], at: int, first: int = 0) -> None:
+        for (key, value), into_key, into_value in zip(self._layers[first:], keys, values, strict=False):
             into_key[:, at : at + GRID] = key
             into_value[:, at : at + GRID] = value
 
@@ -42,6 +45,7 @@ class Shelf:
     """Pages in a dict, by the store's contract. ``limit`` hides all but the first pages."""
 
     grid = GRID
+    lossy = False
 
     def __init__(self) -> None:
         self.pages: dict[bytes, Page] = {}
@@ -63,6 +67,7 @@ class Shelf:
         first: int,
         layers: Sequence[tuple[Any, Any]],
         records: Sequence[tuple[str, ...]],
+        **_: Any,
     ) -> int:
         assert len(tokens) % GRID == 0
         keys = chain(identity, b"", tokens, GRID)
@@ -70,7 +75,7 @@ class Shelf:
         for number in range(first, len(keys)):
             start = (number - first) * GRID
             for key, value in layers:
-                assert key.flags.c_contiguous
+                assert key[0].flags.c_contiguous
                 assert key.shape[1] == value.shape[1] == len(tokens) - first * GRID
             part = [(k[:, start : start + GRID].copy(), v[:, start : start + GRID].copy()) for k, v in layers]
             self.pages[keys[number]] = Page(keys[number], tuple(tokens[number * GRID : (number + 1) * GRID]), part)
@@ -81,15 +86,15 @@ class Shelf:
 class Stored:
     """The real page store in a folder, opened anew at each ``with``; hands out at most ``limit`` pages."""
 
-    def __init__(self, folder: Path, *, grid: int = GRID) -> None:
-        self.folder, self.grid, self.limit = folder, grid, 1 << 30
+    def __init__(self, folder: Path, *, grid: int = GRID, codec: Any = "raw") -> None:
+        self.folder, self.grid, self.codec, self.limit = folder, grid, codec, 1 << 30
         self.folder.mkdir(exist_ok=True)
 
     def __enter__(self) -> Stored:
         self._database = Database(self.folder / "memory.db")
-        self._store = PageStore(self._database, self.folder / "pages", grid=self.grid)
+        self._store = PageStore(self._database, self.folder / "pages", grid=self.grid, codec=self.codec)
         self._view = self._store.view(b"tenant")
-        self.seal = self._view.seal
+        self.seal, self.encode, self.lossy = self._view.seal, self._view.encode, self._view.lossy
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -180,6 +185,53 @@ def test_restored_live_and_cold_runs_are_bit_equal(kind: str, dtype: str, tiny_m
             assert torch.equal(got, wanted), (length, count)
             assert warm.text == cold.text
     provider.close()
+
+
+def stored_codecs(store: Stored) -> set[str]:
+    return {entry.codec for entry in store._store.entries()}
+
+
+@pytest.mark.parametrize("codec", ["raw", "lossless", "dense", "int8", "k8v4", "int4"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_live_and_restored_runs_are_bit_equal_with_every_codec(
+    kind: str, codec: str, tiny_model: Tiny, tmp_path: Path
+) -> None:
+    folder = tiny_model(tmp_path / "model", kind)
+    for dtype in ("float32", "bfloat16"):
+        provider = local(folder, tmp_path, dtype=dtype)
+        spy = Spy(provider)
+        overhead = len(provider._ready().template.prompt(asked("", "", pages=None).segments).tokens)
+        for length in (192, 193, 250):
+            request = asked(text(length - overhead - 4), max_tokens=3)
+            store = Stored(tmp_path / f"{dtype}{length}", grid=64, codec=codec)
+            request = Request(segments=request.segments, options=request.options, pages=store)
+            with store:
+                cold, wanted = spy.answer(provider, request, 3)
+                assert stored_codecs(store) == {codec}
+            for count in range(1, cold.usage.written_tokens // 64 + 1):
+                store.limit = count
+                for staged in (False, True):  # as on a device: layer by layer, in a thread beside the computation
+                    spy.engine.states._staged = staged
+                    with store:
+                        warm, got = spy.answer(provider, request, 3)
+                    assert warm.usage.cached_tokens == count * 64
+                    assert torch.equal(got, wanted), (dtype, length, count, staged)
+                spy.engine.states._staged = False
+        provider.close()
+
+
+def test_an_exact_codec_reads_what_another_one_wrote(provider: Any, tmp_path: Path) -> None:
+    spy = Spy(provider)
+    answers = []
+    for codec in ("raw", "lossless", "dense"):
+        with Stored(tmp_path / "store", grid=64, codec=codec) as store:
+            answers.append(spy.answer(provider, asked(text(150), pages=store, max_tokens=3), 3))
+    assert [generation.usage.cached_tokens for generation, _ in answers] == [0, 128, 128]
+    assert torch.equal(answers[0][1], answers[1][1])
+    with Stored(tmp_path / "store", grid=64, codec="int8") as store:
+        generation, got = spy.answer(provider, asked(text(150), pages=store, max_tokens=3), 3)
+    assert generation.usage.cached_tokens == 0
+    assert not torch.equal(got, answers[0][1])
 
 
 @pytest.mark.parametrize("kind", KINDS)
