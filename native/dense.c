@@ -20,7 +20,7 @@ uint32_t am_dense_reciprocals[AM_DENSE_CLASSES * AM_DENSE_SYMBOLS];
 uint64_t am_dense_spread[256];
 static int16_t prices[AM_DENSE_CLASSES][AM_DENSE_SYMBOLS]; /* in 1/64 bit */
 
-/* Symbol 2 * drop + sign: how far the exponent is below the channel's largest, 15 an escape; whether the sign is the
+/* Symbol 2 * drop + sign: how far the exponent is below the channel's base, 15 an escape; whether the sign is the
  * rarer one. Found by k-means over channels (cost in bits as distance) of real keys and values and of synthetic ones. */
 static const uint16_t frequencies[AM_DENSE_CLASSES][AM_DENSE_SYMBOLS] = {
     {585, 1, 355, 1, 45, 1, 10, 1, 2, 1, 1, 1, 1, 1, 1, 1,
@@ -217,6 +217,30 @@ static const kernels table[AM_LEVELS] = {
 
 /* ---- channels: their bases, usual signs and classes ---- */
 
+#define NULL_CHANNEL 15u /* instead of how far the base is below the top: the channel has exponent 0 alone */
+#define LOWEST_TOP 29u   /* so that no symbol of any other channel goes below exponent 0 */
+
+/* The top whose 15 exponents hold most channels' largest, the lowest of equals: an outlier does not spoil the others. */
+static unsigned best_top(const uint16_t *largest, uint32_t dim)
+{
+    uint16_t counts[256] = {0};
+    uint32_t held = 0;
+    for (uint32_t i = 0; i < dim; i++)
+        counts[largest[i]]++;
+    for (unsigned i = LOWEST_TOP + 1 - NULL_CHANNEL; i <= LOWEST_TOP; i++)
+        held += counts[i];
+    unsigned best = LOWEST_TOP;
+    for (uint32_t top = LOWEST_TOP + 1, most = held; top < 256; top++) {
+        held += counts[top];
+        held -= counts[top - NULL_CHANNEL];
+        if (held > most) {
+            most = held;
+            best = top;
+        }
+    }
+    return best;
+}
+
 /* Finds the symbols of one part: class * 32 + symbol to `codes`, a byte per channel to `channels`, the part's largest
  * exponent to `top`. -1 when there is no room for the escapes, which go downwards from `*escapes`. */
 static int analyse(const uint16_t *values, uint32_t rows, uint32_t dim, uint8_t *codes, uint8_t *channels, uint8_t *top,
@@ -232,13 +256,11 @@ static int analyse(const uint16_t *values, uint32_t rows, uint32_t dim, uint8_t 
             base[i] = (uint16_t)(here > most ? here : most);
             negative[i] = (uint16_t)(negative[i] + (values[row * dim + i] >> 15));
         }
-    unsigned most = AM_LOWEST_TOP;
-    for (uint32_t i = 0; i < dim; i++)
-        most = base[i] > most ? base[i] : most;
+    unsigned most = best_top(base, dim);
     *top = (uint8_t)most;
     for (uint32_t i = 0; i < dim; i++) {
-        unsigned own = base[i] > AM_LOWEST_TOP ? base[i] : AM_LOWEST_TOP;
-        base[i] = (uint16_t)(most - own > 15 ? most - 15 : own);
+        unsigned own = base[i] < most ? base[i] : most;
+        base[i] = (uint16_t)(!own || most - own < NULL_CHANNEL ? own : most - NULL_CHANNEL + 1);
         negative[i] = 2u * negative[i] > rows;
     }
     for (uint32_t row = 0; row < rows; row++) {
@@ -247,7 +269,7 @@ static int analyse(const uint16_t *values, uint32_t rows, uint32_t dim, uint8_t 
         unsigned escaped = 0;
         for (uint32_t i = 0; i < dim; i++) {
             int16_t drop = (int16_t)(base[i] - (from[i] >> 7 & 255));
-            drop = drop < (int16_t)AM_ESCAPE ? drop : (int16_t)AM_ESCAPE;
+            drop = drop < 0 || drop > (int16_t)AM_ESCAPE ? (int16_t)AM_ESCAPE : drop;
             escaped |= drop == (int16_t)AM_ESCAPE;
             to[i] = (uint8_t)(2 * drop | ((from[i] >> 15) ^ negative[i]));
         }
@@ -276,7 +298,8 @@ static int analyse(const uint16_t *values, uint32_t rows, uint32_t dim, uint8_t 
                     classes[i] = (uint8_t)class;
                 }
             }
-            channels[begin + i] = (uint8_t)(negative[begin + i] << 7 | classes[i] << 4 | (most - base[begin + i]));
+            unsigned drop = base[begin + i] ? most - base[begin + i] : NULL_CHANNEL;
+            channels[begin + i] = (uint8_t)((unsigned)negative[begin + i] << 7 | (unsigned)classes[i] << 4 | drop);
         }
         for (uint32_t row = 0; row < rows; row++)
             for (uint32_t i = 0; i < width; i++)
@@ -285,18 +308,28 @@ static int analyse(const uint16_t *values, uint32_t rows, uint32_t dim, uint8_t 
     return 0;
 }
 
-/* The reader's table of channels, see am_dense_reader. */
-static int open_channels(const uint8_t *bytes, uint32_t dim, unsigned top, uint32_t *channels)
+/* The reader's table of channels, see am_dense_reader. Returns how many of them have exponent 0 alone. */
+static uint32_t open_channels(const uint8_t *bytes, uint32_t dim, unsigned top, uint32_t *channels)
 {
-    int bad = 0;
+    uint32_t null = 0;
     for (uint32_t i = 0; i < dim; i++) {
-        uint32_t byte = bytes[i], base = top - (byte & 15);
-        bad |= (int32_t)base < (int32_t)AM_LOWEST_TOP;
+        uint32_t byte = bytes[i], below = byte & 15, base = below == NULL_CHANNEL ? 0 : top - below;
+        null += below == NULL_CHANNEL;
         channels[i] = (byte & 0x80) << 24 | base << 23 | (byte & 0x70) << 6;
     }
     for (uint32_t i = 0; i < AM_DENSE_SLACK; i++)
         channels[dim + i] = channels[i];
-    return bad ? -1 : 0;
+    return null;
+}
+
+/* Whether those channels have: a symbol that goes below 0 comes out far above. */
+static int null_everywhere(const uint16_t *values, uint32_t rows, uint32_t dim, const uint32_t *channels)
+{
+    unsigned wrong = 0;
+    for (uint32_t row = 0; row < rows; row++)
+        for (uint32_t i = 0; i < dim; i++)
+            wrong |= channels[i] >> 23 & 255 ? 0 : am_exponent(values[row * dim + i]);
+    return !wrong;
 }
 
 /* ---- the contract ---- */
@@ -372,14 +405,16 @@ int am_dense_decode(const uint8_t *in, size_t size, uint32_t rows, const uint32_
     if (wrong)
         return -1;
     for (int part = 0; part < 2; part++) {
-        if (use->mantissas(mantissas, counts[part], parts[part]) ||
-            open_channels(bytes, dims[part], tops[part], channels))
+        if (tops[part] < LOWEST_TOP || use->mantissas(mantissas, counts[part], parts[part]))
             return -1;
+        uint32_t null = open_channels(bytes, dims[part], tops[part], channels);
         reader.dim = dims[part];
         reader.at = 0;
         size_t done = use->read(&reader, parts[part], counts[part] / AM_DENSE_LANES);
         if (done == SIZE_MAX || read_scalar(&reader, parts[part] + done * AM_DENSE_LANES,
                                             counts[part] - done * AM_DENSE_LANES))
+            return -1;
+        if (null && !null_everywhere(parts[part], rows, dims[part], channels))
             return -1;
         mantissas += mantissa_bytes(counts[part]);
         bytes += dims[part];

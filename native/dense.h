@@ -63,10 +63,10 @@ static inline int am_dense_escape(am_dense_reader *reader, uint32_t channel, uin
 {
     if (reader->escapes == reader->words)
         return -1;
-    unsigned wanted = *--reader->escapes;
-    if (wanted + 15 > (channel >> 23 & 255))
-        return -1;
-    *value = (uint16_t)((*value & 0x807fu) | wanted << 7); /* the sign is right already: base - 15 >= 0 */
+    unsigned wanted = *--reader->escapes, base = channel >> 23 & 255;
+    if (!base || (wanted <= base && wanted + 15 > base))
+        return -1; /* has a symbol */
+    *value = (uint16_t)((*value & 0x807fu) | wanted << 7);
     return 0;
 }
 

@@ -15,7 +15,7 @@
 static inline unsigned code_of(uint16_t value, unsigned top)
 {
     unsigned code = top - am_exponent(value); /* wraps above the top */
-    return code < AM_ESCAPE ? code : AM_ESCAPE;
+    return code < AM_ZERO ? code : am_exponent(value) ? AM_ESCAPE : AM_ZERO;
 }
 
 static inline uint8_t rest_of(uint16_t value)
@@ -23,9 +23,10 @@ static inline uint8_t rest_of(uint16_t value)
     return (uint8_t)((value >> 8 & 0x80) | (value & 0x7f));
 }
 
-static inline uint16_t joined(uint8_t rest, unsigned exponent)
+static inline uint16_t joined(uint8_t rest, unsigned code, unsigned top)
 {
-    return (uint16_t)((rest & 0x80u) << 8 | (exponent & 255) << 7 | (rest & 0x7fu));
+    unsigned exponent = code == AM_ZERO ? 0 : (top - code) & 255;
+    return (uint16_t)((rest & 0x80u) << 8 | exponent << 7 | (rest & 0x7fu));
 }
 
 int am_pack_scalar(const uint16_t *low, const uint16_t *high, size_t pairs, unsigned top, uint8_t *codes,
@@ -50,8 +51,8 @@ int am_unpack_scalar(const uint8_t *codes, const uint8_t *rest_low, const uint8_
     unsigned least = escapes->least;
     for (size_t i = 0; i < pairs; i++) {
         unsigned first = codes[i] & 15, second = codes[i] >> 4;
-        low[i] = joined(rest_low[i], top - first);
-        high[i] = joined(rest_high[i], top - second);
+        low[i] = joined(rest_low[i], first, top);
+        high[i] = joined(rest_high[i], second, top);
         least = first < least ? first : least;
         least = second < least ? second : least;
         if (first == AM_ESCAPE && am_escape_take(escapes, top, &low[i]))
@@ -96,18 +97,18 @@ static size_t most_escapes(size_t values)
     return values / 16;
 }
 
-/* The top of a part whose largest exponent makes too many escapes: the window of 15 exponents that holds most values,
- * the lowest of equals. */
+/* The top of a part whose largest exponent makes too many escapes: the window of 14 exponents that holds most values,
+ * the lowest of equals. Exponent 0 has a code of its own. */
 static unsigned best_top(const uint16_t *values, size_t count)
 {
     uint32_t counts[256] = {0}, held = 0;
     for (size_t i = 0; i < count; i++)
         counts[am_exponent(values[i])]++;
-    for (unsigned i = 0; i <= AM_LOWEST_TOP; i++)
+    for (unsigned i = 1; i <= AM_LOWEST_TOP; i++)
         held += counts[i];
     unsigned best = AM_LOWEST_TOP;
     for (uint32_t top = AM_LOWEST_TOP + 1, most = held; top < 256; top++) {
-        held += counts[top] - counts[top - AM_LOWEST_TOP - 1];
+        held += counts[top] - counts[top - AM_ZERO];
         if (held > most) {
             most = held;
             best = top;
@@ -158,10 +159,10 @@ static int unpack_part(const kernels *use, const uint8_t *rest, const uint8_t *c
         return -1;
     if (!escapes->above)
         return 0;
-    unsigned largest = use->largest(values, count);
+    unsigned largest = use->largest(values, count); /* above the top */
     size_t below = 0;
     for (size_t i = 0; i < count; i++)
-        below += am_exponent(values[i]) + AM_LOWEST_TOP < largest;
+        below += am_exponent(values[i]) && am_exponent(values[i]) + AM_ZERO <= largest;
     return below > most_escapes(count) && best_top(values, count) == top ? 0 : -1;
 }
 

@@ -10,8 +10,10 @@
 
 #include "codec.h"
 
-#define AM_ESCAPE 15u     /* the code that says: the exponent stands with the escapes */
-#define AM_LOWEST_TOP 14u /* so that no code means an exponent below 0 */
+/* Codes: 0 to 13 say how far the exponent is below the top; */
+#define AM_ZERO 14u       /* exponent 0: zeros, as padding has, and subnormals */
+#define AM_ESCAPE 15u     /* any other, which stands with the escapes */
+#define AM_LOWEST_TOP 14u /* so that codes 0 to 13 mean exponents above 0 */
 #define AM_MAX_VALUES (AM_CODEC_MAX_ROWS * AM_CODEC_MAX_DIM)
 
 typedef struct {
@@ -57,7 +59,7 @@ static inline int am_escape_take(am_escapes_in *escapes, unsigned top, uint16_t 
     if (escapes->next == escapes->end)
         return -1;
     unsigned wanted = *escapes->next++;
-    if (wanted <= top && wanted + AM_LOWEST_TOP >= top)
+    if (!wanted || (wanted <= top && wanted + AM_ZERO > top))
         return -1; /* has a code of its own */
     escapes->above |= wanted > top;
     *value = (uint16_t)((*value & 0x807fu) | wanted << 7);

@@ -17,7 +17,9 @@ unsigned am_largest_neon(const uint16_t *values, size_t count)
 static inline uint8x8_t codes_neon(uint16x8_t values, unsigned top)
 {
     uint16x8_t exponents = vandq_u16(vshrq_n_u16(values, 7), vdupq_n_u16(255));
-    return vmovn_u16(vminq_u16(vsubq_u16(vdupq_n_u16((uint16_t)top), exponents), vdupq_n_u16(AM_ESCAPE)));
+    uint16x8_t codes = vminq_u16(vsubq_u16(vdupq_n_u16((uint16_t)top), exponents), vdupq_n_u16(AM_ZERO));
+    uint16x8_t outside = vceqq_u16(codes, vdupq_n_u16(AM_ZERO));
+    return vmovn_u16(vsubq_u16(codes, vbicq_u16(outside, vceqzq_u16(exponents)))); /* AM_ESCAPE is AM_ZERO + 1 */
 }
 
 static inline uint8x8_t rests_neon(uint16x8_t values)
@@ -46,7 +48,8 @@ int am_pack_neon(const uint16_t *low, const uint16_t *high, size_t pairs, unsign
 
 static inline void join_neon(uint8x8_t codes, uint8x8_t rest, unsigned top, uint16_t *values)
 {
-    uint16x8_t exponents = vshlq_n_u16(vmovl_u8(vsub_u8(vdup_n_u8((uint8_t)top), codes)), 7);
+    uint8x8_t zero = vceq_u8(codes, vdup_n_u8(AM_ZERO));
+    uint16x8_t exponents = vshlq_n_u16(vmovl_u8(vbic_u8(vsub_u8(vdup_n_u8((uint8_t)top), codes), zero)), 7);
     uint16x8_t spread = vorrq_u16(vshll_n_u8(rest, 8), vmovl_u8(rest));
     vst1q_u16(values, vbslq_u16(vdupq_n_u16(0x7f80), exponents, spread));
 }

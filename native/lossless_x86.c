@@ -25,7 +25,10 @@ AM_TARGET_AVX2 unsigned am_largest_avx2(const uint16_t *values, size_t count)
 AM_TARGET_AVX2 static inline __m256i codes_avx2(__m256i values, __m256i top)
 {
     __m256i exponents = _mm256_and_si256(_mm256_srli_epi16(values, 7), _mm256_set1_epi16(255));
-    return _mm256_min_epu16(_mm256_sub_epi16(top, exponents), _mm256_set1_epi16(AM_ESCAPE));
+    __m256i codes = _mm256_min_epu16(_mm256_sub_epi16(top, exponents), _mm256_set1_epi16(AM_ZERO));
+    __m256i outside = _mm256_cmpeq_epi16(codes, _mm256_set1_epi16(AM_ZERO));
+    __m256i zero = _mm256_cmpeq_epi16(exponents, _mm256_setzero_si256());
+    return _mm256_sub_epi16(codes, _mm256_andnot_si256(zero, outside)); /* AM_ESCAPE is AM_ZERO + 1 */
 }
 
 /* Signs and mantissas of 32 values. */
@@ -62,7 +65,8 @@ AM_TARGET_AVX2 int am_pack_avx2(const uint16_t *low, const uint16_t *high, size_
 AM_TARGET_AVX2 static inline void join_avx2(__m256i codes, __m256i rest, __m256i top, uint16_t *values)
 {
     const __m256i sign = _mm256_set1_epi8((char)0x80);
-    __m256i exponents = _mm256_sub_epi8(top, codes);
+    __m256i zero = _mm256_cmpeq_epi8(codes, _mm256_set1_epi8(AM_ZERO));
+    __m256i exponents = _mm256_andnot_si256(zero, _mm256_sub_epi8(top, codes));
     __m256i upper = _mm256_and_si256(_mm256_srli_epi16(exponents, 1), _mm256_set1_epi8(0x7f));
     __m256i lower = _mm256_and_si256(_mm256_slli_epi16(exponents, 7), sign);
     upper = _mm256_or_si256(upper, _mm256_and_si256(rest, sign));
@@ -114,7 +118,10 @@ AM_TARGET_AVX512 static inline __m512i rests_avx512(__m512i values)
 AM_TARGET_AVX512 static inline __m512i codes_avx512(__m512i values, __m512i top)
 {
     __m512i exponents = _mm512_and_si512(_mm512_srli_epi16(values, 7), _mm512_set1_epi16(255));
-    return _mm512_min_epu16(_mm512_sub_epi16(top, exponents), _mm512_set1_epi16(AM_ESCAPE));
+    __m512i codes = _mm512_min_epu16(_mm512_sub_epi16(top, exponents), _mm512_set1_epi16(AM_ZERO));
+    __mmask32 outside = _mm512_cmpeq_epi16_mask(codes, _mm512_set1_epi16(AM_ZERO));
+    return _mm512_mask_mov_epi16(codes, _mm512_mask_test_epi16_mask(outside, exponents, exponents),
+                                 _mm512_set1_epi16(AM_ESCAPE));
 }
 
 AM_TARGET_AVX512 int am_pack_avx512(const uint16_t *low, const uint16_t *high, size_t pairs, unsigned top,
@@ -141,7 +148,8 @@ AM_TARGET_AVX512 int am_pack_avx512(const uint16_t *low, const uint16_t *high, s
 AM_TARGET_AVX512 static inline void join_avx512(__m512i codes, __m512i rest, __m512i top, uint16_t *values)
 {
     const __m512i sign = _mm512_set1_epi8((char)0x80);
-    __m512i exponents = _mm512_sub_epi8(top, codes);
+    __m512i exponents =
+        _mm512_maskz_sub_epi8(_mm512_cmpneq_epi8_mask(codes, _mm512_set1_epi8(AM_ZERO)), top, codes);
     /* sign ? rest : exponents shifted, and the other way round */
     __m512i upper = _mm512_ternarylogic_epi32(sign, rest, _mm512_srli_epi16(exponents, 1), 0xca);
     __m512i lower = _mm512_ternarylogic_epi32(sign, _mm512_slli_epi16(exponents, 7), rest, 0xca);
