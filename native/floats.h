@@ -48,14 +48,14 @@ AM_INLINE float from_f16(uint16_t half)
     return float_of(pick(magnitude < 0x400u, bits_of(subnormal), bits_of(normal)) | (uint32_t)(half & 0x8000u) << 16);
 }
 
-/* To nearest, ties to even. Only for what decoding makes: finite. */
+/* To nearest, ties to even. Only for what decoding makes: finite, and LARGEST where rounding a scale up went beyond. */
 AM_INLINE uint16_t to_f16(float value)
 {
     uint32_t bits = bits_of(value), magnitude = bits & 0x7FFFFFFFu;
     uint32_t subnormal = bits_of(float_of(magnitude) + 0.5f) - bits_of(0.5f); /* 0.5 has the step of these: 2^-24 */
     uint32_t normal = (magnitude - (112u << 23) + 0xFFFu + (magnitude >> 13 & 1u)) >> 13;
     uint32_t half = pick(magnitude < 0x38800000u, subnormal, normal);
-    return (uint16_t)(pick(half < 0x7C00u, half, 0x7C00u) | (bits >> 16 & 0x8000u));
+    return (uint16_t)(pick(half < 0x7C00u, half, 0x7BFFu) | (bits >> 16 & 0x8000u));
 }
 
 /* Rounded away from zero or towards it: up or down, for one who knows the sign. Only for magnitudes up to LARGEST. */

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
 
     Array = npt.NDArray[Any]  # float32, float16, or uint16 for bfloat16, at the borders; float32 inside
     Codes = npt.NDArray[np.uint8]
+    Shape = tuple[int, ...]
 
 __all__ = ["decode", "encode", "size"]
 
@@ -31,24 +32,21 @@ def _parts(count: int, size: int) -> int:
     return -(-count // size)
 
 
-def _shape(codec: int, rows: int, key_dim: int, value_dim: int) -> tuple[list[tuple[int, ...]], list[tuple[int, ...]]]:
+def _shapes(codec: int, rows: int, key_dim: int, value_dim: int) -> tuple[Shape, Shape, Shape, Shape]:
     """Shapes of K codes and V codes as stored, and of the arrays of K and V scales."""
     key4, value4 = codec == INT4, codec != INT8
-    codes = [
+    return (
         (_parts(rows, 32 if key4 else 16), _parts(key_dim, 4), 16, 4),
         (_parts(value_dim, 32 if value4 else 16), _parts(rows, 4), 16, 4),
-    ]
-    scales = [
         (_parts(rows, TOKENS) if key4 else 1, key_dim),
         (_parts(value_dim, CHANNELS) if value4 else 1, rows),
-    ]
-    return codes, scales
+    )
 
 
 def size(codec: int, dtype: int, rows: int, key_dim: int, value_dim: int) -> int:
     """Bytes of an encoded block; the same for all values and for every ``dtype``."""
     del dtype
-    (key, value), (key_scales, value_scales) = _shape(codec, rows, key_dim, value_dim)
+    key, value, key_scales, value_scales = _shapes(codec, rows, key_dim, value_dim)
     minima = 2 if codec != INT8 else 1
     return math.prod(key) + math.prod(value) + 4 * math.prod(key_scales) + 2 * minima * math.prod(value_scales)
 
@@ -60,14 +58,13 @@ def _floats(dtype: int, values: Array) -> Array:
 
 
 def _stored(dtype: int, values: Array) -> Array:
-    """To the nearest of the dtype, ties to even; the values are finite."""
+    """To the nearest of the dtype, ties to even. The values are finite; f16 keeps them so."""
     import numpy as np
 
     if dtype == BF16:
         bits = values.view(np.uint32)
         return ((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).astype(np.uint16)
-    with np.errstate(over="ignore"):
-        return values.astype(np.float16 if dtype == F16 else np.float32)
+    return values.clip(-LARGEST, LARGEST).astype(np.float16) if dtype == F16 else values.astype(np.float32)
 
 
 def _below(values: Array) -> Array:
@@ -111,7 +108,7 @@ def _padded(array: Codes, rows: int, columns: int) -> Codes:
     return padded
 
 
-def _encode_keys(four: bool, key: Array, shape: tuple[int, ...]) -> list[Array]:
+def _encode_keys(four: bool, key: Array, shape: Shape) -> list[Array]:
     import numpy as np
 
     tiles, quads = shape[:2]
@@ -122,10 +119,11 @@ def _encode_keys(four: bool, key: Array, shape: tuple[int, ...]) -> list[Array]:
     return [packed.transpose(0, 2, 1, 3), np.stack(scales), np.stack(minima)]
 
 
-def _encode_values(four: bool, value: Array, shape: tuple[int, ...]) -> list[Array]:
+def _encode_values(four: bool, value: Array, shape: Shape) -> list[Array]:
     import numpy as np
 
     strips, tiles = shape[:2]
+    packed: Array
     if four:
         groups = [value[:, i : i + CHANNELS] for i in range(0, value.shape[1], CHANNELS)]
         codes, *scales = zip(*(_quantised(group, 1, 15) for group in groups), strict=True)
@@ -146,13 +144,39 @@ def encode(codec: int, dtype: int, key: Array, value: Array) -> bytes | None:
     """
     import numpy as np
 
-    keys, values = _floats(dtype, key), _floats(dtype, value)
+    with np.errstate(invalid="ignore"):
+        keys, values = _floats(dtype, key), _floats(dtype, value)
     if not (np.abs(keys).max() <= LARGEST and np.abs(values).max() <= LARGEST):
         return None
-    (key_shape, value_shape), _ = _shape(codec, *key.shape, value.shape[1])
+    key_shape, value_shape, _, _ = _shapes(codec, len(key), key.shape[1], value.shape[1])
     key_codes, *key_scales = _encode_keys(codec == INT4, keys, key_shape)
     value_codes, *value_scales = _encode_values(codec != INT8, values, value_shape)
     return b"".join(array.tobytes() for array in (key_codes, value_codes, *key_scales, *value_scales))
+
+
+def _decode_keys(four: bool, codes: Codes, scales: Array, minima: Array, rows: int) -> Array:
+    """Floats [rows, dim]; the scales are [groups, dim]."""
+    import numpy as np
+
+    rowwise = codes.transpose(0, 2, 1, 3)
+    if four:
+        rowwise = np.stack([rowwise & 15, rowwise >> 4], 1)
+    floats = rowwise.reshape(-1, codes.shape[1] * 4)[:rows, : scales.shape[1]].astype(np.float32)
+    scale, minimum = (array.repeat(TOKENS if four else rows, 0)[:rows] for array in (scales, minima))
+    return floats * scale + minimum
+
+
+def _decode_values(codes: Codes, scales: Array, minima: Array | None, dim: int) -> Array:
+    """Floats [rows, dim]; the scales are [groups, rows]."""
+    import numpy as np
+
+    rowwise = codes.transpose(1, 3, 0, 2)
+    if minima is None:
+        signed = rowwise.reshape(codes.shape[1] * 4, -1).view(np.int8)[: scales.shape[1], :dim]
+        return signed.astype(np.float32) * scales.T
+    nibbles = np.stack([rowwise & 15, rowwise >> 4], 3).reshape(codes.shape[1] * 4, -1)[: scales.shape[1], :dim]
+    scale, minimum = (array.repeat(CHANNELS, 0)[:dim].T for array in (scales, minima))
+    return nibbles.astype(np.float32) * scale + minimum
 
 
 def decode(codec: int, dtype: int, data: Buffer, key: Array, value: Array) -> None:
@@ -163,32 +187,16 @@ def decode(codec: int, dtype: int, data: Buffer, key: Array, value: Array) -> No
     rows, key_dim, value_dim = *key.shape, value.shape[1]
     if len(content) != size(codec, dtype, rows, key_dim, value_dim):
         raise ValueError(f"{len(content)} bytes are no block of {rows} x {key_dim} and {rows} x {value_dim}")
-    key4, value4 = codec == INT4, codec != INT8
-    shapes, scale_shapes = _shape(codec, rows, key_dim, value_dim)
-    ends = np.cumsum([math.prod(shape) for shape in shapes])
-    key_codes, value_codes, rest = np.split(content, ends)
-    scales = rest.view(np.float16).astype(np.float32)
-    if not np.isfinite(scales).all():
+    shapes = _shapes(codec, rows, key_dim, value_dim)
+    lengths = [math.prod(shape) for shape in shapes]
+    key_codes, value_codes, rest = np.split(content, np.cumsum(lengths[:2]))
+    floats = rest.view(np.float16).astype(np.float32)
+    if not np.isfinite(floats).all():
         raise ValueError("a scale or minimum is not finite")
-    key_scales, value_scales = (math.prod(shape) for shape in scale_shapes)
-    each = np.split(scales, np.cumsum([key_scales, key_scales, value_scales]))
-    key_scale, key_minimum = (
-        array.reshape(scale_shapes[0]).repeat(TOKENS if key4 else rows, 0)[:rows] for array in each[:2]
+    scales, minima, value_scales, value_minima = np.split(floats, np.cumsum([lengths[2], lengths[2], lengths[3]]))
+    keys = _decode_keys(
+        codec == INT4, key_codes.reshape(shapes[0]), scales.reshape(shapes[2]), minima.reshape(shapes[2]), rows
     )
-
-    codes = key_codes.reshape(shapes[0]).transpose(0, 2, 1, 3)
-    codes = np.stack([codes & 15, codes >> 4], 1) if key4 else codes
-    floats = codes.reshape(-1, shapes[0][1] * 4)[:rows, :key_dim].astype(np.float32)
-    key[...] = _stored(dtype, floats * key_scale + key_minimum)
-
-    codes = value_codes.reshape(shapes[1]).transpose(1, 3, 0, 2)
-    if value4:
-        codes = np.stack([codes & 15, codes >> 4], 3)
-        value_scale, value_minimum = (
-            array.reshape(scale_shapes[1]).repeat(CHANNELS, 0)[:value_dim].T for array in each[2:]
-        )
-    floats = codes.reshape(shapes[1][1] * 4, -1)[:rows, :value_dim]
-    if value4:
-        value[...] = _stored(dtype, floats.astype(np.float32) * value_scale + value_minimum)
-    else:
-        value[...] = _stored(dtype, floats.view(np.int8).astype(np.float32) * each[2][:, None])
+    second = value_minima.reshape(shapes[3]) if codec != INT8 else None
+    values = _decode_values(value_codes.reshape(shapes[1]), value_scales.reshape(shapes[3]), second, value_dim)
+    key[...], value[...] = _stored(dtype, keys), _stored(dtype, values)
