@@ -76,6 +76,8 @@ class Budget:
 
     def admit(self, page: Page, *, pinned: bool) -> bool:
         """Keep a good page in RAM if it is worth what has to go for it; whether it is there now."""
+        if self.ram.holds(page):
+            return True
         size = len(page.data)
         if size > self.share or not settled(page):
             return False

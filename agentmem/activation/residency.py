@@ -69,11 +69,19 @@ class Residency:
                 self._pages[name] = page, replace(copy, used=self._clock())
         return page.share()
 
+    def holds(self, page: Page) -> bool:
+        """Whether this very page, of this very file, is here."""
+        with self._lock:
+            return self._is_here(page)
+
+    def _is_here(self, page: Page) -> bool:
+        return page.name in self._pages and self._pages[page.name][0].stamp == page.stamp
+
     def keep(self, page: Page, *, pinned: bool, limit: Callable[[], int]) -> bool:
         """Keep this good page unless it would take the copies above ``limit()`` bytes; whether it is here now."""
         size = len(page.data)
         with self._lock:
-            if page.name in self._pages and self._pages[page.name][0].stamp == page.stamp:
+            if self._is_here(page):
                 return True
             if self._held + size > limit() or len(self._pages) >= _most_mappings():
                 return False
@@ -92,16 +100,15 @@ class Residency:
                     page, copy = self._pages[name]
                     self._pages[name] = page, replace(copy, pinned=pinned)
 
-    def drop(self, names: Iterable[bytes]) -> list[Page]:
+    def drop(self, names: Iterable[bytes]) -> None:
         """Give these copies up. Whoever still reads one of them can finish: the memory goes with the last handle."""
         with self._lock:
-            return [page for name in names if (page := self._take(name)) is not None]
+            for name in names:
+                self._take(name)
 
-    def _take(self, name: bytes) -> Page | None:
-        page, copy = self._pages.pop(name, (None, None))
-        if copy is not None:
-            self._held -= copy.bytes
-        return page
+    def _take(self, name: bytes) -> None:
+        if name in self._pages:
+            self._held -= self._pages.pop(name)[1].bytes
 
     def sweep(self, path: Callable[[bytes], Path]) -> None:
         """Give up all copies whose file is gone or another one."""

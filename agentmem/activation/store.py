@@ -288,13 +288,9 @@ class PageStore:
             among = [rows[key] for key in descendants(rows.values(), chosen) if key in rows]
             everything = sum(row.bytes for row in among)
             gone = choose(among, free=everything, now=self._clock(), costs=self._budget.costs).files
-            self._drop(gone)
+            self._budget.ram.drop(gone)
             self._catalog.remove(connection, gone)
         return len(gone)
-
-    def _drop(self, names: Sequence[Key]) -> None:
-        for page in self._budget.ram.drop(names):
-            page.close()
 
     def swap_out(self, keys: Sequence[str] | None = None) -> Swapped:
         """Let these pages (default: all) leave the RAM, this process's and the system's; their files stay.
@@ -303,7 +299,9 @@ class PageStore:
         """
         started = time.perf_counter()
         rows = self._chosen(keys)
-        self._drop([row.key for row in rows] if keys is not None else [copy.key for copy in self._budget.ram.copies()])
+        self._budget.ram.drop(
+            [row.key for row in rows] if keys is not None else [copy.key for copy in self._budget.ram.copies()]
+        )
         for row in rows:
             _advise(self._catalog.path(row.key), "POSIX_FADV_DONTNEED")
         return Swapped(pages=len(rows), bytes=sum(row.bytes for row in rows), seconds=time.perf_counter() - started)
@@ -363,7 +361,7 @@ class PageStore:
             return []
         with self._database.write() as connection:
             gone = descendants(self._catalog.rows().values(), asked)
-            self._drop(gone)
+            self._budget.ram.drop(gone)
             try:
                 self._catalog.remove(connection, gone, durable=True)
             except OSError as error:
