@@ -1,11 +1,21 @@
 """Writing and restoring the KV states of a prefix: page files against safetensors, torch.save and pickle.
 
-Method: one process, torch on one thread (pages are written by up to four), bf16 states of random bits in the shape of
-SmolLM2-135M (30 layers, 3 KV heads, dim 64), files in the page cache, each round runs every method once, medians over
-the rounds. "into ready tensors": the states end in tensors that exist and were touched before; torch.load and
-pickle.load make their own. Our restore maps, checks every checksum and copies. Nobody syncs unless the row says so.
+    python tests/benchmarks/kv_pages.py [--tokens 512 2048 4096 7936] [--rounds 9] [--large]
 
-    python tests/benchmarks/kv_pages.py [tokens] [rounds]
+The states are real: the default local model's, in bfloat16, over the documentation of Python's library. ``--large``
+adds 1 GiB of random bits in the shape of an 8B model (32 layers, 8 KV heads, dim 128, 8,192 tokens).
+
+Method: files are in the operating system's page cache, every round runs each method once, medians over the rounds, each
+baseline in the same process and rounds as ours. torch has one thread unless the row says so.
+- Writing: new files every time. Ours writes one file per 256 tokens, with checksums, from at most four threads.
+  safetensors writes one file of tensors, torch.save the same dictionary, pickle a `DynamicCache`. "plain write" is the
+  kernel's limit: as many bytes by one write call into one new file whose blocks were reserved. A row "synced" syncs the
+  file and its folder; there the baseline is a plain write of as many bytes and a sync.
+- Restoring: in a new process, after one round that is not counted, into tensors that exist and were touched before;
+  torch.load and pickle.load make their own, safetensors copies from its mapping. Ours opens, maps, checks every
+  checksum and decodes. "copy" is the limit: the same tensors copied within memory.
+- Codecs: bytes on disk against the raw states, encoding and decoding in memory in GB/s of raw states on one thread,
+  and against a copy of as many bytes.
 
 Results go to tests/benchmarks/results/kv_pages.json.
 """
@@ -17,216 +27,342 @@ import json
 import os
 import pickle
 import statistics
+import subprocess
+import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
 from agentmem import _pure
 from agentmem.activation.identity import chain, digest, root
-from agentmem.activation.pages import NewPage, Page, publish, stage_pages
-from agentmem.activation.store import PageStore
-from agentmem.database import Database
+from agentmem.activation.pages import CODECS, NewPage, Page, publish, stage_pages
 
-LAYERS, HEADS, DIM, GRID = 30, 3, 64, 256
+GRID = 256
 IDENTITY = digest({"benchmark": 1})
-SALT = b"benchmark"
 RESULTS = Path(__file__).parent / "results" / "kv_pages.json"
+LARGE = (32, 8, 8192, 128)
+
+Layers = list[tuple[torch.Tensor, torch.Tensor]]
 
 
-def synced(path: Path) -> None:
-    """Bring a file that someone else wrote to the disk, and its name."""
-    for name in (path, path.parent):
+def real_states(tokens: int) -> Layers:
+    """KV states of the default local model over English text: K and V [3, tokens, 64] of its 30 layers, bf16."""
+    from agentmem.provider import load
+
+    passage = import_module("first_token").passage  # beside this file
+
+    torch.set_num_threads(os.cpu_count() or 1)
+    provider = load("local", {"dtype": "bfloat16"})
+    loaded = provider.tensors()
+    ids = loaded.tokenizer(passage(provider, tokens + 64))["input_ids"][:tokens]
+    assert len(ids) == tokens
+    with torch.inference_mode():
+        cache = loaded.model(input_ids=torch.tensor([ids]), use_cache=True, logits_to_keep=1).past_key_values
+    states = [(layer.keys[0].clone(), layer.values[0].clone()) for layer in cache.layers]
+    provider.close()
+    return states
+
+
+def random_states(layers: int, heads: int, tokens: int, dim: int) -> Layers:
+    return [
+        tuple(
+            torch.randint(-(1 << 15), 1 << 15, (heads, tokens, dim), dtype=torch.int16).view(torch.bfloat16)
+            for _ in "kv"
+        )  # type: ignore[misc]
+        for _ in range(layers)
+    ]
+
+
+def arrays(tensors: Sequence[torch.Tensor]) -> list[Any]:
+    """bf16 tensors as buffers that share their memory."""
+    return [tensor.view(torch.int16).numpy().view(np.uint16) for tensor in tensors]
+
+
+def synced(*paths: Path) -> None:
+    for name in paths:
         descriptor = os.open(name, os.O_RDONLY)
         os.fsync(descriptor)
         os.close(descriptor)
 
 
-class Case:
-    """The states, the room to restore them to, and each method as a function without arguments."""
+def new_pages(states: Layers, codec: str) -> list[NewPage]:
+    tokens = list(range(states[0][0].shape[1]))
+    parents = [root(IDENTITY, b"", GRID), *chain(IDENTITY, b"", tokens, GRID)]
+    layers = list(zip(arrays([k for k, _ in states]), arrays([v for _, v in states]), strict=True))
+    return [
+        NewPage(
+            identity=IDENTITY,
+            parent=parents[number],
+            number=number,
+            tokens=tokens[number * GRID : (number + 1) * GRID],
+            layers=layers,
+            at=number * GRID,
+            codec=codec,  # type: ignore[arg-type]
+        )
+        for number in range(len(tokens) // GRID)
+    ]
 
-    def __init__(self, folder: Path, tokens: int) -> None:
-        self.folder = folder
-        self.tokens = list(range(tokens))
-        names = [f"{side}{layer}" for layer in range(LAYERS) for side in "kv"]
-        shape = (HEADS, tokens, DIM)
-        bits = torch.randint(-(1 << 15), 1 << 15, (len(names), *shape), dtype=torch.int16)
-        # Each its own storage, as a cache has them: of a view the baselines would write all of what it looks at.
-        self.states = {name: bits[i].clone().view(torch.bfloat16) for i, name in enumerate(names)}
-        self.room = {name: torch.zeros(shape, dtype=torch.bfloat16) for name in names}
-        self.bytes = bits.numel() * 2
-        self.layers = list(zip(*[iter(self.arrays(self.states))] * 2, strict=True))
-        self.keys, self.values = self.arrays(self.room)[::2], self.arrays(self.room)[1::2]
-        self.parents = [root(IDENTITY, SALT, GRID), *chain(IDENTITY, SALT, self.tokens, GRID)]
-        self.store = PageStore(Database(folder / "memory.db"), folder / "pages")
-        self.view = self.store.view(SALT)
-        (folder / "raw").mkdir()
 
-    @staticmethod
-    def arrays(tensors: dict[str, torch.Tensor]) -> list[Any]:
-        """The tensors as buffers that share their memory."""
-        return [tensor.view(torch.uint16).numpy() for tensor in tensors.values()]
+def write_pages(folder: Path, states: Layers, codec: str = "raw", *, durable: bool = False) -> None:
+    staged = stage_pages(folder, new_pages(states, codec), durable=durable)
+    publish([(path, folder / f"{i}.page") for i, path in enumerate(staged)], folder, durable=durable)
 
-    def clear(self) -> None:
-        """Writes go to new files."""
-        self.store.delete([entry.key for entry in self.store.entries()])
-        for path in (self.folder / "raw").iterdir():
-            path.unlink()
 
-    def write_pages(self, *, durable: bool = False) -> None:
-        folder = self.folder / "raw"
-        new = [
-            NewPage(
-                identity=IDENTITY,
-                parent=self.parents[number],
-                number=number,
-                tokens=self.tokens[number * GRID : (number + 1) * GRID],
-                layers=self.layers,
-                at=number * GRID,
-            )
-            for number in range(len(self.tokens) // GRID)
-        ]
-        staged = stage_pages(folder, new, durable=durable)
-        publish([(path, folder / f"{i}.page") for i, path in enumerate(staged)], folder, durable=durable)
+def plain_write(path: Path, image: memoryview) -> None:
+    """The kernel's part alone: reserve, one write."""
+    descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY)
+    os.posix_fallocate(descriptor, 0, len(image))
+    done = 0
+    while done < len(image):
+        done += os.write(descriptor, image[done:])
+    os.close(descriptor)
 
-    def seal(self) -> None:
-        assert self.view.seal(IDENTITY, self.tokens, 0, self.layers, [("r",)] * 10_000) == len(self.tokens) // GRID
 
-    def safetensors(self) -> None:
-        save_file(self.states, self.folder / "raw" / "states.safetensors")
+class Seconds:
+    """Times of named methods, round by round."""
 
-    def torch(self) -> None:
-        torch.save(self.states, self.folder / "raw" / "states.pt")
+    def __init__(self) -> None:
+        self._all: dict[str, list[float]] = {}
 
-    def pickle(self) -> None:
-        with (self.folder / "raw" / "states.pickle").open("wb") as file:
-            pickle.dump(self.states, file)
+    def time(self, name: str, method: Callable[[], object]) -> None:
+        started = time.perf_counter()
+        method()
+        self._all.setdefault(name, []).append(time.perf_counter() - started)
 
-    def then_sync(self, write: Callable[[], None], name: str) -> Callable[[], None]:
-        def both() -> None:
-            write()
-            synced(self.folder / "raw" / name)
+    def medians(self) -> dict[str, float]:
+        """Without the first round, which warms up."""
+        return {name: statistics.median(values[1:]) for name, values in self._all.items()}
 
-        return both
 
-    def restore_pages(self) -> None:
-        for number in range(len(self.tokens) // GRID):
-            page = Page(self.folder / "raw" / f"{number}.page")
-            page.read_layers(self.keys, self.values, number * GRID)
-            page.close()
+def cache_of(states: Layers) -> Any:
+    from transformers import DynamicCache
 
-    def restore_store(self) -> None:
-        pages = self.view.longest(IDENTITY, self.tokens)
-        assert len(pages) == len(self.tokens) // GRID
-        for page in pages:
-            page.read_layers(self.keys, self.values, page.number * GRID)
-            page.close()
+    cache: Any = DynamicCache()
+    for layer, (key, value) in enumerate(states):
+        cache.update(key[None], value[None], layer)
+    return cache
 
-    def load_safetensors(self) -> None:
-        with safe_open(self.folder / "raw" / "states.safetensors", framework="pt") as file:
-            for name, tensor in self.room.items():
+
+def named(states: Layers) -> dict[str, torch.Tensor]:
+    return {f"{side}{i}": part for i, pair in enumerate(states) for side, part in zip("kv", pair, strict=True)}
+
+
+def writing(folder: Path, states: Layers, rounds: int) -> dict[str, float]:
+    seconds, tensors, cache = Seconds(), named(states), cache_of(states)
+    size = sum(part.nbytes for pair in states for part in pair)
+    image = memoryview(bytes(b"\7") * size)
+
+    def pickled() -> None:
+        with (folder / "pickle").open("wb") as file:
+            pickle.dump(cache, file)
+
+    def write_and_sync() -> None:
+        plain_write(folder / "plain", image)
+        synced(folder / "plain", folder)
+
+    methods: dict[str, Callable[[], object]] = {
+        "pages": lambda: write_pages(folder, states),
+        "safetensors.save_file": lambda: save_file(tensors, folder / "safetensors"),
+        "torch.save": lambda: torch.save(tensors, folder / "torch"),
+        "pickle of DynamicCache": pickled,
+        "plain write (limit)": lambda: plain_write(folder / "plain", image),
+        "pages, synced": lambda: write_pages(folder, states, durable=True),
+        "plain write, synced": write_and_sync,
+    }
+    for _ in range(rounds + 1):
+        for name, method in methods.items():
+            for path in folder.iterdir():
+                path.unlink()
+            os.sync()  # what others left to write must not be counted here
+            seconds.time(name, method)
+    return seconds.medians()
+
+
+def restoring(folder: Path, rounds: int) -> dict[str, float]:
+    """In this process, which is a new one: files as `prepare` left them."""
+    torch.set_num_threads(1)
+    shape = json.loads((folder / "shape.json").read_text())
+    room = [tuple(torch.zeros(shape[1:], dtype=torch.bfloat16) for _ in "kv") for _ in range(shape[0])]
+    tensors = named(room)  # type: ignore[arg-type]
+    spare = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
+    keys, values = arrays([k for k, _ in room]), arrays([v for _, v in room])
+
+    def one(codec: str, number: int) -> None:
+        page = Page(folder / codec / f"{number}.page")
+        page.read_layers(keys, values, number * GRID)
+        page.close()
+
+    def pages(codec: str) -> None:
+        for number in range(shape[2] // GRID):
+            one(codec, number)
+
+    def pages_threaded(codec: str) -> None:
+        with ThreadPoolExecutor(2) as pool:
+            list(pool.map(lambda number: one(codec, number), range(shape[2] // GRID)))
+
+    def safetensors() -> None:
+        with safe_open(folder / "safetensors", framework="pt") as file:
+            for name, tensor in tensors.items():
                 tensor.copy_(file.get_tensor(name))
 
-    def load_torch(self) -> None:
-        torch.load(self.folder / "raw" / "states.pt", weights_only=True)
-
-    def load_pickle(self) -> None:
-        with (self.folder / "raw" / "states.pickle").open("rb") as file:
+    def pickled() -> None:
+        with (folder / "pickle").open("rb") as file:
             pickle.load(file)
 
-    def copy(self) -> None:
-        for name, tensor in self.room.items():
-            tensor.copy_(self.states[name])
+    def copy() -> None:
+        for name, tensor in tensors.items():
+            spare[name].copy_(tensor)
 
-    def check(self) -> None:
-        for name, tensor in self.room.items():
-            assert torch.equal(tensor.view(torch.int16), self.states[name].view(torch.int16))
-            tensor.zero_()
+    methods: dict[str, Callable[[], object]] = {f"pages, {codec}": partial(pages, codec) for codec in CODECS}
+    methods |= {
+        "pages, raw, 2 threads": lambda: pages_threaded("raw"),
+        "pages, int8, 2 threads": lambda: pages_threaded("int8"),
+        "safetensors into ready tensors": safetensors,
+        "torch.load": lambda: torch.load(folder / "torch", weights_only=True),
+        "pickle.load": pickled,
+        "copy (limit)": copy,
+    }
+    seconds = Seconds()
+    for _ in range(rounds + 1):
+        for name, method in methods.items():
+            seconds.time(name, method)
+    pages("raw")
+    kept = {name: tensor.clone() for name, tensor in tensors.items()}
+    for exact in ("lossless", "dense"):
+        pages(exact)
+        assert all(
+            torch.equal(kept[name].view(torch.int16), tensor.view(torch.int16)) for name, tensor in tensors.items()
+        )
+    safetensors()
+    assert all(torch.equal(kept[name].view(torch.int16), tensor.view(torch.int16)) for name, tensor in tensors.items())
+    return seconds.medians()
 
 
-def measure(tokens: int, rounds: int) -> dict[str, Any]:
-    """Medians in seconds of every method, and the ratios that matter."""
-    torch.set_num_threads(1)
-    with tempfile.TemporaryDirectory() as name:
-        case = Case(Path(name), tokens)
-        writes: dict[str, Callable[[], None]] = {
-            "pages": case.write_pages,
-            "safetensors.save_file": case.safetensors,
-            "torch.save": case.torch,
-            "pickle.dump": case.pickle,
-            "pages, synced (what seal does)": lambda: case.write_pages(durable=True),
-            "seal: pages, synced, rows committed": case.seal,
-            "safetensors.save_file, synced": case.then_sync(case.safetensors, "states.safetensors"),
-            "torch.save, synced": case.then_sync(case.torch, "states.pt"),
-            "pickle.dump, synced": case.then_sync(case.pickle, "states.pickle"),
-        }
-        reads: dict[str, Callable[[], None]] = {
-            "pages into ready tensors, checksums on": case.restore_pages,
-            "store.longest and read_layers": case.restore_store,
-            "safetensors into ready tensors": case.load_safetensors,
-            "torch.load": case.load_torch,
-            "pickle.load": case.load_pickle,
-            "copy of tensors (limit)": case.copy,
-        }
-        seconds: dict[str, list[float]] = {name: [] for name in (*writes, *reads)}
-        for turn in range(rounds + 1):  # the first one warms up
-            for label, method in writes.items():
-                case.clear()
-                started = time.perf_counter()
-                method()
-                taken = time.perf_counter() - started
-                if turn:
-                    seconds[label].append(taken)
-            case.clear()
-            for write in (case.write_pages, case.seal, case.safetensors, case.torch, case.pickle):
-                write()
-            for label, method in reads.items():
-                started = time.perf_counter()
-                method()
-                taken = time.perf_counter() - started
-                if turn:
-                    seconds[label].append(taken)
-                if "ready" in label or "store" in label:
-                    case.check()
-        medians = {name: statistics.median(values) for name, values in seconds.items()}
-        total = case.bytes
+def coding(folder: Path, states: Layers, rounds: int) -> dict[str, dict[str, float]]:
+    """Sizes on disk, and speed in memory: one page encoded, and read back from memory into ready arrays."""
+    kernels = _pure.kernels()
+    size = sum(part.nbytes for pair in states for part in pair)
+    keys, values = arrays([k for k, _ in states]), arrays([v for _, v in states])
+    room = tuple(
+        arrays([torch.zeros_like(pair[side]) for pair in states]) for side in (0, 1)
+    )  # aligned as torch aligns
+    flat, spare = torch.zeros(size, dtype=torch.uint8), torch.ones(size, dtype=torch.uint8)
+    numbers = range(states[0][0].shape[1] // GRID)
+    files = {codec: [(folder / codec / f"{i}.page").read_bytes() for i in numbers] for codec in CODECS}
+    seconds = Seconds()
+
+    def encode(codec: str) -> None:
+        for i in numbers:
+            kernels.page_encode(3, CODECS[codec], GRID, keys, values, i * GRID, False)
+
+    def decode(codec: str) -> None:
+        for i in numbers:
+            kernels.page_read(files[codec][i], *room, i * GRID, True)
+
+    for _ in range(rounds + 1):
+        seconds.time("copy", lambda: spare.copy_(flat))
+        for codec in CODECS:
+            seconds.time(f"encode {codec}", partial(encode, codec))
+            seconds.time(f"decode {codec}", partial(decode, codec))
+    medians = seconds.medians()
     return {
-        "tokens": tokens,
-        "bytes": total,
-        "rounds": rounds,
-        "kernels": f"{_pure.kernels().__name__} {_pure.kernels().cpu_level()}",
-        "seconds": medians,
-        "gigabytes_per_second": {name: total / taken / 1e9 for name, taken in medians.items()},
-        "write_ratio": {
-            name: medians[name] / medians["pages"] for name in ("safetensors.save_file", "torch.save", "pickle.dump")
-        },
-        "synced_write_ratio": {
-            name: medians[f"{name}, synced"] / medians["pages, synced (what seal does)"]
-            for name in ("safetensors.save_file", "torch.save", "pickle.dump")
-        },
-        "restore_ratio": {
-            name: medians[name] / medians["pages into ready tensors, checksums on"]
-            for name in ("torch.load", "pickle.load", "safetensors into ready tensors", "copy of tensors (limit)")
-        },
+        codec: {
+            "bytes": sum(map(len, files[codec])) / size,
+            "encode_gb_s": size / medians[f"encode {codec}"] / 1e9,
+            "decode_gb_s": size / medians[f"decode {codec}"] / 1e9,
+            "decode_of_copy": medians["copy"] / medians[f"decode {codec}"],
+        }
+        for codec in CODECS
     }
 
 
-if __name__ == "__main__":
+def prepare(folder: Path, states: Layers) -> None:
+    """Every file that `restoring` reads."""
+    for codec in CODECS:
+        (folder / codec).mkdir()
+        write_pages(folder / codec, states, codec)
+    tensors = named(states)
+    save_file(tensors, folder / "safetensors")
+    torch.save(tensors, folder / "torch")
+    with (folder / "pickle").open("wb") as file:
+        pickle.dump(cache_of(states), file)
+    (folder / "shape.json").write_text(json.dumps([len(states), *states[0][0].shape]))
+
+
+def measure(label: str, states: Layers, rounds: int) -> dict[str, Any]:
+    torch.set_num_threads(1)
+    size = sum(part.nbytes for pair in states for part in pair)
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        (folder / "new").mkdir()
+        wrote = writing(folder / "new", states, rounds)
+        for path in (folder / "new").iterdir():
+            path.unlink()
+        prepare(folder, states)
+        coded = coding(folder, states, rounds)
+        child = subprocess.run(
+            [sys.executable, __file__, "--restore", str(folder), "--rounds", str(rounds)],
+            capture_output=True, text=True, check=True,
+        )  # fmt: skip
+        read: dict[str, float] = json.loads(child.stdout)
+    writers = ("safetensors.save_file", "torch.save", "pickle of DynamicCache", "plain write (limit)")
+    readers = ("torch.load", "pickle.load", "safetensors into ready tensors", "copy (limit)")
+    return {
+        "states": label,
+        "bytes": size,
+        "rounds": rounds,
+        "seconds": {**wrote, **read},
+        "write_ratio": {name: wrote[name] / wrote["pages"] for name in writers},
+        "synced_write_ratio": {"plain write, synced": wrote["plain write, synced"] / wrote["pages, synced"]},
+        "restore_ratio": {name: read[name] / read["pages, raw"] for name in readers},
+        "restore_int8_ratio": {name: read[name] / read["pages, int8"] for name in readers},
+        "codecs": coded,
+    }
+
+
+def show(result: dict[str, Any]) -> None:
+    print(f"{result['states']}: {result['bytes'] / 1e6:.0f} MB, {result['rounds']} rounds")
+    for name, taken in result["seconds"].items():
+        print(f"  {name:34} {taken * 1e3:9.2f} ms  {result['bytes'] / taken / 1e9:6.2f} GB/s")
+    for kind in ("write_ratio", "synced_write_ratio", "restore_ratio", "restore_int8_ratio"):
+        print(f"  {kind.replace('_', ' ')}: " + ", ".join(f"{v:.2f}x {name}" for name, v in result[kind].items()))
+    for codec, row in result["codecs"].items():
+        print(
+            f"  {codec:9} {row['bytes']:.3f} of the bytes ({1 / row['bytes']:.2f}x), encode {row['encode_gb_s']:5.2f}, "
+            f"decode {row['decode_gb_s']:5.2f} GB/s ({row['decode_of_copy']:.2f} of a copy)"
+        )
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("tokens", type=int, nargs="?", default=2048)
-    parser.add_argument("rounds", type=int, nargs="?", default=15)
-    options = parser.parse_args()
-    result = measure(options.tokens, options.rounds)
-    print(f"{result['bytes'] / 1e6:.0f} MB of states, {result['rounds']} rounds, {result['kernels']}")
-    for name, speed in result["gigabytes_per_second"].items():
-        print(f"  {name:45} {result['seconds'][name] * 1e3:8.1f} ms  {speed:6.2f} GB/s")
-    for kind in ("write_ratio", "synced_write_ratio", "restore_ratio"):
-        for name, ratio in result[kind].items():
-            print(f"  {kind.replace('_', ' ')}: {ratio:5.2f} x {name}")
+    parser.add_argument("--tokens", type=int, nargs="*", default=[512, 2048, 4096, 7936])
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--large", action="store_true", help="also 1 GiB in the shape of an 8B model")
+    parser.add_argument("--restore", type=Path, help=argparse.SUPPRESS)
+    given = parser.parse_args()
+    if given.restore is not None:
+        json.dump(restoring(given.restore, given.rounds), sys.stdout)
+        return
+    results = [measure(f"SmolLM2-135M, {tokens} tokens", real_states(tokens), given.rounds) for tokens in given.tokens]
+    if given.large:
+        results.append(measure("random bits, 8B shape, 8192 tokens", random_states(*LARGE), 3))
+    kernels = _pure.kernels()
+    for result in results:
+        show(result)
     RESULTS.parent.mkdir(exist_ok=True)
-    RESULTS.write_text(json.dumps(result, indent=2) + "\n", "utf-8")
+    machine = {"kernels": f"{kernels.__name__} {kernels.cpu_level()}", "cores": os.cpu_count()}
+    RESULTS.write_text(json.dumps({"machine": machine, "results": results}, indent=2) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()
