@@ -40,7 +40,8 @@ class Budget:
         self.total = total
         self.files = 0
         self.costs = Costs(grid)
-        self.ram = Residency(clock)
+        self.ram = Residency()
+        self._refused: dict[bytes, RamCopy] = {}
         self._database = database
         self._catalog = catalog
         self._clock = clock
@@ -65,40 +66,65 @@ class Budget:
 
     def refresh_copies(self) -> None:
         """Drop copies where the files leave less room."""
-        self._trim(0)
+        self._trim(None)
 
-    def _trim(self, size: int) -> None:
-        """Make room for a copy of this size among the copies: of equal cost per byte, so the least recently used go."""
-        over = self.ram.held + size - self._limit()
+    def _trim(self, new: RamCopy | None) -> bool:
+        """Make room among the copies, for a new one if it is worth more than what has to go; whether there is room.
+
+        Copies cost the same per byte, so the least recently used go; of one look-up's pages the deeper ones, because
+        all begin with the first.
+        """
+        over = self.ram.held + (new.bytes if new else 0) - self._limit()
         if over > 0:
-            copies = self.ram.copies()
-            self.ram.drop(choose([], free=over, now=self._clock(), costs=self.costs, copies=copies).copies)
+            copies = [*self.ram.copies(), *([new] if new else [])]
+            gone = choose([], free=over, now=self._clock(), costs=self.costs, copies=copies).copies
+            if new is not None and new.key in gone:
+                return False
+            self.ram.drop(gone)
+        return True
 
-    def admit(self, page: Page, *, pinned: bool) -> bool:
-        """Keep a good page in RAM if it is worth what has to go for it; whether it is there now."""
+    def admit(self, page: Page, *, pinned: bool, used: float, displace: bool = False) -> bool:
+        """Keep a good page in RAM if it is worth what has to go for it; whether it is there now.
+
+        Files go for it only with ``displace``: else, because a request may be waiting, it is noted that they should,
+        and `displace_for_refused` lets them go when pages are written anyway.
+        """
         if self.ram.holds(page):
             return True
-        size = len(page.data)
-        if size > self.share or not settled(page):
+        new = RamCopy(page.name, page.number, len(page.data), used, pinned)
+        if new.bytes > self.share or not settled(page):
             return False
-        over = self.files + min(self.ram.held + size, self.share) - self.total
-        if over > 0 and not self._displaced(over, RamCopy(page.name, size, self._clock(), pinned)):
-            return False
-        self._trim(size)
-        return self.ram.keep(page, pinned=pinned, limit=self._limit)
+        over = self.files + min(self.ram.held + new.bytes, self.share) - self.total
+        if over > 0:
+            if displace:
+                self._displace(over, new)
+            elif sum(copy.bytes for copy in list(self._refused.values())) < self.share:
+                self._refused[page.name] = new
+        return self._trim(new) and self.ram.keep(page, new, limit=self._limit)
 
-    def _displaced(self, free: int, new: RamCopy) -> bool:
-        """Delete and drop what is worth less than the new copy, if that frees enough; else nothing."""
+    def _displace(self, free: int, new: RamCopy) -> None:
+        """Delete files that are worth less than the new copy, if that frees enough; else nothing."""
         try:
             with self._database.write() as connection:
                 chosen = self._choose(connection, free, copies=[*self.ram.copies(), new])
-                if new.key in chosen.copies:
-                    return False
-                self._let_go(connection, chosen)
+                if new.key not in chosen.copies:
+                    self._let_go(connection, chosen)
         except (OSError, StoreError) as error:
             logger.warning("no room can be made for a KV page in RAM: %s", error)
-            return False
-        return True
+
+    def displace_for_refused(self, connection: sqlite3.Connection, *, spare: Collection[bytes]) -> None:
+        """Delete files that are worth less than the copies for which there was no room, so that the next time there is.
+
+        Never those of ``spare``. Part of the caller's transaction.
+        """
+        found, self._refused = self._refused, {}
+        refused = {name: found[name] for name in self._catalog.rows(found)}
+        copies = [copy for copy in self.ram.copies() if copy.key not in refused]
+        wanted = sum(copy.bytes for copy in (*copies, *refused.values()))
+        free = self._catalog.bytes_of_files() + min(wanted, self.share) - self.total
+        if refused and free > 0:
+            chosen = self._choose(connection, free, copies=[*copies, *refused.values()], spare=spare)
+            self._let_go(connection, chosen)
 
     def make_room(self, connection: sqlite3.Connection, size: int, *, spare: Collection[bytes]) -> int:
         """Make room for ``size`` bytes of new files, never at the cost of ``spare``; how many may come.

@@ -45,6 +45,7 @@ class RamCopy:
     """A page that is held in RAM: bytes there, last use in seconds of the store's clock."""
 
     key: bytes
+    number: int
     bytes: int
     used: float
     pinned: bool
@@ -136,7 +137,7 @@ def choose(
     A file costs what it takes to compute the page, a copy in RAM what it takes to load it. First goes what has the
     least cost per byte and second since its last use (the size-aware form of least recent use: N. Young's Landlord /
     P. Cao and S. Irani's GreedyDual-Size with real costs). Ties go to the deeper page. Pinned pages and all before them
-    keep their files, as do those of ``spare``; copies of pinned pages go last. A file takes its copy along.
+    keep their files, as do those of ``spare``; copies of pinned pages count as just used. A file takes its copy along.
     """
     by_key: Mapping[bytes, PageRow] = {row.key: row for row in rows}
     in_ram = {copy.key: copy for copy in copies}
@@ -148,12 +149,12 @@ def choose(
         # A clock that was set back must not make a page immortal or a division by zero.
         return cost / max(size, 1) / max(now - used, 1e-3)
 
-    def file(row: PageRow) -> tuple[bool, float, int, bytes, bool]:
-        return False, rank(costs.compute_s(row), row.bytes, row.used), -row.number, row.key, True
+    def file(row: PageRow) -> tuple[float, int, bytes, bool]:
+        return rank(costs.compute_s(row), row.bytes, row.used), -row.number, row.key, True
 
-    def copied(copy: RamCopy) -> tuple[bool, float, int, bytes, bool]:
-        depth = by_key[copy.key].number if copy.key in by_key else 0
-        return copy.pinned, rank(costs.load_s(copy.bytes), copy.bytes, copy.used), -depth, copy.key, False
+    def copied(copy: RamCopy) -> tuple[float, int, bytes, bool]:
+        used = now if copy.pinned else copy.used
+        return rank(costs.load_s(copy.bytes), copy.bytes, used), -copy.number, copy.key, False
 
     def may_go(row: PageRow) -> bool:
         return not row.pinned and row.key not in spare and not children.get(row.key)

@@ -34,8 +34,7 @@ def settled(page: Page) -> bool:
 class Residency:
     """Good pages in RAM. Usable from many threads; no lock is held while files are looked at."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
-        self._clock = clock
+    def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pages: dict[bytes, tuple[Page, RamCopy]] = {}
         self._held = 0
@@ -54,7 +53,7 @@ class Residency:
         with self._lock:
             return [copy for _, copy in self._pages.values()]
 
-    def get(self, name: bytes, path: Path) -> Page | None:
+    def get(self, name: bytes, path: Path, *, used: float) -> Page | None:
         """A handle of its own on this page, if it is here and its file did not change; notes the use."""
         with self._lock:
             found = self._pages.get(name)
@@ -66,7 +65,7 @@ class Residency:
             return None
         with self._lock:
             if self._pages.get(name) is found:
-                self._pages[name] = page, replace(copy, used=self._clock())
+                self._pages[name] = page, replace(copy, used=used)
         return page.share()
 
     def holds(self, page: Page) -> bool:
@@ -77,19 +76,18 @@ class Residency:
     def _is_here(self, page: Page) -> bool:
         return page.name in self._pages and self._pages[page.name][0].stamp == page.stamp
 
-    def keep(self, page: Page, *, pinned: bool, limit: Callable[[], int]) -> bool:
+    def keep(self, page: Page, copy: RamCopy, *, limit: Callable[[], int]) -> bool:
         """Keep this good page unless it would take the copies above ``limit()`` bytes; whether it is here now."""
-        size = len(page.data)
         with self._lock:
             if self._is_here(page):
                 return True
-            if self._held + size > limit() or len(self._pages) >= _most_mappings():
+            if self._held + copy.bytes > limit() or len(self._pages) >= _most_mappings():
                 return False
             mine = page.share()
             mine.on_check = None
             self._take(page.name)
-            self._pages[page.name] = mine, RamCopy(page.name, size, self._clock(), pinned)
-            self._held += size
+            self._pages[page.name] = mine, copy
+            self._held += copy.bytes
         return True
 
     def pin(self, names: Iterable[bytes], pinned: bool) -> None:

@@ -212,6 +212,7 @@ class PageWriter:
                 done.append(name)
             self._catalog.flush(connection)
             self._budget.files = self._catalog.bytes_of_files()
+            self._budget.displace_for_refused(connection, spare=set(plan.names))
         return done
 
 

@@ -143,11 +143,12 @@ class PageStore:
             logger.warning("KV pages can't be looked up, computing anew: %s", error)
             return pages
         self._budget.ram.drop([name for name in names if name not in rows])
+        now = self._clock()
         parent = root(identity, salt, self.grid)
         for number, (key, name) in enumerate(zip(keys, names, strict=True)):
             if name not in rows:
                 break
-            page = self._opened(rows[name])
+            page = self._opened(rows[name], now)
             if page is None:
                 break
             expected = (key, parent, identity, number, tuple(tokens[number * self.grid : (number + 1) * self.grid]))
@@ -157,18 +158,19 @@ class PageStore:
                 break
             pages.append(page)
             parent = key
-        self._catalog.touch((page.name for page in pages), self._clock())
+        self._catalog.touch((page.name for page in pages), now)
         return pages
 
-    def _opened(self, row: PageRow) -> Page | None:
+    def _opened(self, row: PageRow, now: float) -> Page | None:
         """This page from RAM or from its file, its header checked; None where it is missing or not sound."""
         path = self._catalog.path(row.key)
-        page = self._budget.ram.get(row.key, path)
+        page = self._budget.ram.get(row.key, path, used=now)
+        proved = functools.partial(self._proved, pinned=row.pinned, used=now)
         try:
             if page is None:
                 page = Page(path, self._cipher)
                 if page.verified:
-                    self._proved(page, None, pinned=row.pinned)
+                    proved(page, None)
         except FileNotFoundError:
             self._catalog.tidy()
             return None
@@ -178,16 +180,16 @@ class PageStore:
         except OSError as error:
             logger.warning("KV page %s can't be opened, computing anew: %s", row.key.hex()[:12], error)
             return None
-        page.on_check = functools.partial(self._proved, pinned=row.pinned)
+        page.on_check = proved
         return page
 
-    def _proved(self, page: Page, error: Exception | None, *, pinned: bool) -> None:
+    def _proved(self, page: Page, error: Exception | None, *, pinned: bool, used: float) -> None:
         """All of a page's states were checked for the first time: it stays in RAM, or it is put aside."""
         if error is not None:
             self._put_aside(page, page.name, str(error))
         elif not self._closed:
             self._budget.costs.loaded(len(page.data), page.seconds)
-            self._budget.admit(page, pinned=pinned)
+            self._budget.admit(page, pinned=pinned, used=used)
 
     def _put_aside(self, page: Page, name: Key, why: str) -> None:
         self._budget.ram.drop([name])
@@ -323,13 +325,14 @@ class PageStore:
             _advise(self._catalog.path(row.key), "POSIX_FADV_WILLNEED")
         self._budget.refresh()
         there: list[int] = []
+        now = self._clock()
         for row in rows:
-            page = self._opened(row)
+            page = self._opened(row, now)
             if page is not None:
                 with contextlib.suppress(Corrupt, Incompatible):
                     if not page.verified:
                         page.verify()
-                    if self._budget.admit(page, pinned=row.pinned):
+                    if self._budget.admit(page, pinned=row.pinned, used=now, displace=True):
                         there.append(row.bytes)
         return Swapped(pages=len(there), bytes=sum(there), seconds=time.perf_counter() - started)
 

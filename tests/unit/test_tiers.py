@@ -411,11 +411,38 @@ def test_a_copy_in_use_displaces_a_file_that_nobody_used_for_long(tmp_path: Path
     shelf = Shelf(tmp_path, budget_bytes=8 * PAGE)
     shelf.seal(0)
     shelf.now += 1e6
+    shelf.seal(1, 3)
+    assert shelf.read(1, 3) == 3
+    assert shelf.store.bytes_in_ram() == PAGE  # what was free; nothing is deleted while a request waits
     shelf.seal(1)
-    shelf.read(1)
+    assert shelf.read(1) == 4
     assert shelf.store.bytes_in_ram() == 2 * PAGE
-    assert (shelf.read(1), shelf.read(0)) == (4, 2)
+    assert shelf.read(0) == 2
     assert shelf.within()
+
+
+def test_of_a_prompt_that_does_not_fit_the_beginning_stays(tmp_path: Path, checks: Checks) -> None:
+    shelf = Shelf(tmp_path, budget_bytes=16 * PAGE)
+    shelf.seal(0, 6)
+    for _ in range(3):
+        shelf.now += 10
+        assert shelf.read(0, 6) == 6
+        held = {copy.key.hex() for copy in shelf.store._budget.ram.copies()}
+        assert held == set(shelf.keys(0, 6)[:4])
+    assert checks.taken() == 6 + 2 + 2
+
+
+def test_a_read_never_deletes_a_file(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, budget_bytes=8 * PAGE)
+    shelf.seal(0)
+    shelf.now += 1e9
+    shelf.seal(1)
+    for _ in range(3):
+        shelf.now += 10
+        shelf.read(1)
+    assert shelf.store.bytes() == 8 * PAGE
+    assert shelf.store.swap_in().pages == 2  # this may
+    assert shelf.store.bytes() == 6 * PAGE
 
 
 def test_copies_never_have_more_than_a_quarter(tmp_path: Path) -> None:
@@ -478,7 +505,7 @@ def test_a_copy_goes_before_its_file_and_pinned_copies_last() -> None:
     costs = Costs(64)
     costs.loaded(1_000_000, 0.01)
     rows = [row(1), row(2, pinned=True)]
-    copies = [RamCopy(bytes([n]) * 32, 100, 0.0, n == 2) for n in (1, 2)]
+    copies = [RamCopy(bytes([n]) * 32, 0, 100, 0.0, n == 2) for n in (1, 2)]
     assert choose(rows, free=100, now=10.0, costs=costs, copies=copies).files == []
     everything = choose(rows, free=1 << 40, now=10.0, costs=costs, copies=copies)
     assert [key[0] for key in everything.copies] == [1, 2]
