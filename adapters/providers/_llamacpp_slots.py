@@ -140,7 +140,8 @@ class SlotPlanner:
         self._live: dict[int, Live] = {}
         self._used: dict[int, float] = {}
         self._busy: dict[int, int] = {}
-        self._tried: dict[int, tuple[int, ...]] = {}
+        #: The last prefix that could not be saved, by tenant and LoRA set.
+        self._tried: dict[tuple[bytes, str], tuple[int, ...]] = {}
         self._prefixes: OrderedDict[str, tuple[int, ...]] = OrderedDict()
 
     # ---- before a request
@@ -181,7 +182,7 @@ class SlotPlanner:
         turn.facts = facts
         best = yield from self._restored(turn, have)
         # What could not be saved is not tried again at every turn.
-        known = max(best.tokens if best else 0, _common(self._tried.get(slot, ()), turn.prefix))
+        known = max(best.tokens if best else 0, _common(self._tried.get((slots.tenant, loras), ()), turn.prefix))
         if len(turn.prefix) - known >= slots.step:
             yield from self._saved(turn, best)
 
@@ -348,6 +349,9 @@ class SlotPlanner:
             if not slots.sound(self._folder, turn.facts, turn.prefix, best):
                 continue  # put aside: the next best
             try:
+                if turn.pin:  # a slot drops what it holds when a request brings other LoRAs than its last one
+                    one = {"prompt": list(turn.prefix[:1]), "n_predict": 0, "cache_prompt": False, "id_slot": slot}
+                    yield Call("POST", "/completion", {**one, **turn.pin})
                 reply = yield Call("POST", f"/slots/{slot}?action=restore", {"filename": best.name})
                 if reply.get("n_restored") == best.tokens:
                     turn.restored = best.tokens
@@ -377,7 +381,7 @@ class SlotPlanner:
         turn.prefill_s = float(timings["prompt_ms"]) / 1000
         if turn.restored and not self._reused(turn, turn.cached):
             return
-        self._tried[slot] = prefix
+        self._tried[slots.tenant, str(facts["loras"])] = prefix
         name = slots.reserve(self._folder, facts, prefix, records)
         if name is None:
             return
@@ -399,7 +403,9 @@ class SlotPlanner:
             # A conversation that went on needs its longer file only; its head serves others too.
             instead_of=best.name if best is not None and not best.head else None,
         )
-        turn.written = len(prefix) - (best.tokens if best else 0) if kept else 0
+        if kept:
+            self._tried.pop((slots.tenant, str(facts["loras"])), None)
+            turn.written = len(prefix) - (best.tokens if best else 0)
 
     # ---- after it
 

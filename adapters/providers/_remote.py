@@ -249,7 +249,7 @@ class Remote(ABC):
 
     def _finished(self, request: Request, clock: Clock, generation: Generation) -> Generation:
         if request.options.max_tokens == 0:  # asked for prefill: the one token that had to be made is dropped
-            generation = Generation(text="", usage=generation.usage, finish_reason="length", miss=generation.miss)
+            generation = replace(generation, text="", tool_calls=(), finish_reason="length")
         return clock.stamp(_counted(request, generation))
 
     def _piece(self, reader: Reader, event: Any, clock: Clock) -> str:

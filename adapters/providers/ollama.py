@@ -1,18 +1,21 @@
 """``ollama:model``: an Ollama server through the official client.
 
 Knows the client's calls and replies. Ollama keeps the last prompt's KV states by itself (``kv="auto"``): requests keep
-the prefix byte-equal, the model's options constant (another ``num_ctx`` reloads the model) and ``keep_alive`` set. It
-reports no cached tokens, so ``cached_tokens`` stays 0; reuse shows only in ``prompt_eval_duration``, which comes back
-as ``first_token_s`` of a whole reply.
+the prefix byte-equal, the model's options constant (another ``num_ctx`` reloads the model) and ``keep_alive`` set or
+planned. It reports no cached tokens, so ``cached_tokens`` stays 0; reuse shows only in ``prompt_eval_duration``, and
+what that says is an estimate and called so (`_ollama_estimates.py`).
 
 Tested with the real client against a shim of Ollama's API over llama.cpp's server, not against Ollama itself.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from agentmem.errors import ConfigError
@@ -20,18 +23,23 @@ from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
 from agentmem.types import Message, Usage
 
-from ._http import Failure, connection_failed, from_status, is_loopback, read_settings, watched
+from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, watched
+from ._ollama_estimates import AUTO, KeepAlive, Reuse, seconds
 from ._remote import Remote
 from ._tools import tool_call, tool_parts
 
-__all__ = ["Reader", "build_request", "create", "parse_reply", "parse_usage"]
+__all__ = ["Reader", "Timed", "build_request", "create", "parse_reply", "parse_usage"]
 
 DEFAULT = "http://127.0.0.1:11434"
 #: Names in `Options.extra` that are fields of a chat request; every other one is an option of the model.
 FIELDS = ("format", "think", "logprobs", "top_logprobs")
 
+#: What "for ever" is told as: a server that never unloads is still started again some day.
+FOREVER_S = 30 * 86400.0
+
 SETTINGS: Mapping[str, type] = {
     "keep_alive": str,
+    "keep_alive_max": str,
     "num_ctx": int,
     "options": dict,
     "embedding_model": str,
@@ -45,12 +53,18 @@ def create(model: str, settings: Mapping[str, Any]) -> Ollama:
     Settings: ``base_url`` (else OLLAMA_HOST), ``api_key`` (else OLLAMA_API_KEY), ``timeout_s`` (120, over all
     attempts), ``max_retries`` (2), ``keep_alive`` ("5m"), ``num_ctx`` (also the window that prompts are laid out for),
     ``options`` (a table of model options, constant over all requests), ``think``, ``embedding_model`` (else the model).
+
+    ``keep_alive="auto"`` plans for how long the model stays loaded from the gaps between this provider's requests: at
+    least 5 minutes, at most ``keep_alive_max`` ("1h"), never shorter than it was.
     """
     importlib.import_module("ollama")  # a missing package is told here, not at the first request
 
     values = read_settings("ollama", settings, SETTINGS)
     values["base_url"] = values.get("base_url") or os.environ.get("OLLAMA_HOST") or DEFAULT
     values["api_key"] = values.get("api_key") or os.environ.get("OLLAMA_API_KEY")
+    for name in ("keep_alive", "keep_alive_max"):
+        if values.get(name) not in (None, AUTO) and seconds(values[name]) is None:
+            raise ConfigError(f'ollama: {name} is {values[name]!r}; write a duration such as "10m", "-1" for ever')
     if not model:
         raise ConfigError("name a model: 'ollama:<model>', as `ollama list` shows it; model='local' needs no server")
     return Ollama(f"ollama:{model}", model, values)
@@ -128,7 +142,14 @@ def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
 # Replies.
 
 
-def parse_reply(payload: Mapping[str, Any]) -> Generation:
+@dataclass(frozen=True, kw_only=True)
+class Timed(Generation):
+    """A generation with the seconds that the server says it took to read the prompt; 0 if it did not say."""
+
+    prompt_s: float = 0.0
+
+
+def parse_reply(payload: Mapping[str, Any]) -> Timed:
     """A chat reply as a `Generation`. Raises KeyError or TypeError for what is none."""
     message = payload["message"]
     calls = tuple(
@@ -136,11 +157,12 @@ def parse_reply(payload: Mapping[str, Any]) -> Generation:
         for call in message.get("tool_calls") or ()
     )
     reason = payload.get("done_reason")
-    return Generation(
+    return Timed(
         text=message.get("content") or "",
         usage=parse_usage(payload),
         tool_calls=calls,
         finish_reason="tool_calls" if calls else reason,
+        prompt_s=(payload.get("prompt_eval_duration") or 0) / 1e9,
     )
 
 
@@ -198,12 +220,13 @@ class Ollama(Remote):
             tools=True,
             kv="auto",
             context_tokens=values.get("context_tokens") or self._options.get("num_ctx"),
-            holds_prefix_s=None if is_loopback(values["base_url"]) else 300.0,
+            holds_prefix_s=None if is_loopback(values["base_url"]) else _holds(values),
         )
         super().__init__(name, capabilities, values)
         self._model = model
         self._values = values
-        self._keep_alive: str = values.get("keep_alive", "5m")
+        self._keep_alive = KeepAlive(values.get("keep_alive", "5m"), values.get("keep_alive_max", "1h"))
+        self._reuse = Reuse()
 
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` alone, an estimate: Ollama has no route that counts."""
@@ -220,12 +243,43 @@ class Ollama(Remote):
             return ollama.AsyncClient(**common)
         return ollama.Client(**common, event_hooks=watched(httpx))
 
+    # The faces, with what is inferred of reuse.
+
+    def _answer(self, request: Request, clock: Clock) -> Generation:
+        return self._inferred(request, super()._answer(request, clock))
+
+    async def _aanswer(self, request: Request, clock: Clock) -> Generation:
+        return self._inferred(request, await super()._aanswer(request, clock))
+
+    def _pieces(self, request: Request, clock: Clock) -> Generator[str | Generation, None, None]:
+        with contextlib.closing(super()._pieces(request, clock)) as pieces:
+            for piece in pieces:
+                yield self._inferred(request, piece) if isinstance(piece, Generation) else piece
+
+    async def _apieces(self, request: Request, clock: Clock) -> AsyncGenerator[str | Generation, None]:
+        async with contextlib.aclosing(super()._apieces(request, clock)) as pieces:
+            async for piece in pieces:
+                yield self._inferred(request, piece) if isinstance(piece, Generation) else piece
+
+    def _inferred(self, request: Request, generation: Generation) -> Generation:
+        usage = generation.usage
+        prompt_s = generation.prompt_s if isinstance(generation, Timed) else 0.0
+        prompt = json.dumps([request.tools and list(map(dict, request.tools)), _messages(request)], default=str)
+        estimate = self._reuse.estimate(prompt, usage.input_tokens, prompt_s)
+        return Generation(
+            text=generation.text,
+            usage=usage.model_copy(update={"estimated_cached_tokens": estimate}),
+            tool_calls=generation.tool_calls,
+            finish_reason=generation.finish_reason,
+            miss=generation.miss,
+        )
+
     def _build(self, request: Request, *, stream: bool) -> dict[str, Any]:
         return build_request(
             request,
             model=self._model,
             stream=stream,
-            keep_alive=self._keep_alive,
+            keep_alive=self._keep_alive.next(),
             options=self._options,
             think=self._values.get("think"),
         )
@@ -245,7 +299,7 @@ class Ollama(Remote):
 
     def _embed(self, client: Any, texts: Sequence[str]) -> Any:
         model = self._values.get("embedding_model", self._model)
-        return client.embed(model=model, input=texts, keep_alive=self._keep_alive)
+        return client.embed(model=model, input=texts, keep_alive=self._keep_alive.now)
 
     def _vectors(self, payload: Mapping[str, Any]) -> list[Any]:
         return list(payload["embeddings"])
@@ -263,3 +317,10 @@ class Ollama(Remote):
         if isinstance(error, (ConnectionError, httpx.HTTPError)):
             return connection_failed(self.name, error.__context__ or error, self.advice)
         return Failure(ConfigError(f"{self.name}: {error}")) if isinstance(error, ollama.RequestError) else None
+
+
+def _holds(values: Mapping[str, Any]) -> float:
+    """Seconds for which a server elsewhere may hold a prompt: as long as the model may stay loaded."""
+    told = values.get("keep_alive", "5m")
+    longest = seconds(values.get("keep_alive_max", "1h") if told == AUTO else told)
+    return FOREVER_S if longest is None or longest < 0 else max(300.0, longest)

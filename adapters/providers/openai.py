@@ -12,7 +12,7 @@ import hashlib
 import importlib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from agentmem.errors import ConfigError
@@ -69,11 +69,18 @@ def create(model: str, settings: Mapping[str, Any]) -> OpenAI:
 
 
 def build_request(
-    request: Request, *, model: str, stream: bool = False, official: bool = True, cache_fields: bool | None = None
+    request: Request,
+    *,
+    model: str,
+    stream: bool = False,
+    official: bool = True,
+    cache_fields: bool | None = None,
+    salted: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The JSON body of ``POST /chat/completions``. Pure, and the same bytes for the same segments.
 
-    ``official`` chooses OpenAI's own names of fields over those that every compatible server knows.
+    ``official`` chooses OpenAI's own names of fields over those that every compatible server knows. ``salted`` are
+    fields that separate the server's prefix cache (`openai_compatible.salt_fields`).
     """
     options = request.options
     messages = [_message(message, official) for segment in request.segments for message in segment.messages]
@@ -93,7 +100,7 @@ def build_request(
     if stream:
         body["stream"] = True
         body["stream_options"] = {"include_usage": True}
-    return {**body, **options.extra}
+    return {**body, **options.extra, **(salted or {})}
 
 
 def _alternating(messages: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -257,9 +264,14 @@ class OpenAI(Remote):
         return openai.OpenAI(**common, max_retries=0, timeout=self._timeout_s, http_client=client)
 
     def _build(self, request: Request, *, stream: bool) -> dict[str, Any]:
-        cache_fields = self._values.get("cache_fields")
+        salt: Callable[[Request], Mapping[str, Any]] | None = self._values.get("salt")
         return build_request(
-            request, model=self._model, stream=stream, official=self._official, cache_fields=cache_fields
+            request,
+            model=self._model,
+            stream=stream,
+            official=self._official,
+            cache_fields=self._values.get("cache_fields"),
+            salted=None if salt is None else salt(request),
         )
 
     def _chat(self, client: Any, body: dict[str, Any]) -> Any:

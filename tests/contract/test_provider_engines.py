@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from agentmem import Memory
 from agentmem.provider import Provider, load
 from agentmem.testing import ProviderSuite, chat_request
 
@@ -106,6 +107,33 @@ class TestOllama(Engine):
         assert first.first_token_s is not None
         assert again.first_token_s is not None
         assert again.first_token_s < first.first_token_s / 2
+
+    def test_what_was_reused_is_an_estimate_and_called_so(self, shim: OllamaShim) -> None:
+        settings = {"base_url": shim.url, "num_ctx": llama_server.CONTEXT}
+        system = f"This is to be estimated. {SYSTEM}"
+        common: dict[str, Any] = {"embedder": "none", "system": system, "recall_k": 0}
+        with Memory(":memory:", model=f"ollama:{MODEL}", providers={"ollama": settings}, **common) as mem:
+            scope = mem.scope(session="s")
+            first = scope.chat("Which house has 5 doors?", max_tokens=1)
+            second = scope.chat("Which house has 9 doors?", max_tokens=1)
+            report = mem.report()
+        assert (first.cache.estimated, first.cache.estimated_tokens) == (True, 0)
+        assert second.cache.estimated
+        assert second.usage.input_tokens * 0.5 < second.cache.estimated_tokens < second.usage.input_tokens
+        assert (second.usage.cached_tokens, second.cache.cached_tokens, report.cached_share) == (0, 0, 0.0)
+
+    def test_priming_reads_the_prompt_ahead(self, shim: OllamaShim) -> None:
+        system = f"This is primed. {SYSTEM}"
+        settings = {"base_url": shim.url, "num_ctx": llama_server.CONTEXT, "keep_alive": "auto"}
+        with Memory(
+            ":memory:", model=f"ollama:{MODEL}", embedder="none", system=system, providers={"ollama": settings}
+        ) as mem:
+            primed = mem.activation.prime()
+            reply = mem.chat("Which house has 5 doors?", max_tokens=1)
+        assert primed.input_tokens > 180
+        assert reply.cache.estimated_tokens > 150
+        assert [body["keep_alive"] for body in shim.bodies] == ["5m", "5m"]
+        assert shim.bodies[0]["options"]["num_predict"] == 1
 
     def test_keep_alive_and_options_never_change_between_calls(self, provider: Provider, shim: OllamaShim) -> None:
         for n in range(3):

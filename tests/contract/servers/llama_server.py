@@ -100,7 +100,7 @@ def _serve(options: dict[str, Any]) -> None:
         adapters.append(adapter)
     params.lora_adapters = adapters
     for name, value in options.items():
-        setattr(params, name, value)
+        setattr(params, name, getattr(xllamacpp.ggml_type, value) if name.startswith("cache_type") else value)
     server = xllamacpp.Server(params)
     sys.stdout.write(f"{server.listening_address}\n")
     sys.stdout.flush()
