@@ -71,13 +71,16 @@ static void prepare(void)
             am_dense_codes[code] = (one ? 0 : shift - 1) << 21 | (first + (one ? AM_DENSE_SLOTS - 1 : 0)) << 10 | frequency;
             am_dense_reciprocals[code] =
                 one ? UINT32_MAX : (uint32_t)((((uint64_t)1 << (31 + shift)) + frequency - 1) / frequency);
-            prices[class][symbol] = (int16_t)(64 * AM_DENSE_BITS - log2_of(frequency));
+            prices[class][symbol] = (int16_t)(64 * (int)AM_DENSE_BITS - log2_of(frequency));
             first += frequency;
         }
     for (uint32_t mask = 0; mask < 256; mask++)
         for (uint32_t lane = 0, next = 0; lane < 8; lane++)
             am_dense_spread[mask] |= (uint64_t)(mask >> lane & 1 ? next++ : 0) << 8 * lane;
 }
+
+/* Of what is plain loops, which compilers turn into vector code, each level has a copy. */
+#define ALWAYS_INLINE inline __attribute__((always_inline))
 
 static pthread_once_t once = PTHREAD_ONCE_INIT;
 
@@ -93,7 +96,7 @@ static size_t mantissa_bytes(size_t count)
     return 7 * run_of(count);
 }
 
-static void mantissas_put(const uint16_t *values, size_t count, uint8_t *out)
+static ALWAYS_INLINE void mantissas_put(const uint16_t *values, size_t count, uint8_t *out)
 {
     size_t run = run_of(count), first = 7 * run < count ? 7 * run : count;
     for (size_t i = 0; i < first; i++)
@@ -104,8 +107,7 @@ static void mantissas_put(const uint16_t *values, size_t count, uint8_t *out)
             out[bit * run + i] |= (uint8_t)((values[first + i] >> bit & 1) << 7);
 }
 
-/* Compiled for each level: plain loops, which compilers turn into vector code. */
-static inline __attribute__((always_inline)) int mantissas_take(const uint8_t *in, size_t count, uint16_t *values)
+static ALWAYS_INLINE int mantissas_take(const uint8_t *in, size_t count, uint16_t *values)
 {
     size_t run = run_of(count), first = 7 * run < count ? 7 * run : count;
     for (size_t i = 0; i < first; i++)
@@ -126,25 +128,6 @@ static inline __attribute__((always_inline)) int mantissas_take(const uint8_t *i
     return unused ? -1 : 0;
 }
 
-typedef int mantissas_kernel(const uint8_t *in, size_t count, uint16_t *values);
-
-static int mantissas_scalar(const uint8_t *in, size_t count, uint16_t *values)
-{
-    return mantissas_take(in, count, values);
-}
-
-#if defined(__x86_64__)
-AM_TARGET_AVX2 static int mantissas_avx2(const uint8_t *in, size_t count, uint16_t *values)
-{
-    return mantissas_take(in, count, values);
-}
-
-AM_TARGET_AVX512 static int mantissas_avx512(const uint8_t *in, size_t count, uint16_t *values)
-{
-    return mantissas_take(in, count, values);
-}
-#endif
-
 /* ---- coders ---- */
 
 static size_t read_none(am_dense_reader *reader, uint16_t *values, size_t steps)
@@ -163,12 +146,14 @@ static int read_scalar(am_dense_reader *reader, uint16_t *values, size_t count)
         uint32_t slot = am_dense_slots[(state & (AM_DENSE_SLOTS - 1)) | (channel & AM_DENSE_CLASS)];
         values[i] |= (uint16_t)((((slot & AM_DENSE_UPPER) + channel) >> 16) & 0xff80u);
         state = (slot & 1023) * (state >> AM_DENSE_BITS) + (slot >> 10 & 1023);
-        if (state < AM_DENSE_LEAST) {
-            if (reader->escapes - reader->words < 2)
-                return -1;
-            state = state << 16 | (uint32_t)reader->words[0] | (uint32_t)reader->words[1] << 8;
-            reader->words += 2;
-        }
+        size_t left = (size_t)(reader->escapes - reader->words);
+        unsigned small = state < AM_DENSE_LEAST; /* not a branch: nothing could predict it */
+        if (left >= 2) {
+            uint32_t word = (uint32_t)reader->words[0] | (uint32_t)reader->words[1] << 8;
+            state = state << 16 * small | (word & (0u - small));
+            reader->words += 2 * small;
+        } else if (small)
+            return -1;
         reader->states[lane] = state;
         if (slot & AM_DENSE_ESCAPE && am_dense_escape(reader, channel, &values[i]))
             return -1;
@@ -186,34 +171,18 @@ static int write_scalar(am_dense_writer *writer, const uint8_t *codes, size_t co
 {
     while (count--) {
         uint32_t *state = &writer->states[count % AM_DENSE_LANES], code = am_dense_codes[codes[count]];
-        if (*state >= (code & 1023) << 21) {
-            if (writer->words - writer->front < 2)
-                return -1;
-            *--writer->words = (uint8_t)(*state >> 8);
-            *--writer->words = (uint8_t)*state;
-            *state >>= 16;
-        }
+        unsigned large = *state >= (code & 1023) << 21;
+        if (writer->words - writer->front < 2)
+            return -1; /* there is more room than an encoding may take */
+        writer->words[-2] = (uint8_t)*state; /* not a branch either: the next word overwrites what does not count */
+        writer->words[-1] = (uint8_t)(*state >> 8);
+        writer->words -= 2 * large;
+        *state >>= 16 * large;
         uint32_t whole = (uint32_t)((uint64_t)*state * am_dense_reciprocals[codes[count]] >> 32) >> (code >> 21);
         *state += (code >> 10 & 2047) + whole * (AM_DENSE_SLOTS - (code & 1023));
     }
     return 0;
 }
-
-typedef struct {
-    mantissas_kernel *mantissas;
-    am_dense_read_kernel *read;
-    am_dense_write_kernel *write;
-} kernels;
-
-static const kernels table[AM_LEVELS] = {
-    [AM_SCALAR] = {mantissas_scalar, read_none, write_none},
-    [AM_SSE42] = {mantissas_scalar, read_none, write_none},
-#if defined(__x86_64__)
-    [AM_AVX2] = {mantissas_avx2, am_dense_read_avx2, write_none},
-    [AM_AVX512] = {mantissas_avx512, am_dense_read_avx512, am_dense_write_avx512},
-#endif
-    [AM_NEON] = {mantissas_scalar, read_none, write_none},
-};
 
 /* ---- channels: their bases, usual signs and classes ---- */
 
@@ -221,11 +190,11 @@ static const kernels table[AM_LEVELS] = {
 #define LOWEST_TOP 29u   /* so that no symbol of any other channel goes below exponent 0 */
 
 /* The top whose 15 exponents hold most channels' largest, the lowest of equals: an outlier does not spoil the others. */
-static unsigned best_top(const uint16_t *largest, uint32_t dim)
+static unsigned best_top(const uint16_t *largest, size_t dim)
 {
     uint16_t counts[256] = {0};
     uint32_t held = 0;
-    for (uint32_t i = 0; i < dim; i++)
+    for (size_t i = 0; i < dim; i++)
         counts[largest[i]]++;
     for (unsigned i = LOWEST_TOP + 1 - NULL_CHANNEL; i <= LOWEST_TOP; i++)
         held += counts[i];
@@ -243,51 +212,57 @@ static unsigned best_top(const uint16_t *largest, uint32_t dim)
 
 /* Finds the symbols of one part: class * 32 + symbol to `codes`, a byte per channel to `channels`, the part's largest
  * exponent to `top`. -1 when there is no room for the escapes, which go downwards from `*escapes`. */
-static int analyse(const uint16_t *values, uint32_t rows, uint32_t dim, uint8_t *codes, uint8_t *channels, uint8_t *top,
-                   uint8_t **escapes, const uint8_t *front)
+static ALWAYS_INLINE int analyse(const uint16_t *restrict values, size_t rows, size_t dim, uint8_t *restrict codes,
+                                 uint8_t *restrict channels, uint8_t *top, uint8_t **escapes, const uint8_t *front)
 {
     enum { GROUP = 64 };
     uint16_t base[AM_CODEC_MAX_DIM], negative[AM_CODEC_MAX_DIM];
     memset(base, 0, dim * sizeof *base);
     memset(negative, 0, dim * sizeof *negative);
-    for (uint32_t row = 0; row < rows; row++)
-        for (uint32_t i = 0; i < dim; i++) {
-            int16_t here = (int16_t)(values[row * dim + i] >> 7 & 255), most = (int16_t)base[i];
+    for (size_t row = 0; row < rows; row++) {
+        const uint16_t *restrict from = values + row * dim;
+        for (size_t i = 0; i < dim; i++) {
+            int16_t here = (int16_t)(from[i] >> 7 & 255), most = (int16_t)base[i];
             base[i] = (uint16_t)(here > most ? here : most);
-            negative[i] = (uint16_t)(negative[i] + (values[row * dim + i] >> 15));
         }
+        for (size_t i = 0; i < dim; i++)
+            negative[i] = (uint16_t)(negative[i] + (from[i] >> 15));
+    }
     unsigned most = best_top(base, dim);
     *top = (uint8_t)most;
-    for (uint32_t i = 0; i < dim; i++) {
+    for (size_t i = 0; i < dim; i++) {
         unsigned own = base[i] < most ? base[i] : most;
         base[i] = (uint16_t)(!own || most - own < NULL_CHANNEL ? own : most - NULL_CHANNEL + 1);
         negative[i] = 2u * negative[i] > rows;
     }
-    for (uint32_t row = 0; row < rows; row++) {
-        const uint16_t *from = values + row * dim;
-        uint8_t *to = codes + row * dim;
+    for (size_t row = 0; row < rows; row++) {
+        const uint16_t *restrict from = values + row * dim;
+        uint8_t *restrict to = codes + row * dim;
         unsigned escaped = 0;
-        for (uint32_t i = 0; i < dim; i++) {
+        for (size_t i = 0; i < dim; i++) {
             int16_t drop = (int16_t)(base[i] - (from[i] >> 7 & 255));
             drop = drop < 0 || drop > (int16_t)AM_ESCAPE ? (int16_t)AM_ESCAPE : drop;
-            escaped |= drop == (int16_t)AM_ESCAPE;
             to[i] = (uint8_t)(2 * drop | ((from[i] >> 15) ^ negative[i]));
         }
-        for (uint32_t i = 0; escaped && i < dim; i++)
+        for (size_t i = 0; i < dim; i++)
+            escaped |= to[i] / 2 == AM_ESCAPE;
+        for (size_t i = 0; escaped && i < dim; i++)
             if (to[i] / 2 == AM_ESCAPE) {
                 if (*escapes == front)
                     return -1;
                 *--*escapes = (uint8_t)am_exponent(from[i]);
             }
     }
-    for (uint32_t begin = 0; begin < dim; begin += GROUP) {
-        uint32_t width = dim - begin < GROUP ? dim - begin : GROUP;
+    for (size_t begin = 0; begin < dim; begin += GROUP) {
+        size_t width = dim - begin < GROUP ? dim - begin : GROUP;
         int16_t counts[GROUP][AM_DENSE_SYMBOLS] = {0};
         uint8_t classes[GROUP];
-        for (uint32_t row = 0; row < rows; row++)
-            for (uint32_t i = 0; i < width; i++)
-                counts[i][codes[row * dim + begin + i]]++;
-        for (uint32_t i = 0; i < width; i++) {
+        for (size_t row = 0; row < rows; row++) {
+            const uint8_t *from = codes + row * dim + begin;
+            for (size_t i = 0; i < width; i++)
+                counts[i][from[i]]++;
+        }
+        for (size_t i = 0; i < width; i++) {
             int32_t least = INT32_MAX;
             for (uint32_t class = 0; class < AM_DENSE_CLASSES; class++) {
                 int32_t price = 0;
@@ -301,9 +276,11 @@ static int analyse(const uint16_t *values, uint32_t rows, uint32_t dim, uint8_t 
             unsigned drop = base[begin + i] ? most - base[begin + i] : NULL_CHANNEL;
             channels[begin + i] = (uint8_t)((unsigned)negative[begin + i] << 7 | (unsigned)classes[i] << 4 | drop);
         }
-        for (uint32_t row = 0; row < rows; row++)
-            for (uint32_t i = 0; i < width; i++)
-                codes[row * dim + begin + i] |= (uint8_t)(classes[i] << 5);
+        for (size_t row = 0; row < rows; row++) {
+            uint8_t *restrict to = codes + row * dim + begin;
+            for (size_t i = 0; i < width; i++)
+                to[i] |= (uint8_t)(classes[i] << 5);
+        }
     }
     return 0;
 }
@@ -331,6 +308,47 @@ static int null_everywhere(const uint16_t *values, uint32_t rows, uint32_t dim, 
             wrong |= channels[i] >> 23 & 255 ? 0 : am_exponent(values[row * dim + i]);
     return !wrong;
 }
+
+/* ---- by level ---- */
+
+#define LEVEL(TARGET, NAME)                                                                                           \
+    TARGET static int analyse_##NAME(const uint16_t *values, size_t rows, size_t dim, uint8_t *codes,                 \
+                                     uint8_t *channels, uint8_t *top, uint8_t **escapes, const uint8_t *front)        \
+    {                                                                                                                 \
+        return analyse(values, rows, dim, codes, channels, top, escapes, front);                                      \
+    }                                                                                                                 \
+    TARGET static void put_##NAME(const uint16_t *values, size_t count, uint8_t *out)                                 \
+    {                                                                                                                 \
+        mantissas_put(values, count, out);                                                                            \
+    }                                                                                                                 \
+    TARGET static int take_##NAME(const uint8_t *in, size_t count, uint16_t *values)                                  \
+    {                                                                                                                 \
+        return mantissas_take(in, count, values);                                                                     \
+    }
+
+LEVEL(, scalar)
+#if defined(__x86_64__)
+LEVEL(AM_TARGET_AVX2, avx2)
+LEVEL(AM_TARGET_AVX512, avx512)
+#endif
+
+typedef struct {
+    int (*analyse)(const uint16_t *, size_t, size_t, uint8_t *, uint8_t *, uint8_t *, uint8_t **, const uint8_t *);
+    void (*put)(const uint16_t *, size_t, uint8_t *);
+    int (*take)(const uint8_t *, size_t, uint16_t *);
+    am_dense_read_kernel *read;
+    am_dense_write_kernel *write;
+} kernels;
+
+static const kernels table[AM_LEVELS] = {
+    [AM_SCALAR] = {analyse_scalar, put_scalar, take_scalar, read_none, write_none},
+    [AM_SSE42] = {analyse_scalar, put_scalar, take_scalar, read_none, write_none},
+#if defined(__x86_64__)
+    [AM_AVX2] = {analyse_avx2, put_avx2, take_avx2, am_dense_read_avx2, write_none},
+    [AM_AVX512] = {analyse_avx512, put_avx512, take_avx512, am_dense_read_avx512, am_dense_write_avx512},
+#endif
+    [AM_NEON] = {analyse_scalar, put_scalar, take_scalar, read_none, write_none},
+};
 
 /* ---- the contract ---- */
 
@@ -363,8 +381,8 @@ size_t am_dense_encode(const uint16_t *parts[2], uint32_t rows, const uint32_t d
     uint8_t codes[2][AM_MAX_VALUES];
     uint8_t *front = out + fixed, *end = out + most + 64, *escapes = end;
     uint8_t *tops = front - dims[0] - dims[1] - 2, *states = tops - 4 * AM_DENSE_LANES;
-    if (analyse(parts[0], rows, dims[0], codes[0], tops + 2, tops, &escapes, front) ||
-        analyse(parts[1], rows, dims[1], codes[1], tops + 2 + dims[0], tops + 1, &escapes, front))
+    if (use->analyse(parts[0], rows, dims[0], codes[0], tops + 2, tops, &escapes, front) ||
+        use->analyse(parts[1], rows, dims[1], codes[1], tops + 2 + dims[0], tops + 1, &escapes, front))
         return 0;
     am_dense_writer writer = {.words = escapes, .front = front};
     for (uint32_t lane = 0; lane < AM_DENSE_LANES; lane++)
@@ -380,8 +398,8 @@ size_t am_dense_encode(const uint16_t *parts[2], uint32_t rows, const uint32_t d
     size_t size = fixed + (size_t)(end - writer.words);
     if (size > most)
         return 0;
-    mantissas_put(parts[0], counts[0], out);
-    mantissas_put(parts[1], counts[1], out + mantissa_bytes(counts[0]));
+    use->put(parts[0], counts[0], out);
+    use->put(parts[1], counts[1], out + mantissa_bytes(counts[0]));
     memcpy(states, writer.states, 4 * AM_DENSE_LANES);
     memmove(front, writer.words, (size_t)(end - writer.words));
     return size;
@@ -405,7 +423,7 @@ int am_dense_decode(const uint8_t *in, size_t size, uint32_t rows, const uint32_
     if (wrong)
         return -1;
     for (int part = 0; part < 2; part++) {
-        if (tops[part] < LOWEST_TOP || use->mantissas(mantissas, counts[part], parts[part]))
+        if (tops[part] < LOWEST_TOP || use->take(mantissas, counts[part], parts[part]))
             return -1;
         uint32_t null = open_channels(bytes, dims[part], tops[part], channels);
         reader.dim = dims[part];

@@ -72,20 +72,36 @@ unsigned am_largest_scalar(const uint16_t *values, size_t count)
     return largest;
 }
 
+void am_join_scalar(const uint8_t *low, const uint16_t *high, size_t count, uint8_t *words)
+{
+    enum { STEP = 256 }; /* what is read lies ahead of what is written */
+    for (size_t i = 0; i < count; i += STEP) {
+        size_t step = count - i < STEP ? count - i : STEP;
+        uint16_t lower[STEP], upper[STEP];
+        uint32_t whole[STEP];
+        memcpy(lower, low + 2 * i, 2 * step);
+        memcpy(upper, high + i, 2 * step);
+        for (size_t j = 0; j < step; j++)
+            whole[j] = (uint32_t)upper[j] << 16 | lower[j];
+        memcpy(words + 4 * i, whole, 4 * step);
+    }
+}
+
 typedef struct {
     am_largest_kernel *largest;
     am_pack_kernel *pack;
     am_unpack_kernel *unpack;
+    am_join_kernel *join;
 } kernels;
 
 static const kernels table[AM_LEVELS] = {
-    [AM_SCALAR] = {am_largest_scalar, am_pack_scalar, am_unpack_scalar},
-    [AM_SSE42] = {am_largest_scalar, am_pack_scalar, am_unpack_scalar},
+    [AM_SCALAR] = {am_largest_scalar, am_pack_scalar, am_unpack_scalar, am_join_scalar},
+    [AM_SSE42] = {am_largest_scalar, am_pack_scalar, am_unpack_scalar, am_join_scalar},
 #if defined(__x86_64__)
-    [AM_AVX2] = {am_largest_avx2, am_pack_avx2, am_unpack_avx2},
-    [AM_AVX512] = {am_largest_avx2, am_pack_avx512, am_unpack_avx512},
+    [AM_AVX2] = {am_largest_avx2, am_pack_avx2, am_unpack_avx2, am_join_avx2},
+    [AM_AVX512] = {am_largest_avx2, am_pack_avx512, am_unpack_avx512, am_join_avx2},
 #elif defined(__aarch64__)
-    [AM_NEON] = {am_largest_neon, am_pack_neon, am_unpack_neon},
+    [AM_NEON] = {am_largest_neon, am_pack_neon, am_unpack_neon, am_join_scalar},
 #endif
 };
 
@@ -223,23 +239,6 @@ static void split(const uint8_t *restrict words, size_t count, uint8_t *restrict
     }
 }
 
-/* The high halves stand in the last 2 * count bytes of the words that are made of them: what is read lies ahead of what
- * is written. */
-static void join(const uint8_t *low, size_t count, uint8_t *words)
-{
-    enum { STEP = 256 };
-    for (size_t i = 0; i < count; i += STEP) {
-        size_t step = count - i < STEP ? count - i : STEP;
-        uint16_t lower[STEP], upper[STEP];
-        uint32_t whole[STEP];
-        memcpy(lower, low + 2 * i, 2 * step);
-        memcpy(upper, words + 2 * count + 2 * i, 2 * step);
-        for (size_t j = 0; j < step; j++)
-            whole[j] = (uint32_t)upper[j] << 16 | lower[j];
-        memcpy(words + 4 * i, whole, 4 * step);
-    }
-}
-
 /* ---- the contract of codec.h ---- */
 
 uint64_t am_lossless_size(uint32_t codec, am_block block)
@@ -288,8 +287,9 @@ int am_lossless_decode(uint32_t codec, am_block block, const uint8_t *in, uint64
                           : fast_decode(in + halves, size - halves, counts, parts))
         return -1;
     if (halves) {
-        join(in, counts[0], key);
-        join(in + 2 * counts[0], counts[1], value);
+        am_join_kernel *join = table[am_cpu_level()].join;
+        join(in, parts[0], counts[0], key);
+        join(in + 2 * counts[0], parts[1], counts[1], value);
     }
     return 0;
 }

@@ -35,10 +35,13 @@ typedef int am_unpack_kernel(const uint8_t *codes, const uint8_t *rest_low, cons
                              unsigned top, uint16_t *low, uint16_t *high, am_escapes_in *escapes);
 /* The largest exponent. */
 typedef unsigned am_largest_kernel(const uint16_t *values, size_t count);
+/* Words of 32 bits from their halves. The high ones may be the last 2 * count bytes of the words. */
+typedef void am_join_kernel(const uint8_t *low, const uint16_t *high, size_t count, uint8_t *words);
 
 am_pack_kernel am_pack_scalar, am_pack_avx2, am_pack_avx512, am_pack_neon;
 am_unpack_kernel am_unpack_scalar, am_unpack_avx2, am_unpack_avx512, am_unpack_neon;
 am_largest_kernel am_largest_scalar, am_largest_avx2, am_largest_neon;
+am_join_kernel am_join_scalar, am_join_avx2;
 
 static inline unsigned am_exponent(uint16_t value)
 {

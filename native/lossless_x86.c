@@ -108,6 +108,19 @@ AM_TARGET_AVX2 int am_unpack_avx2(const uint8_t *codes, const uint8_t *rest_low,
     return am_unpack_scalar(codes + i, rest_low + i, rest_high + i, pairs - i, top, low + i, high + i, escapes);
 }
 
+AM_TARGET_AVX2 void am_join_avx2(const uint8_t *low, const uint16_t *high, size_t count, uint8_t *words)
+{
+    size_t i = 0;
+    for (; i + 16 <= count; i += 16) {
+        _mm_prefetch((const char *)((uintptr_t)(low + 2 * i) + AHEAD), _MM_HINT_T0);
+        __m256i lower = _mm256_permute4x64_epi64(_mm256_loadu_si256((const void *)(low + 2 * i)), 0xd8);
+        __m256i upper = _mm256_permute4x64_epi64(_mm256_loadu_si256((const void *)(high + i)), 0xd8);
+        _mm256_storeu_si256((void *)(words + 4 * i), _mm256_unpacklo_epi16(lower, upper));
+        _mm256_storeu_si256((void *)(words + 4 * i + 32), _mm256_unpackhi_epi16(lower, upper));
+    }
+    am_join_scalar(low + 2 * i, high + i, count - i, words + 4 * i);
+}
+
 AM_TARGET_AVX512 static inline __m512i rests_avx512(__m512i values)
 {
     /* (values >> 8 & 0x80) | (values & 0x7f) */
