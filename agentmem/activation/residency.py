@@ -24,6 +24,8 @@ __all__ = ["Residency", "settled"]
 #: A file that changed this shortly before it was checked may change again without a new time stamp. Time stamps of
 #: local file systems move every 10 ms at least.
 SETTLED_NS = 100_000_000
+#: Seconds after which a mapped copy is checked again at its next use. Checking goes along with copying and is nearly free.
+RECHECK_S = 600.0
 
 
 def settled(page: Page) -> bool:
@@ -37,6 +39,7 @@ class Residency:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._pages: dict[bytes, tuple[Page, RamCopy]] = {}
+        self._since: dict[bytes, float] = {}
         self._held = 0
 
     def renew_lock(self) -> None:
@@ -60,13 +63,19 @@ class Residency:
         if found is None:
             return None
         page, copy = found
-        if _stamp(path) != page.stamp:
+        if _stamp(path) != page.stamp or self._due(name, page):
             self.drop([name])
             return None
         with self._lock:
             if self._pages.get(name) is found:
                 self._pages[name] = page, replace(copy, used=used)
-        return page.share()
+        handle = page.share()
+        handle.seconds = 0.0  # this time nothing had to be read or checked
+        return handle
+
+    def _due(self, name: bytes, page: Page) -> bool:
+        """Whether a mapping is to be checked again: the system may have let go of it and read the disk anew since."""
+        return not page.encrypted and time.monotonic() - self._since.get(name, 0.0) > RECHECK_S
 
     def holds(self, page: Page) -> bool:
         """Whether this very page, of this very file, is here."""
@@ -87,6 +96,7 @@ class Residency:
             mine.on_check = None
             self._take(page.name)
             self._pages[page.name] = mine, copy
+            self._since[page.name] = time.monotonic()
             self._held += copy.bytes
         return True
 
@@ -107,6 +117,7 @@ class Residency:
     def _take(self, name: bytes) -> None:
         if name in self._pages:
             self._held -= self._pages.pop(name)[1].bytes
+            self._since.pop(name, None)
 
     def sweep(self, path: Callable[[bytes], Path]) -> None:
         """Give up all copies whose file is gone or another one."""
@@ -118,7 +129,9 @@ class Residency:
         """Give up all copies."""
         with self._lock:
             self._pages.clear()
-            self._held = 0
+            self._since.clear()
+            self._since: dict[bytes, float] = {}
+        self._held = 0
 
 
 def _stamp(path: Path) -> Stamp | None:

@@ -38,6 +38,8 @@ __all__ = ["PageEntry", "PageStore", "Swapped"]
 logger = logging.getLogger("agentmem")
 
 _KEY = re.compile(r"[0-9a-f]{64}")
+#: A page opened at fewer bytes per second than this was not in the system's memory.
+_CACHED_RATE = 3e9
 #: `PageStore.bytes` hides the type's name from the annotations of its class.
 Key = bytes
 
@@ -151,6 +153,10 @@ class PageStore:
             page = self._opened(rows[name], now)
             if page is None:
                 break
+            if number == 0 and page.seconds > len(page.data) / _CACHED_RATE:
+                # It came from the disk, and so will the others: the disk reads on while the first are looked at.
+                for other in names[1 : len(rows)]:
+                    _advise(self._catalog.path(other), "POSIX_FADV_WILLNEED")
             expected = (key, parent, identity, number, tuple(tokens[number * self.grid : (number + 1) * self.grid]))
             found = (page.key, page.parent, page.identity, page.number, page.tokens)
             if found != expected or page.name != name or page.layout != (pages[0] if pages else page).layout:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hmac
 import logging
 import os
 import random
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 
 from agentmem import Memory
 from agentmem.activation.cipher import MAGIC, OVERHEAD, RULES, ContainerError, ForeignKey, PageCipher, key_name
@@ -51,6 +53,19 @@ def test_the_container_is_as_drawn(cipher: PageCipher) -> None:
     magic, version, name, _, length = struct.unpack_from("<8sI16s12sQ", container)
     assert (magic, version, name, length) == (MAGIC, 1, cipher.key_name, 4)
     assert len(container) == 48 + 4 + 16
+
+
+def test_a_container_made_by_hand_from_its_description_is_opened(cipher: PageCipher) -> None:
+    """Pins the format: files of version 1 stay readable."""
+
+    def derived(purpose: bytes) -> bytes:
+        return hmac.digest(KEY, purpose, "sha256")
+
+    header = b"AMKVSEAL" + struct.pack("<I", 1) + derived(b"agentmem page key name 1")[:16] + b"n" * 12
+    header += struct.pack("<Q", 9)
+    content = AESGCM(derived(b"agentmem page encryption 1")).encrypt(b"n" * 12, b"some page", header + NAME)
+    assert bytes(cipher.open(header + content, NAME)) == b"some page"
+    assert cipher.name(b"k" * 32) == hmac.digest(derived(b"agentmem page names 1"), b"k" * 32, "sha256")
 
 
 BROKEN: dict[str, Callable[[bytes], bytes]] = {
@@ -277,6 +292,17 @@ def test_opening_without_the_key_says_so(safe: Safe) -> None:
         with pytest.raises(ForeignKey, match=r"page_key|another page key"):
             Page(safe.files()[0], cipher)
     assert issubclass(ForeignKey, Incompatible)
+
+
+def test_forgetting_deletes_encrypted_pages_also_those_put_aside(safe: Safe) -> None:
+    flip(safe.files()[2], -1)
+    assert safe.found() == 2
+    names = safe.store.made_from(["r"])
+    assert len(names) == 3
+    assert safe.store.delete(names) == names
+    assert not list(safe.folder.rglob("*.page"))
+    assert not list((safe.folder / "quarantine").iterdir())
+    assert safe.store.bytes_in_ram() == 0
 
 
 def saved(safe: Safe, tmp_path: Path) -> Path:

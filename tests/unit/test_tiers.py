@@ -181,6 +181,18 @@ def test_a_file_that_has_just_changed_is_not_trusted_yet(
     assert shelf.store.bytes_in_ram() == 0
 
 
+def test_a_mapping_is_checked_again_after_a_while(
+    shelf: Shelf, checks: Checks, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.seal()
+    assert (shelf.read(), shelf.read()) == (4, 4)
+    assert checks.taken() == 4
+    monkeypatch.setattr(residency, "RECHECK_S", -1.0)
+    assert shelf.read() == 4
+    assert checks.taken() == 4
+    assert shelf.store.bytes_in_ram() == 4 * PAGE
+
+
 def test_what_another_process_deleted_leaves_the_ram_with_the_next_look_up(shelf: Shelf, tmp_path: Path) -> None:
     shelf.seal(0)
     shelf.seal(1)
@@ -357,6 +369,37 @@ def test_a_memory_swaps_its_scope(tmp_path: Path) -> None:
         assert memory.scope(user="ana").activation.swap_out().pages == 1
         assert pages.bytes_in_ram() == memory.activation.entries()[0].bytes
         assert {entry.codec for entry in memory.activation.entries()} == {"raw"}
+
+
+def test_the_disk_reads_ahead_when_a_prompt_comes_from_there(shelf: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf.seal()
+    advised: list[int] = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda *call: advised.append(call[-1]))
+    monkeypatch.setattr("agentmem.activation.store._CACHED_RATE", 0.001)
+    assert shelf.read() == 4
+    assert advised == []
+    shelf.store.swap_out()
+    monkeypatch.setattr("agentmem.activation.store._CACHED_RATE", float("inf"))
+    advised.clear()
+    assert shelf.read() == 4
+    assert advised == [os.POSIX_FADV_WILLNEED] * 3
+    assert shelf.read() == 4
+    assert len(advised) == 3  # not for what is in RAM
+
+
+@pytest.mark.parametrize("fault", ["mapping", "opening"])
+def test_a_file_that_can_not_be_read_is_a_miss(shelf: Shelf, fault: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    shelf.seal()
+
+    def fail(*_: Any) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(*((_pure.kernels(), "prefault") if fault == "mapping" else (os, "fstat")), fail)
+        assert shelf.read() == 0
+        assert shelf.store.swap_in().pages == 0
+    assert shelf.seal() in {0, 4}
+    assert shelf.read() == 4
 
 
 # ---- one budget
