@@ -24,7 +24,7 @@ __all__ = ["Residency", "settled"]
 #: A file that changed this shortly before it was checked may change again without a new time stamp. Time stamps of
 #: local file systems move every 10 ms at least.
 SETTLED_NS = 100_000_000
-#: Seconds after which a mapped copy is checked again at its next use. Checking goes along with copying and is nearly free.
+#: Seconds after which a mapped copy is checked again at its next use: that goes along with copying and is nearly free.
 RECHECK_S = 600.0
 
 
@@ -130,8 +130,7 @@ class Residency:
         with self._lock:
             self._pages.clear()
             self._since.clear()
-            self._since: dict[bytes, float] = {}
-        self._held = 0
+            self._held = 0
 
 
 def _stamp(path: Path) -> Stamp | None:
