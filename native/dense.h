@@ -36,8 +36,8 @@ extern uint64_t am_dense_spread[256];
 typedef struct {
     uint32_t states[AM_DENSE_LANES];
     const uint8_t *words, *escapes; /* words are read upwards, escapes downwards, until they meet */
-    /* Per channel, repeated to dim + AM_DENSE_SLACK: bits 16-31 its base, sign and exponent as in a value; bits 10-12 its
-     * class. */
+    /* Per channel, repeated to dim + AM_DENSE_SLACK: bits 16-31 its base, sign and exponent as in a value; bits 10-12
+     * its class. */
     const uint32_t *channels;
     uint32_t dim, at; /* the channel the next step begins at */
 } am_dense_reader;

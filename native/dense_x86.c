@@ -36,7 +36,8 @@ AM_TARGET_AVX2 static inline __m256i read8(__m256i *state, const uint32_t *chann
     __m256i small = _mm256_cmpgt_epi32(_mm256_set1_epi32(AM_DENSE_LEAST), next);
     unsigned mask = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(small));
     __m256i word = _mm256_cvtepu16_epi32(_mm_loadu_si128((const void *)*words));
-    word = _mm256_permutevar8x32_epi32(word, _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)&am_dense_spread[mask])));
+    __m256i order = _mm256_cvtepu8_epi32(_mm_loadl_epi64((const void *)&am_dense_spread[mask]));
+    word = _mm256_permutevar8x32_epi32(word, order);
     *words += 2 * (unsigned)__builtin_popcount(mask);
     *state = _mm256_blendv_epi8(next, _mm256_or_si256(_mm256_slli_epi32(next, 16), word), small);
     *marks = (unsigned)_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_slli_epi32(slot, 11)));

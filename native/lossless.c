@@ -1,9 +1,9 @@
-/* The lossless codecs of codec.h: the parts of a block, and the fast codec, whose exponents are codes of 4 bits relative
- * to the largest of the part. The dense codec is in dense.c.
+/* The lossless codecs of codec.h: the parts of a block, and the fast codec, whose exponents are codes of 4 bits
+ * relative to the largest of the part. The dense codec is in dense.c.
  *
  * A bf16 value is the high half of an f32, so an f32 block is its low halves as they are and its high halves coded as
- * bf16. Exponents of one head's K or V lie within a few octaves while signs and mantissas look random (M. Hershcovitch et
- * al., "ZipNN", 2024, of weights), so only exponents are coded.
+ * bf16. Exponents of one head's K or V lie within a few octaves while signs and mantissas look random (M. Hershcovitch
+ * et al., "ZipNN", 2024, of weights), so only exponents are coded.
  */
 #include "lossless.h"
 
@@ -30,7 +30,7 @@ static inline uint16_t joined(uint8_t rest, unsigned code, unsigned top)
 }
 
 int am_pack_scalar(const uint16_t *low, const uint16_t *high, size_t pairs, unsigned top, uint8_t *codes,
-                       uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes)
+                   uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes)
 {
     for (size_t i = 0; i < pairs; i++) {
         unsigned first = code_of(low[i], top), second = code_of(high[i], top);
@@ -46,7 +46,7 @@ int am_pack_scalar(const uint16_t *low, const uint16_t *high, size_t pairs, unsi
 }
 
 int am_unpack_scalar(const uint8_t *codes, const uint8_t *rest_low, const uint8_t *rest_high, size_t pairs,
-                         unsigned top, uint16_t *low, uint16_t *high, am_escapes_in *escapes)
+                     unsigned top, uint16_t *low, uint16_t *high, am_escapes_in *escapes)
 {
     unsigned least = escapes->least;
     for (size_t i = 0; i < pairs; i++) {

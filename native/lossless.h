@@ -26,8 +26,8 @@ typedef struct {
     unsigned least; /* the least code that was seen */
 } am_escapes_in;
 
-/* Packs pairs: the codes of one go into one byte, value i of `low` in bits 0 to 3; sign and mantissa of each into its own
- * byte. -1 when there is no room for the escapes. */
+/* Packs pairs: the codes of one go into one byte, value i of `low` in bits 0 to 3; sign and mantissa of each into a
+ * byte of its own. -1 when there is no room for the escapes. */
 typedef int am_pack_kernel(const uint16_t *low, const uint16_t *high, size_t pairs, unsigned top, uint8_t *codes,
                            uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes);
 /* The reverse. -1 when escapes are missing or have a code of their own. */

@@ -28,7 +28,7 @@ static inline uint8x8_t rests_neon(uint16x8_t values)
 }
 
 int am_pack_neon(const uint16_t *low, const uint16_t *high, size_t pairs, unsigned top, uint8_t *codes,
-                     uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes)
+                 uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes)
 {
     size_t i = 0;
     for (; i + 8 <= pairs; i += 8) {
@@ -55,7 +55,7 @@ static inline void join_neon(uint8x8_t codes, uint8x8_t rest, unsigned top, uint
 }
 
 int am_unpack_neon(const uint8_t *codes, const uint8_t *rest_low, const uint8_t *rest_high, size_t pairs,
-                       unsigned top, uint16_t *low, uint16_t *high, am_escapes_in *escapes)
+                   unsigned top, uint16_t *low, uint16_t *high, am_escapes_in *escapes)
 {
     uint8x8_t least = vdup_n_u8((uint8_t)escapes->least);
     size_t i = 0;

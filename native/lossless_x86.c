@@ -41,7 +41,7 @@ AM_TARGET_AVX2 static inline __m256i rests_avx2(__m256i first, __m256i second)
 }
 
 AM_TARGET_AVX2 int am_pack_avx2(const uint16_t *low, const uint16_t *high, size_t pairs, unsigned top,
-                                    uint8_t *codes, uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes)
+                                uint8_t *codes, uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes)
 {
     const __m256i tops = _mm256_set1_epi16((short)top), escape = _mm256_set1_epi8(AM_ESCAPE);
     size_t i = 0;
@@ -76,7 +76,7 @@ AM_TARGET_AVX2 static inline void join_avx2(__m256i codes, __m256i rest, __m256i
 }
 
 AM_TARGET_AVX2 int am_unpack_avx2(const uint8_t *codes, const uint8_t *rest_low, const uint8_t *rest_high,
-                                      size_t pairs, unsigned top, uint16_t *low, uint16_t *high, am_escapes_in *escapes)
+                                  size_t pairs, unsigned top, uint16_t *low, uint16_t *high, am_escapes_in *escapes)
 {
     const __m256i tops = _mm256_set1_epi8((char)top), escape = _mm256_set1_epi8(AM_ESCAPE);
     __m256i least = _mm256_set1_epi8((char)escapes->least);
@@ -96,8 +96,9 @@ AM_TARGET_AVX2 int am_unpack_avx2(const uint8_t *codes, const uint8_t *rest_low,
         if (!_mm256_testz_si256(_mm256_or_si256(marks_low, marks_high), _mm256_set1_epi8(-1))) {
             marks_low = _mm256_permute4x64_epi64(marks_low, 0xd8);
             marks_high = _mm256_permute4x64_epi64(marks_high, 0xd8);
-            if (am_escapes_take((uint32_t)_mm256_movemask_epi8(marks_low), (uint32_t)_mm256_movemask_epi8(marks_high), top,
-                            low + i, high + i, escapes))
+            uint32_t in_low = (uint32_t)_mm256_movemask_epi8(marks_low);
+            uint32_t in_high = (uint32_t)_mm256_movemask_epi8(marks_high);
+            if (am_escapes_take(in_low, in_high, top, low + i, high + i, escapes))
                 return -1;
         }
     }
@@ -138,7 +139,7 @@ AM_TARGET_AVX512 static inline __m512i codes_avx512(__m512i values, __m512i top)
 }
 
 AM_TARGET_AVX512 int am_pack_avx512(const uint16_t *low, const uint16_t *high, size_t pairs, unsigned top,
-                                        uint8_t *codes, uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes)
+                                    uint8_t *codes, uint8_t *rest_low, uint8_t *rest_high, am_escapes_out *escapes)
 {
     const __m512i tops = _mm512_set1_epi16((short)top), escape = _mm512_set1_epi16(AM_ESCAPE);
     size_t i = 0;
@@ -171,8 +172,8 @@ AM_TARGET_AVX512 static inline void join_avx512(__m512i codes, __m512i rest, __m
 }
 
 AM_TARGET_AVX512 int am_unpack_avx512(const uint8_t *codes, const uint8_t *rest_low, const uint8_t *rest_high,
-                                          size_t pairs, unsigned top, uint16_t *low, uint16_t *high,
-                                          am_escapes_in *escapes)
+                                      size_t pairs, unsigned top, uint16_t *low, uint16_t *high,
+                                      am_escapes_in *escapes)
 {
     const __m512i order = _mm512_setr_epi64(0, 4, 1, 5, 2, 6, 3, 7);
     const __m512i tops = _mm512_set1_epi8((char)top), escape = _mm512_set1_epi8(AM_ESCAPE);
