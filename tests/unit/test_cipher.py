@@ -129,7 +129,8 @@ def test_the_key_is_in_no_repr_message_or_log(tmp_path: Path, caplog: pytest.Log
     with Memory(tmp_path / "m", embedder="none", page_key=secret) as memory:
         seen = f"{settings!r} {settings} {settings.model_dump()} {memory!r} {vars(memory)!r} {caplog.text}"
         assert memory.activation.entries() == []
-    for wrong in ({"page_key": 7}, {"page_key": [secret]}, {"page_key": secret, "page_codec": "zip"}):
+    refused: list[dict[str, Any]] = [{"page_key": 7}, {"page_key": [secret]}, {"page_key": secret, "page_codec": "zip"}]
+    for wrong in refused:
         with pytest.raises(ConfigError) as raised:
             read(**wrong)
         seen += str(raised.value)

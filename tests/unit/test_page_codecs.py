@@ -336,7 +336,7 @@ def work(folder: Path, seed: int, seconds: float, results: Any) -> None:
                 assert same([(k[:, part], v[:, part]) for k, v in room], [(k[:, part], v[:, part]) for k, v in wanted])
             case 4:
                 choose.choice([shelf.store.swap_in, shelf.store.swap_out])()
-            case 5:
+            case _:
                 entries = [entry.key for entry in shelf.store.entries()]
                 shelf.store.evict(entries[choose.randrange(len(entries)) :][:1] if entries else [])
         assert shelf.store.bytes() <= budget

@@ -33,7 +33,8 @@ def prompt(number: int, pages: int = 4) -> list[int]:
 
 def states(number: int, pages: int = 4) -> list[tuple[Any, Any]]:
     steps = np.arange(GRID * pages, dtype=np.uint16)[None, :, None] + 1000 * number
-    return [(np.ascontiguousarray(np.broadcast_to(steps + layer, (2, GRID * pages, 16))),) * 2 for layer in (0, 500)]
+    parts = [np.ascontiguousarray(np.broadcast_to(steps + layer, (2, GRID * pages, 16))) for layer in (0, 500)]
+    return [(part, part) for part in parts]
 
 
 PAGE = Layout.of(states(0), GRID).page_bytes
@@ -361,8 +362,8 @@ def test_a_memory_swaps_its_scope(tmp_path: Path) -> None:
         pages = memory._engine.pages
         view = pages.view(b"salt")
         tokens = list(range(pages.grid * 2))
-        layers = [(np.zeros((1, pages.grid * 2, 4), np.float32),) * 2]
-        assert view.seal(IDENTITY, tokens, 0, layers, [(), (record,)]) == 2
+        part = np.zeros((1, pages.grid * 2, 4), np.float32)
+        assert view.seal(IDENTITY, tokens, 0, [(part, part)], [(), (record,)]) == 2
         assert memory.activation.swap_in().pages == 2
         assert memory.scope(user="ana").activation.swap_in().pages == 1
         assert memory.scope(user="ben").activation.swap_out().pages == 0
