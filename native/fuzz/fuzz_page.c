@@ -1,11 +1,5 @@
-/* Fuzz target for the page reader: any bytes give a result, never a crash or a read outside of them.
- *
- * With clang: clang -g -fsanitize=fuzzer,address,undefined -DLIBFUZZER -I native native/fuzz/fuzz_page.c native/page.c
- * native/crc32c.c -o fuzz_page, then ./fuzz_page corpus/. With any compiler, without -DLIBFUZZER, the program replays the
- * files it is given: that is what the tests do.
- */
+/* Fuzz target for the page reader: any bytes give a result, never a crash or a read outside of them. scripts/fuzz runs it. */
 #include <stdint.h>
-#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 
@@ -64,26 +58,3 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     free(copy);
     return 0;
 }
-
-#ifndef LIBFUZZER
-int main(int count, char **names)
-{
-    for (int i = 1; i < count; i++) {
-        FILE *file = fopen(names[i], "rb");
-        if (!file) {
-            perror(names[i]);
-            return 1;
-        }
-        fseek(file, 0, SEEK_END);
-        long size = ftell(file);
-        rewind(file);
-        uint8_t *data = malloc(size > 0 ? (size_t)size : 1); /* of exactly this size: one byte past it is an error */
-        size_t got = data && size > 0 ? fread(data, 1, (size_t)size, file) : 0;
-        fclose(file);
-        LLVMFuzzerTestOneInput(data, got);
-        free(data);
-    }
-    printf("%d files, no fault\n", count - 1);
-    return 0;
-}
-#endif

@@ -45,7 +45,7 @@ from safetensors.torch import save_file
 
 from agentmem import _pure
 from agentmem.activation.identity import chain, digest, root
-from agentmem.activation.pages import CODECS, NewPage, Page, publish, stage_pages
+from agentmem.activation.pages import CODECS, Codec, NewPage, Page, publish, stage_pages
 
 GRID = 256
 IDENTITY = digest({"benchmark": 1})
@@ -95,7 +95,7 @@ def synced(*paths: Path) -> None:
         os.close(descriptor)
 
 
-def new_pages(states: Layers, codec: str) -> list[NewPage]:
+def new_pages(states: Layers, codec: Codec) -> list[NewPage]:
     tokens = list(range(states[0][0].shape[1]))
     parents = [root(IDENTITY, b"", GRID), *chain(IDENTITY, b"", tokens, GRID)]
     layers = list(zip(arrays([k for k, _ in states]), arrays([v for _, v in states]), strict=True))
@@ -107,13 +107,13 @@ def new_pages(states: Layers, codec: str) -> list[NewPage]:
             tokens=tokens[number * GRID : (number + 1) * GRID],
             layers=layers,
             at=number * GRID,
-            codec=codec,  # type: ignore[arg-type]
+            codec=codec,
         )
         for number in range(len(tokens) // GRID)
     ]
 
 
-def write_pages(folder: Path, states: Layers, codec: str = "raw", *, durable: bool = False) -> None:
+def write_pages(folder: Path, states: Layers, codec: Codec = "raw", *, durable: bool = False) -> None:
     staged = stage_pages(folder, new_pages(states, codec), durable=durable)
     publish([(path, folder / f"{i}.page") for i, path in enumerate(staged)], folder, durable=durable)
 
@@ -160,7 +160,7 @@ def named(states: Layers) -> dict[str, torch.Tensor]:
 def writing(folder: Path, states: Layers, rounds: int) -> dict[str, float]:
     seconds, tensors, cache = Seconds(), named(states), cache_of(states)
     size = sum(part.nbytes for pair in states for part in pair)
-    image = memoryview(bytes(b"\7") * size)
+    image = memoryview(b"\7" * size)
 
     def pickled() -> None:
         with (folder / "pickle").open("wb") as file:
@@ -261,11 +261,11 @@ def coding(folder: Path, states: Layers, rounds: int) -> dict[str, dict[str, flo
     files = {codec: [(folder / codec / f"{i}.page").read_bytes() for i in numbers] for codec in CODECS}
     seconds = Seconds()
 
-    def encode(codec: str) -> None:
+    def encode(codec: Codec) -> None:
         for i in numbers:
             kernels.page_encode(3, CODECS[codec], GRID, keys, values, i * GRID, False)
 
-    def decode(codec: str) -> None:
+    def decode(codec: Codec) -> None:
         for i in numbers:
             kernels.page_read(files[codec][i], *room, i * GRID, True)
 

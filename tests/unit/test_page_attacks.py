@@ -204,35 +204,76 @@ def test_both_readers_agree_on_any_damage(page: bytes) -> None:
 PAGE_SOURCES = sorted(path.name for path in NATIVE.glob("*.c") if not path.name.startswith("module"))
 
 
-@pytest.mark.slow
-def test_the_reader_is_clean_under_the_sanitizers(page: bytes, tmp_path: Path) -> None:
+def replayed(target: str, inputs: list[Any], folder: Path) -> None:
+    """Build a fuzz target under the sanitizers and replay these inputs with it."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
-    sources = [str(NATIVE / name) for name in ("fuzz/fuzz_page.c", *PAGE_SOURCES)]
-    flags = ["-g", "-O1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-I", str(NATIVE), "-pthread"]
-    program = tmp_path / "fuzz_page"
-    built = subprocess.run(
-        [compiler, *flags, *sources, "-o", str(program)], capture_output=True, text=True, check=False
-    )
+    sources = [str(NATIVE / name) for name in (f"fuzz/fuzz_{target}.c", "fuzz/replay.c", *PAGE_SOURCES)]
+    flags = ["-g", "-O1", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+    program = folder / f"fuzz_{target}"
+    command = [compiler, *flags, "-I", str(NATIVE), *sources, "-o", str(program)]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode and "sanitize" in built.stderr:
         pytest.skip("this compiler has no sanitizers")
     assert built.returncode == 0, built.stderr
-    corpus = tmp_path / "corpus"
+    corpus = folder / "corpus"
     corpus.mkdir()
-    random = np.random.default_rng(3)
-    inputs: list[Any] = [page, b"", page[:159], page[:160], page * 2]
-    inputs += [change(bytearray(page)) for change, _ in ATTACKS.values()]
-    inputs += [page[: int(length)] for length in random.integers(0, len(page), 200)]
-    for _ in range(3000):
-        data = bytearray(page)
-        for _ in range(random.integers(1, 9)):
-            # Mostly in the header, where every byte means something.
-            data[random.integers(8, 420 if random.random() < 0.9 else len(data))] = random.choice([0, 1, 64, 127, 255])
-        inputs.append(data)
     for i, content in enumerate(inputs):
         (corpus / f"{i:05}").write_bytes(content)
     files = sorted(str(path) for path in corpus.iterdir())
     run = subprocess.run([str(program), *files], capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr[-3000:]
     assert run.stdout == f"{len(files)} files, no fault\n"
+
+
+@pytest.mark.slow
+def test_the_reader_is_clean_under_the_sanitizers(page: bytes, tmp_path: Path) -> None:
+    random = np.random.default_rng(3)
+    inputs: list[Any] = [page, b"", page[:159], page[:160], page * 2]
+    inputs += [change(bytearray(page)) for change, _ in ATTACKS.values()]
+    inputs += [page[: int(length)] for length in random.integers(0, len(page), 200)]
+    for start in (page, *coded_pages(tmp_path)):
+        for _ in range(1500):
+            data = bytearray(start)
+            for _ in range(random.integers(1, 9)):
+                # Mostly in the header, where every byte means something.
+                data[random.integers(8, 420 if random.random() < 0.8 else len(data))] = random.choice(
+                    [0, 1, 64, 127, 255]
+                )
+            inputs.append(data)
+    replayed("page", inputs, tmp_path)
+
+
+def coded_pages(folder: Path) -> list[bytes]:
+    """A small page in every other codec."""
+    random = np.random.default_rng(7)
+    keys, values = ([random.normal(size=(2, 64, 64)).astype(np.float32)] for _ in range(2))
+    pages = []
+    for codec in range(1, 6):
+        table, body = MODULES[-1].page_encode(1, codec, 64, keys, values, 0, False)
+        path = folder / f"{codec}.page"
+        with path.open("wb") as file:
+            MODULES[-1].page_write_encoded(
+                file.fileno(),
+                1,
+                64,
+                0,
+                b"i" * 32,
+                b"k" * 32,
+                b"p" * 32,
+                np.arange(64, dtype=np.int32),
+                ((2, 64, 64),),
+                table,
+                body,
+            )
+        pages.append(path.read_bytes())
+    return pages
+
+
+@pytest.mark.slow
+def test_the_codecs_are_clean_under_the_sanitizers(tmp_path: Path) -> None:
+    random = np.random.default_rng(11)
+    inputs: list[Any] = [random.bytes(int(length)) for length in random.integers(0, 3000, 1500)]
+    inputs += [random.bytes(8) + bytes(int(length)) for length in random.integers(0, 300, 200)]
+    replayed("codec", inputs, tmp_path)
