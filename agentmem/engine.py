@@ -175,10 +175,11 @@ class Engine:
             if self._slots is None:
                 from .activation.slots import SlotStore
 
+                # A server writes its slots as they are: where KV is to be encrypted at rest, none is saved.
                 self._slots = SlotStore(
                     self.database,
                     step=self.settings.page_tokens,
-                    budget_bytes=self.settings.page_budget,
+                    budget_bytes=self.settings.page_budget if self._cipher is None else 0,
                     clock=self.clock,
                 )
             return self._slots

@@ -151,7 +151,7 @@ class SlotPlanner:
         turn.fields["cache_prompt"] = False  # until it is sure what the slot holds
         slots = turn.slots
         server = yield from self._known_server()
-        states = yield from self._states()
+        states = yield from self._states(server)
         loras, pinned = yield from self._loras(server, turn.request)
         if pinned is not None:
             turn.pin = {"lora": pinned}
@@ -191,7 +191,7 @@ class SlotPlanner:
         mark = str(props.get("media_marker") or "")  # made anew by each process of the server
         with self._lock:
             server = self._server
-        if server is not None and server.mark == mark:
+        if server is not None and mark and server.mark == mark:
             return server
         window = int(props["default_generation_settings"]["n_ctx"])
         adapters = yield Call("GET", "/lora-adapters")
@@ -214,27 +214,37 @@ class SlotPlanner:
             )
         server = Server(mark, int(props["total_slots"]), facts, bool(adapters))
         with self._lock:
-            if self._server is not None:
+            if self._server is not None and not mark:  # an older build does not tell: `_states` finds out
+                server.probes = self._server.probes
+            elif self._server is not None:
                 logger.info("%s: the server was started again", self._name)
+                self._live.clear()
             self._server = server
-            self._live.clear()
         return server
 
-    def _states(self) -> Generator[Call, Any, dict[int, Json] | None]:
+    def _states(self, server: Server) -> Generator[Call, Any, dict[int, Json] | None]:
         """The state of each slot, ``{}`` for one that holds nothing; None where the server does not tell."""
         try:
             told = yield Call("GET", "/slots")
         except AgentMemError:
+            if not server.mark:  # it may be another process each time, and nothing would show it
+                server.facts = None
             return None
         states: dict[int, Json] = {}
+        same = bool(server.mark)
         for state in told:
             count = state.get("n_prompt_tokens") or 0
             states[state["id"]] = state if count or state.get("is_processing") else {}
             live = self._live.get(state["id"])
-            if live is not None and live.count is not None and live.count != count:
+            if live is None or live.count is None:
+                continue
+            if live.count == count:
+                same = True
+            else:
                 self._live.pop(state["id"], None)  # somebody else used it
-                if self._server is not None and not self._server.mark:
-                    self._server.probes.clear()  # or it is another process: this build does not tell
+        if not same:  # no slot is as it was left: it may be another process
+            server.probes.clear()
+            self._live.clear()
         return states
 
     def _loras(self, server: Server, request: Request) -> Generator[Call, Any, tuple[str, list[Json] | None]]:

@@ -298,7 +298,11 @@ class SlotStore:
 
     def failures(self, identity: bytes) -> int:
         """How often in a row a restore under this identity was without effect."""
-        rows = self._database.query("SELECT value FROM meta WHERE key = ?", (_judged(identity),))
+        try:
+            rows = self._database.query("SELECT value FROM meta WHERE key = ?", (_judged(identity),))
+        except StoreError as error:
+            logger.warning("what restored slots were worth can't be read: %s", error)
+            return 0
         return int(rows[0]["value"]) if rows else 0
 
     def note(self, identity: bytes, *, helped: bool) -> None:

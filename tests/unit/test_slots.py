@@ -97,7 +97,7 @@ def test_another_tenant_finds_nothing(store: SlotStore, slots: TenantSlots, fold
     other = store.view(b"tenant b")
     assert other.longest(folder, FACTS, IDS) is None
     assert other.reserve(folder, FACTS, IDS, ()) != name
-    assert not any(word in name for word in ("tenant", FACTS["model"]))
+    assert not any(word in name for word in ("tenant", str(FACTS["model"])[:8]))
 
 
 @pytest.mark.parametrize("field", ["name", "facts", "tokens", "ids", "head", "bytes", "crc32c", "format", "digest"])
@@ -106,8 +106,12 @@ def test_a_manifest_with_any_one_field_changed_is_a_miss(slots: TenantSlots, fol
     path = folder / f"{name}.json"
     manifest = json.loads(path.read_text())
     value = manifest[field]
-    changed = {bool: lambda v: not v, int: lambda v: v + 1, str: lambda v: "0" + v[1:] if v[0] != "0" else "1" + v[1:]}
-    manifest[field] = {**value, "build": "b2"} if isinstance(value, dict) else changed[type(value)](value)
+    if isinstance(value, str):
+        manifest[field] = ("1" if value[0] == "0" else "0") + value[1:]
+    elif isinstance(value, dict):
+        manifest[field] = {**value, "build": "b2"}
+    else:
+        manifest[field] = not value if isinstance(value, bool) else value + 1
     path.write_text(json.dumps(manifest))
     assert not usable(slots, folder)
     assert not (folder / name).exists(), "it is put aside"
