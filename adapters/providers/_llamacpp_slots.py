@@ -97,7 +97,8 @@ class Turn:
     restored: int = 0
     #: Cached tokens of the prefill that went before, if one did.
     cached: int | None = None
-    prefill_s: float = 0.0
+    #: Wall time that all this took.
+    took_s: float = 0.0
     written: int = 0
     miss: str | None = None
 
@@ -388,7 +389,6 @@ class SlotPlanner:
         body = {"prompt": list(prefix), "n_predict": 0, "cache_prompt": True, "id_slot": slot, **turn.pin}
         timings = (yield Call("POST", "/completion", body))["timings"]
         turn.cached = int(timings["cache_n"])
-        turn.prefill_s = float(timings["prompt_ms"]) / 1000
         if turn.restored and not self._reused(turn, turn.cached):
             return
         self._tried[slots.tenant, str(facts["loras"])] = prefix
@@ -441,12 +441,10 @@ class SlotPlanner:
                     self._name,
                 )
         if turn.cached is not None:
-            first = None if usage.first_token_s is None else usage.first_token_s + turn.prefill_s
             usage = usage.model_copy(
                 update={
                     "cached_tokens": min(turn.cached, cached),
                     "written_tokens": min(turn.written, usage.input_tokens),
-                    "first_token_s": first,
                 }
             )
         return replace(generation, usage=usage, miss=turn.miss or generation.miss)

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -165,7 +166,7 @@ class LlamaCpp(Remote):
             return super()._answer(request, clock)
         try:
             self._plan(planner, turn, clock)
-            return planner.after(turn, super()._answer(_placed(turn), clock))
+            return planner.after(turn, _later(super()._answer(_placed(turn), clock), turn.took_s))
         finally:
             planner.done(turn)
 
@@ -175,7 +176,7 @@ class LlamaCpp(Remote):
             return await super()._aanswer(request, clock)
         try:
             await self._aplan(planner, turn, clock)
-            return planner.after(turn, await super()._aanswer(_placed(turn), clock))
+            return planner.after(turn, _later(await super()._aanswer(_placed(turn), clock), turn.took_s))
         finally:
             planner.done(turn)
 
@@ -220,16 +221,20 @@ class LlamaCpp(Remote):
             return 0
 
     def _plan(self, planner: SlotPlanner, turn: Turn, clock: Clock) -> None:
+        started = time.monotonic()
         try:
             self._run(planner.before(turn), clock)
         except UNPLANNED as error:
             self._unplanned(turn, error)
+        turn.took_s = time.monotonic() - started
 
     async def _aplan(self, planner: SlotPlanner, turn: Turn, clock: Clock) -> None:
+        started = time.monotonic()
         try:
             await self._arun(planner.before(turn), clock)
         except UNPLANNED as error:
             self._unplanned(turn, error)
+        turn.took_s = time.monotonic() - started
 
     def _unplanned(self, turn: Turn, error: Exception) -> None:
         """Nothing about slots may break a chat: the request goes on as its plan stands."""
@@ -320,6 +325,14 @@ def _placed(turn: Turn) -> Request:
     """The request with the fields that put it into its slot."""
     options = turn.request.options
     return replace(turn.request, options=replace(options, extra={**options.extra, **turn.fields}))
+
+
+def _later(generation: Generation, took_s: float) -> Generation:
+    """A whole reply's time to the first token is the server's own, which knows nothing of what went before."""
+    usage = generation.usage
+    if usage.first_token_s is None:
+        return generation
+    return replace(generation, usage=usage.model_copy(update={"first_token_s": usage.first_token_s + took_s}))
 
 
 async def _beside(work: Callable[[], T]) -> T:
