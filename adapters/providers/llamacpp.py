@@ -32,7 +32,7 @@ from agentmem.provider import Capabilities, Generation, Request
 
 from . import openai as _openai
 from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, watched
-from ._llamacpp_slots import Call, SlotPlanner, Turn, advance, digest_cache
+from ._llamacpp_slots import Call, End, SlotPlanner, Turn, advance, digest_cache
 from ._remote import Remote
 
 __all__ = ["build_request", "create", "parse_reply"]
@@ -245,7 +245,7 @@ class LlamaCpp(Remote):
         """Send what the steps ask for, each once, within the clock of the whole request."""
         reply: Any = None
         failure: AgentMemError | None = None
-        while isinstance(call := advance(steps, reply, failure), Call):
+        while not isinstance(call := advance(steps, reply, failure), End):
             try:
                 reply, failure = self._sync(clock, partial(_call, self._sync_client(), call), retries=0), None
             except AgentMemError as error:
@@ -256,7 +256,7 @@ class LlamaCpp(Remote):
         """`_run`, awaited. A step reads and checks files, so it runs beside the event loop."""
         reply: Any = None
         failure: AgentMemError | None = None
-        while isinstance(call := await _beside(partial(advance, steps, reply, failure)), Call):
+        while not isinstance(call := await _beside(partial(advance, steps, reply, failure)), End):
             try:
                 reply = await self._async(clock, partial(_acall, self._async_client(), call), retries=0)
                 failure = None

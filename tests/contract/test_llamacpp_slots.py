@@ -34,6 +34,8 @@ SYSTEM = "You answer in one short sentence. " + " ".join(f"Fact {n}: house {n} h
 #: Tokens of the system text, about: what a restore has to bring back.
 LONG = 90
 ASK: dict[str, Any] = {"max_tokens": 4, "temperature": 0.0, "recall": False}
+RECALLING: dict[str, Any] = {**ASK, "recall": True}
+TALKING: dict[str, Any] = {**ASK, "max_tokens": 50}
 
 
 def opened(tmp_path: Path, url: str, slot_dir: Path | None = None, **settings: Any) -> Memory:
@@ -137,7 +139,8 @@ def test_a_changed_server_is_another_identity(tmp_path: Path, slot_dir: Path) ->
     """Rope settings are told by no route of the server: the trial prefill tells them apart."""
     with llama_server.running(slot_dir) as (url, _), opened(tmp_path, url) as mem:
         mem.chat("Which house has 5 doors?", **ASK)
-    for change in ({"rope_freq_base": 50_000.0}, {"cache_type_k": "GGML_TYPE_Q8_0"}, {"n_ctx": 1024}):
+    changes: list[dict[str, Any]] = [{"rope_freq_base": 50_000.0}, {"cache_type_k": "GGML_TYPE_Q8_0"}, {"n_ctx": 1024}]
+    for change in changes:
         with llama_server.running(slot_dir, **change) as (url, _), opened(tmp_path, url) as mem:
             reply = mem.scope(session=str(change)).chat("Which house has 5 doors?", **ASK)
             assert (reply.usage.cached_tokens, reply.cache.reason) == (0, None)
@@ -194,7 +197,7 @@ def test_priming_saves_what_the_next_turn_begins_with(shared: tuple[str, Path], 
         usage = mem.activation.prime()
         assert usage.written_tokens > LONG
     with opened(tmp_path, url, folder) as mem:  # a new process knows nothing of the slots and erases what it takes
-        assert mem.chat("Which house has 5 doors?", **{**ASK, "recall": True}).usage.cached_tokens > LONG
+        assert mem.chat("Which house has 5 doors?", **RECALLING).usage.cached_tokens > LONG
 
 
 def test_async_and_streams_do_the_same(shared: tuple[str, Path], tmp_path: Path) -> None:
@@ -223,7 +226,7 @@ def test_async_and_streams_do_the_same(shared: tuple[str, Path], tmp_path: Path)
         stream = mem.scope(session="c").chat("And 9 doors?", stream=True, **ASK)
         assert "".join(stream)
         assert stream.reply.usage.cached_tokens > LONG
-        next(iter(mem.scope(session="c").chat("And 9 doors?", stream=True, **{**ASK, "max_tokens": 50})))  # left early
+        next(iter(mem.scope(session="c").chat("And 9 doors?", stream=True, **TALKING)))  # left early
         assert mem.scope(session="c").chat("And 9 doors?", **ASK).usage.cached_tokens > LONG
 
 

@@ -55,7 +55,7 @@ def save(slots: TenantSlots, folder: Path, tokens: list[int] = IDS, *, records: 
     name = slots.reserve(folder, FACTS, tokens, records)
     assert name is not None
     (folder / name).write_bytes(CONTENT)
-    options = {"size": len(CONTENT), "head": False, "records": records, **more}
+    options: dict[str, Any] = {"size": len(CONTENT), "head": False, "records": records, **more}
     assert slots.keep(folder, FACTS, tokens, **options)
     return name
 
