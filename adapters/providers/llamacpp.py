@@ -245,11 +245,13 @@ class LlamaCpp(Remote):
         """Send what the steps ask for, each once, within the clock of the whole request."""
         reply: Any = None
         failure: AgentMemError | None = None
-        while not isinstance(call := advance(steps, reply, failure), End):
+        call = advance(steps, reply, failure)
+        while isinstance(call, Call):
             try:
                 reply, failure = self._sync(clock, partial(_call, self._sync_client(), call), retries=0), None
             except AgentMemError as error:
                 reply, failure = None, error
+            call = advance(steps, reply, failure)
         return call.value
 
     async def _arun(self, steps: Generator[Call, Any, T], clock: Clock) -> T:
