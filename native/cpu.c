@@ -35,7 +35,8 @@ int am_cpu_usable(int level)
         return am_cpu_usable(AM_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vbmi") && __builtin_cpu_supports("avx512vbmi2") &&
-               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bitalg");
+               __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("avx512bitalg") &&
+               __builtin_cpu_supports("vpclmulqdq");
     default:
         return 0;
     }

@@ -17,8 +17,8 @@ enum { AM_SCALAR, AM_SSE42, AM_AVX2, AM_AVX512, AM_NEON, AM_LEVELS };
 #define AM_TARGET_SSE42 __attribute__((target("sse4.2")))
 #define AM_TARGET_AVX2 __attribute__((target("avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,sse4.2")))
 #define AM_TARGET_AVX512                                                                                              \
-    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bitalg,avx2,fma," \
-                          "f16c,bmi,bmi2,lzcnt,popcnt,sse4.2")))
+    __attribute__((target("avx512f,avx512bw,avx512vl,avx512dq,avx512vbmi,avx512vbmi2,avx512vnni,avx512bitalg,"         \
+                          "vpclmulqdq,avx2,fma,f16c,bmi,bmi2,lzcnt,popcnt,sse4.2")))
 #endif
 
 int am_cpu_level(void);              /* the level in use, one of the enum */

@@ -4,12 +4,16 @@
  * keep it busy. Their registers are joined by "advance over n zero bytes", which is linear over GF(2) and so is four
  * table look-ups (the method of M. Adler's crc32c.c and of V. Gopal et al., "Fast CRC computation for iSCSI polynomial
  * using CRC32 instruction", Intel 2011). Data that is not in a cache is fetched one round ahead, which doubles the speed.
+ *
+ * With AVX-512, 256 bytes at a time are folded by carry-less multiplication (V. Gopal et al., "Fast CRC computation for
+ * generic polynomials using PCLMULQDQ instruction", Intel 2009), two to three times as fast again.
  */
 #include "crc32c.h"
 
 #include <pthread.h>
 #include <string.h>
 
+#include "copy.h"
 #include "cpu.h"
 
 #define POLYNOMIAL 0x82f63b78u /* reflected */
@@ -121,19 +125,14 @@ TARGET static uint32_t update_hardware(uint32_t crc, const uint8_t *data, size_t
 #endif
 
 #if defined(__x86_64__)
-#include <immintrin.h>
-
 #define LINE(crc, from, to)                                                                                            \
     do {                                                                                                               \
         for (int word = 0; word < 64; word += 8)                                                                       \
             (crc) = STEP8((crc), load64((from) + word));                                                               \
-        _mm256_stream_si256((__m256i *)(void *)(to), _mm256_loadu_si256((const __m256i *)(const void *)(from)));        \
-        _mm256_stream_si256((__m256i *)(void *)((to) + 32),                                                            \
-                            _mm256_loadu_si256((const __m256i *)(const void *)((from) + 32)));                         \
+        am_stream_line((to), (from));                                                                                  \
     } while (0)
 
-/* Checksum and copy in one pass over the source, past the caches: what is restored is larger than they are, and a plain
- * store would first read the line that it overwrites. `to` is 64-byte aligned. */
+/* Checksum and copy in one pass over the source, past the caches (copy.h). `to` is a multiple of 64. */
 __attribute__((target("avx2,sse4.2"))) static uint32_t copy_avx2(uint32_t crc, uint8_t *to, const uint8_t *from,
                                                                  size_t length)
 {
@@ -152,9 +151,86 @@ __attribute__((target("avx2,sse4.2"))) static uint32_t copy_avx2(uint32_t crc, u
     }
     for (; length >= 64; from += 64, to += 64, length -= 64)
         LINE(crc, from, to);
-    _mm_sfence();
     memcpy(to, from, length);
     return update_hardware(crc, from, length);
+}
+#endif
+
+/* ---- folding, AVX-512 ---- */
+
+#if defined(__x86_64__)
+#define FOLDED 256u /* bytes of a round: four registers of 64 */
+
+/* What a 128-bit piece is multiplied by to move it over 2048, 512 and 128 bits of the message; set once. */
+static uint64_t folds[3][2];
+
+/* x^n modulo the polynomial, as a factor of reflected operands: its 32 bits one place up. */
+static uint64_t factor(unsigned int n)
+{
+    uint32_t value = 0x80000000u; /* x^0, reflected */
+    for (; n; n--)
+        value = (value >> 1) ^ (value & 1 ? POLYNOMIAL : 0);
+    return (uint64_t)value << 1;
+}
+
+static void fill_folds(void)
+{
+    static const unsigned int bits[3] = {2048, 512, 128};
+    for (int i = 0; i < 3; i++) {
+        folds[i][0] = factor(bits[i] + 32);
+        folds[i][1] = factor(bits[i] - 32);
+    }
+}
+
+/* `value` moved over the distance of `by`, plus what stands there. */
+AM_TARGET_AVX512 static inline __m512i folded(__m512i value, __m512i by, __m512i there)
+{
+    return _mm512_ternarylogic_epi64(_mm512_clmulepi64_epi128(value, by, 0x00),
+                                     _mm512_clmulepi64_epi128(value, by, 0x11), there, 0x96);
+}
+
+/* Checksum of whole rounds, copied to `to` past the caches where that is not NULL (then it is a multiple of 64). */
+AM_TARGET_AVX512 static inline uint32_t fold_rounds(uint32_t crc, uint8_t *to, const uint8_t *from, size_t rounds)
+{
+    __m512i far = _mm512_broadcast_i64x2(_mm_loadu_si128((const __m128i *)(const void *)folds[0]));
+    __m512i near = _mm512_broadcast_i64x2(_mm_loadu_si128((const __m128i *)(const void *)folds[1]));
+    __m512i held[4];
+    for (size_t round = 0; round < rounds; round++, from += FOLDED) {
+        for (int i = 0; i < 4; i++) {
+            __m512i line = _mm512_loadu_si512(from + 64 * i);
+            if (to)
+                _mm512_stream_si512((__m512i *)(void *)(to + 64 * i), line);
+            if (round)
+                held[i] = folded(held[i], far, line);
+            else
+                held[i] = i ? line : _mm512_xor_si512(line, _mm512_zextsi128_si512(_mm_cvtsi32_si128((int)crc)));
+            _mm_prefetch((const char *)from + 64 * i + 2048, _MM_HINT_T0);
+        }
+        to = to ? to + FOLDED : NULL;
+    }
+    __m512i all = folded(folded(folded(held[0], near, held[1]), near, held[2]), near, held[3]);
+    uint64_t words[8];
+    _mm512_storeu_si512(words, all);
+    crc = 0;
+    for (int i = 0; i < 8; i++) /* what is left is 64 bytes with the same checksum */
+        crc = STEP8(crc, words[i]);
+    return crc;
+}
+
+AM_TARGET_AVX512 static uint32_t update_folding(uint32_t crc, const uint8_t *data, size_t length)
+{
+    size_t rounds = length / FOLDED;
+    if (rounds)
+        crc = fold_rounds(crc, NULL, data, rounds);
+    return update_hardware(crc, data + rounds * FOLDED, length - rounds * FOLDED);
+}
+
+AM_TARGET_AVX512 static uint32_t copy_folding(uint32_t crc, uint8_t *to, const uint8_t *from, size_t length)
+{
+    size_t rounds = length / FOLDED, done = rounds * FOLDED;
+    if (rounds)
+        crc = fold_rounds(crc, to, from, rounds);
+    return copy_avx2(crc, to + done, from + done, length - done);
 }
 #endif
 
@@ -175,11 +251,18 @@ static void prepare(void)
             slices[k][byte] = slices[0][slices[k - 1][byte] & 255] ^ (slices[k - 1][byte] >> 8);
     fill_advance(after_long, LONG);
     fill_advance(after_short, SHORT);
+#if defined(__x86_64__)
+    fill_folds();
+#endif
 }
 
 uint32_t am_crc32c(uint32_t value, const void *data, size_t length)
 {
     pthread_once(&once, prepare);
+#if defined(__x86_64__)
+    if (am_cpu_level() == AM_AVX512)
+        return ~update_folding(~value, data, length);
+#endif
 #ifdef HARDWARE
     if (am_cpu_level() >= HARDWARE)
         return ~update_hardware(~value, data, length);
@@ -191,7 +274,9 @@ uint32_t am_crc32c_copy(uint32_t value, void *to, const void *from, size_t lengt
 {
     pthread_once(&once, prepare);
 #if defined(__x86_64__)
-    if (am_cpu_level() >= AM_AVX2 && (uintptr_t)to % 64 == 0)
+    if (am_cpu_level() == AM_AVX512 && (uintptr_t)to % 64 == 0)
+        return ~copy_folding(~value, to, from, length);
+    if (am_cpu_level() == AM_AVX2 && (uintptr_t)to % 64 == 0)
         return ~copy_avx2(~value, to, from, length);
 #endif
     memcpy(to, from, length);

@@ -81,6 +81,13 @@ AM_INLINE float unordered(int32_t bits)
     return float_of((uint32_t)(bits ^ (int32_t)((uint32_t)(bits >> 31) >> 1)));
 }
 
+#if defined(__x86_64__)
+#include <emmintrin.h>
+#define STREAMS 1 /* past the caches (copy.h): part of every x86-64 */
+#else
+#define STREAMS 0
+#endif
+
 /* ---- Rows of values: up to 64 channels, always computed as 64 */
 
 AM_INLINE void load_row(uint32_t dtype, const void *source, size_t at, uint32_t count, float *row)
@@ -105,9 +112,9 @@ AM_INLINE void load_row(uint32_t dtype, const void *source, size_t at, uint32_t 
 
 AM_INLINE void store_row(uint32_t dtype, const float *row, uint32_t count, void *target, size_t at)
 {
-    uint8_t padded[PANEL * 4];
+    uint8_t padded[PANEL * 4] __attribute__((aligned(64)));
     size_t item = dtype == AM_F32 ? 4 : 2;
-    uint8_t *whole = (uint8_t *)target + at * item, *to = count < PANEL ? padded : whole;
+    uint8_t *whole = (uint8_t *)target + at * item, *to = padded;
     if (dtype == AM_BF16)
         for (uint32_t c = 0; c < PANEL; c++)
             ((half_bits *)to)[c] = (uint16_t)((bits_of(row[c]) + 0x7FFFu + (bits_of(row[c]) >> 16 & 1u)) >> 16);
@@ -116,8 +123,13 @@ AM_INLINE void store_row(uint32_t dtype, const float *row, uint32_t count, void 
             ((half_bits *)to)[c] = to_f16(row[c]);
     else
         memcpy(to, row, PANEL * 4);
-    if (count < PANEL)
+    if (count < PANEL || !STREAMS || (uintptr_t)whole % 16)
         memcpy(whole, padded, count * item);
+#if STREAMS
+    else
+        for (uint32_t i = 0; i < PANEL * item; i += 16)
+            _mm_stream_si128((__m128i *)(void *)(whole + i), *(const __m128i *)(const void *)(padded + i));
+#endif
 }
 
 #endif

@@ -97,6 +97,81 @@ static PyObject *set_cpu_level(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+/* ---- single blocks: for tests and measurements of the codecs ---- */
+
+/* The block of two buffers [rows, key_dim] and [rows, value_dim]; -1 with an error. */
+static int block_of_buffers(unsigned int dtype, const Py_buffer *key, const Py_buffer *value, am_block *block)
+{
+    if (!am_item(dtype) || key->ndim != 2 || value->ndim != 2 || key->itemsize != (Py_ssize_t)am_item(dtype) ||
+        value->itemsize != key->itemsize || key->shape[0] != value->shape[0] || key->shape[0] < 1 ||
+        key->shape[0] > (Py_ssize_t)AM_CODEC_MAX_ROWS || key->shape[1] < 1 || value->shape[1] < 1 ||
+        key->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM || value->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM) {
+        PyErr_SetString(PyExc_ValueError, "a block is K [1..64, 1..1024] and V [as many, 1..1024] of the dtype's values");
+        return -1;
+    }
+    *block = (am_block){dtype, (uint32_t)key->shape[0], (uint32_t)key->shape[1], (uint32_t)value->shape[1]};
+    return 0;
+}
+
+static PyObject *block_encode(PyObject *module, PyObject *args)
+{
+    (void)module;
+    unsigned int codec, dtype;
+    PyObject *key_object, *value_object, *encoded = NULL;
+    Py_buffer key, value;
+    if (!PyArg_ParseTuple(args, "IIOO:block_encode", &codec, &dtype, &key_object, &value_object))
+        return NULL;
+    if (PyObject_GetBuffer(key_object, &key, PyBUF_ND))
+        return NULL;
+    if (PyObject_GetBuffer(value_object, &value, PyBUF_ND)) {
+        PyBuffer_Release(&key);
+        return NULL;
+    }
+    am_block block;
+    if (!block_of_buffers(dtype, &key, &value, &block)) {
+        if (!am_codec_takes(codec, block))
+            encoded = Py_NewRef(Py_None);
+        else {
+            uint8_t *room = PyMem_Malloc(am_codec_size(codec, block));
+            uint64_t size = room ? am_codec_encode(codec, block, key.buf, value.buf, room) : 0;
+            encoded = !room  ? PyErr_NoMemory()
+                      : size ? PyBytes_FromStringAndSize((const char *)room, (Py_ssize_t)size)
+                             : Py_NewRef(Py_None);
+            PyMem_Free(room);
+        }
+    }
+    PyBuffer_Release(&key);
+    PyBuffer_Release(&value);
+    return encoded;
+}
+
+static PyObject *block_decode(PyObject *module, PyObject *args)
+{
+    unsigned int codec, dtype;
+    PyObject *key_object, *value_object, *none = NULL;
+    Py_buffer data, key, value;
+    if (!PyArg_ParseTuple(args, "IIy*OO:block_decode", &codec, &dtype, &data, &key_object, &value_object))
+        return NULL;
+    if (PyObject_GetBuffer(key_object, &key, PyBUF_ND | PyBUF_WRITABLE))
+        goto data_only;
+    if (PyObject_GetBuffer(value_object, &value, PyBUF_ND | PyBUF_WRITABLE))
+        goto key_too;
+    am_block block;
+    if (!block_of_buffers(dtype, &key, &value, &block)) {
+        if (!am_codec_takes(codec, block) ||
+            am_codec_decode(codec, block, data.buf, (uint64_t)data.len, key.buf, value.buf))
+            am_module_fail(module, AM_ENCODING, NULL);
+        else
+            none = Py_NewRef(Py_None);
+    }
+    PyBuffer_Release(&value);
+key_too:
+    PyBuffer_Release(&key);
+data_only:
+    PyBuffer_Release(&data);
+    return none;
+}
+
 /* ---- memory ---- */
 
 /* madvise over the whole system pages that `data` touches (outwards) or holds (inwards); errno of a failure, or 0. */
@@ -176,6 +251,8 @@ static PyMethodDef methods[] = {
     {"cpu_level", cpu_level, METH_NOARGS, "cpu_level(): name of the instruction set in use."},
     {"cpu_levels", cpu_levels, METH_NOARGS, "cpu_levels(): names that set_cpu_level takes on this CPU, fastest first."},
     {"set_cpu_level", set_cpu_level, METH_VARARGS, "set_cpu_level(name, /): use this one from now on, in all threads."},
+    {"block_encode", block_encode, METH_VARARGS, "block_encode(codec, dtype, key, value, /): bytes, None if not taken."},
+    {"block_decode", block_decode, METH_VARARGS, "block_decode(codec, dtype, data, key, value, /): into key and value."},
     {"prefault", prefault, METH_VARARGS,
      "prefault(data, fd=-1, /): bring a mapping of the file fd into memory; OSError where it can't be read."},
     {"reserve", reserve, METH_VARARGS, "reserve(data, /): give a fresh buffer its memory at once, in huge pages."},

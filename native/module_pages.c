@@ -438,81 +438,6 @@ release:
     return none;
 }
 
-/* ---- single blocks: for tests and measurements of the codecs ---- */
-
-/* The block of two buffers [rows, key_dim] and [rows, value_dim]; -1 with an error. */
-static int block_of_buffers(unsigned int dtype, const Py_buffer *key, const Py_buffer *value, am_block *block)
-{
-    if (!am_item(dtype) || key->ndim != 2 || value->ndim != 2 || key->itemsize != (Py_ssize_t)am_item(dtype) ||
-        value->itemsize != key->itemsize || key->shape[0] != value->shape[0] || key->shape[0] < 1 ||
-        key->shape[0] > (Py_ssize_t)AM_CODEC_MAX_ROWS || key->shape[1] < 1 || value->shape[1] < 1 ||
-        key->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM || value->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM) {
-        PyErr_SetString(PyExc_ValueError, "a block is K [1..64, 1..1024] and V [as many, 1..1024] of the dtype's values");
-        return -1;
-    }
-    *block = (am_block){dtype, (uint32_t)key->shape[0], (uint32_t)key->shape[1], (uint32_t)value->shape[1]};
-    return 0;
-}
-
-static PyObject *block_encode(PyObject *module, PyObject *args)
-{
-    (void)module;
-    unsigned int codec, dtype;
-    PyObject *key_object, *value_object, *encoded = NULL;
-    Py_buffer key, value;
-    if (!PyArg_ParseTuple(args, "IIOO:block_encode", &codec, &dtype, &key_object, &value_object))
-        return NULL;
-    if (PyObject_GetBuffer(key_object, &key, PyBUF_ND))
-        return NULL;
-    if (PyObject_GetBuffer(value_object, &value, PyBUF_ND)) {
-        PyBuffer_Release(&key);
-        return NULL;
-    }
-    am_block block;
-    if (!block_of_buffers(dtype, &key, &value, &block)) {
-        if (!am_codec_takes(codec, block))
-            encoded = Py_NewRef(Py_None);
-        else {
-            uint8_t *room = PyMem_Malloc(am_codec_size(codec, block));
-            uint64_t size = room ? am_codec_encode(codec, block, key.buf, value.buf, room) : 0;
-            encoded = !room  ? PyErr_NoMemory()
-                      : size ? PyBytes_FromStringAndSize((const char *)room, (Py_ssize_t)size)
-                             : Py_NewRef(Py_None);
-            PyMem_Free(room);
-        }
-    }
-    PyBuffer_Release(&key);
-    PyBuffer_Release(&value);
-    return encoded;
-}
-
-static PyObject *block_decode(PyObject *module, PyObject *args)
-{
-    unsigned int codec, dtype;
-    PyObject *key_object, *value_object, *none = NULL;
-    Py_buffer data, key, value;
-    if (!PyArg_ParseTuple(args, "IIy*OO:block_decode", &codec, &dtype, &data, &key_object, &value_object))
-        return NULL;
-    if (PyObject_GetBuffer(key_object, &key, PyBUF_ND | PyBUF_WRITABLE))
-        goto data_only;
-    if (PyObject_GetBuffer(value_object, &value, PyBUF_ND | PyBUF_WRITABLE))
-        goto key_too;
-    am_block block;
-    if (!block_of_buffers(dtype, &key, &value, &block)) {
-        if (!am_codec_takes(codec, block) ||
-            am_codec_decode(codec, block, data.buf, (uint64_t)data.len, key.buf, value.buf))
-            am_module_fail(module, AM_ENCODING, NULL);
-        else
-            none = Py_NewRef(Py_None);
-    }
-    PyBuffer_Release(&value);
-key_too:
-    PyBuffer_Release(&key);
-data_only:
-    PyBuffer_Release(&data);
-    return none;
-}
-
 PyMethodDef am_module_pages[] = {
     {"page_size", page_size, METH_VARARGS, "page_size(dtype, grid, layers, codec=0, /): length in bytes of such a page file."},
     {"page_write", page_write, METH_VARARGS,
@@ -526,7 +451,5 @@ PyMethodDef am_module_pages[] = {
     {"page_verify", page_verify, METH_VARARGS, "page_verify(data, /): check every checksum of a page file."},
     {"page_read", page_read, METH_VARARGS,
      "page_read(data, keys, values, at, check=True, first=0, /): decode layers out of a page file, from layer first on."},
-    {"block_encode", block_encode, METH_VARARGS, "block_encode(codec, dtype, key, value, /): bytes, None if not taken."},
-    {"block_decode", block_decode, METH_VARARGS, "block_decode(codec, dtype, data, key, value, /): into key and value."},
     {NULL, NULL, 0, NULL},
 };

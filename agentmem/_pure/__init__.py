@@ -13,12 +13,9 @@ import threading
 from typing import TYPE_CHECKING
 
 from ..errors import Incompatible
+from .codec import block_decode, block_encode
 from .crc import crc32c
 from .page import (
-    RULES,
-    PageError,
-    block_decode,
-    block_encode,
     page_encode,
     page_parse,
     page_read,
@@ -29,6 +26,7 @@ from .page import (
     prefault,
     reserve,
 )
+from .rules import RULES, PageError
 
 if TYPE_CHECKING:
     from types import ModuleType

@@ -7,15 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from .rules import broken
+
 if TYPE_CHECKING:
     import numpy.typing as npt
+    from typing_extensions import Buffer
 
-__all__ = ["CODECS", "MAX_DIM", "RAW", "decode", "encode", "expected", "fixed", "good_size"]
+__all__ = ["CODECS", "RAW", "block_decode", "block_encode", "decode", "encode", "expected", "fixed", "good_size"]
 
-RAW, LOSSLESS, DENSE, INT8, K8V4, INT4 = range(6)
-CODECS = range(6)
+RAW = 0
+LOSSLESS, DENSE = 1, 2
+CODECS = range(6)  # then int8, k8v4, int4
 #: Larger heads are stored raw.
 MAX_DIM = 1024
+MAX_ROWS = 64
 F16 = 2
 _ITEMS = {1: 4, 2: 2, 3: 2}
 
@@ -103,3 +108,34 @@ def decode(codec: int, dtype: int, data: bytes, key: npt.NDArray[Any], value: np
         from . import quantized
 
         quantized.decode(codec, dtype, data, key, value)
+
+
+def _one_block(dtype: int, key: Any, value: Any, *, writable: bool) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
+    import numpy as np
+
+    views = memoryview(key), memoryview(value)
+    if writable and any(view.readonly for view in views):
+        raise BufferError("key or value is read-only")
+    arrays = np.asarray(views[0]), np.asarray(views[1])
+    if (
+        dtype not in _ITEMS
+        or any(a.ndim != 2 or a.itemsize != _ITEMS[dtype] or not 1 <= a.shape[1] <= MAX_DIM for a in arrays)
+        or arrays[0].shape[0] != arrays[1].shape[0]
+        or not 1 <= arrays[0].shape[0] <= MAX_ROWS
+    ):
+        raise ValueError("a block is K [1..64, 1..1024] and V [as many, 1..1024] of the dtype's values")
+    return arrays
+
+
+def block_encode(wanted: int, dtype: int, key: Any, value: Any, /) -> bytes | None:
+    """One block in the codec ``wanted``; None if it isn't taken."""
+    return encode(wanted, dtype, *_one_block(dtype, key, value, writable=False))
+
+
+def block_decode(wanted: int, dtype: int, data: Buffer, key: Any, value: Any, /) -> None:
+    """Decode one block into ``key`` and ``value``; `PageError` for bytes that are no encoding."""
+    arrays = _one_block(dtype, key, value, writable=True)
+    try:
+        decode(wanted, dtype, bytes(memoryview(data)), *arrays)
+    except ValueError:
+        raise broken("encoding") from None

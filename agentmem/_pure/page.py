@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from . import codec
 from .crc import crc32c, rows_crc
+from .rules import broken
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 __all__ = [
-    "RULES",
-    "PageError",
-    "block_decode",
-    "block_encode",
     "page_encode",
     "page_parse",
     "page_read",
@@ -35,35 +32,6 @@ __all__ = [
     "prefault",
     "reserve",
 ]
-
-
-class PageError(ValueError):
-    """A page file or a layout breaks the rule ``args[0]``; ``args[1]`` says it in words."""
-
-
-#: The rules of native/page.c, in its words.
-RULES = {
-    "short": "the file is shorter than a header",
-    "magic": "the file is not a page file",
-    "version": "the file has another format version",
-    "header length": "the header's length is out of bounds",
-    "length": "the file is not as long as its header says",
-    "header checksum": "the header fails its checksum",
-    "reserved": "a reserved field is not zero",
-    "dtype": "the data type is unknown",
-    "grid": "the grid or block is out of bounds",
-    "layers": "the number of layers is out of bounds",
-    "shape": "a layer's heads or dimensions are out of bounds",
-    "codec": "an extent's codec is unknown",
-    "extent": "an extent does not lie where the layout puts it",
-    "padding": "padding is not zero",
-    "checksum": "an extent fails its checksum",
-    "encoding": "an extent is not an encoding of its codec",
-}
-
-
-def _broken(rule: str, where: str = "") -> PageError:
-    return PageError(rule, RULES[rule] + where)
 
 
 MAGIC = b"AMKVPAGE"
@@ -100,21 +68,21 @@ def _aligned(offset: int) -> int:
 def _places(dtype: int, grid: int, layers: Layers) -> tuple[int, int, int, list[_Place]]:
     """(header bytes, file bytes, extents, a place per layer) of a layout; raises `PageError` for an impossible one."""
     if dtype not in ITEMS:
-        raise _broken("dtype")
+        raise broken("dtype")
     if not (1 <= grid <= MAX_GRID and (grid <= BLOCK or grid % BLOCK == 0)):
-        raise _broken("grid")
+        raise broken("grid")
     if not 1 <= len(layers) <= MAX_LAYERS:
-        raise _broken("layers")
+        raise broken("layers")
     block = min(BLOCK, grid)
     blocks = grid // block
     extents = 0
     for heads, key_dim, value_dim in layers:
         if not (1 <= heads <= MAX_HEADS and 1 <= key_dim <= MAX_DIM and 1 <= value_dim <= MAX_DIM):
-            raise _broken("shape")
+            raise broken("shape")
         extents += heads * blocks
     first = offset = _aligned(FIXED + 4 * grid + LAYER.size * len(layers) + EXTENT.size * extents)
     if first > 0xFFFFFFFF:
-        raise _broken("header length")
+        raise broken("header length")
     places = []
     for heads, key_dim, value_dim in layers:
         size = block * (key_dim + value_dim) * ITEMS[dtype]
@@ -131,7 +99,7 @@ def page_size(dtype: int, grid: int, layers: Layers, wanted: int = 0, /) -> int:
     """
     first, length, _, places = _places(dtype, grid, layers)
     if wanted not in codec.CODECS:
-        raise _broken("codec")
+        raise broken("codec")
     if codec.fixed(wanted):
         length = first + sum(_aligned(codec.expected(wanted, *shape)) for shape in _block_shapes(dtype, places))
     return length
@@ -196,12 +164,12 @@ def _shapes(
 ) -> tuple[list[tuple[npt.NDArray[Any], npt.NDArray[Any]]], Layers]:
     """The arrays of every layer, checked, and their shapes."""
     if dtype not in ITEMS:
-        raise _broken("dtype")
+        raise broken("dtype")
     pairs = _pairs(keys, values, writable=writable)
     layers: Layers = tuple((k.shape[0], k.shape[2], v.shape[2]) for k, v in pairs)
     for i, (pair, shape) in enumerate(zip(pairs, layers, strict=True)):
         if shape[0] > MAX_HEADS or shape[1] > MAX_DIM or shape[2] > MAX_DIM:
-            raise _broken("shape")
+            raise broken("shape")
         _check_fit(pair, i, shape=shape, item=ITEMS[dtype], at=at, grid=grid)
     return pairs, layers
 
@@ -287,7 +255,7 @@ def page_encode(  # noqa: PLR0917
     block that the codec does not take is stored raw. With ``writeback`` the decoded values replace those given.
     """
     if wanted not in codec.CODECS:
-        raise _broken("codec")
+        raise broken("codec")
     pairs, layers = _shapes(dtype, grid, keys, values, at, writable=writeback)
     _places(dtype, grid, layers)
     block = min(BLOCK, grid)
@@ -326,17 +294,17 @@ def page_write_encoded(  # noqa: PLR0917
     view = memoryview(body).cast("B")
     entries = memoryview(table).cast("B")
     if len(entries) != extents * TABLE_ENTRY.size:
-        raise _broken("extent")
+        raise broken("extent")
     found = list(TABLE_ENTRY.iter_unpack(entries))
     offset = 0
     for (size, _, used), shape in zip(found, _block_shapes(dtype, places), strict=True):
         if used not in codec.CODECS:
-            raise _broken("codec")
+            raise broken("codec")
         if not codec.good_size(used, *shape, size) or _aligned(offset + size) > len(view):
-            raise _broken("extent")
+            raise broken("extent")
         offset = _aligned(offset + size)
     if offset != len(view):
-        raise _broken("extent")
+        raise broken("extent")
     return _write(fd, dtype, grid, number, ids, layers, found, view)
 
 
@@ -367,55 +335,55 @@ def _open(data: memoryview) -> _Header:
     """The checked header of a page file, in the order of checks of ``am_page_open``."""
     length = len(data)
     if length < FIXED:
-        raise _broken("short")
+        raise broken("short")
     magic, version, crc, first, dtype, total, grid, block, number, layer_count, extents, zero, *ids = (
         FIXED_FIELDS.unpack_from(data)
     )
     if magic != MAGIC:
-        raise _broken("magic")
+        raise broken("magic")
     if version != VERSION:
-        raise _broken("version")
+        raise broken("version")
     if first < FIXED or first % ALIGN or first > length:
-        raise _broken("header length")
+        raise broken("header length")
     if total != length:
-        raise _broken("length")
+        raise broken("length")
     if crc32c(data[16:first]) != crc:
-        raise _broken("header checksum")
+        raise broken("header checksum")
     if any(zero):
-        raise _broken("reserved")
+        raise broken("reserved")
     if dtype not in ITEMS:
-        raise _broken("dtype")
+        raise broken("dtype")
     if not (1 <= grid <= MAX_GRID and (grid <= BLOCK or grid % BLOCK == 0)) or block != min(BLOCK, grid):
-        raise _broken("grid")
+        raise broken("grid")
     if not 1 <= layer_count <= MAX_LAYERS:
-        raise _broken("layers")
+        raise broken("layers")
     layers_at = FIXED + 4 * grid
     extents_at = layers_at + LAYER.size * layer_count
     if extents_at > first:
-        raise _broken("header length")
+        raise broken("header length")
     layers = []
     for entry in LAYER.iter_unpack(data[layers_at:extents_at]):
         if not (1 <= entry[0] <= MAX_HEADS and 1 <= entry[1] <= MAX_DIM and 1 <= entry[2] <= MAX_DIM):
-            raise _broken("shape")
+            raise broken("shape")
         if entry[3]:
-            raise _broken("reserved")
+            raise broken("reserved")
         layers.append(entry[:3])
     end = extents_at + EXTENT.size * extents
     if sum(layer[0] for layer in layers) * (grid // block) != extents or first != _aligned(end):
-        raise _broken("header length")
+        raise broken("header length")
     _, _, _, places = _places(dtype, grid, tuple(layers))
     table = list(EXTENT.iter_unpack(data[extents_at:end]))
     where = first
     for (offset, size, _, used), shape in zip(table, _block_shapes(dtype, places), strict=True):
         if used not in codec.CODECS:
-            raise _broken("codec")
+            raise broken("codec")
         if offset != where or not codec.good_size(used, *shape, size) or _aligned(offset + size) > length:
-            raise _broken("extent")
+            raise broken("extent")
         where = _aligned(offset + size)
     if where != length:
-        raise _broken("length")
+        raise broken("length")
     if any(data[end:first]):
-        raise _broken("padding")
+        raise broken("padding")
     tokens = bytes(data[FIXED:layers_at])
     return _Header(dtype, grid, number, ids[0], ids[1], ids[2], tokens, tuple(layers), places, table)
 
@@ -449,7 +417,7 @@ def _check_extents(data: memoryview, header: _Header, layers: range) -> None:
             bad = bad_sum | rows[:, size:].any(axis=1)
             if bad.any():
                 i = int(np.argmax(bad))
-                raise _broken("checksum" if bad_sum[i] else "padding", _named(place, layer, done + i))
+                raise broken("checksum" if bad_sum[i] else "padding", _named(place, layer, done + i))
             done += len(run)
 
 
@@ -491,38 +459,7 @@ def page_read(  # noqa: PLR0917
             try:
                 codec.decode(used, header.dtype, bytes(view[offset : offset + size]), *parts)
             except ValueError:
-                raise _broken("encoding", _named(place, layer, i)) from None
-
-
-def _one_block(dtype: int, key: Any, value: Any, *, writable: bool) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:
-    import numpy as np
-
-    views = memoryview(key), memoryview(value)
-    if writable and any(view.readonly for view in views):
-        raise BufferError("key or value is read-only")
-    arrays = np.asarray(views[0]), np.asarray(views[1])
-    if (
-        dtype not in ITEMS
-        or any(a.ndim != 2 or a.itemsize != ITEMS[dtype] or not 1 <= a.shape[1] <= codec.MAX_DIM for a in arrays)
-        or arrays[0].shape[0] != arrays[1].shape[0]
-        or not 1 <= arrays[0].shape[0] <= BLOCK
-    ):
-        raise ValueError("a block is K [1..64, 1..1024] and V [as many, 1..1024] of the dtype's values")
-    return arrays
-
-
-def block_encode(wanted: int, dtype: int, key: Any, value: Any, /) -> bytes | None:
-    """One block in the codec ``wanted``; None if it isn't taken."""
-    return codec.encode(wanted, dtype, *_one_block(dtype, key, value, writable=False))
-
-
-def block_decode(wanted: int, dtype: int, data: Buffer, key: Any, value: Any, /) -> None:
-    """Decode one block into ``key`` and ``value``; `PageError` for bytes that are no encoding."""
-    arrays = _one_block(dtype, key, value, writable=True)
-    try:
-        codec.decode(wanted, dtype, bytes(memoryview(data)), *arrays)
-    except ValueError:
-        raise _broken("encoding") from None
+                raise broken("encoding", _named(place, layer, i)) from None
 
 
 def prefault(data: Buffer, fd: int = -1, /) -> None:

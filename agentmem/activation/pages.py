@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import mmap
 import os
 import secrets
@@ -131,6 +132,12 @@ class Layout:
         return cls(_FORMATS[formats.pop()], grid, tuple(shapes))
 
 
+@functools.lru_cache(maxsize=16)
+def _layout(dtype: int, grid: int, layers: tuple[tuple[int, int, int], ...]) -> Layout:
+    """The layout of a page's header. All pages of a model have the same, and making it takes most of opening a page."""
+    return Layout(_NAMES[dtype], grid, tuple(LayerShape(*layer) for layer in layers))
+
+
 class Stamp(NamedTuple):
     """What changes when a file does: device, inode, size, modification and change time in ns.
 
@@ -200,7 +207,7 @@ class Page:
         if link(self.parent, packed) != self.key:
             raise Corrupt(f"{path.name}: its key does not follow from its parent and tokens")
         self.tokens = tuple(array("i", packed))
-        self.layout = Layout(_NAMES[dtype], grid, tuple(LayerShape(*layer) for layer in layers))
+        self.layout = _layout(dtype, grid, layers)
         keyed = cipher if self.encrypted else None
         self.name = self.key if keyed is None else keyed.name(self.key)
         self.parent_name = self.parent if keyed is None else keyed.name(self.parent)
@@ -429,8 +436,9 @@ def stage_page(folder: Path, page: NewPage, *, durable: bool = True, cipher: Pag
 def stage_pages(
     folder: Path, pages: Sequence[NewPage], *, durable: bool = True, cipher: PageCipher | None = None
 ) -> list[Path]:
-    """`stage_page` of each, all or none, a few at once: checksums use several cores, syncs share the journal."""
-    if len(pages) <= 1:
+    """`stage_page` of each, all or none; a few at once where that saves time: syncs share the journal, codecs use several
+    cores, while plain writing is as fast from one thread."""
+    if len(pages) <= 1 or not (durable or cipher or any(page.codec != "raw" for page in pages)):
         return [stage_page(folder, page, durable=durable, cipher=cipher) for page in pages]
     with ThreadPoolExecutor(min(len(pages), WRITERS)) as pool:
         jobs = [pool.submit(stage_page, folder, page, durable=durable, cipher=cipher) for page in pages]
