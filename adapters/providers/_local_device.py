@@ -1,7 +1,7 @@
 """KV pages to an accelerator and back: layer by layer through pinned memory, the copies beside the computation.
 
-Knows torch's streams and events and how a page is read in parts; knows nothing of cache layers, models or stores. Without
-a stream (a CPU, in tests) the same steps run one after the other.
+Knows torch's streams and events and how a page is read in parts; knows nothing of cache layers, models or stores.
+Without a stream (a CPU, in tests) the same steps run one after the other.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def _host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
 class Loading:
     """Pages on their way into device tensors, in a thread of their own, layer after layer.
 
-    ``targets[layer]`` is (K, V), [KV heads, positions, head dim] on the device, of which the first ``len(pages) * grid``
-    positions are filled. `wait` is called before a layer's first use: by then the layers before it have been computed
+    ``targets[layer]`` is (K, V), [KV heads, positions, head dim] on the device, of which the first
+    ``len(pages) * grid`` positions are filled. `wait` is called before a layer's first use: by then the layers before it have been computed
     while this one was copied.
     """
 

@@ -436,8 +436,10 @@ def stage_page(folder: Path, page: NewPage, *, durable: bool = True, cipher: Pag
 def stage_pages(
     folder: Path, pages: Sequence[NewPage], *, durable: bool = True, cipher: PageCipher | None = None
 ) -> list[Path]:
-    """`stage_page` of each, all or none; a few at once where that saves time: syncs share the journal, codecs use several
-    cores, while plain writing is as fast from one thread."""
+    """`stage_page` of each, all or none; a few at once where that saves time.
+
+    Syncs share the journal and codecs use several cores, while plain writing is as fast from one thread.
+    """
     if len(pages) <= 1 or not (durable or cipher or any(page.codec != "raw" for page in pages)):
         return [stage_page(folder, page, durable=durable, cipher=cipher) for page in pages]
     with ThreadPoolExecutor(min(len(pages), WRITERS)) as pool:

@@ -52,6 +52,9 @@ class Shelf:
         self.records: dict[bytes, tuple[str, ...]] = {}
         self.limit = 1 << 30
 
+    def encode(self, layers: Sequence[tuple[Any, Any]], at: int) -> None:
+        pass
+
     def longest(self, identity: bytes, tokens: Sequence[int]) -> list[Page]:
         found = []
         for key in chain(identity, b"", tokens, GRID)[: self.limit]:
