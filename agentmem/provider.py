@@ -165,9 +165,9 @@ class Pages(Protocol):
 
         ``layers[i]`` is (K, V) of layer i: buffers (numpy arrays; bf16 as uint16 views), contiguous but for the heads,
         of shape [kv_heads, positions, head_dim] that hold positions ``first * grid ..``. ``records[j]`` are the ids of
-        the records that page ``first + j`` was made from (all that stand in the prompt up to its end). ``encoded[j]`` is
-        what `encode` gave for that page: needed with a lossy codec, for which ``layers`` may be empty. ``seconds`` is
-        what computing all of them took, where it was measured. Never raises for a full disk or a read-only folder: it
+        the records that page ``first + j`` was made from (all that stand in the prompt up to its end). ``encoded[j]``
+        is what `encode` gave for that page: needed with a lossy codec, for which ``layers`` may be empty. ``seconds``
+        is what computing all of them took, where it was measured. Never raises for a full disk or a read-only folder: it
         logs and returns 0.
         """
         ...

@@ -43,8 +43,8 @@ class Loading:
     """Pages on their way into device tensors, in a thread of their own, layer after layer.
 
     ``targets[layer]`` is (K, V), [KV heads, positions, head dim] on the device, of which the first
-    ``len(pages) * grid`` positions are filled. `wait` is called before a layer's first use: by then the layers before it have been computed
-    while this one was copied.
+    ``len(pages) * grid`` positions are filled. `wait` is called before a layer's first use: by then the layers before
+    it have been computed while this one was copied.
     """
 
     def __init__(self, pages: Sequence[Any], grid: int, targets: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
