@@ -167,8 +167,8 @@ class Pages(Protocol):
         of shape [kv_heads, positions, head_dim] that hold positions ``first * grid ..``. ``records[j]`` are the ids of
         the records that page ``first + j`` was made from (all that stand in the prompt up to its end). ``encoded[j]``
         is what `encode` gave for that page: needed with a lossy codec, for which ``layers`` may be empty. ``seconds``
-        is what computing all of them took, where it was measured. Never raises for a full disk or a read-only folder: it
-        logs and returns 0.
+        is what computing all of them took, where it was measured. Never raises for a full disk or a read-only folder:
+        it logs and returns 0.
         """
         ...
 

@@ -13,7 +13,8 @@ baseline in the same process and rounds as ours. torch has one thread unless the
   file and its folder; there the baseline is a plain write of as many bytes and a sync.
 - Restoring: in a new process, after one round that is not counted, into tensors that exist and were touched before;
   torch.load and pickle.load make their own, safetensors copies from its mapping. Ours opens, maps, checks every
-  checksum and decodes. "copy" is the limit: the same tensors copied within memory.
+  checksum and decodes, as the local provider does. "copy" is the limit: the same tensors copied within memory. Once
+  with one thread, once with as many as there are cores, for torch and for us.
 - Codecs: bytes on disk against the raw states, encoding and decoding in memory in GB/s of raw states on one thread,
   and against a copy of as many bytes.
 
@@ -188,27 +189,24 @@ def writing(folder: Path, states: Layers, rounds: int) -> dict[str, float]:
     return seconds.medians()
 
 
-def restoring(folder: Path, rounds: int) -> dict[str, float]:
+def restoring(folder: Path, rounds: int, threads: int) -> dict[str, float]:
     """In this process, which is a new one: files as `prepare` left them."""
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     shape = json.loads((folder / "shape.json").read_text())
     room = [tuple(torch.zeros(shape[1:], dtype=torch.bfloat16) for _ in "kv") for _ in range(shape[0])]
     tensors = named(room)  # type: ignore[arg-type]
     spare = {name: torch.ones_like(tensor) for name, tensor in tensors.items()}
     keys, values = arrays([k for k, _ in room]), arrays([v for _, v in room])
 
-    def one(codec: str, number: int) -> None:
-        page = Page(folder / codec / f"{number}.page")
-        page.read_layers(keys, values, number * GRID)
-        page.close()
-
     def pages(codec: str) -> None:
-        for number in range(shape[2] // GRID):
-            one(codec, number)
-
-    def pages_threaded(codec: str) -> None:
-        with ThreadPoolExecutor(2) as pool:
-            list(pool.map(lambda number: one(codec, number), range(shape[2] // GRID)))
+        opened = [Page(folder / codec / f"{number}.page") for number in range(shape[2] // GRID)]
+        if threads > 1:
+            with ThreadPoolExecutor(threads) as pool:
+                list(pool.map(lambda page: page.read_layers(keys, values, page.number * GRID), opened))
+        for page in opened:
+            if threads == 1:
+                page.read_layers(keys, values, page.number * GRID)
+            page.close()
 
     def safetensors() -> None:
         with safe_open(folder / "safetensors", framework="pt") as file:
@@ -225,8 +223,6 @@ def restoring(folder: Path, rounds: int) -> dict[str, float]:
 
     methods: dict[str, Callable[[], object]] = {f"pages, {codec}": partial(pages, codec) for codec in CODECS}
     methods |= {
-        "pages, raw, 2 threads": lambda: pages_threaded("raw"),
-        "pages, int8, 2 threads": lambda: pages_threaded("int8"),
         "safetensors into ready tensors": safetensors,
         "torch.load": lambda: torch.load(folder / "torch", weights_only=True),
         "pickle.load": pickled,
@@ -310,32 +306,51 @@ def measure(label: str, states: Layers, rounds: int) -> dict[str, Any]:
             path.unlink()
         prepare(folder, states)
         coded = coding(folder, states, rounds)
-        child = subprocess.run(
-            [sys.executable, __file__, "--restore", str(folder), "--rounds", str(rounds)],
-            capture_output=True, text=True, check=True,
-        )  # fmt: skip
-        read: dict[str, float] = json.loads(child.stdout)
+        read = {}
+        for threads in (1, os.cpu_count() or 1):
+            command = [sys.executable, __file__, "--restore", str(folder), "--rounds", str(rounds)]
+            child = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
+            read[threads] = json.loads(child.stdout)
     writers = ("safetensors.save_file", "torch.save", "pickle of DynamicCache", "plain write (limit)")
     readers = ("torch.load", "pickle.load", "safetensors into ready tensors", "copy (limit)")
     return {
         "states": label,
         "bytes": size,
         "rounds": rounds,
-        "seconds": {**wrote, **read},
+        "write_seconds": wrote,
         "write_ratio": {name: wrote[name] / wrote["pages"] for name in writers},
         "synced_write_ratio": {"plain write, synced": wrote["plain write, synced"] / wrote["pages, synced"]},
-        "restore_ratio": {name: read[name] / read["pages, raw"] for name in readers},
-        "restore_int8_ratio": {name: read[name] / read["pages, int8"] for name in readers},
+        "restore": [
+            {
+                "threads": threads,
+                "seconds": took,
+                "raw_ratio": {name: took[name] / took["pages, raw"] for name in readers},
+                "int8_ratio": {name: took[name] / took["pages, int8"] for name in readers},
+            }
+            for threads, took in read.items()
+        ],
         "codecs": coded,
     }
 
 
 def show(result: dict[str, Any]) -> None:
     print(f"{result['states']}: {result['bytes'] / 1e6:.0f} MB, {result['rounds']} rounds")
-    for name, taken in result["seconds"].items():
-        print(f"  {name:34} {taken * 1e3:9.2f} ms  {result['bytes'] / taken / 1e9:6.2f} GB/s")
-    for kind in ("write_ratio", "synced_write_ratio", "restore_ratio", "restore_int8_ratio"):
-        print(f"  {kind.replace('_', ' ')}: " + ", ".join(f"{v:.2f}x {name}" for name, v in result[kind].items()))
+
+    def speeds(seconds: dict[str, float]) -> None:
+        for name, taken in seconds.items():
+            print(f"  {name:34} {taken * 1e3:9.2f} ms  {result['bytes'] / taken / 1e9:6.2f} GB/s")
+
+    def ratios(label: str, found: dict[str, float]) -> None:
+        print(f"  {label}: " + ", ".join(f"{value:.2f}x {name}" for name, value in found.items()))
+
+    speeds(result["write_seconds"])
+    ratios("write", result["write_ratio"])
+    ratios("write, synced", result["synced_write_ratio"])
+    for restore in result["restore"]:
+        print(f"  restored in a new process with {restore['threads']} threads:")
+        speeds(restore["seconds"])
+        ratios("raw", restore["raw_ratio"])
+        ratios("int8", restore["int8_ratio"])
     for codec, row in result["codecs"].items():
         print(
             f"  {codec:9} {row['bytes']:.3f} of the bytes ({1 / row['bytes']:.2f}x), encode {row['encode_gb_s']:5.2f}, "
@@ -349,9 +364,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--large", action="store_true", help="also 1 GiB in the shape of an 8B model")
     parser.add_argument("--restore", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--threads", type=int, default=1, help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.restore is not None:
-        json.dump(restoring(given.restore, given.rounds), sys.stdout)
+        json.dump(restoring(given.restore, given.rounds, given.threads), sys.stdout)
         return
     results = [measure(f"SmolLM2-135M, {tokens} tokens", real_states(tokens), given.rounds) for tokens in given.tokens]
     if given.large:
