@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 import logging
 import math
 from collections.abc import Callable, Sequence
@@ -305,24 +306,33 @@ class States:
 
 
 def _leading(pages: Sequence[Any], read: Callable[[Any, int], None]) -> int:
-    """How many pages from the first on could be read, several at a time."""
+    """How many pages from the first on could be read. Each of torch's threads reads a run of neighbours."""
+    failed: dict[int, AgentMemError] = {}
 
-    def one(number: int) -> AgentMemError | None:
-        try:
-            read(pages[number], number)
-        except AgentMemError as error:
-            return error
-        return None
+    def run(numbers: range) -> None:
+        for number in numbers:
+            try:
+                read(pages[number], number)
+            except AgentMemError as error:
+                failed[number] = error
+                return
 
-    if len(pages) > 1 and torch.get_num_threads() > 1:
-        with ThreadPoolExecutor(min(len(pages), torch.get_num_threads())) as pool:
-            errors = list(pool.map(one, range(len(pages))))
+    count = min(len(pages), torch.get_num_threads())
+    cuts = [len(pages) * i // count for i in range(count + 1)]
+    mine, *others = (range(start, end) for start, end in itertools.pairwise(cuts))
+    if others:
+        # New threads each time: a pool that was kept would be without its threads in a forked child.
+        with ThreadPoolExecutor(len(others)) as pool:
+            jobs = [pool.submit(run, numbers) for numbers in others]
+            run(mine)
+        for job in jobs:
+            job.result()
     else:
-        errors = [one(number) for number in range(len(pages))]
-    for number, error in enumerate(errors):
-        if error is not None:
-            log.warning("a KV page could not be read and is computed again: %s", error)
-            return number
+        run(mine)
+    if failed:
+        number = min(failed)
+        log.warning("a KV page could not be read and is computed again: %s", failed[number])
+        return number
     return len(pages)
 
 

@@ -33,7 +33,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -41,6 +40,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from agentmem.adapters.providers._local_kv import _leading
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -200,12 +200,8 @@ def restoring(folder: Path, rounds: int, threads: int) -> dict[str, float]:
 
     def pages(codec: str) -> None:
         opened = [Page(folder / codec / f"{number}.page") for number in range(shape[2] // GRID)]
-        if threads > 1:
-            with ThreadPoolExecutor(threads) as pool:
-                list(pool.map(lambda page: page.read_layers(keys, values, page.number * GRID), opened))
+        assert _leading(opened, lambda page, number: page.read_layers(keys, values, number * GRID)) == len(opened)
         for page in opened:
-            if threads == 1:
-                page.read_layers(keys, values, page.number * GRID)
             page.close()
 
     def safetensors() -> None:
