@@ -40,7 +40,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from agentmem.adapters.providers._local_kv import _leading
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -192,6 +191,7 @@ def writing(folder: Path, states: Layers, rounds: int) -> dict[str, float]:
 def restoring(folder: Path, rounds: int, threads: int) -> dict[str, float]:
     """In this process, which is a new one: files as `prepare` left them."""
     torch.set_num_threads(threads)
+    leading = import_module("agentmem.adapters.providers._local_kv")._leading
     shape = json.loads((folder / "shape.json").read_text())
     room = [tuple(torch.zeros(shape[1:], dtype=torch.bfloat16) for _ in "kv") for _ in range(shape[0])]
     tensors = named(room)  # type: ignore[arg-type]
@@ -200,7 +200,7 @@ def restoring(folder: Path, rounds: int, threads: int) -> dict[str, float]:
 
     def pages(codec: str) -> None:
         opened = [Page(folder / codec / f"{number}.page") for number in range(shape[2] // GRID)]
-        assert _leading(opened, lambda page, number: page.read_layers(keys, values, number * GRID)) == len(opened)
+        assert leading(opened, lambda page, number: page.read_layers(keys, values, number * GRID)) == len(opened)
         for page in opened:
             page.close()
 
@@ -227,6 +227,7 @@ def restoring(folder: Path, rounds: int, threads: int) -> dict[str, float]:
     seconds = Seconds()
     for _ in range(rounds + 1):
         for name, method in methods.items():
+            time.sleep(0.05)  # until the threads that torch keeps waiting for more work have gone to sleep
             seconds.time(name, method)
     pages("raw")
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
