@@ -14,7 +14,8 @@ baseline in the same process and rounds as ours. torch has one thread unless the
 - Restoring: in a new process, after one round that is not counted, into tensors that exist and were touched before;
   torch.load and pickle.load make their own, safetensors copies from its mapping. Ours opens, maps, checks every
   checksum and decodes, as the local provider does. "copy" is the limit: the same tensors copied within memory. Once
-  with one thread, once with as many as there are cores, for torch and for us.
+  with one thread, once with as many as there are cores, for torch (whose waiting threads sleep: OMP_WAIT_POLICY) and
+  for us.
 - Codecs: bytes on disk against the raw states, encoding and decoding in memory in GB/s of raw states on one thread,
   and against a copy of as many bytes.
 
@@ -227,7 +228,6 @@ def restoring(folder: Path, rounds: int, threads: int) -> dict[str, float]:
     seconds = Seconds()
     for _ in range(rounds + 1):
         for name, method in methods.items():
-            time.sleep(0.05)  # until the threads that torch keeps waiting for more work have gone to sleep
             seconds.time(name, method)
     pages("raw")
     kept = {name: tensor.clone() for name, tensor in tensors.items()}
@@ -303,10 +303,12 @@ def measure(label: str, states: Layers, rounds: int) -> dict[str, Any]:
             path.unlink()
         prepare(folder, states)
         coded = coding(folder, states, rounds)
-        read = {}
+        read, quiet = {}, {**os.environ, "OMP_WAIT_POLICY": "passive"}
         for threads in (1, os.cpu_count() or 1):
             command = [sys.executable, __file__, "--restore", str(folder), "--rounds", str(rounds)]
-            child = subprocess.run([*command, "--threads", str(threads)], capture_output=True, text=True, check=True)
+            child = subprocess.run(
+                [*command, "--threads", str(threads)], capture_output=True, text=True, check=True, env=quiet
+            )
             read[threads] = json.loads(child.stdout)
     writers = ("safetensors.save_file", "torch.save", "pickle of DynamicCache", "plain write (limit)")
     readers = ("torch.load", "pickle.load", "safetensors into ready tensors", "copy (limit)")
