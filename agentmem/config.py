@@ -11,7 +11,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import Field, SecretStr, ValidationError
+from pydantic import Field, SecretStr, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     InitSettingsSource,
@@ -53,7 +53,9 @@ class Settings(BaseSettings):
     recall_tokens: int = Field(default=500, ge=0, description="tokens of recalled records in a turn at most")
     core_tokens: int = Field(default=512, ge=0, description="tokens of the core block at most; 0 for none")
     history_tokens: int = Field(default=3000, ge=0, description="tokens of the running conversation kept in the prompt")
-    page_tokens: int = Field(default=256, ge=16, multiple_of=16, description="the token grid: tokens per KV page")
+    page_tokens: int = Field(
+        default=256, description="the token grid: tokens per KV page; 16, 32, 48 or a multiple of 64 up to 65536"
+    )
     page_budget: int = Field(
         default=8 << 30, ge=0, description="bytes of KV pages on disk and in RAM; 0 turns activation memory off"
     )
@@ -66,6 +68,13 @@ class Settings(BaseSettings):
     providers: dict[str, dict[str, Any]] = Field(
         default={}, description="one table per scheme: [providers.openai] base_url = …, [providers.local] device = …"
     )
+
+    @field_validator("page_tokens")
+    @classmethod
+    def _on_the_grid(cls, tokens: int) -> int:
+        if tokens not in (16, 32, 48) and (tokens % 64 or not 0 < tokens <= 65536):
+            raise ValueError("give 16, 32, 48 or a multiple of 64 up to 65536")
+        return tokens
 
     @classmethod
     def settings_customise_sources(
@@ -105,8 +114,9 @@ def read(config: str | os.PathLike[str] | None = None, **keywords: Any) -> Setti
     except ValidationError as error:
         first = error.errors()[0]
         name = ".".join(str(part) for part in first["loc"])
-        # A provider's table may hold a key, so its values are never repeated; nor is the page key.
-        given = "" if name.startswith(("providers", "page_key")) else f" (given: {reprlib.repr(first.get('input'))})"
+        # A provider's table may hold a key, so its values are never repeated; nor is the page key, also misspelt.
+        secret = name.startswith(("providers", "page_key")) or first["type"] == "extra_forbidden"
+        given = "" if secret else f" (given: {reprlib.repr(first.get('input'))})"
         raise ConfigError(f"setting {name!r}: {first['msg']}{given}") from None
     except SettingsError as error:  # the environment holds something that is no JSON where JSON is wanted
         raise ConfigError(f"the environment can't be read: {error}") from None

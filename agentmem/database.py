@@ -22,7 +22,10 @@ __all__ = ["FORMAT", "Database"]
 
 #: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
 #: place.
-FORMAT = 1
+FORMAT = 2
+
+#: What makes of a file of each format one of the next, in one transaction.
+UPGRADES = {1: "ALTER TABLE pages ADD COLUMN codec TEXT NOT NULL DEFAULT 'raw'"}
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -162,11 +165,11 @@ class Database:
             )
         connection.execute("BEGIN IMMEDIATE")
         try:
-            # Another process may have created the tables while this one waited for the lock.
-            if connection.execute("PRAGMA user_version").fetchone()[0] == 0:
-                for statement in _statements(SCHEMA):
-                    connection.execute(statement)
-                connection.execute(f"PRAGMA user_version = {FORMAT}")
+            # Another process may have made the tables while this one waited for the lock.
+            found = connection.execute("PRAGMA user_version").fetchone()[0]
+            for statement in _statements(SCHEMA) if found == 0 else (UPGRADES[old] for old in range(found, FORMAT)):
+                connection.execute(statement)
+            connection.execute(f"PRAGMA user_version = {max(found, FORMAT)}")
             connection.execute("COMMIT")
         except BaseException:
             connection.execute("ROLLBACK")

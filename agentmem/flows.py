@@ -319,15 +319,17 @@ def report(engine: Engine, scope: Scope) -> Report:
 
 
 def verify(engine: Engine) -> Verification:
-    """Check every record, vector, page and LoRA version against its checksum."""
+    """Check every record, vector, page, saved slot and LoRA version against its checksum."""
     problems = list(engine.records.verify())
     if engine.index is not None:
         problems += engine.index.verify()
     problems += engine.pages.verify()
+    slots, damaged = engine.slots.verify()
+    problems += damaged
     problems += engine.registry.verify()
     held = engine.database.query("SELECT (SELECT COUNT(*) FROM pages) AS pages, (SELECT COUNT(*) FROM loras) AS loras")[
         0
     ]
     return Verification(
-        records=engine.records.count(Scope()), pages=held["pages"], loras=held["loras"], problems=problems
+        records=engine.records.count(Scope()), pages=held["pages"], loras=held["loras"], slots=slots, problems=problems
     )

@@ -374,7 +374,7 @@ class Memory(ScopedMemory):
         return cls(config=config)
 
     def verify(self) -> Verification:
-        """Check every record, vector, KV page and LoRA version against its checksum."""
+        """Check every record, vector, KV page, saved slot and LoRA version against its checksum."""
         return run(local(flows.verify, self._engine))
 
     def close(self) -> None:

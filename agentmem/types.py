@@ -238,11 +238,12 @@ class Context(Value):
 
 
 class Verification(Value):
-    """What ``verify`` found. Each problem names the damaged thing and what to do about it."""
+    """What ``verify`` found. Each problem names the damaged thing. ``slots`` are the saved slots of servers."""
 
     records: int
     pages: int
     loras: int
+    slots: int = 0
     problems: list[str] = []
 
     @property
@@ -252,4 +253,5 @@ class Verification(Value):
 
     def __str__(self) -> str:
         held = f"{self.records} records, {self.pages} KV pages, {self.loras} LoRA versions"
+        held += f", {self.slots} saved slots" if self.slots else ""
         return "\n".join([f"{held}: " + ("all sound" if self.ok else f"{len(self.problems)} problems"), *self.problems])

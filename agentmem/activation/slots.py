@@ -98,16 +98,12 @@ class TenantSlots:
             if told != (_name(self._root(facts), held), dict(facts), len(held), _ids(held)):
                 why = "its manifest is another slot's"
             else:
-                try:
-                    size, crc = _checksum(folder / saved.name)
-                except OSError as error:
-                    why = f"it can't be read ({error.strerror})"
-                else:
-                    if (size, crc) == (manifest["bytes"], manifest["crc32c"]):
-                        with contextlib.suppress(OSError):  # the order of eviction; a read-only folder has none
-                            os.utime(folder / f"{saved.name}.json")
-                        return True
-                    why = "its bytes are not those that were saved"
+                fault = _fault(folder / saved.name, manifest)
+                if fault is None:
+                    with contextlib.suppress(OSError):  # the order of eviction; a read-only folder has none
+                        os.utime(folder / f"{saved.name}.json")
+                    return True
+                why = fault
         self._store.put_aside(folder, saved.name, why)
         return False
 
@@ -214,6 +210,25 @@ class SlotStore:
     def size(self) -> int:
         """Bytes of all slot files in the folders of this memory."""
         return sum(_size(file) for folder in self._folders() for file in _listed(folder, "*.slot"))
+
+    def verify(self) -> tuple[int, list[str]]:
+        """Read every saved slot; how many are sound, and a sentence for each that is damaged.
+
+        Those of other memories that save to the same folder count too: from its name nobody can tell whose a file is.
+        Damaged ones are put aside as a use of them would do.
+        """
+        sound, problems = 0, []
+        for folder in self._folders():
+            for file in _listed(folder, "*.slot.json"):
+                name = file.name.removesuffix(".json")
+                manifest = _read(file)
+                fault = "its manifest is damaged" if manifest is None else _fault(folder / name, manifest)
+                if fault is None:
+                    sound += 1
+                elif file.exists():  # else it was deleted this moment
+                    problems.append(f"{folder / name}: {fault}")
+                    self.put_aside(folder, name, fault)
+        return sound, sorted(problems)
 
     # ---- what a tenant's view asks
 
@@ -385,6 +400,15 @@ def _checksum(file: Path) -> tuple[int, int]:
             crc = crc32c(buffer[:count], crc)
             size += count
     return size, crc
+
+
+def _fault(file: Path, manifest: Mapping[str, Any]) -> str | None:
+    """What is wrong with the bytes of a saved slot; None if they are as its manifest says."""
+    try:
+        told = _checksum(file)
+    except OSError as error:
+        return f"it can't be read ({error.strerror})"
+    return None if told == (manifest["bytes"], manifest["crc32c"]) else "its bytes are not those that were saved"
 
 
 #: What a manifest holds beside its digest.

@@ -150,7 +150,11 @@ class PageStore:
         for number, (key, name) in enumerate(zip(keys, names, strict=True)):
             if name not in rows:
                 break
-            page = self._opened(rows[name], now)
+            try:
+                page = self._opened(rows[name], now)
+            except ForeignKey as error:  # a name of ours, and a file that is not
+                self._catalog.put_aside(name, str(error))
+                break
             if page is None:
                 break
             if number == 0 and page.seconds > len(page.data) / _CACHED_RATE:
@@ -168,7 +172,10 @@ class PageStore:
         return pages
 
     def _opened(self, row: PageRow, now: float) -> Page | None:
-        """This page from RAM or from its file, its header checked; None where it is missing or not sound."""
+        """This page from RAM or from its file, its header checked; None where it is missing or not sound.
+
+        Raises `ForeignKey` where it is encrypted and can't be read here, which says nothing against it.
+        """
         path = self._catalog.path(row.key)
         page = self._budget.ram.get(row.key, path, used=now)
         proved = functools.partial(self._proved, pinned=row.pinned, used=now)
@@ -180,6 +187,8 @@ class PageStore:
         except FileNotFoundError:
             self._catalog.tidy()
             return None
+        except ForeignKey:
+            raise
         except (Corrupt, Incompatible) as error:
             self._catalog.put_aside(row.key, str(error))
             return None
@@ -318,7 +327,7 @@ class PageStore:
         """Bring these pages (default: all, the last used first) into RAM, checked, as far as the budget lets them.
 
         The next request copies them without waiting for the disk and without checking them again. Damaged ones are put
-        aside. Says what is in RAM afterwards of what was asked for.
+        aside, those under another page key are passed over. Says what is in RAM afterwards of what was asked for.
         """
         started = time.perf_counter()
         rows, room = [], self._budget.share
@@ -333,13 +342,14 @@ class PageStore:
         there: list[int] = []
         now = self._clock()
         for row in rows:
-            page = self._opened(row, now)
-            if page is not None:
-                with contextlib.suppress(Corrupt, Incompatible):
-                    if not page.verified:
-                        page.verify()
-                    if self._budget.admit(page, pinned=row.pinned, used=now, displace=True):
-                        there.append(row.bytes)
+            with contextlib.suppress(Corrupt, Incompatible):
+                page = self._opened(row, now)
+                if page is None:
+                    continue
+                if not page.verified:
+                    page.verify()
+                if self._budget.admit(page, pinned=row.pinned, used=now, displace=True):
+                    there.append(row.bytes)
         return Swapped(pages=len(there), bytes=sum(there), seconds=time.perf_counter() - started)
 
     def _chosen(self, keys: Sequence[str] | None) -> list[PageRow]:

@@ -231,6 +231,7 @@ def test_pages_under_another_key_or_none_are_a_miss_and_stay(safe: Safe, tmp_pat
         other = Safe(tmp_path / "safe", key)
         assert other.found() == 0
         assert other.store.verify() == []
+        assert other.store.swap_in().pages == 0
         assert other.seal() == 3
         assert other.found() == 3
     assert safe.found() == 3

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from agentmem.activation.store import PageStore
 from agentmem.config import read
+from agentmem.database import Database
 from agentmem.errors import ConfigError
 
 
@@ -39,10 +41,21 @@ def test_providers_have_tables(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert settings.providers["openai"] == {"base_url": "http://127.0.0.1:1/v1"}
 
 
-@pytest.mark.parametrize("text", ["colour = 1", "recall_k = 'many'", "recall_k = -1", "page_tokens = 100", "= 1"])
+@pytest.mark.parametrize("text", ["colour = 1", "recall_k = 'many'", "recall_k = -1", "= 1"])
 def test_wrong_settings_are_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError):
         read(write(tmp_path, text))
+
+
+@pytest.mark.parametrize("tokens", [0, -64, 8, 80, 100, 65600, 1 << 20])
+def test_a_grid_that_no_page_can_have_is_refused_at_once(tokens: int) -> None:
+    with pytest.raises(ConfigError, match="page_tokens"):
+        read(page_tokens=tokens)
+
+
+@pytest.mark.parametrize("tokens", [16, 48, 64, 256, 65536])
+def test_a_grid_that_pages_can_have_is_taken(tmp_path: Path, tokens: int) -> None:
+    PageStore(Database(":memory:"), tmp_path, grid=read(page_tokens=tokens).page_tokens)
 
 
 def test_missing_file_is_named(tmp_path: Path) -> None:
@@ -50,10 +63,11 @@ def test_missing_file_is_named(tmp_path: Path) -> None:
         read(tmp_path / "nowhere.toml")
 
 
-def test_a_key_never_reaches_the_message(tmp_path: Path) -> None:
+@pytest.mark.parametrize("text", ['providers = "{}"', 'page_key = ["{}"]', 'page-key = "{}"', '[page]\nkey = "{}"'])
+def test_a_key_never_reaches_the_message(tmp_path: Path, text: str) -> None:
     with pytest.raises(ConfigError) as raised:
-        read(write(tmp_path, 'providers = "sk-secret"'))
-    assert "sk-secret" not in str(raised.value)
+        read(write(tmp_path, text.format("5ec3e7" * 10)))
+    assert "5ec3e7" not in str(raised.value)
 
 
 def test_an_environment_that_is_no_json_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,6 +150,24 @@ def test_a_manifest_that_is_none_is_a_miss(slots: TenantSlots, folder: Path, tex
     assert not usable(slots, folder)
 
 
+@pytest.mark.parametrize("damage", ["file", "manifest", "missing"])
+def test_verify_reads_every_slot_and_puts_the_damaged_aside(
+    store: SlotStore, slots: TenantSlots, folder: Path, damage: str
+) -> None:
+    name, good = save(slots, folder), save(slots, folder, IDS[:20])
+    assert store.verify() == (2, [])
+    if damage == "missing":
+        (folder / name).unlink()
+    else:
+        file = folder / (name if damage == "file" else f"{name}.json")
+        file.write_bytes(file.read_bytes()[:-1])
+    sound, [problem] = store.verify()
+    assert sound == 1
+    assert name in problem
+    assert store.verify() == (1, [])
+    assert store.made_from(["r1"]) == sorted([name, good])  # forgetting still finds it
+
+
 def test_foreign_files_are_left_alone(slots: TenantSlots, folder: Path) -> None:
     for foreign in ("model.bin", "x.slot", "notes.json"):
         (folder / foreign).write_text("theirs")
