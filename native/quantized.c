@@ -351,6 +351,7 @@ int am_quantized_decode(uint32_t codec, am_block block, const uint8_t *in, uint6
         wrong = (*(const half_bits *)(in + i) & 0x7C00u) == 0x7C00u;
     if (wrong)
         return -1;
-    chosen().decode(at, block, in, key, value);
+    if (!am_quantized_decode_avx512(at, block, in, key, value))
+        chosen().decode(at, block, in, key, value);
     return 0;
 }

@@ -38,4 +38,7 @@ AM_INLINE am_quantized am_quantized_layout(uint32_t codec, am_block block)
     return at;
 }
 
+/* Decodes the usual blocks where the CPU has AVX-512 and bf16 instructions (quantized_avx512.c); 0 where it does not. */
+int am_quantized_decode_avx512(am_quantized at, am_block block, const uint8_t *in, void *key, void *value);
+
 #endif

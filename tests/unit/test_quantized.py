@@ -62,8 +62,15 @@ def taken(codec: int, dtype: int, key: Any, value: Any) -> bool:
     return quantized.size(codec, dtype, len(key), key.shape[1], value.shape[1]) < raw
 
 
-def decoded(module: Any, codec: int, dtype: int, data: Any, key: Any, value: Any) -> tuple[Any, Any]:
-    room = np.zeros_like(key), np.zeros_like(value)
+def room_like(array: Any, offset: int = 0) -> Any:
+    """As many zeros, ``offset`` bytes behind a cache line: on one, decoding may store past the caches."""
+    memory = np.zeros(array.nbytes + 64 + offset, np.uint8)
+    start = -memory.ctypes.data % 64 + offset
+    return memory[start : start + array.nbytes].view(array.dtype).reshape(array.shape)
+
+
+def decoded(module: Any, codec: int, dtype: int, data: Any, key: Any, value: Any, offset: int = 0) -> tuple[Any, Any]:
+    room = room_like(key, offset), room_like(value, offset)
     (module.decode if module is quantized else module.block_decode)(codec, dtype, data, *room)
     return room
 
@@ -232,3 +239,21 @@ def test_the_bytes_lie_as_drawn() -> None:
         assert code == round(float((key[token, channel] - scales[128 + at]) / scales[at]))
         code = values[channel // 32, token // 4, channel % 16, token % 4] >> 4 * (channel % 32 // 16) & 15
         assert code == round(float((value[token, channel] - scales[320 + token]) / scales[256 + token]))
+
+
+@pytest.mark.parametrize("codec", CODECS)
+@pytest.mark.parametrize("level", native.cpu_levels())
+def test_where_the_room_begins_changes_nothing(codec: int, level: str) -> None:
+    random = np.random.default_rng(codec)
+    for dims in ((64, 64), (128, 192), (256, 64), (64, 63)):
+        for _ in range(6):
+            key, value = (stored(BF16, some_values(random, 64, dim)) for dim in dims)
+            native.set_cpu_level(level)
+            data = native.block_encode(codec, BF16, key, value)
+            if data is None:
+                continue
+            wanted = decoded(quantized, codec, BF16, data, key, value)
+            for offset in (0, 2, 16, 32):
+                got = decoded(native, codec, BF16, data, key, value, offset)
+                assert np.array_equal(got[0], wanted[0])
+                assert np.array_equal(got[1], wanted[1])
