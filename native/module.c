@@ -4,11 +4,12 @@
  * types. Stable ABI of 3.11.
  */
 #if defined(__linux__) && !defined(_GNU_SOURCE)
-#define _GNU_SOURCE /* syscall */
+#define _GNU_SOURCE /* syscall, sync_file_range */
 #endif
 #include "module.h"
 
 #include <errno.h>
+#include <fcntl.h>
 #include <sys/mman.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -244,6 +245,21 @@ static PyObject *reserve(PyObject *module, PyObject *args)
     Py_RETURN_NONE;
 }
 
+static PyObject *write_behind(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int fd;
+    if (!PyArg_ParseTuple(args, "i:write_behind", &fd))
+        return NULL;
+#if defined(__linux__)
+    Py_BEGIN_ALLOW_THREADS
+    /* Only a hint: what does not reach the disk is told by the sync that follows. */
+    (void)sync_file_range(fd, 0, 0, SYNC_FILE_RANGE_WRITE);
+    Py_END_ALLOW_THREADS
+#endif
+    Py_RETURN_NONE;
+}
+
 /* ---- the module ---- */
 
 static PyMethodDef methods[] = {
@@ -255,6 +271,7 @@ static PyMethodDef methods[] = {
     {"block_decode", block_decode, METH_VARARGS, "block_decode(codec, dtype, data, key, value, /): into key and value."},
     {"prefault", prefault, METH_VARARGS,
      "prefault(data, fd=-1, /): bring a mapping of the file fd into memory; OSError where it can't be read."},
+    {"write_behind", write_behind, METH_VARARGS, "write_behind(fd, /): begin to bring the file to the disk."},
     {"reserve", reserve, METH_VARARGS, "reserve(data, /): give a fresh buffer its memory at once, in huge pages."},
     {NULL, NULL, 0, NULL},
 };

@@ -25,6 +25,7 @@ from .page import (
     page_write_encoded,
     prefault,
     reserve,
+    write_behind,
 )
 from .rules import RULES, PageError
 
@@ -50,6 +51,7 @@ __all__ = [
     "prefault",
     "reserve",
     "set_cpu_level",
+    "write_behind",
 ]
 
 logger = logging.getLogger("agentmem")

@@ -31,6 +31,7 @@ __all__ = [
     "page_write_encoded",
     "prefault",
     "reserve",
+    "write_behind",
 ]
 
 
@@ -468,3 +469,7 @@ def prefault(data: Buffer, fd: int = -1, /) -> None:
 
 def reserve(data: Buffer, /) -> None:
     """Give a fresh buffer its memory at once. Needs the C extension: here it does nothing."""
+
+
+def write_behind(fd: int, /) -> None:
+    """Begin to bring the file to the disk. Needs the C extension: here it does nothing."""

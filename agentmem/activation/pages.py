@@ -41,7 +41,6 @@ __all__ = [
     "Stamp",
     "encode",
     "publish",
-    "stage_page",
     "stage_pages",
     "sync_folder",
     "write_page",
@@ -59,7 +58,7 @@ CODECS: dict[Codec, int] = {"raw": 0, "lossless": 1, "dense": 2, "int8": 3, "k8v
 LOSSY: frozenset[Codec] = frozenset({"int8", "k8v4", "int4"})
 #: Buffers carry no bf16: its bits travel as 16-bit integers.
 _FORMATS: dict[str, Dtype] = {"f": "f32", "e": "f16", "H": "bf16", "h": "bf16"}
-#: Pages that are written at once. More than cores, because a sync is mostly waiting.
+#: Pages that are encoded or encrypted at once.
 WRITERS = 4
 #: Broken rules that say "not for this version", where every other says "damaged".
 _FOREIGN = {"version", "dtype", "codec"}
@@ -402,12 +401,8 @@ def _write_encrypted(
             done += os.write(descriptor, view[done:])
 
 
-def stage_page(folder: Path, page: NewPage, *, durable: bool = True, cipher: PageCipher | None = None) -> Path:
-    """Write a whole page to a temporary file of ``folder`` and return its path; `publish` gives it its name.
-
-    With ``durable`` the bytes are on disk at return; with ``cipher`` they are encrypted. Raises `InvalidInput` before
-    anything is written, OSError for a full disk or a read-only folder; then nothing is left behind.
-    """
+def _stage(folder: Path, page: NewPage, cipher: PageCipher | None, *, behind: bool) -> Path:
+    """Write a whole page to a temporary file; ``behind`` begins to bring it to the disk."""
     layout = page.encoded.layout if page.encoded is not None else Layout.of(page.layers, len(page.tokens))
     packed = token_bytes(page.tokens)
     key = link(page.parent, packed)
@@ -420,8 +415,8 @@ def stage_page(folder: Path, page: NewPage, *, durable: bool = True, cipher: Pag
                 _write(descriptor, page, layout, key, packed)
             else:
                 _write_encrypted(descriptor, page, layout, key, packed, cipher=cipher)
-            if durable:
-                os.fsync(descriptor)
+            if behind:
+                _pure.kernels().write_behind(descriptor)
         finally:
             os.close(descriptor)
     except BaseException as error:
@@ -436,22 +431,32 @@ def stage_page(folder: Path, page: NewPage, *, durable: bool = True, cipher: Pag
 def stage_pages(
     folder: Path, pages: Sequence[NewPage], *, durable: bool = True, cipher: PageCipher | None = None
 ) -> list[Path]:
-    """`stage_page` of each, all or none; a few at once where that saves time.
+    """Write whole pages to temporary files of ``folder``, all or none; `publish` gives them their names.
 
-    Syncs share the journal and codecs use several cores, while plain writing is as fast from one thread.
+    With ``durable`` the bytes are on disk at return, with ``cipher`` they are encrypted. Raises `InvalidInput` for
+    states that can't be a page, OSError for a full disk or a read-only folder; then nothing is left behind. The disk
+    writes one file while the next is made; codecs use several threads, while plain writing is as fast from one.
     """
-    if len(pages) <= 1 or not (durable or cipher or any(page.codec != "raw" for page in pages)):
-        return [stage_page(folder, page, durable=durable, cipher=cipher) for page in pages]
-    with ThreadPoolExecutor(min(len(pages), WRITERS)) as pool:
-        jobs = [pool.submit(stage_page, folder, page, durable=durable, cipher=cipher) for page in pages]
-    errors = [error for job in jobs if (error := job.exception()) is not None]
-    if errors:
-        for job in jobs:
-            if job.exception() is None:
-                with contextlib.suppress(OSError):
-                    job.result().unlink()
-        raise errors[0]
-    return [job.result() for job in jobs]
+    workers = min(len(pages), WRITERS) if cipher or any(page.codec != "raw" for page in pages) else 1
+    staged: list[Path] = []
+    try:
+        if workers > 1:
+            with ThreadPoolExecutor(workers) as pool:
+                jobs = [pool.submit(_stage, folder, page, cipher, behind=durable) for page in pages]
+            staged.extend(job.result() for job in jobs if job.exception() is None)
+            for job in jobs:
+                job.result()
+        else:
+            for page in pages:
+                staged.append(_stage(folder, page, cipher, behind=durable))
+        for path in staged if durable else ():
+            _sync(path, os.O_RDONLY)
+    except BaseException:
+        for path in staged:
+            with contextlib.suppress(OSError):
+                path.unlink()
+        raise
+    return staged
 
 
 def publish(staged: Iterable[tuple[Path, Path]], folder: Path, *, durable: bool = True) -> None:
@@ -464,7 +469,11 @@ def publish(staged: Iterable[tuple[Path, Path]], folder: Path, *, durable: bool 
 
 def sync_folder(folder: Path) -> None:
     """Make the folder's names durable."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def _sync(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         os.fsync(descriptor)
     finally:
@@ -472,5 +481,6 @@ def sync_folder(folder: Path) -> None:
 
 
 def write_page(path: Path, page: NewPage, *, durable: bool = True) -> None:
-    """Write one page file, whole or not at all: `stage_page` and `publish` in one."""
-    publish([(stage_page(path.parent, page, durable=durable), path)], path.parent, durable=durable)
+    """Write one page file, whole or not at all: `stage_pages` and `publish` in one."""
+    [staged] = stage_pages(path.parent, [page], durable=durable)
+    publish([(staged, path)], path.parent, durable=durable)

@@ -15,7 +15,7 @@ import pytest
 
 from agentmem import _pure
 from agentmem.activation.identity import digest, root
-from agentmem.activation.pages import LayerShape, Layout, NewPage, Page, stage_page, stage_pages, write_page
+from agentmem.activation.pages import LayerShape, Layout, NewPage, Page, stage_pages, write_page
 from agentmem.errors import Corrupt, Incompatible, InvalidInput
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "pages"
@@ -206,9 +206,8 @@ def test_a_failed_sync_leaves_no_file(tmp_path: Path, monkeypatch: pytest.Monkey
 
 
 def test_a_staged_page_is_private_and_has_no_name_yet(tmp_path: Path) -> None:
-    staged = stage_page(
-        tmp_path, NewPage(identity=IDENTITY, parent=PARENT, number=0, tokens=range(16), layers=states())
-    )
+    page = NewPage(identity=IDENTITY, parent=PARENT, number=0, tokens=range(16), layers=states())
+    [staged] = stage_pages(tmp_path, [page])
     assert staged.name.endswith(".tmp")
     assert staged.stat().st_mode & 0o777 == 0o600
     os.replace(staged, tmp_path / "page")
