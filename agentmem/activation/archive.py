@@ -107,10 +107,10 @@ def _checked(path: Path, row: PageRow, cipher: PageCipher | None) -> None:
 def save(entries: Sequence[Entry], catalog: Catalog, path: Path, cipher: PageCipher | None) -> int:
     """Copy the pages ``entries`` into the new folder ``path``; those that fail a check are left out."""
     path = path.absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise InvalidInput(f"{path} exists and is not an empty folder: save to a new one")
     temporary = path.parent / f".{path.name}.{secrets.token_hex(8)}.tmp"
     try:
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise InvalidInput(f"{path} exists and is not an empty folder: save to a new one")
         temporary.mkdir(mode=0o700, parents=True)
         pages: list[Saved] = []
         rows = catalog.rows()
@@ -177,8 +177,24 @@ def restore(
     path: Path, database: Database, catalog: Catalog, budget: Budget, *, cipher: PageCipher | None, now: float
 ) -> int:
     """Bring back what may come back of a saved folder; how many pages are new (see `PageStore.restore`)."""
+    saved = load(path)
+    try:
+        return _restored(saved, database, catalog, budget, cipher=cipher, now=now)
+    except OSError as error:
+        raise _store_error(error, f"saved KV pages can't be brought back to {catalog.folder}") from error
+
+
+def _restored(
+    pages: Sequence[tuple[Saved, Path]],
+    database: Database,
+    catalog: Catalog,
+    budget: Budget,
+    *,
+    cipher: PageCipher | None,
+    now: float,
+) -> int:
     restored = 0
-    for saved, file in load(path):
+    for saved, file in pages:
         row = PageRow(
             key=bytes.fromhex(saved.key),
             identity=bytes.fromhex(saved.identity),
@@ -223,8 +239,6 @@ def _fetched(row: PageRow, file: Path, folder: Path, cipher: PageCipher | None) 
     except (Corrupt, Incompatible, FileNotFoundError) as error:
         logger.warning("saved KV page %s is passed over: %s", row.key.hex()[:12], error)
         return None
-    except OSError as error:
-        raise _store_error(error, f"saved KV pages can't be brought back to {folder}") from error
     return temporary
 
 

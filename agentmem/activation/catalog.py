@@ -126,10 +126,13 @@ class Catalog:
                 self._touched[key] = (now, self._touched.get(key, (now, 0))[1] + 1)
 
     def flush_now(self) -> None:
-        """Write the noted uses down."""
-        if self._touched:
-            with self._database.write() as connection:
-                self.flush(connection)
+        """Write the noted uses down, where anything can be written: all they decide is what is evicted first."""
+        try:
+            if self._touched:
+                with self._database.write() as connection:
+                    self.flush(connection)
+        except StoreError as error:
+            logger.warning("uses of KV pages could not be noted: %s", error)
 
     def remove(self, connection: sqlite3.Connection, keys: Sequence[bytes], *, durable: bool = False) -> None:
         """Delete files (also those put aside), then rows and lineage, of these pages."""

@@ -297,16 +297,19 @@ class PageStore:
         first), with neither as many as the budget asks for.
         """
         chosen = None if keys is None else _unhex(keys)
-        with self._database.write() as connection:
-            self._catalog.flush(connection)
-            if chosen is None:
-                return self._budget.evict(connection, bytes)
-            rows = self._catalog.rows()
-            among = [rows[key] for key in descendants(rows.values(), chosen) if key in rows]
-            everything = sum(row.bytes for row in among)
-            gone = choose(among, free=everything, now=self._clock(), costs=self._budget.costs).files
-            self._budget.ram.drop(gone)
-            self._catalog.remove(connection, gone)
+        try:
+            with self._database.write() as connection:
+                self._catalog.flush(connection)
+                if chosen is None:
+                    return self._budget.evict(connection, bytes)
+                rows = self._catalog.rows()
+                among = [rows[key] for key in descendants(rows.values(), chosen) if key in rows]
+                everything = sum(row.bytes for row in among)
+                gone = choose(among, free=everything, now=self._clock(), costs=self._budget.costs).files
+                self._budget.ram.drop(gone)
+                self._catalog.remove(connection, gone)
+        except OSError as error:
+            raise StoreError(f"a KV page in {self._folder} can't be deleted ({error.strerror}): try again") from error
         return len(gone)
 
     def swap_out(self, keys: Sequence[str] | None = None) -> Swapped:
@@ -448,8 +451,7 @@ class PageStore:
     def close(self) -> None:
         """Note the last uses; afterwards every look-up is a miss and nothing is kept."""
         if not self._closed:
-            with contextlib.suppress(StoreError):
-                self._catalog.flush_now()
+            self._catalog.flush_now()
             self._closed = True
             self._budget.ram.clear()
             _OPEN.discard(self)

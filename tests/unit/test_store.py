@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -24,7 +25,7 @@ from agentmem.activation.identity import chain, digest
 from agentmem.activation.pages import Layout, Page, stage_pages
 from agentmem.activation.store import PageStore
 from agentmem.database import Database
-from agentmem.errors import Corrupt, InvalidInput, NotFound
+from agentmem.errors import Corrupt, Full, InvalidInput, NotFound, StoreError
 
 GRID = 16
 IDENTITY = digest({"weights": "w"})
@@ -505,8 +506,6 @@ def test_a_full_disk_is_a_warning_and_no_page(shelf: Shelf, caplog: pytest.LogCa
 def test_no_error_of_the_disk_breaks_a_chat(
     shelf: Shelf, code: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    import errno
-
     def fail(*args: Any, **fields: Any) -> Path:
         raise OSError(getattr(errno, code), os.strerror(getattr(errno, code)))
 
@@ -538,6 +537,32 @@ def test_a_read_only_folder_is_a_warning_and_no_page(caplog: pytest.LogCaptureFi
             database.close()
         assert "could not be kept" in caplog.text
         assert list(pages.iterdir()) == []
+
+
+def test_where_nothing_can_be_written_what_is_asked_is_told_and_what_is_wanted_refused(
+    shelf: Shelf, saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def full(*_: object) -> None:
+        raise Full("no room")
+
+    def refuse(*_: object, **__: object) -> None:
+        raise OSError(errno.EROFS, "read-only")
+
+    assert shelf.found() == 4
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf.store._catalog, "flush", full)
+        shelf.store.swap_in()
+        assert len(shelf.store.entries()) == shelf.store.swap_out().pages == 4
+    assert "could not be noted: no room" in caplog.text
+    empty = other(tmp_path, "a", "b", "c")
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "unlink", refuse)
+        with pytest.raises(StoreError, match="read-only"):
+            shelf.store.evict([entry.key for entry in shelf.store.entries()])
+        patch.setattr(os, "replace", refuse)
+        with pytest.raises(StoreError, match="read-only"):
+            empty.store.restore(saved)
+    assert shelf.found() == 4
 
 
 def test_a_folder_that_can_not_be_made_is_a_warning_and_no_page(
