@@ -253,6 +253,7 @@ def _receipt(engine: Engine, gone: Sequence[str], *, dry_run: bool) -> Erasure:
         cores=_made_from(engine, "core", gone),
         loras=_made_from(engine, "lora", gone),
         slots=engine.slots.made_from(gone),
+        saved=engine.pages.saved_with(gone),
         replies=[reply for reply in _made_from(engine, "reply", gone) if reply not in forgotten],
         hosted=engine.ledger.may_hold(gone),
     )

@@ -442,7 +442,8 @@ class Activation:
     def save(self, path: str | os.PathLike[str]) -> int:
         """Copy all pages with their lineage into a new folder; returns how many. As private as the transcript.
 
-        On the root handle only: the pages of a prompt's head serve many scopes.
+        On the root handle only: the pages of a prompt's head serve many scopes. What is forgotten later stays in that
+        folder: the receipt of `forget` names it while it is there, and deleting it is yours.
         """
         return run(local(kinds.save, self._engine, self._scope, path))
 

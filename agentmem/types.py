@@ -197,8 +197,9 @@ class Erasure(Value):
     """The receipt of ``forget``: what was removed, and where. With ``dry_run`` nothing was removed yet.
 
     ``replies`` are answers to one of these records, or written with one recalled or in the core. They are memories of
-    their own and were kept; forget them by these ids if they repeat what should be gone. ``hosted`` says, per provider
-    that saw one of the records, what it may still hold and until when.
+    their own and were kept; forget them by these ids if they repeat what should be gone. ``saved`` are folders that
+    `activation.save` wrote and that hold states of them: yours to delete. ``hosted`` says, per provider that saw one of
+    the records, what it may still hold and until when.
     """
 
     dry_run: bool = False
@@ -209,6 +210,7 @@ class Erasure(Value):
     slots: list[str] = Field(default=[], description="files of a server's slots that were made from these records")
     cores: list[str] = Field(default=[], description="scopes whose core block held one of these records")
     loras: list[str] = Field(default=[], description="LoRA versions that learnt one of these records, now retired")
+    saved: list[str] = Field(default=[], description="folders of saved KV pages that still hold these records' states")
     replies: list[str] = []
     hosted: list[str] = []
 
@@ -223,6 +225,7 @@ class Erasure(Value):
             lines.append(
                 f"  kept {len(self.replies)} replies written with them in the prompt: {', '.join(self.replies)}"
             )
+        lines += [f"  saved KV pages in {folder} still hold them: delete that folder" for folder in self.saved]
         return "\n".join(lines + [f"  {note}" for note in self.hosted])
 
 

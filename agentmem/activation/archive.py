@@ -30,7 +30,7 @@ from .cipher import ContainerError, ForeignKey, PageCipher, key_name
 from .eviction import PageRow
 from .pages import Page, sync_folder
 
-__all__ = ["Saved", "load", "restore", "save"]
+__all__ = ["Saved", "holding", "load", "note", "restore", "save"]
 
 logger = logging.getLogger("agentmem")
 
@@ -38,6 +38,9 @@ FORMAT = 1
 MANIFEST = "manifest.json"
 #: No list of pages is longer than this: 8 million record ids.
 MANIFEST_BYTES = 256 << 20
+
+#: Where memory.db keeps the folders that pages were saved to.
+FOLDERS = "saved pages"
 
 _HEX = "^[0-9a-f]{64}$"
 
@@ -149,6 +152,33 @@ def save(entries: Sequence[Entry], catalog: Catalog, path: Path, cipher: PageCip
         with contextlib.suppress(OSError):
             shutil.rmtree(temporary)
     return len(pages)
+
+
+def note(database: Database, path: Path) -> None:
+    """Remember that pages are saved to this folder; those that are gone are not remembered any longer."""
+    with database.write() as connection:
+        folders = {folder for folder in _folders(database) if Path(folder).exists()} | {str(path.absolute())}
+        connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (FOLDERS, json.dumps(sorted(folders))))
+
+
+def holding(database: Database, records: Sequence[str]) -> list[str]:
+    """The folders with saved pages that were made from these records; also those whose list can't be read."""
+    forgotten = set(records)
+    found = []
+    for folder in _folders(database):
+        try:
+            if any(forgotten.intersection(page.records) for page, _ in load(Path(folder))):
+                found.append(folder)
+        except NotFound:
+            continue
+        except StoreError:  # who knows
+            found.append(folder)
+    return found
+
+
+def _folders(database: Database) -> list[str]:
+    rows = database.query("SELECT value FROM meta WHERE key = ?", (FOLDERS,))
+    return list(json.loads(rows[0]["value"])) if rows else []
 
 
 def load(path: Path) -> list[tuple[Saved, Path]]:

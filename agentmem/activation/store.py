@@ -393,10 +393,15 @@ class PageStore:
     def save(self, path: str | os.PathLike[str]) -> int:
         """Copy all sound pages and their lineage into the new folder ``path``, whole or not at all; returns how many.
 
-        Encrypted pages stay encrypted. Raises `InvalidInput` if the folder exists and isn't empty, `Full` if it doesn't
+        Encrypted pages stay encrypted. Nothing deletes a saved page but you: see `saved_with`. Raises `InvalidInput` if the folder exists and isn't empty, `Full` if it doesn't
         fit.
         """
+        archive.note(self._database, Path(path))
         return archive.save(self.entries(), self._catalog, Path(path), self._cipher)
+
+    def saved_with(self, record_ids: Sequence[str]) -> list[str]:
+        """The folders written by `save` that hold pages made from these records, as far as they are where they were."""
+        return archive.holding(self._database, record_ids)
 
     def restore(self, path: str | os.PathLike[str]) -> int:
         """Bring pages back that `save` wrote; returns how many are new here.

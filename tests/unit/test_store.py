@@ -727,6 +727,18 @@ def test_pages_of_forgotten_or_unknown_records_do_not_come_back(saved: Path, tmp
     assert elsewhere.found() == 1
 
 
+def test_what_was_forgotten_is_told_to_be_in_a_saved_folder_while_it_is_there(
+    shelf: Shelf, saved: Path, tmp_path: Path
+) -> None:
+    shelf.store.delete(shelf.keys())
+    assert shelf.store.saved_with(["b"]) == [str(saved)]
+    assert shelf.store.saved_with(["c"]) == []
+    (saved / "manifest.json").write_text("{}")
+    assert shelf.store.saved_with(["c"]) == [str(saved)]
+    shutil.rmtree(saved)
+    assert shelf.store.saved_with(["b"]) == []
+
+
 def test_damaged_saved_pages_and_those_behind_them_are_passed_over(saved: Path, tmp_path: Path, shelf: Shelf) -> None:
     flip(saved / shelf.file(2).name, -1)
     elsewhere = other(tmp_path, "a", "b")
