@@ -393,8 +393,8 @@ class PageStore:
     def save(self, path: str | os.PathLike[str]) -> int:
         """Copy all sound pages and their lineage into the new folder ``path``, whole or not at all; returns how many.
 
-        Encrypted pages stay encrypted. Nothing deletes a saved page but you: see `saved_with`. Raises `InvalidInput` if the folder exists and isn't empty, `Full` if it doesn't
-        fit.
+        Encrypted pages stay encrypted. Nothing deletes a saved page but you: see `saved_with`. Raises `InvalidInput` if
+        the folder exists and isn't empty, `Full` if it doesn't fit.
         """
         archive.note(self._database, Path(path))
         return archive.save(self.entries(), self._catalog, Path(path), self._cipher)
