@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import errno
 import functools
 import mmap
 import os
@@ -62,6 +63,8 @@ _FORMATS: dict[str, Dtype] = {"f": "f32", "e": "f16", "H": "bf16", "h": "bf16"}
 WRITERS = 4
 #: Broken rules that say "not for this version", where every other says "damaged".
 _FOREIGN = {"version", "dtype", "codec"}
+#: What this process or the system is short of says nothing about a file.
+_SHORT = {errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN}
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,9 @@ class Page:
     ``on_check`` is called once all states have proved good (with None) or when a check fails (with the error).
 
     Opening raises `Corrupt` for a damaged file, `Incompatible` for one of a newer format, `ForeignKey` for one that is
-    encrypted under no key or another one than ``cipher``'s, OSError where it can't be opened.
+    encrypted under no key or another one than ``cipher``'s, OSError where it can't be opened. Against a program that
+    cuts a mapped file short in place there is no defence (reading it then is a signal, SIGBUS, that ends the process):
+    nothing here ever does that, files are only replaced and deleted; copies of encrypted pages are no mappings.
     """
 
     def __init__(self, path: Path, cipher: PageCipher | None = None) -> None:
@@ -200,6 +205,8 @@ class Page:
         except ValueError as error:
             raise self._error(error) from error
         except OSError as error:
+            if error.errno in _SHORT:
+                raise
             raise Corrupt(f"{path.name} can't be read ({error.strerror})") from error
         finally:
             os.close(descriptor)

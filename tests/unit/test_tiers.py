@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import mmap
 import os
 import threading
@@ -400,6 +401,24 @@ def test_a_file_that_can_not_be_read_is_a_miss(shelf: Shelf, fault: str, monkeyp
         assert shelf.read() == 0
         assert shelf.store.swap_in().pages == 0
     assert shelf.seal() in {0, 4}
+    assert shelf.read() == 4
+
+
+@pytest.mark.parametrize("short", ["EMFILE", "ENFILE", "ENOMEM"])
+def test_a_process_that_is_short_of_something_loses_no_page(
+    shelf: Shelf, short: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shelf.seal()
+    keys = [entry.key for entry in shelf.store.entries()]
+
+    def fail(*_: Any) -> None:
+        raise OSError(getattr(errno, short), "short")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("agentmem.activation.pages._mapped", fail)
+        assert shelf.read() == 0
+        assert shelf.store.swap_in().pages == 0
+        assert shelf.store.verify() == sorted(f"pages/{key}.page can't be opened (short)" for key in keys)
     assert shelf.read() == 4
 
 
