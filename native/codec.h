@@ -1,6 +1,6 @@
 /* Codecs of page extents: one block of one KV head, K [rows, key_dim] and V [rows, value_dim], to bytes and back.
  *
- * Compiles without Python, allocates nothing. Encoding is a function of the values alone: every level of cpu.h gives the
+ * Compiles without Python. Encoding is a function of the values alone: every level of cpu.h gives the
  * same bytes and decodes to the same bits (compile with -ffp-contract=off; tests compare). The bytes of each codec are
  * drawn in README.md.
  */
@@ -42,11 +42,12 @@ uint64_t am_codec_size(uint32_t codec, am_block block);
 int am_codec_fixed(uint32_t codec); /* whether am_codec_size is exact */
 
 /* Encodes into `out` (room for am_codec_size bytes), returns the bytes written; 0 where the codec can't hold these values
- * (or gains nothing): then the block is stored raw. Unused bits are zero: equal values give equal bytes. */
+ * (or gains nothing, or finds no memory to work in): then the block is stored raw. Unused bits are zero: equal values give equal bytes. */
 uint64_t am_codec_encode(uint32_t codec, am_block block, const void *key, const void *value, uint8_t *out);
 
 /* Decodes `size` bytes, which may be anything: 0, or -1 if they are no encoding of such a block. Never reads behind `in +
- * size` nor writes outside the destinations; after -1 these hold undefined bytes. */
+ * size` nor writes outside the destinations; after -1 these hold undefined bytes. am_copy_done() (copy.h) after the last
+ * one. */
 int am_codec_decode(uint32_t codec, am_block block, const uint8_t *in, uint64_t size, void *key, void *value);
 
 /* The two families, called by codec.c: same contracts. */

@@ -5,11 +5,23 @@
 #include <stdatomic.h>
 #include <string.h>
 
-#if defined(__aarch64__) && defined(__linux__)
+#if defined(__x86_64__)
+#include <cpuid.h>
+#elif defined(__aarch64__) && defined(__linux__)
 #include <sys/auxv.h>
 #endif
 
 static const char *const names[AM_LEVELS] = {"scalar", "sse4.2", "avx2", "avx512", "neon"};
+
+#if defined(__x86_64__)
+/* What __builtin_cpu_supports has no name for in every compiler. A machine without lzcnt runs it as another instruction. */
+static int has_f16c_and_lzcnt(void)
+{
+    unsigned a, b, c, d, extended;
+    return __get_cpuid(1, &a, &b, &c, &d) && __get_cpuid(0x80000001, &a, &b, &extended, &d) && c & bit_F16C &&
+           extended & bit_LZCNT;
+}
+#endif
 
 static atomic_int chosen;
 static pthread_once_t once = PTHREAD_ONCE_INIT;
@@ -30,7 +42,8 @@ int am_cpu_usable(int level)
         return __builtin_cpu_supports("sse4.2") != 0;
     case AM_AVX2:
         return __builtin_cpu_supports("sse4.2") && __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") &&
-               __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt");
+               __builtin_cpu_supports("bmi") && __builtin_cpu_supports("bmi2") && __builtin_cpu_supports("popcnt") &&
+               has_f16c_and_lzcnt();
     case AM_AVX512:
         return am_cpu_usable(AM_AVX2) && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&

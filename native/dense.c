@@ -8,6 +8,7 @@
 #include "dense.h"
 
 #include <pthread.h>
+#include <stdlib.h>
 #include <string.h>
 
 #include "codec.h"
@@ -372,15 +373,12 @@ static size_t fixed_bytes(uint32_t rows, const uint32_t dims[2])
            dims[0] + dims[1];
 }
 
-size_t am_dense_encode(const uint16_t *parts[2], uint32_t rows, const uint32_t dims[2], uint8_t *out)
+/* As am_dense_encode, with room for the symbols of both parts. */
+static size_t encode_parts(const kernels *use, const uint16_t *parts[2], uint32_t rows, const uint32_t dims[2],
+                           uint8_t *codes[2], uint8_t *out)
 {
-    pthread_once(&once, prepare);
-    const kernels *use = &table[am_cpu_level()];
     size_t counts[2] = {(size_t)rows * dims[0], (size_t)rows * dims[1]};
     size_t fixed = fixed_bytes(rows, dims), most = most_bytes(counts[0], counts[1]);
-    if (fixed > most)
-        return 0;
-    uint8_t codes[2][AM_MAX_VALUES];
     uint8_t *front = out + fixed, *end = out + most + 64, *escapes = end;
     uint8_t *tops = front - dims[0] - dims[1] - 2, *states = tops - 4 * AM_DENSE_LANES;
     if (use->analyse(parts[0], rows, dims[0], codes[0], tops + 2, tops, &escapes, front) ||
@@ -404,6 +402,23 @@ size_t am_dense_encode(const uint16_t *parts[2], uint32_t rows, const uint32_t d
     use->put(parts[1], counts[1], out + mantissa_bytes(counts[0]));
     memcpy(states, writer.states, 4 * AM_DENSE_LANES);
     memmove(front, writer.words, (size_t)(end - writer.words));
+    return size;
+}
+
+size_t am_dense_encode(const uint16_t *parts[2], uint32_t rows, const uint32_t dims[2], uint8_t *out)
+{
+    pthread_once(&once, prepare);
+    const kernels *use = &table[am_cpu_level()];
+    size_t counts[2] = {(size_t)rows * dims[0], (size_t)rows * dims[1]};
+    size_t fixed = fixed_bytes(rows, dims), most = most_bytes(counts[0], counts[1]);
+    if (fixed > most)
+        return 0;
+    uint8_t *codes[2] = {malloc(counts[0] + counts[1])}; /* not on the stack: a thread's may be 128 KB */
+    if (!codes[0])
+        return 0;
+    codes[1] = codes[0] + counts[0];
+    size_t size = encode_parts(use, parts, rows, dims, codes, out);
+    free(codes[0]);
     return size;
 }
 

@@ -7,6 +7,7 @@
  */
 #include "lossless.h"
 
+#include <stdlib.h>
 #include <string.h>
 
 #include "cpu.h"
@@ -253,19 +254,23 @@ uint64_t am_lossless_size(uint32_t codec, am_block block)
 uint64_t am_lossless_encode(uint32_t codec, am_block block, const void *key, const void *value, uint8_t *out)
 {
     size_t counts[2] = {(size_t)block.rows * block.key_dim, (size_t)block.rows * block.value_dim}, halves = 0, size;
-    uint16_t high[2][AM_MAX_VALUES];
+    uint16_t *high = NULL; /* not on the stack: a thread's may be 128 KB */
     const uint16_t *parts[2] = {key, value};
     if (block.dtype == AM_F32) {
-        split(key, counts[0], out, high[0]);
-        split(value, counts[1], out + 2 * counts[0], high[1]);
-        parts[0] = high[0];
-        parts[1] = high[1];
         halves = 2 * (counts[0] + counts[1]);
+        high = malloc(halves);
+        if (!high)
+            return 0;
+        split(key, counts[0], out, high);
+        split(value, counts[1], out + 2 * counts[0], high + counts[0]);
+        parts[0] = high;
+        parts[1] = high + counts[0];
     }
     if (codec == AM_DENSE)
         size = am_dense_encode(parts, block.rows, (const uint32_t[2]){block.key_dim, block.value_dim}, out + halves);
     else
         size = fast_encode(parts, counts, out + halves);
+    free(high);
     return size && halves + size < am_block_bytes(block) ? halves + size : 0;
 }
 

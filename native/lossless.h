@@ -14,7 +14,6 @@
 #define AM_ZERO 14u       /* exponent 0: zeros, as padding has, and subnormals */
 #define AM_ESCAPE 15u     /* any other, which stands with the escapes */
 #define AM_LOWEST_TOP 14u /* so that codes 0 to 13 mean exponents above 0 */
-#define AM_MAX_VALUES (AM_CODEC_MAX_ROWS * AM_CODEC_MAX_DIM)
 
 typedef struct {
     uint8_t *next, *end; /* the room for escapes */

@@ -10,6 +10,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <sys/mman.h>
 #if defined(__linux__)
 #include <sys/syscall.h>
@@ -19,6 +20,7 @@
 #endif
 #include <unistd.h>
 
+#include "copy.h"
 #include "cpu.h"
 #include "crc32c.h"
 #include "page.h"
@@ -43,16 +45,29 @@ PyObject *am_module_fail(PyObject *module, int result, const char *detail)
     return NULL;
 }
 
+int am_module_u32(PyObject *object, void *target)
+{
+    unsigned long long value = PyLong_AsUnsignedLongLong(object);
+    if (PyErr_Occurred() && !PyErr_ExceptionMatches(PyExc_OverflowError))
+        return 0;
+    if (PyErr_Occurred() || value > UINT32_MAX) {
+        PyErr_Clear();
+        PyErr_Format(PyExc_ValueError, "%R is no number from 0 to 2**32 - 1", object);
+        return 0;
+    }
+    *(uint32_t *)target = (uint32_t)value;
+    return 1;
+}
+
 /* ---- CRC32C ---- */
 
 static PyObject *crc32c(PyObject *module, PyObject *args)
 {
     (void)module;
     Py_buffer data;
-    unsigned int value = 0;
-    if (!PyArg_ParseTuple(args, "y*|I:crc32c", &data, &value))
+    uint32_t crc = 0;
+    if (!PyArg_ParseTuple(args, "y*|O&:crc32c", &data, am_module_u32, &crc))
         return NULL;
-    uint32_t crc = value;
     if (data.len < 4096)
         crc = am_crc32c(crc, data.buf, (size_t)data.len);
     else {
@@ -101,13 +116,15 @@ static PyObject *set_cpu_level(PyObject *module, PyObject *args)
 /* ---- single blocks: for tests and measurements of the codecs ---- */
 
 /* The block of two buffers [rows, key_dim] and [rows, value_dim]; -1 with an error. */
-static int block_of_buffers(unsigned int dtype, const Py_buffer *key, const Py_buffer *value, am_block *block)
+static int block_of_buffers(uint32_t dtype, const Py_buffer *key, const Py_buffer *value, am_block *block)
 {
     if (!am_item(dtype) || key->ndim != 2 || value->ndim != 2 || key->itemsize != (Py_ssize_t)am_item(dtype) ||
         value->itemsize != key->itemsize || key->shape[0] != value->shape[0] || key->shape[0] < 1 ||
         key->shape[0] > (Py_ssize_t)AM_CODEC_MAX_ROWS || key->shape[1] < 1 || value->shape[1] < 1 ||
-        key->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM || value->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM) {
-        PyErr_SetString(PyExc_ValueError, "a block is K [1..64, 1..1024] and V [as many, 1..1024] of the dtype's values");
+        key->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM || value->shape[1] > (Py_ssize_t)AM_CODEC_MAX_DIM ||
+        (uintptr_t)key->buf % am_item(dtype) || (uintptr_t)value->buf % am_item(dtype)) {
+        PyErr_SetString(PyExc_ValueError,
+                        "a block is K [1..64, 1..1024] and V [as many, 1..1024] of the dtype's values, aligned");
         return -1;
     }
     *block = (am_block){dtype, (uint32_t)key->shape[0], (uint32_t)key->shape[1], (uint32_t)value->shape[1]};
@@ -117,10 +134,11 @@ static int block_of_buffers(unsigned int dtype, const Py_buffer *key, const Py_b
 static PyObject *block_encode(PyObject *module, PyObject *args)
 {
     (void)module;
-    unsigned int codec, dtype;
+    uint32_t codec, dtype;
     PyObject *key_object, *value_object, *encoded = NULL;
     Py_buffer key, value;
-    if (!PyArg_ParseTuple(args, "IIOO:block_encode", &codec, &dtype, &key_object, &value_object))
+    if (!PyArg_ParseTuple(args, "O&O&OO:block_encode", am_module_u32, &codec, am_module_u32, &dtype, &key_object,
+                          &value_object))
         return NULL;
     if (PyObject_GetBuffer(key_object, &key, PyBUF_ND))
         return NULL;
@@ -148,10 +166,11 @@ static PyObject *block_encode(PyObject *module, PyObject *args)
 
 static PyObject *block_decode(PyObject *module, PyObject *args)
 {
-    unsigned int codec, dtype;
+    uint32_t codec, dtype;
     PyObject *key_object, *value_object, *none = NULL;
     Py_buffer data, key, value;
-    if (!PyArg_ParseTuple(args, "IIy*OO:block_decode", &codec, &dtype, &data, &key_object, &value_object))
+    if (!PyArg_ParseTuple(args, "O&O&y*OO:block_decode", am_module_u32, &codec, am_module_u32, &dtype, &data, &key_object,
+                          &value_object))
         return NULL;
     if (PyObject_GetBuffer(key_object, &key, PyBUF_ND | PyBUF_WRITABLE))
         goto data_only;
@@ -164,6 +183,7 @@ static PyObject *block_decode(PyObject *module, PyObject *args)
             am_module_fail(module, AM_ENCODING, NULL);
         else
             none = Py_NewRef(Py_None);
+        am_copy_done();
     }
     PyBuffer_Release(&value);
 key_too:
@@ -278,6 +298,11 @@ static PyMethodDef methods[] = {
 
 static int module_exec(PyObject *module)
 {
+    const char *level = getenv("AGENTMEM_CPU_LEVEL");
+    if (level && *level && am_cpu_force(level)) {
+        PyErr_Format(PyExc_ImportError, "AGENTMEM_CPU_LEVEL is %s, which this CPU does not have", level);
+        return -1;
+    }
     am_module_state *state = PyModule_GetState(module);
     state->page_error = PyErr_NewExceptionWithDoc(
         "agentmem._native.PageError", "A page file or a layout breaks the rule args[0]; args[1] says it in words.",

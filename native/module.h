@@ -12,6 +12,9 @@ typedef struct {
 /* Sets the exception of a result of page.h, with `detail` instead of the rule's own words if given; returns NULL. */
 PyObject *am_module_fail(PyObject *module, int result, const char *detail);
 
+/* For "O&" of PyArg_ParseTuple: a uint32_t, or ValueError. (The format "I" takes the low bits of what is too large.) */
+int am_module_u32(PyObject *object, void *target);
+
 extern PyMethodDef am_module_pages[]; /* module_pages.c; ends with a NULL entry */
 
 #endif

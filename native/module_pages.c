@@ -88,15 +88,39 @@ static int tensors_fit(tensors *all, Py_ssize_t layer, am_layer shape, uint32_t 
         if (view->itemsize != (Py_ssize_t)item || view->shape[0] != (Py_ssize_t)shape.kv_heads ||
             view->shape[2] != (Py_ssize_t)dim || at < 0 || at > view->shape[1] - (Py_ssize_t)grid) {
             PyErr_Format(PyExc_ValueError,
-                         "%s[%zd] is [%zd, %zd, %zd] of %zd-byte values: [%u, >= %zd, %u] of %u-byte values needed",
+                         "%s[%zd] is [%zd, %zd, %zd] of %zd-byte values: [%u, >= %zu, %u] of %u-byte values needed",
                          side ? "values" : "keys", layer, view->shape[0], view->shape[1], view->shape[2],
-                         view->itemsize, (unsigned)shape.kv_heads, at < 0 ? (Py_ssize_t)grid : at + (Py_ssize_t)grid,
-                         (unsigned)dim, (unsigned)item);
+                         view->itemsize, (unsigned)shape.kv_heads, (at < 0 ? 0 : (size_t)at) + grid, (unsigned)dim,
+                         (unsigned)item);
+            return -1;
+        }
+        if ((uintptr_t)view->buf % item || (shape.kv_heads > 1 && view->strides[0] % (Py_ssize_t)item)) {
+            PyErr_Format(PyExc_ValueError, "%s[%zd] must be aligned to its values", side ? "values" : "keys", layer);
             return -1;
         }
         am_rows *rows = side ? &all->values[layer] : &all->keys[layer];
+        rows->heads = shape.kv_heads;
+        rows->dim = dim;
         rows->head_stride = view->strides[0];
         rows->data = (uint8_t *)view->buf + at * view->shape[2] * view->itemsize;
+    }
+    return 0;
+}
+
+/* Raises if a tensor lies in the bytes that are read. */
+static int tensors_apart(const tensors *all, const Py_buffer *data)
+{
+    uintptr_t start = (uintptr_t)data->buf, end = start + (size_t)data->len;
+    for (Py_ssize_t i = 0; i < all->held; i++) {
+        const Py_buffer *view = &all->views[i];
+        Py_ssize_t last = (view->shape[0] - 1) * view->strides[0];
+        uintptr_t low = (uintptr_t)view->buf + (uintptr_t)(last < 0 ? last : 0);
+        uintptr_t high = (uintptr_t)view->buf + (uintptr_t)(last < 0 ? 0 : last) +
+                         (uintptr_t)(view->shape[1] * view->shape[2] * view->itemsize);
+        if (low < end && start < high) {
+            PyErr_SetString(PyExc_ValueError, "a page can't be read into its own bytes");
+            return -1;
+        }
     }
     return 0;
 }
@@ -109,21 +133,25 @@ static int layers_from(PyObject *sequence, am_layer *shapes, Py_ssize_t count)
         PyObject *item = PySequence_GetItem(sequence, i);
         if (!item)
             return -1;
-        unsigned int heads = 0, key_dim = 0, value_dim = 0;
-        int read = PyArg_ParseTuple(item, "III", &heads, &key_dim, &value_dim);
+        am_layer *to = &shapes[i];
+        int read = PyTuple_Check(item) && PyArg_ParseTuple(item, "O&O&O&", am_module_u32, &to->kv_heads, am_module_u32,
+                                                           &to->key_dim, am_module_u32, &to->value_dim);
         Py_DECREF(item);
-        if (!read)
+        if (!read) {
+            if (!PyErr_Occurred())
+                PyErr_SetString(PyExc_TypeError, "a layer is a tuple (kv_heads, key_dim, value_dim)");
             return -1;
-        shapes[i] = (am_layer){heads, key_dim, value_dim};
+        }
     }
     return 0;
 }
 
 static PyObject *page_size(PyObject *module, PyObject *args)
 {
-    unsigned int dtype, grid, codec = AM_RAW;
+    uint32_t dtype, grid, codec = AM_RAW;
     PyObject *layers;
-    if (!PyArg_ParseTuple(args, "IIO!|I:page_size", &dtype, &grid, &PyTuple_Type, &layers, &codec))
+    if (!PyArg_ParseTuple(args, "O&O&O!|O&:page_size", am_module_u32, &dtype, am_module_u32, &grid, &PyTuple_Type, &layers,
+                          am_module_u32, &codec))
         return NULL;
     Py_ssize_t count = PyTuple_Size(layers);
     if (count > (Py_ssize_t)AM_MAX_LAYERS)
@@ -142,7 +170,7 @@ static PyObject *page_size(PyObject *module, PyObject *args)
 }
 
 /* The shapes of these tensors, whose positions `at` .. `at + grid` they must hold; NULL with an error. */
-static am_layer *shapes_of(PyObject *module, tensors *all, unsigned int dtype, unsigned int grid, Py_ssize_t at)
+static am_layer *shapes_of(PyObject *module, tensors *all, uint32_t dtype, uint32_t grid, Py_ssize_t at)
 {
     if (!am_item(dtype))
         return am_module_fail(module, AM_DTYPE, NULL), NULL;
@@ -178,7 +206,7 @@ static void names_release(names *all)
     PyBuffer_Release(&all->tokens);
 }
 
-static int names_wrong(const names *all, unsigned int grid)
+static int names_wrong(const names *all, uint32_t grid)
 {
     if (all->identity.len == 32 && all->key.len == 32 && all->parent.len == 32 &&
         all->tokens.len == (Py_ssize_t)grid * 4)
@@ -187,8 +215,8 @@ static int names_wrong(const names *all, unsigned int grid)
     return -1;
 }
 
-static am_page_head head_of(const names *all, unsigned int dtype, unsigned int grid, unsigned int number,
-                            Py_ssize_t layers, const am_layer *shapes)
+static am_page_head head_of(const names *all, uint32_t dtype, uint32_t grid, uint32_t number, Py_ssize_t layers,
+                            const am_layer *shapes)
 {
     am_page_head head = {
         .dtype = dtype, .grid = grid, .number = number, .layers = (uint32_t)layers, .shapes = shapes,
@@ -200,12 +228,13 @@ static am_page_head head_of(const names *all, unsigned int dtype, unsigned int g
 static PyObject *page_write(PyObject *module, PyObject *args)
 {
     int fd;
-    unsigned int dtype, grid, number;
+    uint32_t dtype, grid, number;
     names named;
     PyObject *keys, *values, *written = NULL;
     Py_ssize_t at;
-    if (!PyArg_ParseTuple(args, "iIIIy*y*y*y*OOn:page_write", &fd, &dtype, &grid, &number, &named.identity, &named.key,
-                          &named.parent, &named.tokens, &keys, &values, &at))
+    if (!PyArg_ParseTuple(args, "iO&O&O&y*y*y*y*OOn:page_write", &fd, am_module_u32, &dtype, am_module_u32, &grid,
+                          am_module_u32, &number, &named.identity, &named.key, &named.parent, &named.tokens, &keys, &values,
+                          &at))
         return NULL;
     tensors all;
     if (names_wrong(&named, grid) || tensors_init(&all, keys, values, PyBUF_STRIDES))
@@ -231,11 +260,12 @@ release:
 
 static PyObject *page_encode(PyObject *module, PyObject *args)
 {
-    unsigned int dtype, codec, grid;
+    uint32_t dtype, codec, grid;
     PyObject *keys, *values, *encoded = NULL, *body = NULL, *table = NULL;
     Py_ssize_t at;
     int writeback;
-    if (!PyArg_ParseTuple(args, "IIIOOnp:page_encode", &dtype, &codec, &grid, &keys, &values, &at, &writeback))
+    if (!PyArg_ParseTuple(args, "O&O&O&OOnp:page_encode", am_module_u32, &dtype, am_module_u32, &codec, am_module_u32, &grid,
+                          &keys, &values, &at, &writeback))
         return NULL;
     if (codec >= AM_CODECS)
         return am_module_fail(module, AM_CODEC, NULL);
@@ -276,12 +306,13 @@ destroy:
 static PyObject *page_write_encoded(PyObject *module, PyObject *args)
 {
     int fd;
-    unsigned int dtype, grid, number;
+    uint32_t dtype, grid, number;
     names named;
     Py_buffer table, body;
     PyObject *layers, *written = NULL;
-    if (!PyArg_ParseTuple(args, "iIIIy*y*y*y*O!y*y*:page_write_encoded", &fd, &dtype, &grid, &number, &named.identity,
-                          &named.key, &named.parent, &named.tokens, &PyTuple_Type, &layers, &table, &body))
+    if (!PyArg_ParseTuple(args, "iO&O&O&y*y*y*y*O!y*y*:page_write_encoded", &fd, am_module_u32, &dtype, am_module_u32, &grid,
+                          am_module_u32, &number, &named.identity, &named.key, &named.parent, &named.tokens, &PyTuple_Type,
+                          &layers, &table, &body))
         return NULL;
     am_layer *shapes = NULL;
     am_extent *entries = NULL;
@@ -327,9 +358,11 @@ release:
     return written;
 }
 
-/* Sets the error of an extent: which layer, head and block it is. */
+/* Sets the error of an extent: which layer, head and block it is. UINT32_MAX is none. */
 static PyObject *fail_extent(PyObject *module, const am_page *page, int result, uint32_t extent)
 {
+    if (extent == UINT32_MAX)
+        return am_module_fail(module, result, NULL);
     char detail[160];
     uint32_t blocks = page->grid / page->block, left = extent, layer = 0;
     while (layer + 1 < page->layers && left >= am_page_layer(page, layer).kv_heads * blocks)
@@ -388,8 +421,6 @@ static PyObject *page_verify(PyObject *module, PyObject *args)
     PyObject *none = NULL;
     if (result == AM_OK)
         none = Py_NewRef(Py_None);
-    else if (bad == UINT32_MAX)
-        am_module_fail(module, result, NULL);
     else
         fail_extent(module, &page, result, bad);
     PyBuffer_Release(&data);
@@ -402,8 +433,8 @@ static PyObject *page_read(PyObject *module, PyObject *args)
     PyObject *keys, *values;
     Py_ssize_t at;
     int check = 1;
-    unsigned int first = 0;
-    if (!PyArg_ParseTuple(args, "y*OOn|pI:page_read", &data, &keys, &values, &at, &check, &first))
+    uint32_t first = 0;
+    if (!PyArg_ParseTuple(args, "y*OOn|pO&:page_read", &data, &keys, &values, &at, &check, am_module_u32, &first))
         return NULL;
     PyObject *none = NULL;
     am_page page;
@@ -420,13 +451,15 @@ static PyObject *page_read(PyObject *module, PyObject *args)
         goto release;
     if (first >= page.layers || all.layers > (Py_ssize_t)(page.layers - first)) {
         PyErr_Format(PyExc_ValueError, "the page has %u layers, room for %zd from layer %u on was given",
-                     (unsigned)page.layers, all.layers, first);
+                     (unsigned)page.layers, all.layers, (unsigned)first);
         goto destroy;
     }
     for (Py_ssize_t i = 0; i < all.layers; i++)
         if (tensors_fit(&all, i, am_page_layer(&page, first + (uint32_t)i), page.item, at, page.grid))
             goto destroy;
-    uint32_t bad = 0;
+    if (tensors_apart(&all, &data))
+        goto destroy;
+    uint32_t bad = UINT32_MAX;
     Py_BEGIN_ALLOW_THREADS
     result = am_page_read(&page, first, (uint32_t)all.layers, all.keys, all.values, check, &bad);
     Py_END_ALLOW_THREADS

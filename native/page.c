@@ -83,12 +83,14 @@ int am_page_open(am_page *page, const void *bytes, uint64_t length)
     }
     if (extents != page->extents || first != am_header_length(page->grid, page->layers, extents))
         return AM_HEADER_LENGTH;
-    const uint8_t *entry = page->extent_table;
+    const uint8_t *entry = page->extent_table, *end = entry + EXTENT_ENTRY * extents;
     uint64_t offset = first;
     for (uint32_t i = 0; i < page->layers; i++) {
         am_layer shape = am_page_layer(page, i);
         am_block block = block_shape(page->dtype, page->grid, shape);
         for (uint32_t j = 0; j < shape.kv_heads * blocks; j++, entry += EXTENT_ENTRY) {
+            if (entry == end)
+                return AM_HEADER_LENGTH; /* only if the layer table was changed since it was counted */
             uint32_t codec = load32(entry + 20);
             if (codec >= AM_CODECS)
                 return AM_CODEC;
@@ -105,24 +107,47 @@ int am_page_open(am_page *page, const void *bytes, uint64_t length)
     return all_zero(entry, (uint64_t)(data + first - entry)) ? AM_OK : AM_PADDING;
 }
 
-/* Zeros behind an extent, up to the next one. */
-static int good_padding(const am_page *page, const uint8_t *entry)
+/* An entry of the table, read once. */
+typedef struct {
+    const uint8_t *data;
+    uint64_t size, room; /* room: with the padding behind it */
+    uint32_t crc, codec;
+} extent;
+
+/* What am_page_open found good is looked at again, since it may have changed: 0 if it lies outside of the page. */
+static int extent_at(const am_page *page, uint32_t index, extent *found)
 {
-    uint64_t end = load64(entry) + load64(entry + 8);
-    return all_zero(page->data + end, aligned(end) - end);
+    if (index >= page->extents)
+        return 0;
+    const uint8_t *entry = page->extent_table + (size_t)EXTENT_ENTRY * index;
+    uint64_t offset = load64(entry);
+    found->size = load64(entry + 8);
+    found->crc = load32(entry + 16);
+    found->codec = load32(entry + 20);
+    if (offset > page->length || found->size > page->length - offset)
+        return 0;
+    found->data = page->data + offset;
+    found->room = aligned(found->size);
+    return found->room <= page->length - offset;
 }
 
-static int check_extent(const am_page *page, const uint8_t *entry)
+static int good_padding(const extent *at)
 {
-    if (am_crc32c(0, page->data + load64(entry), load64(entry + 8)) != load32(entry + 16))
+    return all_zero(at->data + at->size, at->room - at->size);
+}
+
+static int check_extent(const extent *at)
+{
+    if (am_crc32c(0, at->data, at->size) != at->crc)
         return AM_CHECKSUM;
-    return good_padding(page, entry) ? AM_OK : AM_PADDING;
+    return good_padding(at) ? AM_OK : AM_PADDING;
 }
 
 int am_page_verify(const am_page *page, uint32_t *bad)
 {
     for (uint32_t i = 0; i < page->extents; i++) {
-        int result = check_extent(page, page->extent_table + (size_t)EXTENT_ENTRY * i);
+        extent at;
+        int result = extent_at(page, i, &at) ? check_extent(&at) : AM_EXTENT;
         if (result != AM_OK) {
             *bad = i;
             return result;
@@ -132,23 +157,21 @@ int am_page_verify(const am_page *page, uint32_t *bad)
 }
 
 /* Copies a raw extent. Its checksum is computed on the way at no cost, so it is always checked. */
-static int read_raw(const am_page *page, const uint8_t *entry, uint8_t *key, size_t key_bytes, uint8_t *value)
+static int read_raw(const extent *at, uint8_t *key, size_t key_bytes, uint8_t *value)
 {
-    const uint8_t *extent = page->data + load64(entry);
-    uint32_t crc = am_crc32c_copy(0, key, extent, key_bytes);
-    if (am_crc32c_copy(crc, value, extent + key_bytes, load64(entry + 8) - key_bytes) != load32(entry + 16))
+    uint32_t crc = am_crc32c_copy(0, key, at->data, key_bytes);
+    if (am_crc32c_copy(crc, value, at->data + key_bytes, at->size - key_bytes) != at->crc)
         return AM_CHECKSUM;
-    return good_padding(page, entry) ? AM_OK : AM_PADDING;
+    return good_padding(at) ? AM_OK : AM_PADDING;
 }
 
 /* Fetches an extent while the one before it is decoded. */
 static void ahead(const am_page *page, uint32_t index)
 {
-    if (index >= page->extents)
-        return;
-    const uint8_t *entry = page->extent_table + (size_t)EXTENT_ENTRY * index, *at = page->data + load64(entry);
-    for (uint64_t i = 0, size = load64(entry + 8); i < size && i < SMALL; i += 64)
-        __builtin_prefetch(at + i, 0, 3);
+    extent at;
+    if (extent_at(page, index, &at))
+        for (uint64_t i = 0; i < at.size && i < SMALL; i += 64)
+            __builtin_prefetch(at.data + i, 0, 3);
 }
 
 /* Decodes an extent by way of a buffer in the first-level cache, so that what is decoded goes to memory past the caches. */
@@ -166,41 +189,42 @@ static int read_coded(uint32_t codec, am_block block, const uint8_t *in, uint64_
     return 0;
 }
 
+static int read_extent(const am_page *page, uint32_t index, am_block block, int check, uint8_t *key, uint8_t *value)
+{
+    extent at;
+    size_t key_bytes = (size_t)block.rows * block.key_dim * page->item;
+    if (!extent_at(page, index, &at) || !am_good_size(at.codec, block, at.size))
+        return AM_EXTENT;
+    if (at.codec == AM_RAW)
+        return read_raw(&at, key, key_bytes, value);
+    ahead(page, index + 1);
+    /* Decoded first: that hides the way from memory, and the checksum then finds the bytes in the cache. */
+    int wrong = read_coded(at.codec, block, at.data, at.size, key, key_bytes, value);
+    int result = check ? check_extent(&at) : AM_OK;
+    return result == AM_OK && wrong ? AM_ENCODING : result;
+}
+
 int am_page_read(const am_page *page, uint32_t from, uint32_t count, const am_rows *keys, const am_rows *values, int check,
                  uint32_t *bad)
 {
     uint32_t index = 0, blocks = page->grid / page->block;
+    int result = AM_OK;
     for (uint32_t i = 0; i < from; i++)
         index += am_page_layer(page, i).kv_heads * blocks;
-    const uint8_t *entry = page->extent_table + (size_t)EXTENT_ENTRY * index;
-    for (uint32_t i = 0; i < count; i++) {
+    for (uint32_t i = 0; result == AM_OK && i < count; i++) {
         am_layer shape = am_page_layer(page, from + i);
         am_block block = block_shape(page->dtype, page->grid, shape);
         size_t key_width = (size_t)shape.key_dim * page->item, value_width = (size_t)shape.value_dim * page->item;
-        for (uint32_t head = 0; head < shape.kv_heads; head++)
-            for (uint32_t at = 0; at < page->grid; at += page->block, entry += EXTENT_ENTRY, index++) {
-                uint8_t *key = block_at(&keys[i], head, at, key_width);
-                uint8_t *value = block_at(&values[i], head, at, value_width);
-                uint32_t codec = load32(entry + 20);
-                int result = AM_OK;
-                if (codec == AM_RAW)
-                    result = read_raw(page, entry, key, page->block * key_width, value);
-                else {
-                    ahead(page, index + 1);
-                    /* Decoded first: that hides the way from memory, and the checksum then finds the bytes in the cache. */
-                    int wrong = read_coded(codec, block, page->data + load64(entry), load64(entry + 8), key,
-                                           page->block * key_width, value);
-                    result = check ? check_extent(page, entry) : AM_OK;
-                    if (result == AM_OK && wrong)
-                        result = AM_ENCODING;
-                }
-                if (result != AM_OK) {
-                    *bad = index;
-                    am_copy_done();
-                    return result;
-                }
-            }
+        if (shape.kv_heads != keys[i].heads || shape.kv_heads != values[i].heads || shape.key_dim != keys[i].dim ||
+            shape.value_dim != values[i].dim)
+            result = AM_SHAPE;
+        for (uint32_t head = 0; result == AM_OK && head < shape.kv_heads; head++)
+            for (uint32_t at = 0; result == AM_OK && at < page->grid; at += page->block, index++)
+                result = read_extent(page, index, block, check, block_at(&keys[i], head, at, key_width),
+                                     block_at(&values[i], head, at, value_width));
     }
+    if (result != AM_OK && result != AM_SHAPE)
+        *bad = index - 1;
     am_copy_done();
-    return AM_OK;
+    return result;
 }

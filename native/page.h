@@ -68,10 +68,12 @@ typedef struct {
     const uint8_t *identity, *key, *parent, *tokens, *layer_table, *extent_table;
 } am_page;
 
-/* One tensor [kv_heads, positions, dim] from some position on; contiguous but for its heads, whose stride is in bytes. */
+/* One tensor [heads, positions, dim] from some position on; contiguous but for its heads, whose stride is in bytes. `data`
+ * and stride are multiples of the size of a value. */
 typedef struct {
     uint8_t *data;
     ptrdiff_t head_stride;
+    uint32_t heads, dim; /* am_page_read writes nothing outside of these, whatever the page says by then */
 } am_rows;
 
 /* What goes into a header, beside the shapes. */
@@ -94,7 +96,8 @@ am_layer am_page_layer(const am_page *page, uint32_t layer);
 int am_page_verify(const am_page *page, uint32_t *bad);
 
 /* Decodes K and V of layers `from` .. `from + count` into keys[i], values[i] (room for `grid` positions each; i counts from
- * 0). With `check` each extent is verified on the way (raw ones always are); on AM_CHECKSUM, AM_PADDING and AM_ENCODING the destinations hold
+ * 0); AM_SHAPE if they have other shapes. The page's bytes may change meanwhile (a mapped file, a caller's buffer): then
+ * the result is wrong or an error, but nothing outside of page and tensors is touched. With `check` each extent is verified on the way (raw ones always are); on AM_CHECKSUM, AM_PADDING and AM_ENCODING the destinations hold
  * undefined bytes and *bad is the extent. */
 int am_page_read(const am_page *page, uint32_t from, uint32_t count, const am_rows *keys, const am_rows *values, int check,
                  uint32_t *bad);

@@ -10,6 +10,7 @@
 #include <sys/uio.h>
 #include <unistd.h>
 
+#include "copy.h"
 #include "crc32c.h"
 #include "layout.h"
 
@@ -209,6 +210,7 @@ uint64_t am_page_encode(const am_page_head *head, uint32_t codec, const am_rows 
                 out += room;
             }
     }
+    am_copy_done(); /* what was decoded may have gone past the caches */
     return (uint64_t)(out - body);
 }
 

@@ -150,6 +150,8 @@ def _check_fit(
                 f"{name}[{layer}] is [{heads}, {positions}, {found}] of {array.itemsize}-byte values: "
                 f"[{shape[0]}, >= {grid if at < 0 else at + grid}, {dim}] of {item}-byte values needed"
             )
+        if not array.flags.aligned:
+            raise ValueError(f"{name}[{layer}] must be aligned to its values")
 
 
 def _blocks_of(array: npt.NDArray[Any], at: int, grid: int, place: _Place) -> Bytes:
@@ -227,6 +229,8 @@ def _write(  # noqa: PLR0917
     body: memoryview,
 ) -> int:
     """Header, then body, into an empty file; ``table`` has (size, checksum, codec) of every extent."""
+    if not 0 <= number < 1 << 32:
+        raise ValueError(f"{number} is no number from 0 to 2**32 - 1")
     first, _, extents, _ = _places(dtype, grid, layers)
     length = first + len(body)
     fields = (first, dtype, length, grid, min(BLOCK, grid), number, len(layers), extents, b"", *ids[:3])
@@ -446,6 +450,10 @@ def page_read(  # noqa: PLR0917
         )
     for i, pair in enumerate(pairs):
         _check_fit(pair, i, shape=header.layers[first + i], item=ITEMS[header.dtype], at=at, grid=header.grid)
+    import numpy as np
+
+    if any(np.may_share_memory(array, np.frombuffer(view, np.uint8)) for pair in pairs for array in pair):
+        raise ValueError("a page can't be read into its own bytes")
     if check:
         _check_extents(view, header, range(first, first + len(pairs)))
     index = _extents_before(header, first)

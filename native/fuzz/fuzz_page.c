@@ -42,6 +42,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
             for (int side = 0; complete && side < 2; side++) {
                 am_rows *to = &rows[(side ? page.layers : 0) + i];
                 to->data = malloc(tensor_bytes(shape, dims[side], &page));
+                to->heads = shape.kv_heads;
+                to->dim = dims[side];
                 to->head_stride = (ptrdiff_t)((uint64_t)page.grid * dims[side] * page.item);
                 complete = to->data != NULL;
             }

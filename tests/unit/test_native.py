@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -147,6 +148,8 @@ def bad_arguments() -> dict[str, tuple[Any, ...]]:
         "before the start": ([good], [good], -1),
         "behind the end": ([good], [good], 1),
         "far behind the end": ([good], [good], 1 << 62),
+        "at the last position that there is": ([good], [good], sys.maxsize),
+        "not aligned": ([np.zeros(257, np.uint8)[1:].view(np.uint16).reshape(2, 16, 4)], [good], 0),
         "other item size": ([good.astype(np.float32)], [good], 0),
         "other heads": ([good[:1]], [good], 0),
         "positions apart": ([np.zeros((2, 32, 4), np.uint16)[:, ::2]], [good], 0),
@@ -170,6 +173,132 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_happens(
         write(module, tmp_path / "bad", 3, 16, keys, values, at)
     assert (tmp_path / "bad").stat().st_size == 0
     assert all((array == copy).all() for array, copy in zip((*keys, *values), before, strict=True))
+
+
+@pytest.mark.parametrize("module", [native, _pure], ids=["native", "pure"])
+def test_numbers_that_no_header_holds_are_refused_and_not_cut(module: ModuleType, tmp_path: Path) -> None:
+    good = np.zeros((2, 16, 4), np.uint16)
+    for call in (
+        lambda: module.page_size((1 << 32) + 1, 64, ((1, 8, 8),)),
+        lambda: module.page_size(1, (1 << 32) + 64, ((1, 8, 8),)),
+        lambda: module.page_size(1, 64, (((1 << 32) + 1, 8, 8),)),
+        lambda: module.page_size(1, 64, ((1, -8, 8),)),
+        lambda: module.page_size(1, 64, ((1, 8, 8),), 1 << 32),
+        lambda: module.page_encode(3, 1 << 32, 16, [good], [good], 0, False),
+    ):
+        with pytest.raises(ValueError):  # noqa: PT011 (the sentences differ)
+            call()
+    with (tmp_path / "page").open("wb") as file, pytest.raises(ValueError, match="no number"):
+        module.page_write(file.fileno(), 3, 16, (1 << 32) + 5, *IDS, bytes(64), [good], [good], 0)
+    with pytest.raises((TypeError, ValueError)):
+        module.page_size(1, 64, (8,))
+
+
+@pytest.mark.parametrize("module", [native, _pure], ids=["native", "pure"])
+def test_a_page_is_not_read_into_its_own_bytes(module: ModuleType, tmp_path: Path) -> None:
+    good = np.full((2, 16, 4), 7, np.uint16)
+    page = bytearray(write(module, tmp_path / "page", 3, 16, [good, good], [good, good], 0))
+    before = bytes(page)
+    inside = np.frombuffer(page, np.uint16)[-128:].reshape(2, 16, 4)
+    room = np.zeros_like(good)
+    for tensor in (inside, inside[::-1]):
+        with pytest.raises(ValueError, match="its own bytes"):
+            module.page_read(page, [room, room], [room, tensor], 0)
+    assert bytes(page) == before
+
+
+CHANGED = """
+import threading, numpy as np
+from agentmem import _native
+states = [np.ones((1, 64, 8), np.uint16)] * 400
+with open({path!r}, "w+b") as file:
+    ids = b"i" * 32, b"k" * 32, b"p" * 32
+    _native.page_write(file.fileno(), 3, 64, 0, *ids, np.arange(64, dtype=np.int32), states, states, 0)
+    file.seek(0)
+    page = bytearray(file.read())
+layers = 160 + 4 * 64
+table = layers + 16 * 400
+at = table - 16
+room = [np.zeros((1, 64, 8), np.uint16) for _ in states]
+stop = threading.Event()
+
+def change() -> None:
+    while not stop.is_set():
+        for place, value in ((at, 1000), (table + 24 * 398 + 7, 127), (table + 24 * 399 + 15, 127), (at + 4, 4000)):
+            old = page[place : place + 2]
+            page[place : place + 2] = value.to_bytes(2, "little")
+            page[place : place + 2] = old
+
+threads = [threading.Thread(target=change) for _ in range(2)]
+for thread in threads:
+    thread.start()
+rules = set()
+for turn in range(3000):
+    try:
+        _native.page_read(page, room, room, 0, turn % 2 == 0)
+        _native.page_verify(page)
+    except ValueError as error:
+        rules.add(error.args[0])
+stop.set()
+for thread in threads:
+    thread.join()
+print(sorted(rules))
+"""
+
+
+@pytest.mark.slow
+def test_bytes_that_change_while_they_are_read_end_no_process(tmp_path: Path) -> None:
+    code = CHANGED.format(path=str(tmp_path / "page"))
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert "header checksum" in run.stdout
+
+
+SMALL_STACK = """
+import threading, numpy as np
+from agentmem import _native
+threading.stack_size(160 * 1024)
+random = np.random.default_rng(0)
+states = random.normal(size=(1, 64, 1024)).astype(np.float32)
+made = []
+
+def encode() -> None:
+    for codec in (1, 2, 3, 4, 5):
+        table, body = _native.page_encode(1, codec, 64, [states], [states.copy()], 0, True)
+        made.append(len(body))
+
+for _ in range(4):
+    thread = threading.Thread(target=encode)
+    thread.start()
+    thread.join()
+print(len(made))
+"""
+
+
+def test_encoding_needs_no_large_stack() -> None:
+    run = subprocess.run([sys.executable, "-c", SMALL_STACK], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stdout) == (0, "20\n"), run.stderr[-2000:]
+
+
+@pytest.mark.parametrize("name", native.cpu_levels())
+def test_the_environment_chooses_the_instruction_set(name: str) -> None:
+    code = "from agentmem import _native; print(_native.cpu_level())"
+    environment = {**os.environ, "AGENTMEM_CPU_LEVEL": name}
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert run.stdout == f"{name}\n"
+    environment["AGENTMEM_CPU_LEVEL"] = "avx9000"
+    run = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert "ImportError: AGENTMEM_CPU_LEVEL is avx9000" in run.stderr
+
+
+def test_every_feature_that_a_level_is_built_for_is_asked_for() -> None:
+    sources = Path(__file__).parents[2] / "native"
+    detection = (sources / "cpu.c").read_text()
+    built = re.findall(r"target\((.*?)\)\)\)", (sources / "cpu.h").read_text(), re.DOTALL)
+    parts = [part for text in built for part in re.findall(r'"(.*?)"', text)]
+    features = {feature for part in parts for feature in part.strip(",").split(",")}
+    assert {"sse4.2", "avx2", "lzcnt", "vpclmulqdq"} <= features
+    assert not [name for name in features if f'supports("{name}")' not in detection and f"_{name}" not in detection]
 
 
 @pytest.mark.parametrize("module", [native, _pure], ids=["native", "pure"])
