@@ -62,6 +62,23 @@ def test_the_sdist_builds_the_same_wheel(tree: Path, tmp_path: Path) -> None:
     assert any(name.startswith("agentmem/_native.abi3") for name in zipfile.ZipFile(wheel).namelist())
 
 
+@pytest.mark.skipif(
+    sys.platform != "linux", reason="only the linker of Linux puts the sanitizers before Python"
+)
+def test_the_native_tests_pass_under_the_sanitizers(tree: Path, tmp_path: Path) -> None:
+    probe = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-fsanitize=address,undefined", "-x", "c", "-"]
+    try:
+        built = subprocess.run([*probe, "-o", str(tmp_path / "probe")], input=b"", capture_output=True, check=False)
+    except FileNotFoundError:
+        pytest.skip("no C compiler")
+    if built.returncode:
+        pytest.skip("this compiler has no sanitizers")
+    command = ["sh", str(tree / "scripts" / "sanitize"), sys.executable]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=400)
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
+    assert " passed" in done.stdout
+
+
 PAGES = """
 import logging, pathlib, tempfile
 logging.basicConfig(format="%(message)s")

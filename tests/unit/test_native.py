@@ -8,7 +8,7 @@ import resource
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -178,14 +178,15 @@ def test_tensors_that_do_not_fit_are_refused_before_anything_happens(
 @pytest.mark.parametrize("module", [native, _pure], ids=["native", "pure"])
 def test_numbers_that_no_header_holds_are_refused_and_not_cut(module: ModuleType, tmp_path: Path) -> None:
     good = np.zeros((2, 16, 4), np.uint16)
-    for call in (
+    calls: list[Callable[[], object]] = [
         lambda: module.page_size((1 << 32) + 1, 64, ((1, 8, 8),)),
         lambda: module.page_size(1, (1 << 32) + 64, ((1, 8, 8),)),
         lambda: module.page_size(1, 64, (((1 << 32) + 1, 8, 8),)),
         lambda: module.page_size(1, 64, ((1, -8, 8),)),
         lambda: module.page_size(1, 64, ((1, 8, 8),), 1 << 32),
         lambda: module.page_encode(3, 1 << 32, 16, [good], [good], 0, False),
-    ):
+    ]
+    for call in calls:
         with pytest.raises(ValueError):  # noqa: PT011 (the sentences differ)
             call()
     with (tmp_path / "page").open("wb") as file, pytest.raises(ValueError, match="no number"):
