@@ -14,8 +14,9 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
+from typing import Any
 
-__all__ = ["AUTO", "KeepAlive", "Reuse", "seconds"]
+__all__ = ["AUTO", "KeepAlive", "Reuse", "seconds", "sent"]
 
 #: The setting's value that asks for a plan.
 AUTO = "auto"
@@ -36,6 +37,14 @@ def seconds(duration: str) -> float | None:
     if not parts or "".join(number + unit for number, unit in parts) != duration.removeprefix("-"):
         return None
     return sign * sum(float(number) * UNITS[unit] for number, unit in parts)
+
+
+def sent(duration: Any) -> Any:
+    """A ``keep_alive`` as Ollama takes it: a number without a unit must be a number there, since a string is read by
+    Go's time.ParseDuration, which wants one (ollama api/types.go)."""
+    if isinstance(duration, str) and re.fullmatch(r"-?\d+(\.\d+)?", duration):
+        return float(duration) if "." in duration else int(duration)
+    return duration
 
 
 class KeepAlive:

@@ -24,7 +24,7 @@ from agentmem.tokens import counter_for
 from agentmem.types import Message, Usage
 
 from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, watched
-from ._ollama_estimates import AUTO, KeepAlive, Reuse, seconds
+from ._ollama_estimates import AUTO, KeepAlive, Reuse, seconds, sent
 from ._remote import Remote
 from ._tools import tool_call, tool_parts
 
@@ -63,8 +63,9 @@ def create(model: str, settings: Mapping[str, Any]) -> Ollama:
     values["base_url"] = values.get("base_url") or os.environ.get("OLLAMA_HOST") or DEFAULT
     values["api_key"] = values.get("api_key") or os.environ.get("OLLAMA_API_KEY")
     for name in ("keep_alive", "keep_alive_max"):
-        if values.get(name) not in (None, AUTO) and seconds(values[name]) is None:
-            raise ConfigError(f'ollama: {name} is {values[name]!r}; write a duration such as "10m", "-1" for ever')
+        told = values.get(name)
+        if told is not None and seconds(told) is None and (name, told) != ("keep_alive", AUTO):
+            raise ConfigError(f'ollama: {name} is {told!r}; write a duration such as "10m", "-1" for ever')
     if not model:
         raise ConfigError("name a model: 'ollama:<model>', as `ollama list` shows it; model='local' needs no server")
     return Ollama(f"ollama:{model}", model, values)
@@ -101,7 +102,7 @@ def build_request(
         "model": model,
         "messages": _messages(request),
         "stream": stream,
-        "keep_alive": extra.pop("keep_alive", keep_alive),
+        "keep_alive": sent(extra.pop("keep_alive", keep_alive)),
     }
     if think is not None:
         body["think"] = think
@@ -299,7 +300,7 @@ class Ollama(Remote):
 
     def _embed(self, client: Any, texts: Sequence[str]) -> Any:
         model = self._values.get("embedding_model", self._model)
-        return client.embed(model=model, input=texts, keep_alive=self._keep_alive.now)
+        return client.embed(model=model, input=texts, keep_alive=sent(self._keep_alive.now))
 
     def _vectors(self, payload: Mapping[str, Any]) -> list[Any]:
         return list(payload["embeddings"])

@@ -135,6 +135,12 @@ class TestOllama(Engine):
         assert [body["keep_alive"] for body in shim.bodies] == ["5m", "5m"]
         assert shim.bodies[0]["options"]["num_predict"] == 1
 
+    @pytest.mark.parametrize("told", ["-1", "300", "10m"])
+    def test_every_keep_alive_that_is_taken_is_one_that_ollama_takes(self, shim: OllamaShim, told: str) -> None:
+        with contextlib.closing(load(f"ollama:{MODEL}", {"base_url": shim.url, "keep_alive": told})) as provider:
+            assert provider.generate(chat_request("Hi", max_tokens=1)).usage.output_tokens == 1
+            assert len(provider.embed(["Hi"])) == 1
+
     def test_keep_alive_and_options_never_change_between_calls(self, provider: Provider, shim: OllamaShim) -> None:
         for n in range(3):
             provider.generate(chat_request(f"Count to {n}.", max_tokens=2))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -43,6 +44,13 @@ def test_sampling_options_and_extra_are_put_where_ollama_wants_them() -> None:
         "top_k": 4,
     }
     assert (body["think"], body["format"], body["keep_alive"]) == (False, "json", "1h")
+
+
+def test_a_model_that_stays_for_ever_is_told_so_by_a_number() -> None:
+    request = chat_request("Hi", system="S")
+    assert adapter.build_request(request, model="m", keep_alive="-1")["keep_alive"] == -1
+    chosen = replace(request, options=Options(extra={"keep_alive": "600"}))
+    assert adapter.build_request(chosen, model="m")["keep_alive"] == 600
 
 
 def test_a_result_names_its_tool_and_a_user_is_named_in_the_text() -> None:

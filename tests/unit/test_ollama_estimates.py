@@ -66,6 +66,19 @@ def test_what_is_no_duration_is_refused(text: str) -> None:
             load("ollama:m", {name: text})
 
 
+def test_only_the_time_itself_is_planned() -> None:
+    with pytest.raises(ConfigError, match="keep_alive_max"):
+        load("ollama:m", {"keep_alive": "auto", "keep_alive_max": "auto"})
+
+
+@pytest.mark.parametrize(
+    ("told", "body"), [("-1", -1), ("300", 300), ("1.5", 1.5), ("0", 0), ("5m", "5m"), ("-1m", "-1m")]
+)
+def test_a_number_without_a_unit_goes_out_as_a_number(told: str, body: Any) -> None:
+    assert estimates.sent(told) == body
+    assert type(estimates.sent(told)) is type(body)
+
+
 def test_another_host_may_hold_a_prompt_as_long_as_the_model_stays() -> None:
     def holds(**settings: Any) -> float | None:
         provider = load("ollama:m", {"base_url": "http://10.0.0.5:1", **settings})

@@ -28,6 +28,10 @@ OPTIONS = {
 }
 
 
+#: Ends of the durations that Go's time.ParseDuration takes, which reads a keep_alive that is a string.
+UNITS = ("ns", "us", "ms", "s", "m", "h")
+
+
 class OllamaShim:
     """``with OllamaShim(llama_address) as shim:`` serves at ``shim.url``; ``shim.bodies`` is what was posted."""
 
@@ -52,6 +56,8 @@ class OllamaShim:
                 shim.bodies.append(body)
                 if body.get("model") not in (MODEL, MODEL.partition(":")[0]):
                     self._json({"error": f"model '{body.get('model')}' not found"}, 404)
+                elif isinstance(keep := body.get("keep_alive"), str) and not keep.endswith(UNITS):
+                    self._json({"error": f'time: missing unit in duration "{keep}"'}, 400)
                 elif self.path == "/api/show":
                     self._json({"details": {"family": "llama"}, "model_info": {"llama.context_length": 8192}})
                 elif self.path == "/api/embed":
