@@ -62,9 +62,7 @@ def test_the_sdist_builds_the_same_wheel(tree: Path, tmp_path: Path) -> None:
     assert any(name.startswith("agentmem/_native.abi3") for name in zipfile.ZipFile(wheel).namelist())
 
 
-@pytest.mark.skipif(
-    sys.platform != "linux", reason="only the linker of Linux puts the sanitizers before Python"
-)
+@pytest.mark.skipif(sys.platform != "linux", reason="only the linker of Linux puts the sanitizers before Python")
 def test_the_native_tests_pass_under_the_sanitizers(tree: Path, tmp_path: Path) -> None:
     probe = [os.environ.get("CC", "gcc"), "-shared", "-fPIC", "-fsanitize=address,undefined", "-x", "c", "-"]
     try:
