@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
 import os
 import resource
@@ -242,3 +243,28 @@ def test_golden_files_of_version_1_are_read_and_written_alike(tmp_path: Path, in
     again = NewPage(identity=page.identity, parent=page.parent, number=0, tokens=page.tokens, layers=layers)
     write_page(copy, again, durable=False)
     assert copy.read_bytes() == (GOLDEN / name).read_bytes()
+
+
+@pytest.mark.parametrize("module", [_pure, None], ids=["pure", "chosen"])
+@pytest.mark.parametrize("index", range(6))
+def test_golden_files_of_every_codec_are_read_and_written_alike(
+    tmp_path: Path, index: int, module: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if module is not None:
+        monkeypatch.setattr(_pure, "kernels", lambda: module)
+    script = golden()
+    name, codec, dtype = script.CODED[index]
+    [(key, value)] = script.like_states(dtype)
+    page = Page(GOLDEN / name)
+    copies = np.zeros_like(key), np.zeros_like(value)
+    page.read_layers([copies[0]], [copies[1]], 0)
+    if name in script.DECODED:
+        assert hashlib.sha256(copies[0].tobytes() + copies[1].tobytes()).hexdigest() == script.DECODED[name]
+    else:
+        assert (copies[0] == key).all()
+        assert (copies[1] == value).all()
+    again = NewPage(
+        identity=page.identity, parent=page.parent, number=0, tokens=page.tokens, layers=[(key, value)], codec=codec
+    )
+    write_page(tmp_path / name, again, durable=False)
+    assert (tmp_path / name).read_bytes() == (GOLDEN / name).read_bytes()
