@@ -72,7 +72,7 @@ def swap_out(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> Swappe
 
 
 def swap_in(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> Swapped:
-    """Bring these pages (default: all of the scope) into RAM, checked, as far as the budget lets them."""
+    """Bring these pages (default: all of the scope) and those before them into RAM, as far as the budget lets them."""
     return engine.pages.swap_in(_keys(engine, scope, keys))
 
 

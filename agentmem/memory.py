@@ -433,9 +433,10 @@ class Activation:
         return run(local(kinds.swap_out, self._engine, self._scope, keys))
 
     def swap_in(self, keys: Sequence[str] | None = None) -> Swapped:
-        """Bring these pages (default: all of the scope) into RAM ahead of use, checked; says what is there afterwards.
+        """Bring these pages (default: all of the scope), and the pages before them, into RAM ahead of use, checked.
 
-        The last used come first, up to a quarter of ``page_budget``. Damaged pages are put aside.
+        Says what is there afterwards. The last used come first, up to a quarter of ``page_budget``. Damaged pages are
+        put aside; a file that was written this very moment is left for its first use.
         """
         return run(local(kinds.swap_in, self._engine, self._scope, keys))
 

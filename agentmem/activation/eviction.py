@@ -12,7 +12,7 @@ import threading
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-__all__ = ["Chosen", "Costs", "PageRow", "RamCopy", "choose", "descendants"]
+__all__ = ["Chosen", "Costs", "PageRow", "RamCopy", "ancestors", "choose", "descendants"]
 
 #: Tokens of prefix at which one more token costs twice as much to compute as at the start (linear layers plus attention
 #: over all before it; measured on the default model: 2,827 tokens/s over 512 tokens, 1,409 over 8,192).
@@ -107,6 +107,17 @@ class Costs:
 
 def _mean(known: float, new: float) -> float:
     return new if known == 0.0 else (1 - _NEWEST) * known + _NEWEST * new
+
+
+def ancestors(rows: Mapping[bytes, PageRow], keys: Iterable[bytes]) -> list[bytes]:
+    """Those of ``keys`` that have a row, and all pages before them, each once."""
+    found: dict[bytes, None] = {}
+    for key in keys:
+        one = key
+        while one in rows and one not in found:
+            found[one] = None
+            one = rows[one].parent
+    return list(found)
 
 
 def descendants(rows: Iterable[PageRow], keys: Iterable[bytes]) -> list[bytes]:

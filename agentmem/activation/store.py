@@ -27,7 +27,7 @@ from . import archive
 from .budget import Budget
 from .catalog import FILE, Catalog, marks, parts
 from .cipher import ForeignKey, PageCipher
-from .eviction import PageRow, choose, descendants
+from .eviction import PageRow, ancestors, choose, descendants
 from .identity import chain, root
 from .pages import CODECS, LOSSY, Codec, Encoded, Page, Stamp
 from .sealing import PageWriter
@@ -327,14 +327,15 @@ class PageStore:
         return Swapped(pages=len(rows), bytes=sum(row.bytes for row in rows), seconds=time.perf_counter() - started)
 
     def swap_in(self, keys: Sequence[str] | None = None) -> Swapped:
-        """Bring these pages (default: all, the last used first) into RAM, checked, as far as the budget lets them.
+        """Bring these pages and those before them (default: all) into RAM, checked, the last used first, as far as the
+        budget lets them.
 
         The next request copies them without waiting for the disk and without checking them again. Damaged ones are put
-        aside, those under another page key are passed over. Says what is in RAM afterwards of what was asked for.
+        aside, those under another page key are passed over. Says what of all these is in RAM afterwards.
         """
         started = time.perf_counter()
         rows, room = [], self._budget.share
-        for row in sorted(self._chosen(keys), key=lambda row: (-row.used, row.number)):
+        for row in sorted(self._chosen(keys, whole=True), key=lambda row: (-row.used, row.number)):
             room -= row.bytes
             if room < 0:
                 break
@@ -355,9 +356,11 @@ class PageStore:
                     there.append(row.bytes)
         return Swapped(pages=len(there), bytes=sum(there), seconds=time.perf_counter() - started)
 
-    def _chosen(self, keys: Sequence[str] | None) -> list[PageRow]:
+    def _chosen(self, keys: Sequence[str] | None, *, whole: bool = False) -> list[PageRow]:
         self._catalog.flush_now()
-        return list(self._catalog.rows(None if keys is None else dict.fromkeys(_unhex(keys))).values())
+        rows = self._catalog.rows()
+        chosen = rows if keys is None else ancestors(rows, _unhex(keys)) if whole else dict.fromkeys(_unhex(keys))
+        return [rows[key] for key in chosen if key in rows]
 
     def made_from(self, record_ids: Sequence[str]) -> list[str]:
         """Keys of all pages made from these records, with all pages behind those: what forgetting them must delete."""
