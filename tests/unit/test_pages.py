@@ -152,13 +152,14 @@ def test_impossible_grids_are_refused(grid: int) -> None:
 def test_room_of_another_shape_is_refused(tmp_path: Path) -> None:
     page = Page(write(tmp_path / "page"))
     keys, values = [np.zeros((2, 16, 8), np.uint16)] * 3, [np.zeros((2, 16, 4), np.uint16)] * 3
-    for bad in (
+    calls: list[tuple[Any, ...]] = [
         (keys[:2], values[:2], 0, 2),
         (keys[:2], values, 0),
         (keys, values, 1),
         (values, keys, 0),
         (keys, [b"x"] * 3, 0),
-    ):
+    ]
+    for bad in calls:
         with pytest.raises(InvalidInput, match="can't be copied there"):
             page.read_layers(*bad)
 
