@@ -176,6 +176,10 @@ class Engine:
                 from .activation.slots import SlotStore
 
                 # A server writes its slots as they are: where KV is to be encrypted at rest, none is saved.
+                if self._cipher is not None and self.provider is not None and self.provider.capabilities.kv == "slots":
+                    _log.warning(
+                        "no slot of %s is saved: page_key is set, and they can't be encrypted", self.provider.name
+                    )
                 self._slots = SlotStore(
                     self.database,
                     step=self.settings.page_tokens,

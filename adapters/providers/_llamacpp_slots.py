@@ -87,6 +87,8 @@ class Turn:
     request: Request
     slots: Slots
     slot: int = -1
+    #: Which use of its slot it is.
+    use: int = 0
     #: What the slot will hold once the answer has come; None where others use it at the same time.
     live: Live | None = None
     fields: dict[str, Any] = field(default_factory=dict)
@@ -141,6 +143,7 @@ class SlotPlanner:
         self._live: dict[int, Live] = {}
         self._used: dict[int, float] = {}
         self._busy: dict[int, int] = {}
+        self._uses: dict[int, int] = {}
         #: The last prefix that could not be saved, by tenant and LoRA set.
         self._tried: dict[tuple[bytes, str], tuple[int, ...]] = {}
         self._prefixes: OrderedDict[str, tuple[int, ...]] = OrderedDict()
@@ -315,6 +318,7 @@ class SlotPlanner:
             slot = min(idle or among, key=lambda slot: (-goes_on(slot), self._used.get(slot, 0.0)))
             self._used[slot] = time.monotonic()
             self._busy[slot] = self._busy.get(slot, 0) + 1
+            self._uses[slot] = turn.use = self._uses.get(slot, 0) + 1
             turn.slot = slot
             return bool(idle)
 
@@ -425,7 +429,11 @@ class SlotPlanner:
         cached = usage.cached_tokens
         if turn.live is not None:
             turn.live.count = usage.input_tokens + max(usage.output_tokens, 1) - 1
-            self._live[turn.slot] = turn.live
+            with self._lock:
+                if self._uses.get(turn.slot) == turn.use:
+                    self._live[turn.slot] = turn.live
+                else:  # another request was sent there meanwhile: which of them came last can't be known
+                    self._live.pop(turn.slot, None)
         if turn.cached is None and turn.restored:
             self._reused(turn, cached)
         astray = turn.cached is not None and cached < REUSED * len(turn.prefix) - 1

@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from agentmem.provider import load
+from agentmem import Memory
+from agentmem.activation.slots import SlotStore
+from agentmem.database import Database
+from agentmem.provider import Generation, load
 from agentmem.testing import chat_request
+from agentmem.types import Usage
 
 adapter = importlib.import_module("agentmem.adapters.providers.llamacpp")
+planning = importlib.import_module("agentmem.adapters.providers._llamacpp_slots")
 
 NOWHERE = "http://127.0.0.1:9/v1/"
 
@@ -67,3 +73,26 @@ def test_errors_in_a_stream_are_raised(line: str) -> None:
     with pytest.raises(adapter._ErrorEvent, match="no") as caught:
         adapter._event(line)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize("first_to_end", [0, 1])
+def test_what_a_slot_holds_is_not_known_after_two_requests_at_once(tmp_path: Path, first_to_end: int) -> None:
+    planner = planning.SlotPlanner("llamacpp:m", tmp_path, lambda _: {}, told={})
+    server = planning.Server("mark", 1, None, adapters=False)
+    slots = SlotStore(Database(":memory:"), step=16, budget_bytes=1)
+    turns = [planning.Turn(chat_request("Hi"), slots.view(tenant)) for tenant in (b"a", b"b")]
+    assert [planner._choose(turn, server, None, "") for turn in turns] == [True, False]
+    turns[0].live = planning.Live((1, 2), b"a", "")
+    for turn in turns if first_to_end == 0 else turns[::-1]:
+        planner.after(turn, Generation(text="", usage=Usage(input_tokens=3, output_tokens=1)))
+        planner.done(turn)
+    assert planner._live == {}
+
+
+def test_where_pages_are_encrypted_it_is_said_that_slots_are_not_saved(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = {"llamacpp": {"base_url": NOWHERE, "slot_dir": str(tmp_path / "slots")}}
+    with Memory(tmp_path / "m", model="llamacpp:m", embedder="none", providers=settings, page_key="ab" * 32) as memory:
+        assert not memory._engine.slots.announce(tmp_path / "slots", "name", [])
+    assert "can't be encrypted" in caplog.text
