@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-__all__ = ["Loading", "as_array", "to_host"]
+__all__ = ["Loading", "NotLoaded", "as_array", "to_host"]
 
 #: Pinned buffers in turn: one is filled from the pages while the one before it is on its way to the device.
 BUFFERS = 2
@@ -39,12 +39,16 @@ def _host(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> t
     return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
 
 
+class NotLoaded(Exception):
+    """States that should have come from pages did not come: what was computed with them does not count."""
+
+
 class Loading:
     """Pages on their way into device tensors, in a thread of their own, layer after layer.
 
     ``targets[layer]`` is (K, V), [KV heads, positions, head dim] on the device, of which the first
     ``len(pages) * grid`` positions are filled. `wait` is called before a layer's first use: by then the layers before
-    it have been computed while this one was copied.
+    it have been computed while this one was copied. `leave` ends the thread: call it whatever happened.
     """
 
     def __init__(self, pages: Sequence[Any], grid: int, targets: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> None:
@@ -53,31 +57,36 @@ class Loading:
         self._targets = targets
         self._device = targets[0][0].device
         self._stream = _stream(self._device)
+        if self._stream is not None:
+            # The targets' memory may have been another tensor's a moment ago, which queued work still reads.
+            self._stream.wait_stream(torch.cuda.current_stream(self._device))
+            for target in (part for pair in targets for part in pair):
+                target.record_stream(self._stream)
         self._loaded = [threading.Event() for _ in targets]
         self._copied: list[Any] = [None] * len(targets)
-        self._error: BaseException | None = None
+        self._error: Exception | None = None
         self._left = False
         self._thread = threading.Thread(target=self._run, name="agentmem KV pages", daemon=True)
         self._thread.start()
 
     def wait(self, layer: int) -> None:
-        """Return when this layer's states can be used by what is queued from now on; raises what stopped them."""
+        """Return when this layer's states can be used by what is queued from now on; `NotLoaded` if they won't come."""
         self._loaded[layer].wait()
         if self._error is not None:
-            raise self._error
+            raise NotLoaded(str(self._error)) from self._error
         event = self._copied[layer]
         if event is not None:
             torch.cuda.current_stream(self._device).wait_event(event)
 
     def leave(self) -> None:
-        """Stop loading what nobody will wait for."""
+        """Stop loading: nobody will wait for more. Returns when the thread has ended."""
         self._left = True
         self._thread.join()
 
     def _run(self) -> None:
         try:
             self._load()
-        except BaseException as error:  # noqa: BLE001 (told to whoever waits)
+        except Exception as error:  # noqa: BLE001 (told to whoever waits)
             self._error = error
         finally:
             for event in self._loaded:
@@ -89,7 +98,7 @@ class Loading:
         busy: list[Any] = [None] * BUFFERS
         for layer, pair in enumerate(self._targets):
             if self._left:
-                return
+                raise NotLoaded("loading was given up")
             turn = layer % BUFFERS
             if busy[turn] is not None:
                 busy[turn].synchronize()

@@ -17,10 +17,11 @@ from typing import Any
 import torch
 
 from agentmem.activation.identity import digest
-from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected, StoreError, Unavailable
+from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected, Unavailable
 from agentmem.provider import Generation, LoraRef, Options, Request
 from agentmem.types import Usage
 
+from ._local_device import NotLoaded
 from ._local_kv import GRID, States
 from ._local_model import Loaded, compute_environment
 from ._local_prompt import Prompt, Template
@@ -114,7 +115,8 @@ class Engine:
 
     def identity(self, loras: Sequence[LoraRef], grid: int) -> bytes:
         """Under what a KV page of this model is kept: everything that can change a bit of it but the tokens."""
-        versions = json.dumps(sorted((lora.digest, lora.scale) for lora in loras))
+        # In their order: it is that of the sum, and floats don't add up to the same bits in every order.
+        versions = json.dumps([(lora.digest, lora.scale) for lora in loras])
         return digest(
             {
                 "model": self.loaded.content,
@@ -157,7 +159,10 @@ class Engine:
             if piece := text.flush():
                 yield piece
         finally:
-            written = run.seal()
+            try:
+                written = run.seal()
+            finally:
+                run.leave()
         usage = Usage(
             input_tokens=len(prompt.tokens),
             cached_tokens=run.cached,
@@ -229,8 +234,9 @@ class _Run:
             started = time.perf_counter()
             try:
                 logits = self.step(part)
-            except StoreError as error:  # of a page that was still on its way to the device
+            except NotLoaded as error:  # a page that was still on its way to the device
                 log.warning("KV pages could not be read, all is computed again: %s", error)
+                self.leave()
                 self._cache, self.cached, self._first, self._done = states.empty(self._capacity), 0, 0, 0
                 continue
             if self._pages is not None and len(part) == grid:
@@ -251,6 +257,10 @@ class _Run:
         given = self._all if self._engine._cache_name is None else tokens
         logits, self._cache = self._engine.forward(given, self._cache, self._loras, self._cancel)
         return logits
+
+    def leave(self) -> None:
+        """At the end, whatever happened."""
+        self._engine.states.leave(self._cache)
 
     def seal(self) -> int:
         """Store the pages that this run computed and that lie wholly in the stable prefix; how many tokens that is."""

@@ -39,6 +39,8 @@ _ATTENTION = ("full_attention", "sliding_attention")
 _TEST = (16, 8)
 LINE = 64  # bytes of a cache line
 
+#: Of a layer: KV heads, dimensions of a key and of a value, dtype.
+Shape = tuple[int, int, int, torch.dtype]
 #: Runs the model on the tokens that follow what a cache holds; gives the last one's logits [vocabulary] and the cache.
 Forward = Callable[[Sequence[int], Any], tuple[torch.Tensor, Any]]
 
@@ -140,7 +142,7 @@ class States:
         self._model = model
         self._layers = int(getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", 0))
         self.miss = unsafe_architecture(model)
-        self._shapes: list[tuple[int, int, int, torch.dtype]] = []  # per layer: heads, dims of K and V, dtype
+        self._shapes: list[Shape] = []
         if self.miss is not None:
             log.warning("KV pages are off for this model: %s", self.miss)
 
@@ -175,9 +177,9 @@ class States:
         reason = self._unlike_pages(live, first + rest)
         if reason is not None:
             return reason
-        self._shapes = [_shape(layer) for layer in live.layers]
+        shapes = [_shape(layer) for layer in live.layers]
         # Another capacity on purpose: where a state lies in memory must not matter.
-        again, buffers = self._reserved(first + rest + 40)
+        again, buffers = self._reserved(first + rest + 40, shapes)
         for layer, old, new in zip(again, live.layers, buffers, strict=True):
             new[0][:, :, :first] = old.keys[:, :, :first]
             new[1][:, :, :first] = old.values[:, :, :first]
@@ -185,6 +187,7 @@ class States:
         got, _ = self._forward(ids[first:], self._cache(again))
         if not torch.equal(wanted, got):
             return "its restored KV states don't give the same logits as live ones"
+        self._shapes = shapes  # only now: another thread may ask meanwhile
         return None
 
     def _unlike_pages(self, cache: Any, length: int) -> str | None:
@@ -209,15 +212,18 @@ class States:
         """A cache that begins with the states of ``pages``, and how many positions that are.
 
         A page that can't be read ends the prefix there. Only after `check` said yes. On another device than the CPU the
-        pages are checked here and loaded while the first layers compute: then a forward pass raises what goes wrong.
+        pages are checked here and loaded while the first layers compute: then a forward pass raises `NotLoaded` for
+        what goes wrong, and `leave` ends the loading.
         """
         if not pages:
             return self.empty(capacity), 0
-        layers, buffers = self._reserved(max(capacity, len(pages) * grid))
+        layers, buffers = self._reserved(max(capacity, len(pages) * grid), self._shapes)
+        loading: Loading | None = None
         ready: list[Callable[[], None] | None]
         if self._staged:
             pages = pages[: _leading(pages, lambda page, _: page.verify())]
-            loading = Loading(pages, grid, [(key[0], value[0]) for key, value in buffers]) if pages else None
+            if pages:
+                loading = Loading(pages, grid, [(key[0], value[0]) for key, value in buffers])
             ready = [None if loading is None else functools.partial(loading.wait, i) for i in range(len(layers))]
         else:
             keys, values = ([as_array(pair[side][0]) for pair in buffers] for side in (0, 1))
@@ -228,26 +234,34 @@ class States:
         length = len(pages) * grid
         for layer, when in zip(layers, ready, strict=True):
             layer.restored(length, when)
-        return self._cache(layers), length
+        cache = self._cache(layers)
+        cache.loading = loading
+        return cache, length
 
-    def _reserved(self, capacity: int) -> tuple[list[PrefixLayer], list[tuple[torch.Tensor, torch.Tensor]]]:
+    def leave(self, cache: Any) -> None:
+        """After a cache's last use, whatever happened: what still loads into it ends."""
+        loading: Loading | None = getattr(cache, "loading", None)
+        if loading is not None:
+            loading.leave()
+
+    def _reserved(
+        self, capacity: int, shapes: Sequence[Shape]
+    ) -> tuple[list[PrefixLayer], list[tuple[torch.Tensor, torch.Tensor]]]:
         """Layers with room for ``capacity`` positions, and their buffers [1, KV heads, capacity, head dim].
 
         On a CPU they are cut from one piece of memory in huge pages: filling fresh memory in small ones is four times
         as slow as copying. Each begins at a cache line, so that a restore can write past the caches.
         """
-        item = self._shapes[0][3].itemsize
+        item = shapes[0][3].itemsize
         sizes = [
-            math.ceil(heads * capacity * dim * item / LINE) * LINE // item
-            for heads, *dims, _ in self._shapes
-            for dim in dims
+            math.ceil(heads * capacity * dim * item / LINE) * LINE // item for heads, *dims, _ in shapes for dim in dims
         ]
-        slab = torch.empty(sum(sizes) + LINE // item, dtype=self._shapes[0][3], device=self._device)
+        slab = torch.empty(sum(sizes) + LINE // item, dtype=shapes[0][3], device=self._device)
         if slab.device.type == "cpu":
             kernels().reserve(as_array(slab))
         at = -slab.data_ptr() % LINE // item
         layers, pairs = [], []
-        for i, (heads, *dims, _) in enumerate(self._shapes):
+        for i, (heads, *dims, _) in enumerate(shapes):
             pair = []
             for dim, size in zip(dims, sizes[2 * i : 2 * i + 2], strict=True):
                 pair.append(slab[at : at + heads * capacity * dim].view(1, heads, capacity, dim))
@@ -276,8 +290,9 @@ class States:
         sides = [part[0, :, start:end] for layer in cache.layers for part in (layer.keys, layer.values)]
         hosts = to_host(sides)
         encoded = pages.encode(list(zip(hosts[::2], hosts[1::2], strict=True)), 0)
-        for side, host in zip(sides, hosts, strict=True):
-            side.copy_(_torch(host, side.dtype))
+        with torch.inference_mode():  # as the forward pass that made them
+            for side, host in zip(sides, hosts, strict=True):
+                side.copy_(_torch(host, side.dtype))
         return encoded
 
     def seal(
@@ -336,7 +351,7 @@ def _leading(pages: Sequence[Any], read: Callable[[Any, int], None]) -> int:
     return len(pages)
 
 
-def _shape(layer: PrefixLayer) -> tuple[int, int, int, torch.dtype]:
+def _shape(layer: PrefixLayer) -> Shape:
     assert layer.keys is not None
     assert layer.values is not None
     return layer.keys.shape[1], layer.keys.shape[3], layer.values.shape[3], layer.keys.dtype

@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import pytest
@@ -93,7 +93,7 @@ class Stored:
         self.folder, self.grid, self.codec, self.limit = folder, grid, codec, 1 << 30
         self.folder.mkdir(exist_ok=True)
 
-    def __enter__(self) -> Stored:
+    def __enter__(self) -> Self:
         self._database = Database(self.folder / "memory.db")
         self._store = PageStore(self._database, self.folder / "pages", grid=self.grid, codec=self.codec)
         self._view = self._store.view(b"tenant")
