@@ -1,8 +1,9 @@
-"""The local provider's KV states under attack: damage, errors and changes between look-up and use never change an answer."""
+"""KV states of the local provider under attack: nothing between look-up and use changes an answer, all threads end."""
 
 from __future__ import annotations
 
 import resource
+import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -16,7 +17,10 @@ from agentmem.errors import Corrupt, InvalidInput
 from agentmem.parametric import lora
 from agentmem.provider import LoraRef, Options, Request
 from agentmem.types import Message, Segment
-from tests.contract.test_local_provider import Spy, Stored, Tiny, asked, local, text
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
+
+from test_local_provider import Spy, Stored, Tiny, asked, local, text
 
 CODECS = ("raw", "lossless", "dense", "int8", "k8v4", "int4")
 
