@@ -165,13 +165,16 @@ static int read_raw(const extent *at, uint8_t *key, size_t key_bytes, uint8_t *v
     return good_padding(at) ? AM_OK : AM_PADDING;
 }
 
-/* Fetches an extent while the one before it is decoded. */
+/* Fetches an extent while the one before it is decoded. A prefetch can't fault, so nothing is bounded here but the time;
+ * by extent_at, the loop came out at two thirds of the speed (gcc 12). */
 static void ahead(const am_page *page, uint32_t index)
 {
-    extent at;
-    if (extent_at(page, index, &at))
-        for (uint64_t i = 0; i < at.size && i < SMALL; i += 64)
-            __builtin_prefetch(at.data + i, 0, 3);
+    if (index >= page->extents)
+        return;
+    const uint8_t *entry = page->extent_table + (size_t)EXTENT_ENTRY * index;
+    uintptr_t at = (uintptr_t)page->data + (uintptr_t)load64(entry);
+    for (uint64_t i = 0, size = load64(entry + 8); i < size && i < SMALL; i += 64)
+        __builtin_prefetch((const void *)(at + i), 0, 3);
 }
 
 /* Decodes an extent by way of a buffer in the first-level cache, so that what is decoded goes to memory past the caches. */
