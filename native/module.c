@@ -228,6 +228,16 @@ static int resident(int fd, uint64_t length)
 #endif
 }
 
+void am_module_huge(void *data, size_t length)
+{
+#if defined(__linux__)
+    Py_buffer fresh = {.buf = data, .len = (Py_ssize_t)length};
+    advise(&fresh, MADV_HUGEPAGE, 0);
+#else
+    (void)data, (void)length;
+#endif
+}
+
 static PyObject *prefault(PyObject *module, PyObject *args)
 {
     (void)module;

@@ -15,6 +15,9 @@ PyObject *am_module_fail(PyObject *module, int result, const char *detail);
 /* For "O&" of PyArg_ParseTuple: a uint32_t, or ValueError. (The format "I" takes the low bits of what is too large.) */
 int am_module_u32(PyObject *object, void *target);
 
+/* Advice that fresh memory comes in huge pages: filling it in small ones is several times as slow as copying. */
+void am_module_huge(void *data, size_t length);
+
 extern PyMethodDef am_module_pages[]; /* module_pages.c; ends with a NULL entry */
 
 #endif

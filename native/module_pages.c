@@ -288,6 +288,7 @@ static PyObject *page_encode(PyObject *module, PyObject *args)
         goto destroy;
     am_page_head head = {.dtype = dtype, .grid = grid, .layers = (uint32_t)all.layers, .shapes = shapes};
     uint8_t *out = (uint8_t *)PyByteArray_AsString(body);
+    am_module_huge(out, (size_t)most);
     am_extent *entries = (am_extent *)(void *)PyBytes_AsString(table);
     uint64_t length;
     Py_BEGIN_ALLOW_THREADS

@@ -2,7 +2,8 @@
 
     python tests/benchmarks/first_token.py [--rounds 5] [--prefix 2048 4096 7680] [--codec raw]
 
-For each length of prefix, with another question of about 40 tokens in every round:
+For each length of prefix, which is a whole number of pages (one that ends inside a page computes the rest of it again,
+128 tokens on average), with another question of about 40 tokens in every round:
 - no reuse (the baseline): the whole prompt is computed;
 - stock live reuse: what transformers' users do today: the prefix's `DynamicCache` is kept in memory, copied for each
   question (generation writes into it), and the question computed on the copy;
@@ -78,6 +79,18 @@ def passage(provider: Provider, tokens: int) -> str:
             if length >= tokens:
                 return "\n\n".join(parts)
     raise SystemExit(f"this Python's documentation has only {length} tokens in {', '.join(MODULES)}")
+
+
+def cut(provider: Any, text: str, tokens: int) -> str:
+    """The beginning of a text with which the stable part of the prompt has so many tokens, or a few more."""
+    template, low, high = provider._ready().template, 0, len(text)
+    while low < high:
+        middle = (low + high) // 2
+        if template.prompt(request(text[:middle], "Hello!", None).segments).stable < tokens:
+            low = middle + 1
+        else:
+            high = middle
+    return text[:low]
 
 
 def request(text: str, question: str, pages: Any) -> Request:
@@ -163,7 +176,7 @@ class Stock:
 
 
 def run(provider: Provider, tokens: int, rounds: int, codec: str) -> dict[str, Any]:
-    text = passage(provider, tokens)
+    text = cut(provider, passage(provider, tokens + 64), tokens)
     kinds: dict[str, list[dict[str, Any]]] = {"no reuse": [], "stock live reuse": [], "live reuse": [], "restored": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
