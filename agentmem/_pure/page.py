@@ -476,7 +476,7 @@ def prefault(data: Buffer, fd: int = -1, /) -> None:
 
 
 def reserve(data: Buffer, /) -> None:
-    """Give a fresh buffer its memory at once. Needs the C extension: here it does nothing."""
+    """Let a fresh buffer get its memory in huge pages. Needs the C extension: here it does nothing."""
 
 
 def write_behind(fd: int, /) -> None:
