@@ -228,10 +228,11 @@ def measure(prefix: int, tokens: int, rounds: int) -> dict[str, Any]:
     torch.set_num_threads(1)
     loaded = load("local", {"dtype": "float32"}).tensors()
     texts: dict[str, Any] = {}
+    rates: dict[str, Any] = {}
     for name in TEXTS:
         ids = loaded.tokenizer((LICENCES / name).read_text("utf-8"))["input_ids"][: prefix + tokens + 1]
         reader = Reader(loaded.model, ids, prefix)
-        if not texts:
+        if not rates:
             rates = speed(reader.states, rounds)
         texts[name] = quality(reader)
     means = {
