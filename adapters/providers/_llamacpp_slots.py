@@ -138,7 +138,7 @@ class SlotPlanner:
         self._model_file = model_file
         self._only = id_slot
         self._cache = cache
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that is left may be closed by the collector at any point
         self._server: Server | None = None
         self._live: dict[int, Live] = {}
         self._used: dict[int, float] = {}

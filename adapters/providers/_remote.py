@@ -64,7 +64,7 @@ class Remote(ABC):
         self._timeout_s: float = settings["timeout_s"]
         self._max_retries: int = settings["max_retries"]
         self._secrets = tuple(s for s in (settings.get("api_key"),) if s)
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a stream that is left may be closed by the collector at any point
         self._client: tuple[int, Any] | None = None
         self._async_clients: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Any] = weakref.WeakKeyDictionary()
         self._closing: set[asyncio.Task[None]] = set()

@@ -117,7 +117,7 @@ class LlamaCpp(Remote):
         self._model = model
         self._values = values
         self._counts: OrderedDict[str, int] = OrderedDict()
-        self._counts_lock = threading.Lock()
+        self._counts_lock = threading.RLock()
         self._planner: SlotPlanner | None = None
         if values.get("slot_dir"):
             model_file = values.get("model_file")
