@@ -59,7 +59,7 @@ uint64_t am_header_length(uint32_t grid, uint32_t layers, uint64_t extents)
 }
 
 /* The header's length and the file's for a layout whose shapes are all good; the bounds keep both far below 2^64. */
-uint64_t am_measure(uint32_t grid, uint32_t dtype, uint32_t layers, const am_layer *shapes, uint32_t codec,
+uint64_t am_measure(uint32_t grid, uint32_t dtype, uint32_t layers, const am_layer *shapes,
                         uint64_t *header, uint64_t *extents)
 {
     uint32_t block = block_of(grid);
@@ -67,29 +67,26 @@ uint64_t am_measure(uint32_t grid, uint32_t dtype, uint32_t layers, const am_lay
     for (uint32_t i = 0; i < layers; i++) {
         uint64_t here = (uint64_t)shapes[i].kv_heads * (grid / block);
         count += here;
-        am_block each = block_shape(dtype, grid, shapes[i]);
-        int taken = am_codec_fixed(codec) && am_codec_takes(codec, each);
-        payload += here * aligned(taken ? am_codec_size(codec, each) : am_block_bytes(each));
+        payload += here * aligned(am_block_bytes(block_shape(dtype, grid, shapes[i])));
     }
     *extents = count;
     *header = am_header_length(grid, layers, count);
     return *header + payload;
 }
 
-uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_layer *shapes, uint32_t codec, int *result)
+uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_layer *shapes, int *result)
 {
     uint64_t header, extents;
     *result = !am_item(dtype) ? AM_DTYPE
               : !am_good_grid(grid) ? AM_GRID
               : layers < 1 || layers > AM_MAX_LAYERS ? AM_LAYERS
-              : codec >= AM_CODECS ? AM_CODEC
                                                      : AM_OK;
     for (uint32_t i = 0; *result == AM_OK && i < layers; i++)
         if (!am_good_shape(shapes[i]))
             *result = AM_SHAPE;
     if (*result != AM_OK)
         return 0;
-    uint64_t length = am_measure(grid, dtype, layers, shapes, codec, &header, &extents);
+    uint64_t length = am_measure(grid, dtype, layers, shapes, &header, &extents);
     if (header > UINT32_MAX) {
         *result = AM_HEADER_LENGTH;
         return 0;

@@ -66,7 +66,7 @@ uint64_t am_header_length(uint32_t grid, uint32_t layers, uint64_t extents);
 
 /* The header's length and the file's for a layout whose shapes are all good (am_page_size says more); the bounds keep both
  * far below 2^64. */
-uint64_t am_measure(uint32_t grid, uint32_t dtype, uint32_t layers, const am_layer *shapes, uint32_t codec, uint64_t *header,
+uint64_t am_measure(uint32_t grid, uint32_t dtype, uint32_t layers, const am_layer *shapes, uint64_t *header,
                     uint64_t *extents);
 
 #endif

@@ -195,15 +195,15 @@ data_only:
 /* ---- memory ---- */
 
 /* madvise over the whole system pages that `data` touches (outwards) or holds (inwards); errno of a failure, or 0. */
-static int advise(const Py_buffer *data, int advice, int outwards)
+static int advise(const void *data, size_t length, int advice, int outwards)
 {
 #if defined(__linux__)
-    uintptr_t mask = (uintptr_t)sysconf(_SC_PAGESIZE) - 1, start = (uintptr_t)data->buf, end = start + (size_t)data->len;
+    uintptr_t mask = (uintptr_t)sysconf(_SC_PAGESIZE) - 1, start = (uintptr_t)data, end = start + length;
     start = outwards ? start & ~mask : (start + mask) & ~mask;
     end = outwards ? end : end & ~mask;
     return end > start && madvise((void *)start, end - start, advice) ? errno : 0;
 #else
-    (void)data, (void)advice, (void)outwards;
+    (void)data, (void)length, (void)advice, (void)outwards;
     return 0;
 #endif
 }
@@ -230,8 +230,7 @@ static int resident(int fd, uint64_t length)
 void am_module_huge(void *data, size_t length)
 {
 #if defined(__linux__)
-    Py_buffer fresh = {.buf = data, .len = (Py_ssize_t)length};
-    advise(&fresh, MADV_HUGEPAGE, 0);
+    advise(data, length, MADV_HUGEPAGE, 0);
 #else
     (void)data, (void)length;
 #endif
@@ -246,7 +245,7 @@ static PyObject *prefault(PyObject *module, PyObject *args)
         return NULL;
     int failed;
     Py_BEGIN_ALLOW_THREADS
-    failed = resident(fd, (uint64_t)data.len) ? 0 : advise(&data, MADV_POPULATE_READ, 1);
+    failed = resident(fd, (uint64_t)data.len) ? 0 : advise(data.buf, (size_t)data.len, MADV_POPULATE_READ, 1);
     Py_END_ALLOW_THREADS
     PyBuffer_Release(&data);
     /* EINVAL: a kernel that doesn't know the advice; then the pages come in one by one, as everywhere else. */

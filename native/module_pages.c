@@ -148,10 +148,9 @@ static int layers_from(PyObject *sequence, am_layer *shapes, Py_ssize_t count)
 
 static PyObject *page_size(PyObject *module, PyObject *args)
 {
-    uint32_t dtype, grid, codec = AM_RAW;
+    uint32_t dtype, grid;
     PyObject *layers;
-    if (!PyArg_ParseTuple(args, "O&O&O!|O&:page_size", am_module_u32, &dtype, am_module_u32, &grid, &PyTuple_Type, &layers,
-                          am_module_u32, &codec))
+    if (!PyArg_ParseTuple(args, "O&O&O!:page_size", am_module_u32, &dtype, am_module_u32, &grid, &PyTuple_Type, &layers))
         return NULL;
     Py_ssize_t count = PyTuple_Size(layers);
     if (count > (Py_ssize_t)AM_MAX_LAYERS)
@@ -162,7 +161,7 @@ static PyObject *page_size(PyObject *module, PyObject *args)
     PyObject *size = NULL;
     if (!layers_from(layers, shapes, count)) {
         int result;
-        uint64_t length = am_page_size(dtype, grid, (uint32_t)count, shapes, codec, &result);
+        uint64_t length = am_page_size(dtype, grid, (uint32_t)count, shapes, &result);
         size = length ? PyLong_FromUnsignedLongLong(length) : am_module_fail(module, result, NULL);
     }
     PyMem_Free(shapes);
@@ -276,7 +275,7 @@ static PyObject *page_encode(PyObject *module, PyObject *args)
     if (!shapes)
         goto destroy;
     int result;
-    uint64_t most = am_page_size(dtype, grid, (uint32_t)all.layers, shapes, AM_RAW, &result);
+    uint64_t most = am_page_size(dtype, grid, (uint32_t)all.layers, shapes, &result);
     if (!most) {
         am_module_fail(module, result, NULL);
         goto destroy;
@@ -333,7 +332,7 @@ static PyObject *page_write_encoded(PyObject *module, PyObject *args)
     if (layers_from(layers, shapes, count))
         goto release;
     int result, saved;
-    if (!am_page_size(dtype, grid, (uint32_t)count, shapes, AM_RAW, &result)) {
+    if (!am_page_size(dtype, grid, (uint32_t)count, shapes, &result)) {
         am_module_fail(module, result, NULL);
         goto release;
     }
@@ -473,7 +472,7 @@ release:
 }
 
 PyMethodDef am_module_pages[] = {
-    {"page_size", page_size, METH_VARARGS, "page_size(dtype, grid, layers, codec=0, /): length in bytes of such a page file."},
+    {"page_size", page_size, METH_VARARGS, "page_size(dtype, grid, layers, /): length in bytes of such a page file."},
     {"page_write", page_write, METH_VARARGS,
      "page_write(fd, dtype, grid, number, identity, key, parent, tokens, keys, values, at, /): write a whole page file."},
     {"page_encode", page_encode, METH_VARARGS,

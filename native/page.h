@@ -102,9 +102,9 @@ int am_page_verify(const am_page *page, uint32_t *bad);
 int am_page_read(const am_page *page, uint32_t from, uint32_t count, const am_rows *keys, const am_rows *values, int check,
                  uint32_t *bad);
 
-/* Length of the page file of a layout whose blocks the codec all takes (for a codec of no fixed size: takes none); or 0
- * with *result set to the rule that the layout breaks. With AM_RAW it is the most that a page takes with any codec. */
-uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_layer *shapes, uint32_t codec, int *result);
+/* Length of the page file of a layout with the raw codec, which is the most that it takes with any other; or 0 with
+ * *result set to the rule that the layout breaks. */
+uint64_t am_page_size(uint32_t dtype, uint32_t grid, uint32_t layers, const am_layer *shapes, int *result);
 
 /* Writes a whole page file to `fd`, an empty file, straight from the tensors with the raw codec (never through a mapping: a
  * full disk is an error here, not a signal). *written is the file's length on success. */
@@ -119,7 +119,7 @@ typedef struct {
 /* Number of extents of a layout that am_page_size accepts. */
 uint32_t am_page_extents(uint32_t grid, uint32_t layers, const am_layer *shapes);
 
-/* Encodes a page into `body` (room for am_page_size bytes with AM_RAW, 64-byte aligned or not), each extent followed by zeros up to a
+/* Encodes a page into `body` (room for am_page_size bytes, 64-byte aligned or not), each extent followed by zeros up to a
  * multiple of 64, and `table` (am_page_extents entries); returns the bytes of the body. A block that the codec does not
  * take is stored raw. With `writeback` the decoded values replace those in the tensors: a run that goes on with them
  * computes what a restored one will. */

@@ -125,12 +125,12 @@ int am_page_write(int fd, const am_page_head *head, const am_rows *keys, const a
 {
     static const uint8_t zeros[AM_ALIGN];
     int result;
-    uint64_t length = am_page_size(head->dtype, head->grid, head->layers, head->shapes, AM_RAW, &result);
+    uint64_t length = am_page_size(head->dtype, head->grid, head->layers, head->shapes, &result);
     if (!length)
         return result;
     uint32_t item = am_item(head->dtype), block = block_of(head->grid);
     uint64_t first, extents;
-    am_measure(head->grid, head->dtype, head->layers, head->shapes, AM_RAW, &first, &extents);
+    am_measure(head->grid, head->dtype, head->layers, head->shapes, &first, &extents);
     uint8_t *entry = NULL, *header = new_header(head, first, extents, length, &entry);
     gather *out = malloc(sizeof *out);
     if (!header || !out) {
@@ -218,10 +218,10 @@ int am_page_write_encoded(int fd, const am_page_head *head, const am_extent *tab
                           uint64_t *written)
 {
     int result;
-    if (!am_page_size(head->dtype, head->grid, head->layers, head->shapes, AM_RAW, &result))
+    if (!am_page_size(head->dtype, head->grid, head->layers, head->shapes, &result))
         return result;
     uint64_t first, extents, offset = 0;
-    am_measure(head->grid, head->dtype, head->layers, head->shapes, AM_RAW, &first, &extents);
+    am_measure(head->grid, head->dtype, head->layers, head->shapes, &first, &extents);
     uint8_t *entry = NULL, *header = new_header(head, first, extents, first + length, &entry);
     gather *out = malloc(sizeof *out);
     if (!header || !out) {

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import numpy.typing as npt
     from typing_extensions import Buffer
 
-__all__ = ["CODECS", "RAW", "block_decode", "block_encode", "decode", "encode", "expected", "fixed", "good_size"]
+__all__ = ["CODECS", "RAW", "block_decode", "block_encode", "decode", "encode", "good_size"]
 
 RAW = 0
 LOSSLESS, DENSE = 1, 2
@@ -49,18 +49,6 @@ def _takes(codec: int, dtype: int, rows: int, key_dim: int, value_dim: int) -> b
     return _size(codec, dtype, rows, key_dim, value_dim) < _raw_size(dtype, rows, key_dim, value_dim)
 
 
-def fixed(codec: int) -> bool:
-    """Whether the size of an encoding does not depend on the values."""
-    return codec not in (LOSSLESS, DENSE)
-
-
-def expected(codec: int, dtype: int, rows: int, key_dim: int, value_dim: int) -> int:
-    """Bytes of a block in a codec of fixed size, or raw where that doesn't take it."""
-    if codec == RAW or not _takes(codec, dtype, rows, key_dim, value_dim):
-        return _raw_size(dtype, rows, key_dim, value_dim)
-    return _size(codec, dtype, rows, key_dim, value_dim)
-
-
 def good_size(  # noqa: PLR0917
     codec: int, dtype: int, rows: int, key_dim: int, value_dim: int, size: int
 ) -> bool:
@@ -70,7 +58,7 @@ def good_size(  # noqa: PLR0917
     if not _takes(codec, dtype, rows, key_dim, value_dim):
         return False
     most = _size(codec, dtype, rows, key_dim, value_dim)
-    return size == most if fixed(codec) else 1 <= size <= most
+    return 1 <= size <= most if codec in (LOSSLESS, DENSE) else size == most
 
 
 def encode(codec: int, dtype: int, key: npt.NDArray[Any], value: npt.NDArray[Any]) -> bytes | None:

@@ -93,17 +93,9 @@ def _places(dtype: int, grid: int, layers: Layers) -> tuple[int, int, int, list[
     return first, offset, extents, places
 
 
-def page_size(dtype: int, grid: int, layers: Layers, wanted: int = 0, /) -> int:
-    """Length in bytes of a page file whose blocks the codec ``wanted`` all takes (one of no fixed size: takes none).
-
-    With the raw codec it is the most that a page takes with any.
-    """
-    first, length, _, places = _places(dtype, grid, layers)
-    if wanted not in codec.CODECS:
-        raise broken("codec")
-    if codec.fixed(wanted):
-        length = first + sum(_aligned(codec.expected(wanted, *shape)) for shape in _block_shapes(dtype, places))
-    return length
+def page_size(dtype: int, grid: int, layers: Layers, /) -> int:
+    """Length in bytes of a page file with this layout and the raw codec: the most that it takes with any other."""
+    return _places(dtype, grid, layers)[1]
 
 
 def _array(buffer: Any, name: str, layer: int, *, writable: bool) -> npt.NDArray[Any]:

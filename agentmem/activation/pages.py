@@ -93,20 +93,15 @@ class Layout:
 
     @property
     def page_bytes(self) -> int:
-        """Length of such a page's file with raw states."""
-        return self.size("raw")
-
-    def size(self, codec: Codec) -> int:
-        """Length of such a page's file: exact for raw, at most this for every other codec."""
+        """Length of such a page's file with raw states, which is the most that it has with any codec."""
         layers = self.shapes()
         for name, value in (
             (name, value) for layer in layers for name, value in zip(("heads", "K", "V"), layer, strict=True)
         ):
             if not 0 < value < 1 << 20:
                 raise InvalidInput(f"a layer with {value} for its {name} can't be stored")
-        options = () if codec == "raw" else (CODECS[codec],)
         try:
-            return int(_pure.kernels().page_size(DTYPES[self.dtype], self.grid, layers, *options))
+            return int(_pure.kernels().page_size(DTYPES[self.dtype], self.grid, layers))
         except ValueError as error:
             raise InvalidInput(f"no page has this layout: {error.args[-1]}") from error
 

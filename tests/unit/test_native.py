@@ -183,7 +183,6 @@ def test_numbers_that_no_header_holds_are_refused_and_not_cut(module: ModuleType
         lambda: module.page_size(1, (1 << 32) + 64, ((1, 8, 8),)),
         lambda: module.page_size(1, 64, (((1 << 32) + 1, 8, 8),)),
         lambda: module.page_size(1, 64, ((1, -8, 8),)),
-        lambda: module.page_size(1, 64, ((1, 8, 8),), 1 << 32),
         lambda: module.page_encode(3, 1 << 32, 16, [good], [good], 0, False),
     ]
     for call in calls:

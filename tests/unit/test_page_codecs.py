@@ -113,7 +113,6 @@ def test_lossy_pages_are_as_small_as_their_codec_promises(tmp_path: Path, codec:
     shelf.seal(copied(layers))
     layout = Layout.of(layers, GRID)
     sizes = {path.stat().st_size for path in shelf.files()}
-    assert max(sizes) <= layout.size(codec)
     assert max(sizes) < {"int8": 0.62, "k8v4": 0.52, "int4": 0.42}[codec] * layout.page_bytes
 
 
