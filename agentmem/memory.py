@@ -93,6 +93,10 @@ def opened(
     )
 
 
+def _kept(pieces: Generator[str, None, Reply], replies: builtins.list[Reply]) -> Generator[str, None, None]:
+    replies.append((yield from pieces))
+
+
 class ReplyStream:
     """The pieces of a reply as they come; ``.reply`` is the whole `Reply` once they have all come.
 
@@ -101,11 +105,10 @@ class ReplyStream:
     """
 
     def __init__(self, flow: Flow[Reply]) -> None:
-        self._pieces = self._run(flow)
-        self._reply: Reply | None = None
-
-    def _run(self, flow: Flow[Reply]) -> Generator[str, None, None]:
-        self._reply = yield from stream(flow)
+        self._replies: builtins.list[Reply] = []
+        # Not a method: a generator that held this object would be a circle, and dropping it would end nothing until the
+        # collector came by, which may be while httpcore holds the very lock that ending a response takes.
+        self._pieces = _kept(stream(flow), self._replies)
 
     def __iter__(self) -> Iterator[str]:
         return self._pieces
@@ -118,9 +121,9 @@ class ReplyStream:
         """The whole reply; what has not come yet is waited for."""
         for _ in self._pieces:
             pass
-        if self._reply is None:
+        if not self._replies:
             raise AgentMemError("the stream was closed before its end: there is no reply")
-        return self._reply
+        return self._replies[0]
 
     def close(self) -> None:
         """Give the rest up."""

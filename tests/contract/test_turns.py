@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+from collections.abc import Iterator
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -117,6 +119,32 @@ def test_a_message_that_begins_with_much_white_space_is_answered(folder: Path) -
     with memory:
         memory.add("I like tea")
         assert memory.chat("\n" * 5000 + "What do I like?").text == "Ok."
+
+
+def test_a_stream_that_is_dropped_ends_at_once_and_not_when_the_collector_comes(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    memory, provider = opened(folder, "One two three.")
+    ended: list[str] = []
+
+    def source(_: object) -> Iterator[str]:
+        try:
+            yield from ("One", " two")
+        finally:
+            ended.append("ended")
+
+    monkeypatch.setattr(provider, "stream", source)
+    with memory:
+        gc.disable()
+        try:
+            stream = memory.chat("Hello there", stream=True)
+            assert next(stream) == "One"
+            del stream
+            assert ended == ["ended"]
+            assert next(iter(memory.chat("Hello again", stream=True))) == "One"
+            assert ended == ["ended", "ended"]
+        finally:
+            gc.enable()
 
 
 # ---- what a host may hold ------------------------------------------------------------------------------------------

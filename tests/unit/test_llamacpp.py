@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import importlib
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +99,34 @@ def test_where_pages_are_encrypted_it_is_said_that_slots_are_not_saved(
     with Memory(tmp_path / "m", model="llamacpp:m", embedder="none", providers=settings, page_key="ab" * 32) as memory:
         assert not memory._engine.slots.announce(tmp_path / "slots", "name", [])
     assert "can't be encrypted" in caplog.text
+
+
+def test_a_stream_may_be_ended_by_the_collector_while_its_planner_works(tmp_path: Path) -> None:
+    planner = planning.SlotPlanner("llamacpp:m", tmp_path, lambda _: {}, told={})
+    slots = SlotStore(Database(":memory:"), step=16, budget_bytes=1).view(b"a")
+    turns = [planning.Turn(chat_request("Hi"), slots) for _ in range(2)]
+    server = planning.Server("mark", 1, None, adapters=False)
+
+    def left() -> Iterator[None]:
+        try:
+            planner._choose(turns[0], server, None, "")
+            yield
+        finally:
+            planner.done(turns[0])
+
+    class Collecting(tuple[int, ...]):
+        def __len__(self) -> int:  # asked for under the planner's lock
+            gc.collect()
+            return 0
+
+    circle: list[Any] = [left()]
+    next(circle[0])
+    circle.append(circle)  # only the collector finds it
+    planner._live[0] = planning.Live(Collecting(), slots.tenant, "")
+    del circle
+    worker = threading.Thread(target=planner._choose, args=(turns[1], server, None, ""), daemon=True)
+    worker.start()
+    worker.join(10)
+    assert not worker.is_alive()
+    planner.done(turns[1])
+    assert planner._busy == {0: 0}
