@@ -59,6 +59,11 @@ class Settings(BaseSettings):
     page_budget: int = Field(
         default=8 << 30, ge=0, description="bytes of KV pages on disk and in RAM; 0 turns activation memory off"
     )
+    ram_budget: int | None = Field(
+        default=None,
+        ge=0,
+        description="bytes of KV pages in this process's RAM, copies and mappings; by default a quarter of page_budget",
+    )
     page_codec: Literal["raw", "lossless", "dense", "int8", "k8v4", "int4"] = Field(
         default="raw", description="how KV pages are stored; int8, k8v4 and int4 change the states a little"
     )

@@ -162,6 +162,7 @@ class Engine:
                     self.folder / "pages",
                     grid=self.settings.page_tokens,
                     budget_bytes=self.settings.page_budget,
+                    ram_budget_bytes=self.settings.ram_budget,
                     codec=self.settings.page_codec,
                     cipher=self._cipher,
                     clock=self.clock,

@@ -438,8 +438,9 @@ class Activation:
     def swap_in(self, keys: Sequence[str] | None = None) -> Swapped:
         """Bring these pages (default: all of the scope), and the pages before them, into RAM ahead of use, checked.
 
-        Says what is there afterwards. The last used come first, up to a quarter of ``page_budget``. Damaged pages are
-        put aside; a file that was written this very moment is left for its first use.
+        Call it on the handle that speaks next, while another one answers: its first token then waits for no disk. Says
+        what is there afterwards. The last used come first, up to ``ram_budget``. Damaged pages are put aside; a file
+        that was written this very moment is left for its first use.
         """
         return run(local(kinds.swap_in, self._engine, self._scope, keys))
 

@@ -1,6 +1,7 @@
 """One byte budget over page files and their copies in RAM: what may come in, and what goes for it.
 
-Knows sizes and costs (eviction.py chooses by them); knows nothing of tenants, prompts or where a page came from.
+Knows sizes and costs (eviction.py chooses by them), and that RAM has a budget of its own within that one; knows nothing
+of tenants, prompts or where a page came from.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ __all__ = ["Budget"]
 
 logger = logging.getLogger("agentmem")
 
-#: Of the budget, RAM copies never take more than one part in this many.
+#: Of the budget, RAM copies never take more than one part in this many where nothing else is set.
 RAM_PART = 4
 
 
@@ -30,14 +31,23 @@ class Budget:
     Files and copies compete by one rule, cost per byte and time since the last use (`eviction.choose`). A copy is some
     ten times cheaper to have again than a file, so copies go first; but a copy in use displaces a file that has not
     been used for as many times longer. So that a busy working set can't delete the store bit by bit, copies have at
-    most a quarter of the budget, and they go when files need the room. ``files`` is what the files hold as far as this
-    process knows: others may have added to it since it last looked.
+    most ``ram_total`` bytes (None: a quarter of the budget), and they go when files need the room. What a request maps
+    counts as well, so copies make way for it before it comes. ``files`` is what the files hold as far as this process
+    knows: others may have added to it since it last looked.
     """
 
     def __init__(
-        self, database: Database, catalog: Catalog, *, total: int, grid: int, clock: Callable[[], float]
+        self,
+        database: Database,
+        catalog: Catalog,
+        *,
+        total: int,
+        ram_total: int | None = None,
+        grid: int,
+        clock: Callable[[], float],
     ) -> None:
         self.total = total
+        self.ram_total = ram_total
         self.files = 0
         self.costs = Costs(grid)
         self.ram = Residency()
@@ -54,7 +64,7 @@ class Budget:
     @property
     def share(self) -> int:
         """Bytes that RAM copies may have at most, room permitting."""
-        return self.total // RAM_PART
+        return self.total // RAM_PART if self.ram_total is None else min(self.ram_total, self.total)
 
     def _limit(self) -> int:
         return min(self.share, self.total - self.files)
@@ -82,6 +92,16 @@ class Budget:
                 return False
             self.ram.drop(gone)
         return True
+
+    def make_way(self, coming: int, *, spare: Collection[bytes] = ()) -> bool:
+        """Drop the least recently used copies, but for those of ``spare``, so that ``coming`` bytes can be mapped
+        within the RAM's budget; whether they can. What others are reading leaves the memory only when they are done.
+        """
+        over = self.ram.mapped + coming - self.share
+        if over > 0:
+            copies = [copy for copy in self.ram.copies() if copy.key not in spare]
+            self.ram.drop(choose([], free=over, now=self._clock(), costs=self.costs, copies=copies).copies)
+        return self.ram.mapped + coming <= self.share
 
     def admit(self, page: Page, *, pinned: bool, used: float, displace: bool = False) -> bool:
         """Keep a good page in RAM if it is worth what has to go for it; whether it is there now.

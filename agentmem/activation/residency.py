@@ -1,7 +1,7 @@
 """The pages that this process keeps in RAM: mapped (or decrypted) and known to be good, by name.
 
 Knows files' stamps and bytes; decides nothing about how much may stay (budget.py does). A copy is handed out only while
-its file is still the one that was checked.
+its file is still the one that was checked. Counts also what is no copy (any more) but is still being read.
 """
 
 from __future__ import annotations
@@ -12,9 +12,11 @@ import resource
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from .eviction import RamCopy
 from .pages import Page, Stamp
@@ -41,6 +43,7 @@ class Residency:
         self._pages: dict[bytes, tuple[Page, RamCopy]] = {}
         self._since: dict[bytes, float] = {}
         self._held = 0
+        self._mapped: dict[int, tuple[weakref.ref[Any], int]] = {}
 
     def renew_lock(self) -> None:
         """For a forked child: the thread that held the lock may not exist there."""
@@ -50,6 +53,18 @@ class Residency:
     def held(self) -> int:
         """Bytes of all copies."""
         return self._held
+
+    @property
+    def mapped(self) -> int:
+        """Bytes of all pages in this process's memory: the copies, and what requests read beside them."""
+        return sum(size for _, size in self._mapped.copy().values())
+
+    def watch(self, page: Page) -> None:
+        """Count this newly opened page in ``mapped`` until nobody holds its bytes any more, copy or not."""
+        # Without the lock: whoever lets go last may hold it, or be the garbage collector. One dict operation each.
+        mapped = self._mapped
+        gone = weakref.ref(page.data, lambda reference: mapped.pop(id(reference), None))
+        mapped[id(gone)] = gone, len(page.data)
 
     def copies(self) -> list[RamCopy]:
         """All copies."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import hashlib
+import itertools
 import logging
 import os
 import re
@@ -23,9 +24,9 @@ from typing import Any
 from ..database import Database
 from ..errors import Corrupt, Incompatible, InvalidInput, StoreError
 from ..types import Value
-from . import archive
+from . import archive, audit
 from .budget import Budget
-from .catalog import FILE, Catalog, marks, parts
+from .catalog import Catalog, marks, parts
 from .cipher import ForeignKey, PageCipher
 from .eviction import PageRow, ancestors, choose, descendants
 from .identity import chain, root
@@ -73,9 +74,10 @@ class PageStore:
     """All KV pages of a folder, under one byte budget.
 
     ``grid`` is in tokens; ``budget_bytes`` is for the page files and what is kept of them in RAM (budget.py says who
-    yields to whom). New pages are stored with ``codec``; ``raw``, ``lossless`` and ``dense`` give the same bits and so
-    share pages, each lossy codec has pages of its own. With ``cipher`` pages are encrypted, and only those under its
-    page key are found. Opening a store removes what a killed process left behind.
+    yields to whom), of which ``ram_budget_bytes`` (default: a quarter) may be in this process's RAM. New pages are
+    stored with ``codec``; ``raw``, ``lossless`` and ``dense`` give the same bits and so share pages, each lossy codec
+    has pages of its own. With ``cipher`` pages are encrypted, and only those under its page key are found. Opening a
+    store removes what a killed process left behind.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class PageStore:
         *,
         grid: int = 256,
         budget_bytes: int = 8 << 30,
+        ram_budget_bytes: int | None = None,
         codec: Codec = "raw",
         cipher: PageCipher | None = None,
         clock: Callable[[], float] = time.time,
@@ -102,7 +105,9 @@ class PageStore:
         self._closed = False
         self._folder_changed = 0
         self._catalog = Catalog(database, self._folder)
-        self._budget = Budget(database, self._catalog, total=budget_bytes, grid=grid, clock=clock)
+        self._budget = Budget(
+            database, self._catalog, total=budget_bytes, ram_total=ram_budget_bytes, grid=grid, clock=clock
+        )
         self._writer = PageWriter(
             database, self._catalog, self._budget, grid=grid, codec=codec, cipher=cipher, clock=clock
         )
@@ -145,6 +150,10 @@ class PageStore:
             logger.warning("KV pages can't be looked up, computing anew: %s", error)
             return pages
         self._budget.ram.drop([name for name in names if name not in rows])
+        wanted = set(itertools.takewhile(rows.__contains__, names))
+        here = {copy.key for copy in self._budget.ram.copies()}
+        # Before anything is mapped: what this prompt doesn't need goes, so that the RAM holds one or the other.
+        self._budget.make_way(sum(rows[name].bytes for name in wanted if name not in here), spare=wanted)
         now = self._clock()
         parent = root(identity, salt, self.grid)
         for number, (key, name) in enumerate(zip(keys, names, strict=True)):
@@ -182,6 +191,7 @@ class PageStore:
         try:
             if page is None:
                 page = Page(path, self._cipher)
+                self._budget.ram.watch(page)
                 if page.verified:
                     proved(page, None)
         except FileNotFoundError:
@@ -283,6 +293,10 @@ class PageStore:
         """Bytes of the pages that this process keeps in RAM, beside those that a request is reading."""
         return self._budget.ram.held
 
+    def bytes_mapped(self) -> int:
+        """Bytes of the pages that are in this process's memory now, those included that requests are reading."""
+        return self._budget.ram.mapped
+
     def pin(self, keys: Sequence[str], pinned: bool = True) -> None:
         """Keep these pages whatever the budget says, and with them all pages before them; or let them go again."""
         packed = _unhex(keys)
@@ -330,8 +344,9 @@ class PageStore:
         """Bring these pages and those before them (default: all) into RAM, checked, the last used first, as far as the
         budget lets them.
 
-        The next request copies them without waiting for the disk and without checking them again. Damaged ones are put
-        aside, those under another page key are passed over. Says what of all these is in RAM afterwards.
+        The next request reads them without waiting for the disk and without checking them again. Damaged ones are put
+        aside, those under another page key are passed over, and where running requests need the RAM it ends early. Says
+        what of all these is in RAM afterwards.
         """
         started = time.perf_counter()
         rows, room = [], self._budget.share
@@ -345,7 +360,11 @@ class PageStore:
         self._budget.refresh()
         there: list[int] = []
         now = self._clock()
+        wanted = {row.key for row in rows}
+        here = {copy.key for copy in self._budget.ram.copies()}
         for row in rows:
+            if row.key not in here and not self._budget.make_way(row.bytes, spare=wanted):
+                continue
             with contextlib.suppress(Corrupt, Incompatible):
                 page = self._opened(row, now)
                 if page is None:
@@ -424,37 +443,7 @@ class PageStore:
         Damaged files are put aside as a use of them would do; nothing else is changed. Pages under another page key are
         passed over.
         """
-        problems: list[str] = []
-        rows = self._catalog.rows()
-        for key, row in rows.items():
-            name = self._catalog.path(key).name
-            try:
-                page = Page(self._catalog.path(key), self._cipher)
-                page.verify()
-                found = (page.name, page.parent_name, page.identity, page.number)
-                if found != (key, row.parent, row.identity, row.number):
-                    raise Corrupt(f"{name} holds another page than its name says")
-            except ForeignKey:
-                continue  # whoever has its page key can check it
-            except FileNotFoundError:
-                # Deleted since we asked, or really missing?
-                if key in self._catalog.rows([key]):
-                    problems.append(f"pages/{name} is missing")
-            except (Corrupt, Incompatible) as error:
-                problems.append(f"pages/{error}")
-                self._catalog.put_aside(key, str(error))
-            except OSError as error:
-                problems.append(f"pages/{name} can't be opened ({error.strerror})")
-        for entry in self._catalog.listing():
-            match = FILE.fullmatch(entry)
-            if match is None:
-                problems.append(f"pages/{entry} is not a file of this store")
-            elif match[2] == ".page":
-                key = bytes.fromhex(match[1])
-                # Asked again: it may have been added or deleted since we began.
-                if key not in rows and key not in self._catalog.rows([key]):
-                    problems.append(f"pages/{entry} belongs to no stored page")
-        return sorted(problems)
+        return audit.verify(self._catalog, self._cipher)
 
     def close(self) -> None:
         """Note the last uses; afterwards every look-up is a miss and nothing is kept."""

@@ -22,7 +22,7 @@ from agentmem.activation.identity import chain, digest
 from agentmem.activation.pages import Layout, Page
 from agentmem.activation.store import PageStore
 from agentmem.database import Database
-from agentmem.errors import Corrupt
+from agentmem.errors import ConfigError, Corrupt
 
 GRID = 64
 IDENTITY = digest({"weights": "w"})
@@ -421,6 +421,135 @@ def test_a_process_that_is_short_of_something_loses_no_page(
         assert shelf.store.swap_in().pages == 0
         assert shelf.store.verify() == sorted(f"pages/{key}.page can't be opened (short)" for key in keys)
     assert shelf.read() == 4
+
+
+# ---- the RAM's own budget
+
+
+def mapped_now(folder: Path) -> tuple[int, int]:
+    """Bytes of files of this folder in the process's address space, and in its memory (smaps)."""
+    sizes = {"Size": 0, "Rss": 0}
+    mine = False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        name, _, rest = line.partition(":")
+        if name in sizes:
+            sizes[name] += int(rest.split()[0]) * 1024 * mine
+        elif "-" in name.split()[0]:
+            mine = str(folder) in line
+    return sizes["Size"], sizes["Rss"]
+
+
+def whole(size: int) -> int:
+    """This file's bytes in whole pages of the system."""
+    return -(-size // mmap.PAGESIZE) * mmap.PAGESIZE
+
+
+def test_what_is_mapped_is_counted_until_nobody_reads_it(shelf: Shelf) -> None:
+    shelf.seal()
+    pages = shelf.view.longest(IDENTITY, prompt(0))
+    for page in pages:
+        page.verify()
+    assert shelf.store.bytes_mapped() == shelf.store.bytes_in_ram() == 4 * PAGE
+    assert mapped_now(shelf.folder) == (4 * whole(PAGE), 4 * whole(PAGE))
+    view = memoryview(pages[3].data)
+    shelf.store.swap_out()
+    assert (shelf.store.bytes_in_ram(), shelf.store.bytes_mapped()) == (0, 4 * PAGE)
+    del page, pages
+    assert shelf.store.bytes_mapped() == PAGE
+    view.release()
+    assert shelf.store.bytes_mapped() == 0
+    assert mapped_now(shelf.folder) == (0, 0)
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+def test_prompts_take_turns_within_the_ram_budget(tmp_path: Path, encrypted: bool) -> None:
+    cipher = PageCipher(bytes(32)) if encrypted else None
+    shelf = Shelf(tmp_path, ram_budget_bytes=8 * PAGE, cipher=cipher)
+    for number in range(5):
+        shelf.seal(number)
+    for number in (0, 1, 2, 3, 4, 0, 3, 3, 1, 4):
+        shelf.now += 10
+        pages = shelf.view.longest(IDENTITY, prompt(number))
+        assert len(pages) == 4
+        assert shelf.store.bytes_mapped() <= 8 * PAGE, "what was there made way before these were mapped"
+        for page in pages:
+            page.verify()
+        assert mapped_now(shelf.folder)[1] <= 8 * whole(PAGE)
+        del page, pages
+    # An encrypted file is a little longer than its page, and way is made for as much.
+    assert shelf.store.bytes_mapped() == shelf.store.bytes_in_ram() == (7 if encrypted else 8) * PAGE
+
+
+def test_a_prompt_that_is_larger_than_the_ram_budget_is_read_all_the_same(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, ram_budget_bytes=2 * PAGE)
+    shelf.seal(0)
+    shelf.seal(1)
+    assert (shelf.read(0), shelf.read(1)) == (4, 4)
+    assert shelf.store.bytes_mapped() == shelf.store.bytes_in_ram() == 2 * PAGE
+
+
+def test_without_a_ram_budget_nothing_stays(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, ram_budget_bytes=0)
+    shelf.seal()
+    assert (shelf.read(), shelf.store.swap_in().pages) == (4, 0)
+    assert shelf.store.bytes_mapped() == 0
+
+
+def test_the_ram_budget_may_exceed_a_quarter_but_not_the_whole(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, budget_bytes=8 * PAGE, ram_budget_bytes=100 * PAGE)
+    shelf.seal()
+    shelf.read()
+    assert shelf.store.bytes_in_ram() == 4 * PAGE
+    shelf.seal(1, 3)
+    assert shelf.within()
+
+
+def test_swapping_in_takes_no_ram_from_a_running_request(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, ram_budget_bytes=6 * PAGE)
+    shelf.seal(0)
+    shelf.seal(1)
+    reading = shelf.view.longest(IDENTITY, prompt(0))
+    for page in reading:
+        page.verify()
+    shelf.now += 10
+    assert shelf.store.swap_in(shelf.keys(1)).pages == 2, "as much as the request leaves"
+    assert shelf.store.bytes_mapped() == 6 * PAGE
+    del page, reading
+    assert shelf.store.swap_in(shelf.keys(1)).pages == 4
+    assert shelf.store.bytes_mapped() <= 6 * PAGE
+
+
+def test_turns_from_threads_leave_nothing_mapped_beside_the_copies(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path, ram_budget_bytes=5 * PAGE)
+    for number in range(4):
+        shelf.seal(number)
+    wrong: list[int] = []
+
+    def turns(first: int) -> None:
+        for turn in range(20):
+            number = (first + turn) % 4
+            if shelf.read(number) != 4:
+                wrong.append(number)
+            shelf.store.swap_in(shelf.keys((number + 1) % 4))
+
+    threads = [threading.Thread(target=turns, args=(number,)) for number in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+    assert shelf.store.bytes_mapped() == shelf.store.bytes_in_ram() <= 5 * PAGE
+    shelf.store.swap_out()
+    assert mapped_now(shelf.folder) == (0, 0)
+
+
+def test_a_memory_takes_the_ram_budget_from_its_settings(tmp_path: Path) -> None:
+    with Memory(tmp_path / "m", embedder="none", page_budget=1000, ram_budget=600) as memory:
+        assert memory._engine.pages._budget.share == 600
+    with Memory(tmp_path / "n", embedder="none", page_budget=1000) as memory:
+        assert memory._engine.pages._budget.share == 250
+    with pytest.raises(ConfigError, match="ram_budget"):
+        Memory(tmp_path / "o", ram_budget=-1)
 
 
 # ---- one budget
