@@ -5,6 +5,8 @@
 #define PY_SSIZE_T_CLEAN
 #include <Python.h>
 
+#include "page.h"
+
 typedef struct {
     PyObject *page_error;
 } am_module_state;
@@ -17,6 +19,11 @@ int am_module_u32(PyObject *object, void *target);
 
 /* Advice that fresh memory comes in huge pages: filling it in small ones is several times as slow as copying. */
 void am_module_huge(void *data, size_t length);
+
+/* The (kv_heads, key_dim, value_dim) of `count` layers, or -1 with an error. */
+int am_module_layers(PyObject *sequence, am_layer *shapes, Py_ssize_t count);
+
+int am_module_add_prefix(PyObject *module); /* module_attend.c */
 
 extern PyMethodDef am_module_pages[]; /* module_pages.c; ends with a NULL entry */
 

@@ -127,7 +127,7 @@ static int tensors_apart(const tensors *all, const Py_buffer *data)
 
 /* ---- pages ---- */
 
-static int layers_from(PyObject *sequence, am_layer *shapes, Py_ssize_t count)
+int am_module_layers(PyObject *sequence, am_layer *shapes, Py_ssize_t count)
 {
     for (Py_ssize_t i = 0; i < count; i++) {
         PyObject *item = PySequence_GetItem(sequence, i);
@@ -159,7 +159,7 @@ static PyObject *page_size(PyObject *module, PyObject *args)
     if (!shapes)
         return PyErr_NoMemory();
     PyObject *size = NULL;
-    if (!layers_from(layers, shapes, count)) {
+    if (!am_module_layers(layers, shapes, count)) {
         int result;
         uint64_t length = am_page_size(dtype, grid, (uint32_t)count, shapes, &result);
         size = length ? PyLong_FromUnsignedLongLong(length) : am_module_fail(module, result, NULL);
@@ -329,7 +329,7 @@ static PyObject *page_write_encoded(PyObject *module, PyObject *args)
         PyErr_NoMemory();
         goto release;
     }
-    if (layers_from(layers, shapes, count))
+    if (am_module_layers(layers, shapes, count))
         goto release;
     int result, saved;
     if (!am_page_size(dtype, grid, (uint32_t)count, shapes, &result)) {

@@ -1,0 +1,481 @@
+/* Attention of a span of rows over blocks: the float parts, one text for all instruction sets, in vectors of 16 lanes.
+ *
+ * A file that includes this defines TARGET, dot_pair, store_codes and KERNEL (attend_scalar.c says how). Sums have one
+ * order: within a lane as the loop runs, across lanes as lanes_sum folds them. No fused multiply-add.
+ */
+#include <string.h>
+
+#include "attend.h"
+#include "floats.h"
+#include "quantized.h"
+
+#if defined(__GNUC__) && !defined(__clang__)
+#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
+#endif
+
+#define LANES 16u
+#define TINY 0x1p-100f /* below it a magnitude counts as none, so that no step of the way is subnormal */
+#define KEY_CODES 32639.0f   /* largest code of a query: high byte 127, low byte -128 to 127 */
+#define VALUE_CODES 32767.0f /* of a weight: high byte 0 to 127, low byte 0 to 255 */
+#define MAGIC 0x1.8p23f      /* added to a small number, it leaves the nearest integer in the low bits */
+
+typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
+typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
+
+#define AT(pointer) (*(v16 *)(void *)(pointer))
+#define AT_CONST(pointer) (*(const v16 *)(const void *)(pointer))
+#define ALL(value) ((v16){0} + (value))
+
+INLINE v16 where(i16 condition, v16 yes, v16 no)
+{
+    return (v16)((condition & (i16)yes) | (~condition & (i16)no));
+}
+
+#ifndef MAXIMUM
+#define MAXIMUM(a, b) where((i16)((a) > (b)), (a), (b))
+#endif
+
+INLINE v16 magnitude(v16 value)
+{
+    return (v16)((i16)value & 0x7FFFFFFF);
+}
+
+INLINE float lanes_sum(v16 all)
+{
+    float lane[16], *at = lane;
+    memcpy(lane, &all, sizeof lane);
+    for (uint32_t half = 8; half; half /= 2)
+        for (uint32_t i = 0; i < half; i++)
+            at[i] += at[i + half];
+    return lane[0];
+}
+
+INLINE float lanes_max(v16 all)
+{
+    float lane[16];
+    memcpy(lane, &all, sizeof lane);
+    for (uint32_t half = 8; half; half /= 2)
+        for (uint32_t i = 0; i < half; i++)
+            lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
+    return lane[0];
+}
+
+/* 2 to the power of each, for numbers up to 0; 0 below -100. A NaN stays one. Relative error 2e-7. */
+INLINE v16 power(v16 x)
+{
+    i16 none = (i16)(x < ALL(-100.0f));
+    x = where(none, ALL(-100.0f), x);
+    v16 rounded = x + MAGIC;
+    i16 whole = (i16)rounded - 0x4B400000;
+    v16 part = x - (rounded - MAGIC);
+    v16 sum = ALL(0x1.5bba14p-10f);
+    sum = sum * part + 0x1.3cea88p-7f;
+    sum = sum * part + 0x1.c6b752p-5f;
+    sum = sum * part + 0x1.ebf9bcp-3f;
+    sum = sum * part + 0x1.62e42ap-1f;
+    sum = sum * part + 1.0f;
+    return (v16)(~none & (i16)(sum * (v16)((whole + 127) << 23)));
+}
+
+/* ---- Values as floats */
+
+INLINE float value_at(uint32_t dtype, const uint8_t *at)
+{
+    if (dtype == AM_F32)
+        return float_of(*(const word_bits *)at);
+    return dtype == AM_BF16 ? float_of((uint32_t)*(const half_bits *)at << 16) : from_f16(*(const half_bits *)at);
+}
+
+INLINE void floats_from(uint32_t dtype, const uint8_t *from, uint32_t count, float *to)
+{
+    size_t item = dtype == AM_F32 ? 4 : 2;
+    for (uint32_t i = 0; i < count; i++)
+        to[i] = value_at(dtype, from + i * item);
+}
+
+INLINE void f16_row(const uint8_t *from, uint32_t count, uint32_t wide, float *to)
+{
+    floats_from(AM_F16, from, count, to);
+    for (uint32_t i = count; i < wide; i++)
+        to[i] = 0.0f;
+}
+
+/* ---- A span */
+
+/* What is at hand while a span is done. */
+typedef struct {
+    const am_span *span;
+    const am_attend *call;
+    uint32_t group, key_dim, value_dim, key_wide, value_wide, stride; /* group: query heads of a KV head */
+    float *queries;                   /* [AM_GROUP][key_wide]: scaled, turned for the segment */
+    float *key_panel, *value_panel;   /* K [key_dim][64], V [64][value_wide] of a raw block */
+    float *key_scale, *key_minimum;   /* of a coded block: [2][key_wide] each */
+    float *value_scale, *value_minimum; /* [4][64] each */
+} state;
+
+/* Up to four rows of a block. */
+typedef struct {
+    uint32_t rows, row; /* row: of the span */
+    uint32_t low[4], high[4]; /* tokens of the block that each sees */
+    v16 scores[4][4];
+    float decay[4];
+} four_rows;
+
+typedef struct {
+    uint64_t first;
+    uint32_t rows, used;
+    uint32_t tail;
+    const uint8_t *keys, *values;
+    uint32_t codec;
+} block_view;
+
+INLINE float *row_partial(const state *s, uint32_t row)
+{
+    return s->span->partial + (size_t)row * s->stride;
+}
+
+/* The span's queries as floats: times scale and log2 e, then turned. */
+INLINE void turn_queries(const state *s, const am_segment *segment)
+{
+    const am_attend *call = s->call;
+    float factor = call->scale * 0x1.715476p+0f;
+    size_t item = call->prefix->dtype == AM_F32 ? 4 : 2;
+    uint32_t pairs = segment ? segment->pairs : 0;
+    for (uint32_t r = 0; r < s->span->rows; r++) {
+        uint32_t row = s->span->row + r;
+        const uint8_t *from = call->query + (ptrdiff_t)(s->span->head * s->group + row % s->group) * call->query_head +
+                              (ptrdiff_t)(row / s->group) * call->query_token;
+        float *to = s->queries + (size_t)r * s->key_wide;
+        for (uint32_t c = 0; c < s->key_dim; c++)
+            to[c] = value_at(call->prefix->dtype, from + c * item) * factor;
+        for (uint32_t c = s->key_dim; c < s->key_wide; c++)
+            to[c] = 0.0f;
+        for (uint32_t i = 0; i < pairs; i++) {
+            float a = to[i], b = to[i + pairs];
+            to[i] = a * segment->cosine[i] + b * segment->sine[i];
+            to[i + pairs] = b * segment->cosine[i] - a * segment->sine[i];
+        }
+    }
+}
+
+/* Which tokens of the block a row of the span sees. */
+INLINE void visible(const state *s, const block_view *block, uint32_t row, uint32_t *low, uint32_t *high)
+{
+    const am_attend *call = s->call;
+    uint64_t own = call->prefix->tokens + call->tail - call->queries + (s->span->row + row) / s->group;
+    *low = 0;
+    *high = block->used;
+    if (own + 1 < block->first + block->used)
+        *high = own < block->first ? 0 : (uint32_t)(own + 1 - block->first);
+    if (call->window && own + 1 > call->window && own + 1 - call->window > block->first) {
+        uint64_t behind = own + 1 - call->window - block->first;
+        *low = behind < block->used ? (uint32_t)behind : block->used;
+    }
+}
+
+/* From scores to weights, with the running maximum: [64] weights, 0 for what a row doesn't see. */
+INLINE void weigh(const state *s, const block_view *block, four_rows *four, uint32_t r)
+{
+    const i16 lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+    float *partial = row_partial(s, four->row + r);
+    float *largest = partial + AM_LARGEST(s->value_dim), *sums = partial + AM_SUMS(s->value_dim);
+    int32_t low = (int32_t)four->low[r], high = (int32_t)four->high[r];
+    uint32_t tiles = parts(block->used, LANES), masked = low > 0 || (uint32_t)high < tiles * LANES;
+    v16 most = ALL(*largest);
+    for (uint32_t t = 0; t < tiles; t++) {
+        if (masked) {
+            i16 at = lane + (int32_t)(t * LANES);
+            four->scores[r][t] = where((i16)((at >= low) & (at < high)), four->scores[r][t], ALL(AM_LOWEST));
+        }
+        most = MAXIMUM(four->scores[r][t], most);
+    }
+    float now = lanes_max(most);
+    v16 decay = power(ALL(*largest - now));
+    v16 sum = AT(sums) * decay;
+    for (uint32_t t = 0; t < tiles; t++) {
+        v16 weight = power(four->scores[r][t] - now);
+        if (masked) {
+            i16 at = lane + (int32_t)(t * LANES);
+            weight = (v16)((i16)weight & (i16)((at >= low) & (at < high)));
+        }
+        four->scores[r][t] = weight;
+        sum += weight;
+    }
+    for (uint32_t t = tiles; t < 4; t++)
+        four->scores[r][t] = ALL(0.0f);
+    AT(sums) = sum;
+    *largest = now;
+    four->decay[r] = decay[0];
+}
+
+/* ---- Coded blocks */
+
+/* Codes of each row's query, the step of a code, and the product with the minima. */
+INLINE void code_queries(const state *s, const four_rows *four, const float *scale, const float *minimum,
+                         uint32_t codes[4][2][64], float *step, float *bias)
+{
+    for (uint32_t r = 0; r < four->rows; r++) {
+        const float *query = s->queries + (size_t)(four->row + r) * s->key_wide;
+        v16 most = ALL(0.0f), sum = ALL(0.0f);
+        for (uint32_t c = 0; c < s->key_wide; c += LANES) {
+            v16 scaled = magnitude(AT_CONST(query + c) * AT_CONST(scale + c));
+            most = MAXIMUM(scaled, most);
+            sum += AT_CONST(query + c) * AT_CONST(minimum + c);
+        }
+        float largest = lanes_max(most), inverse = largest >= TINY ? KEY_CODES / largest : 0.0f;
+        step[r] = largest >= TINY ? largest / KEY_CODES : 0.0f;
+        bias[r] = lanes_sum(sum);
+        for (uint32_t c = 0; c < s->key_wide; c += LANES) {
+            v16 scaled = AT_CONST(query + c) * AT_CONST(scale + c);
+            store_codes(codes[r], c, (i16)(scaled * inverse + MAGIC) - 0x4B400000, 1);
+        }
+    }
+}
+
+INLINE void coded_scores(const state *s, const block_view *block, am_quantized at, four_rows *four, uint32_t rows)
+{
+    uint32_t codes[4][2][64] __attribute__((aligned(64)));
+    int32_t sums[4][32] __attribute__((aligned(64)));
+    float step[4], bias[4];
+    uint32_t quads = at.key_dims / 4, last = at.key_tiles - 1;
+    for (uint32_t pair = 0; pair * 32 < block->used; pair++) {
+        const uint8_t *tile = block->keys + (size_t)at.key_dims * 16 * pair * (at.key4 ? 1 : 2);
+        if (pair == 0 || at.key4)
+            code_queries(s, four, s->key_scale + pair * s->key_wide, s->key_minimum + pair * s->key_wide, codes, step,
+                         bias);
+        dot_pair(rows, at.key4, 1, tile, at.key4 || pair * 2 == last ? tile : tile + (size_t)at.key_dims * 16, quads,
+                 codes, sums);
+        for (uint32_t r = 0; r < rows; r++)
+            for (uint32_t half = 0; half < 2; half++)
+                four->scores[r][2 * pair + half] =
+                    __builtin_convertvector(*(const i16 *)(const void *)&sums[r][half * 16], v16) * step[r] + bias[r];
+    }
+}
+
+INLINE void coded_values(const state *s, const block_view *block, am_quantized at, four_rows *four, uint32_t rows)
+{
+    uint32_t codes[4][2][64] __attribute__((aligned(64)));
+    int32_t sums[4][32] __attribute__((aligned(64)));
+    float step[4] = {0}, offset[4] = {0};
+    uint32_t tiles = parts(block->used, 4), wide = parts(block->used, LANES);
+    uint32_t strips = at.value_dims / (at.value4 ? 32 : 16);
+    for (uint32_t c = 0; c < s->value_dim; c += 32) {
+        if (c == 0 || (at.value4 && c % PANEL == 0))
+            for (uint32_t r = 0; r < rows; r++) {
+                const float *scale = s->value_scale + c, *minimum = s->value_minimum + c; /* 64 of each per 64 channels */
+                v16 most = ALL(0.0f), sum = ALL(0.0f);
+                for (uint32_t t = 0; t < wide; t++) {
+                    v16 scaled = four->scores[r][t] * AT_CONST(scale + t * LANES);
+                    most = MAXIMUM(scaled, most);
+                    if (at.value4)
+                        sum += four->scores[r][t] * AT_CONST(minimum + t * LANES);
+                }
+                float largest = lanes_max(most), inverse = largest >= TINY ? VALUE_CODES / largest : 0.0f;
+                step[r] = largest >= TINY ? largest / VALUE_CODES : 0.0f;
+                offset[r] = at.value4 ? lanes_sum(sum) : 0.0f;
+                for (uint32_t t = 0; t < wide; t++) {
+                    v16 scaled = four->scores[r][t] * AT_CONST(scale + t * LANES);
+                    store_codes(codes[r], t * LANES, (i16)(scaled * inverse + MAGIC) - 0x4B400000, 0);
+                }
+            }
+        uint32_t strip = c / (at.value4 ? 32 : 16);
+        const uint8_t *words = block->values + (size_t)strip * at.value_tiles * 64;
+        dot_pair(rows, at.value4, 0, words, at.value4 || strip + 1 == strips ? words : words + (size_t)at.value_tiles * 64,
+                 tiles, codes, sums);
+        for (uint32_t r = 0; r < rows; r++) {
+            float *to = row_partial(s, four->row + r) + c;
+            for (uint32_t half = 0; half < 2; half++) {
+                v16 part = __builtin_convertvector(*(const i16 *)(const void *)&sums[r][half * 16], v16) * step[r];
+                if (at.value4)
+                    part += offset[r];
+                AT(to + half * 16) = AT(to + half * 16) * four->decay[r] + part;
+            }
+        }
+    }
+}
+
+INLINE void load_scales(const state *s, const block_view *block, am_quantized at)
+{
+    for (uint32_t g = 0; g < at.key_groups; g++) {
+        size_t group = (size_t)g * s->key_dim * 2;
+        f16_row(block->keys + at.key_scales + group, s->key_dim, s->key_wide, s->key_scale + g * s->key_wide);
+        f16_row(block->keys + at.key_minima + group, s->key_dim, s->key_wide, s->key_minimum + g * s->key_wide);
+    }
+    for (uint32_t g = 0; g < at.value_groups; g++) {
+        size_t group = (size_t)g * block->rows * 2;
+        f16_row(block->keys + at.value_scales + group, block->rows, AM_BLOCK, s->value_scale + g * AM_BLOCK);
+        if (at.value4)
+            f16_row(block->keys + at.value_minima + group, block->rows, AM_BLOCK, s->value_minimum + g * AM_BLOCK);
+    }
+}
+
+/* ---- Raw blocks */
+
+INLINE void load_panels(const state *s, const block_view *block)
+{
+    uint32_t dtype = s->call->prefix->dtype, wide = parts(block->used, LANES) * LANES;
+    size_t item = dtype == AM_F32 ? 4 : 2;
+    for (uint32_t c = 0; c < s->key_dim; c++)
+        for (uint32_t t = 0; t < wide; t++)
+            s->key_panel[c * AM_BLOCK + t] =
+                t < block->used ? value_at(dtype, block->keys + ((size_t)t * s->key_dim + c) * item) : 0.0f;
+    for (uint32_t t = 0; t < block->used; t++) {
+        floats_from(dtype, block->values + (size_t)t * s->value_dim * item, s->value_dim, s->value_panel + t * s->value_wide);
+        for (uint32_t c = s->value_dim; c < s->value_wide; c++)
+            s->value_panel[t * s->value_wide + c] = 0.0f;
+    }
+}
+
+INLINE void raw_scores(const state *s, const block_view *block, four_rows *four, uint32_t rows)
+{
+    for (uint32_t t = 0; t < block->used; t += LANES) {
+        v16 sum[4] = {{0}};
+        for (uint32_t c = 0; c < s->key_dim; c++) {
+            v16 key = AT_CONST(s->key_panel + c * AM_BLOCK + t);
+            for (uint32_t r = 0; r < rows; r++)
+                sum[r] += key * s->queries[(size_t)(four->row + r) * s->key_wide + c];
+        }
+        for (uint32_t r = 0; r < rows; r++)
+            four->scores[r][t / LANES] = sum[r];
+    }
+}
+
+INLINE void raw_values(const state *s, const block_view *block, four_rows *four, uint32_t rows)
+{
+    float weights[4][64];
+    memcpy(weights, four->scores, sizeof weights);
+    for (uint32_t c = 0; c < s->value_dim; c += LANES) {
+        v16 sum[4] = {{0}};
+        for (uint32_t t = 0; t < block->used; t++) {
+            v16 value = AT_CONST(s->value_panel + t * s->value_wide + c);
+            for (uint32_t r = 0; r < rows; r++)
+                sum[r] += value * weights[r][t];
+        }
+        for (uint32_t r = 0; r < rows; r++) {
+            float *to = row_partial(s, four->row + r) + c;
+            AT(to) = AT(to) * four->decay[r] + sum[r];
+        }
+    }
+}
+
+/* ---- */
+
+INLINE void some_rows(const state *s, const block_view *block, am_quantized at, four_rows *four, uint32_t rows)
+{
+    uint32_t raw = block->codec == AM_RAW;
+    if (raw)
+        raw_scores(s, block, four, rows);
+    else
+        coded_scores(s, block, at, four, rows);
+    for (uint32_t r = 0; r < rows; r++)
+        weigh(s, block, four, r);
+    if (raw)
+        raw_values(s, block, four, rows);
+    else
+        coded_values(s, block, at, four, rows);
+}
+
+INLINE void one_block(const state *s, const block_view *block)
+{
+    am_quantized at = {0};
+    four_rows four;
+    uint32_t low, high, loaded = 0;
+    for (uint32_t row = 0; row < s->span->rows;) {
+        four.rows = 0;
+        four.row = row;
+        while (row < s->span->rows && four.rows < 4) {
+            visible(s, block, row, &low, &high);
+            if (low >= high && four.rows)
+                break;
+            row++;
+            if (low >= high) {
+                four.row = row;
+                continue;
+            }
+            four.low[four.rows] = low;
+            four.high[four.rows++] = high;
+        }
+        if (!four.rows)
+            continue;
+        if (!loaded) {
+            loaded = 1;
+            if (block->codec == AM_RAW)
+                load_panels(s, block);
+            else {
+                am_block shape = {s->call->prefix->dtype, block->rows, s->key_dim, s->value_dim};
+                at = am_quantized_layout(block->codec, shape);
+                load_scales(s, block, at);
+            }
+        }
+        block_view view = *block;
+        if (block->codec != AM_RAW)
+            view.values = block->keys + at.values;
+        switch (four.rows) {
+        case 1:
+            some_rows(s, &view, at, &four, 1);
+            break;
+        case 2:
+            some_rows(s, &view, at, &four, 2);
+            break;
+        case 3:
+            some_rows(s, &view, at, &four, 3);
+            break;
+        default:
+            some_rows(s, &view, at, &four, 4);
+        }
+    }
+}
+
+TARGET void KERNEL(const am_span *span)
+{
+    const am_attend *call = span->call;
+    const am_prefix *prefix = call->prefix;
+    am_layer shape = prefix->shapes[call->layer];
+    size_t item = am_item(prefix->dtype);
+    state s = {.span = span, .call = call, .group = call->heads / shape.kv_heads, .key_dim = shape.key_dim,
+               .value_dim = shape.value_dim, .key_wide = AM_WIDE(shape.key_dim), .value_wide = AM_WIDE(shape.value_dim),
+               .stride = AM_PARTIAL(shape.value_dim)};
+    s.queries = span->scratch;
+    s.key_panel = s.queries + AM_GROUP * s.key_wide;
+    s.key_scale = s.key_panel + AM_BLOCK * s.key_wide;
+    s.key_minimum = s.key_scale + 2 * s.key_wide;
+    s.value_panel = s.key_minimum + 2 * s.key_wide;
+    s.value_scale = s.value_panel + AM_BLOCK * s.value_wide;
+    s.value_minimum = s.value_scale + 4 * AM_BLOCK;
+    for (uint32_t r = 0; r < span->rows; r++) {
+        float *partial = row_partial(&s, r);
+        memset(partial, 0, s.stride * sizeof *partial);
+        partial[AM_LARGEST(s.value_dim)] = AM_LOWEST;
+    }
+    uint32_t segment = UINT32_MAX;
+    for (uint32_t b = span->block; b < span->block + span->blocks; b++) {
+        block_view block;
+        uint32_t of;
+        if (b < prefix->pieces) {
+            const am_piece *piece = &prefix->piece[b];
+            const am_place *place = &prefix->places[call->layer][(size_t)b * shape.kv_heads + span->head];
+            block = (block_view){.first = piece->first, .rows = piece->rows, .used = piece->used, .codec = place->codec,
+                                 .keys = place->data,
+                                 .values = place->data + (size_t)piece->rows * shape.key_dim * item};
+            of = piece->segment;
+        } else {
+            uint64_t from = (uint64_t)(b - prefix->pieces) * AM_BLOCK;
+            block = (block_view){.first = prefix->tokens + from, .rows = AM_BLOCK, .codec = AM_RAW,
+                                 .used = call->tail - from < AM_BLOCK ? (uint32_t)(call->tail - from) : AM_BLOCK,
+                                 .keys = call->tail_keys + (ptrdiff_t)span->head * call->tail_key_head +
+                                         from * shape.key_dim * item,
+                                 .values = call->tail_values + (ptrdiff_t)span->head * call->tail_value_head +
+                                           from * shape.value_dim * item};
+            of = 0;
+        }
+        if (of != segment) {
+            turn_queries(&s, &prefix->segment[of]);
+            segment = of;
+        }
+        one_block(&s, &block);
+    }
+    for (uint32_t r = 0; r < span->rows; r++) {
+        float *sums = row_partial(&s, r) + AM_SUMS(s.value_dim);
+        *sums = lanes_sum(AT(sums));
+    }
+}
