@@ -22,7 +22,7 @@ from .flows import embedded, note_embeddings, search
 from .ledger import price
 from .plaintext.drafts import Draft, check_text, drafts, shown, utc_seconds
 from .plaintext.records import TURN, new_id
-from .provider import Generation, LoraRef, Options, Provider, Request
+from .provider import Generation, LoraRef, Options, Provider, RecalledLine, Request
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
 
 __all__ = ["Conversation", "chat", "options_of", "prime"]
@@ -127,16 +127,19 @@ def chat(
             present = {record for said in history for record in said.records}
             hits = yield from _recall(engine, conversation.scope, turn[0].content, present, noted)
     in_core = {record.id for record in core}
+    recalled = [hit.record for hit in hits if hit.record.id not in in_core]
     segments = prompt.lay_out(
         system=_system(engine, system),
         core=prompt.quote(core) if core else None,
         core_records=[record.id for record in core],
         history=history,
-        recalled=[hit.record for hit in hits if hit.record.id not in in_core],
+        recalled=recalled,
         turn=turn,
         memories=recall,
     )
-    request = _request(engine, conversation.scope, segments, tools=known_tools, options=options or Options())
+    request = _request(
+        engine, conversation.scope, segments, tools=known_tools, options=options or Options(), recalled=recalled
+    )
     shown_here = _shown(engine, provider, segments)
     generation: Generation = yield Generate(provider, request)
     cache = _observe(engine, conversation, request, generation)
@@ -358,7 +361,16 @@ def _request(
     *,
     options: Options,
     tools: tuple[Mapping[str, Any], ...] = (),
+    recalled: Sequence[Record] = (),
 ) -> Request:
+    record_pages = engine.record_view(scope) if recalled else None
+    lines: tuple[RecalledLine, ...] = ()
+    if record_pages is not None:
+        before = engine.ledger.times_shown([record.id for record in recalled])
+        lines = tuple(
+            RecalledLine(record=record.id, line=prompt.record_line(record) + "\n", shown=before.get(record.id, 0))
+            for record in recalled
+        )
     return Request(
         segments=segments,
         options=options,
@@ -367,6 +379,8 @@ def _request(
         tenant=engine.tenant_key(scope),
         pages=engine.page_view(scope),
         slots=engine.slot_view(scope),
+        recalled=lines,
+        record_pages=record_pages,
         loras=engine.active_loras(scope),
     )
 
@@ -407,6 +421,7 @@ def _observe(engine: Engine, conversation: Conversation, request: Request, gener
         estimated=estimate is not None,
         estimated_tokens=estimate or 0,
         reason=reason,
+        attended=generation.attended,
     )
 
 

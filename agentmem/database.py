@@ -22,10 +22,14 @@ __all__ = ["FORMAT", "Database"]
 
 #: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
 #: place.
-FORMAT = 2
+FORMAT = 4
 
 #: What makes of a file of each format one of the next, in one transaction.
-UPGRADES = {1: "ALTER TABLE pages ADD COLUMN codec TEXT NOT NULL DEFAULT 'raw'"}
+UPGRADES = {
+    1: "ALTER TABLE pages ADD COLUMN codec TEXT NOT NULL DEFAULT 'raw'",
+    2: "ALTER TABLE uses ADD COLUMN attended TEXT",
+    3: "ALTER TABLE pages ADD COLUMN grid INTEGER NOT NULL DEFAULT 0",
+}
 
 SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
@@ -89,7 +93,7 @@ CREATE TABLE cores (
 CREATE TABLE pages (
     key BLOB PRIMARY KEY, identity BLOB NOT NULL, parent BLOB NOT NULL, number INTEGER NOT NULL,
     bytes INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, pinned INTEGER NOT NULL,
-    codec TEXT NOT NULL
+    codec TEXT NOT NULL, grid INTEGER NOT NULL DEFAULT 0 -- tokens, where they are not the store's
 ) WITHOUT ROWID;
 CREATE TABLE loras (
     digest TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
@@ -108,7 +112,8 @@ CREATE TABLE uses (
     tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
     input INTEGER NOT NULL, cached INTEGER NOT NULL, written INTEGER NOT NULL, output INTEGER NOT NULL,
     first_s REAL, total_s REAL NOT NULL, bytes INTEGER NOT NULL,
-    expected INTEGER NOT NULL, reason TEXT, money REAL, uncached_money REAL
+    expected INTEGER NOT NULL, reason TEXT, money REAL, uncached_money REAL,
+    attended TEXT                               -- JSON of `types.Attended`: what attention read in place
 );
 -- When a record was last put into a prompt, how often, and for which model: salience, and what a host may still hold.
 CREATE TABLE shown (

@@ -26,7 +26,8 @@ class Line(Value):
     """The uses of one model by one verb. Money is in US dollars; None where no price is known.
 
     ``saved_tokens`` were read from a cache instead of being computed; ``saved_money`` is what they would have cost at
-    the uncached price, less what writing the cache cost.
+    the uncached price, less what writing the cache cost. ``attended_tokens`` were attended to in place, as KV pages of
+    ``attended_codec``; ``spared_bytes`` is the most that this kept out of RAM in one use.
     """
 
     verb: str
@@ -39,6 +40,9 @@ class Line(Value):
     seconds: float
     first_token_s: float | None
     missed: int
+    attended_tokens: int = 0
+    attended_codec: str | None = None
+    spared_bytes: int = 0
     money: float | None
     saved_money: float | None
 
@@ -86,6 +90,8 @@ class Report(Value):
             "first token s",
             "seconds",
             "missed",
+            "in place",
+            "RAM spared",
             "$",
             "$ saved",
         ):
@@ -100,6 +106,8 @@ class Report(Value):
                 first,
                 f"{line.seconds:.1f}",
                 str(line.missed),
+                f"{line.attended_tokens:,} {line.attended_codec}" if line.attended_codec else "-",
+                _size(line.spared_bytes) if line.spared_bytes else "-",
                 _money(line.money),
                 _money(line.saved_money),
             )
@@ -108,7 +116,7 @@ class Report(Value):
     def __str__(self) -> str:
         from rich.console import Console
 
-        console = Console(file=io.StringIO(), width=150, record=False, no_color=True)
+        console = Console(file=io.StringIO(), width=170, record=False, no_color=True)
         console.print(self._table())
         out = console.file
         assert isinstance(out, io.StringIO)
@@ -189,12 +197,13 @@ class Ledger:
         with self._database.write() as connection:
             connection.execute(
                 "INSERT INTO uses (at, verb, model, tenant, user, agent, session, input, cached, written, output,"
-                " first_s, total_s, bytes, expected, reason, money, uncached_money)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " first_s, total_s, bytes, expected, reason, money, uncached_money, attended)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(now, verb, model, *levels),
                     *(usage.input_tokens, usage.cached_tokens, usage.written_tokens, usage.output_tokens),
                     *(usage.first_token_s, usage.total_s, size, cache.expected_tokens, cache.reason, paid, bare),
+                    cache.attended and cache.attended.model_dump_json(),
                 ),
             )
             self.note_shown(model, shown, None)
@@ -236,7 +245,10 @@ class Ledger:
         rows = self._database.query(
             "SELECT verb, model, COUNT(*) AS uses, SUM(input) AS input, SUM(cached) AS cached, SUM(written) AS written,"
             " SUM(output) AS output, SUM(total_s) AS seconds, AVG(first_s) AS first, SUM(reason IS NOT NULL) AS missed,"
-            " SUM(money) AS money, SUM(uncached_money - money) AS saved"
+            " SUM(money) AS money, SUM(uncached_money - money) AS saved,"
+            " COALESCE(SUM(json_extract(attended, '$.tokens')), 0) AS attended,"
+            " GROUP_CONCAT(DISTINCT json_extract(attended, '$.codec')) AS codec,"
+            " COALESCE(MAX(json_extract(attended, '$.stock_bytes') - json_extract(attended, '$.bytes')), 0) AS spared"
             f" FROM uses WHERE {where} GROUP BY verb, model ORDER BY verb, model",
             [value for _, value in set_levels],
         )
@@ -255,6 +267,9 @@ def _line(row: Mapping[str, Any]) -> Line:
         seconds=row["seconds"],
         first_token_s=row["first"],
         missed=row["missed"],
+        attended_tokens=row["attended"],
+        attended_codec=row["codec"],
+        spared_bytes=max(row["spared"], 0),
         money=row["money"],
         saved_money=row["saved"],
     )

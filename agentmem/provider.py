@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from .errors import ConfigError, InvalidInput, MissingDependency
-from .types import Segment, ToolCall, Usage
+from .types import Attended, Segment, ToolCall, Usage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -31,6 +31,8 @@ __all__ = [
     "Options",
     "Pages",
     "Provider",
+    "RecalledLine",
+    "RecordPages",
     "Request",
     "SavedSlot",
     "SealedPage",
@@ -138,6 +140,11 @@ class Pages(Protocol):
         ...
 
     @property
+    def codec(self) -> str:
+        """How new pages are stored."""
+        ...
+
+    @property
     def lossy(self) -> bool:
         """Whether pages are stored with a codec that changes bits: then `encode` every page once it is computed."""
         ...
@@ -166,9 +173,9 @@ class Pages(Protocol):
         ``layers[i]`` is (K, V) of layer i: buffers (numpy arrays; bf16 as uint16 views), contiguous but for the heads,
         of shape [kv_heads, positions, head_dim] that hold positions ``first * grid ..``. ``records[j]`` are the ids of
         the records that page ``first + j`` was made from (all that stand in the prompt up to its end). ``encoded[j]``
-        is what `encode` gave for that page: needed with a lossy codec, for which ``layers`` may be empty. ``seconds``
-        is what computing all of them took, where it was measured. Never raises for a full disk or a read-only folder:
-        it logs and returns 0.
+        is what `encode` gave for that page: needed with a lossy codec. Where it is given ``layers`` may be empty.
+        ``seconds`` is what computing all of them took, where it was measured. Never raises for a full disk or a
+        read-only folder: it logs and returns 0.
         """
         ...
 
@@ -251,12 +258,70 @@ class HoldsSlots(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class RecalledLine:
+    """A recalled record as it stands in a request's last message: its id, its whole line with the newline, and how
+    often it was put into a prompt before."""
+
+    record: str
+    line: str
+    shown: int = 0
+
+
+class RecordPages(Protocol):
+    """What a provider with ``kv="tensors"`` asks of the place where KV states of single records are kept
+    (activation/records.py), as one tenant. Nothing here raises for a file or folder that can't be used."""
+
+    @property
+    def repaired(self) -> bool:
+        """Whether the first tokens of every record are to be computed in each turn."""
+        ...
+
+    @property
+    def grid(self) -> int:
+        """Tokens per page."""
+        ...
+
+    @property
+    def codec(self) -> str:
+        """How pages are stored."""
+        ...
+
+    def find(self, identity: bytes, record: str, tokens: Sequence[int]) -> Sequence[Any]:
+        """The sealed pages of this record's tokens, all of them, the last one padded; empty if one is missing."""
+        ...
+
+    def keep(
+        self,
+        identity: bytes,
+        record: str,
+        tokens: Sequence[int],
+        layers: Sequence[tuple[Any, Any]],
+        *,
+        learnt: Sequence[str] = (),
+        seconds: float | None = None,
+    ) -> bool:
+        """Keep the states of this record's ``tokens``, ``layers`` as in `Pages.seal`; ``learnt`` are other records that
+        they were made from. False where they could not be kept."""
+        ...
+
+    def verdict(self, subject: bytes) -> Mapping[str, Any]:
+        """What was noted of this subject (a model and how records are composed for it); empty if nothing was."""
+        ...
+
+    def note(self, subject: bytes, verdict: Mapping[str, Any]) -> None:
+        """Note this of the subject, instead of what was noted before."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One request, laid out by rate of change (prompt.py). Adapters flatten ``segments`` to the vendor's format.
 
     ``cache_key`` is an opaque string, equal for requests that share a prefix (scope names don't leak into it).
     ``tenant`` is opaque too, can't be guessed, and separates tenants in caches that others keep. ``pages`` is set only
-    for providers with ``kv="tensors"``, ``slots`` only for those with ``kv="slots"``.
+    for providers with ``kv="tensors"``, ``slots`` only for those with ``kv="slots"``. ``recalled`` are the records that
+    stand in the turn, in their order, and ``record_pages`` is where KV states of them are kept; both only where recalled
+    records may enter as KV.
     """
 
     segments: tuple[Segment, ...]
@@ -266,18 +331,22 @@ class Request:
     tenant: str = ""
     pages: Pages | None = None
     slots: Slots | None = None
+    recalled: tuple[RecalledLine, ...] = ()
+    record_pages: RecordPages | None = None
     loras: tuple[LoraRef, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
 class Generation:
-    """The whole answer to a request. ``miss`` is the provider's own reason for a cache miss, where it gives one."""
+    """The whole answer to a request. ``miss`` is the provider's own reason for a cache miss, where it gives one;
+    ``attended`` says what was attended to in place, where anything was."""
 
     text: str
     usage: Usage
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: str | None = None
     miss: str | None = None
+    attended: Attended | None = None
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 __all__ = [
+    "Attended",
     "CacheUse",
     "Context",
     "Erasure",
@@ -160,13 +161,36 @@ class Usage(Value):
         )
 
 
+class Attended(Value):
+    """What a local model attended to in place, without copying or decoding it, when its answer ended.
+
+    ``tokens`` of the prompt and the answer were read as KV pages of ``codec``, ``bytes`` of them; ``stock_bytes`` is
+    what the same positions take in the dtype that the model computes in. ``record_tokens`` of these tokens came as KV
+    states of recalled records, which were computed elsewhere: that part is approximate.
+    """
+
+    codec: str
+    tokens: int = 0
+    bytes: int = 0
+    stock_bytes: int = 0
+    record_tokens: int = 0
+
+    def __str__(self) -> str:
+        records = f", {self.record_tokens} of them recalled records" if self.record_tokens else ""
+        return (
+            f"{self.tokens} tokens{records} attended in place as {self.codec}: "
+            f"{self.bytes / 1e6:.1f} MB instead of {self.stock_bytes / 1e6:.1f}"
+        )
+
+
 class CacheUse(Value):
     """What was expected of the cache, what came, and why not.
 
     ``expected_tokens`` is the longest prefix that an earlier request of this handle left cacheable; ``reason`` is set
     when fewer tokens came from the cache than that. ``cached_tokens`` are what the provider counted. Where it counts
     none (Ollama), ``estimated`` is True and ``estimated_tokens`` are inferred from the time that reading the prompt
-    took: an estimate, never part of the ledger's cached tokens.
+    took: an estimate, never part of the ledger's cached tokens. ``attended`` is set where attention was computed in
+    place.
     """
 
     kind: Literal["none", "auto", "breakpoints", "slots", "tensors"] = "none"
@@ -175,6 +199,13 @@ class CacheUse(Value):
     estimated: bool = False
     estimated_tokens: int = 0
     reason: str | None = None
+    attended: Attended | None = None
+
+    def __str__(self) -> str:
+        came = f"about {self.estimated_tokens}" if self.estimated else str(self.cached_tokens)
+        parts = [f"{came} tokens cached, {self.expected_tokens} expected"]
+        parts += [part for part in (self.reason, self.attended and str(self.attended)) if part]
+        return "; ".join(parts)
 
 
 class Reply(Value):

@@ -19,11 +19,12 @@ import torch
 from agentmem.activation.identity import digest
 from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected, Unavailable
 from agentmem.provider import Generation, LoraRef, Options, Request
-from agentmem.types import Usage
+from agentmem.types import Attended, Usage
 
 from ._local_device import NotLoaded
+from ._local_in_place import InPlace, PagedStates
 from ._local_kv import GRID, States
-from ._local_model import Loaded, compute_environment
+from ._local_model import Attention, Loaded, compute_environment
 from ._local_prompt import Prompt, Template
 
 __all__ = ["Cancelled", "Engine"]
@@ -47,7 +48,7 @@ class Engine:
     doesn't stop other requests, and each pass puts its own LoRA versions on the model first.
     """
 
-    def __init__(self, loaded: Loaded, name: str, lock: threading.RLock) -> None:
+    def __init__(self, loaded: Loaded, name: str, lock: threading.RLock, attention: Attention = "auto") -> None:
         self.loaded = loaded
         self.name = name
         self.lock = lock
@@ -58,9 +59,12 @@ class Engine:
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self._switch: Any = None
         self._ends = self._end_tokens()
+        self._config = model.config.get_text_config(decoder=True)
+        # Asked once: during a pass of ours it is another one for a moment.
+        self._stock_attention = str(getattr(self._config, "_attn_implementation", ""))
         self.states = States(model, self._base_forward, loaded.device)
-        config = model.config.get_text_config(decoder=True)
-        window: Any = getattr(config, "max_position_embeddings", None)
+        self.in_place = InPlace(model, self._base_forward, self.states, loaded.device, attention)
+        window: Any = getattr(self._config, "max_position_embeddings", None)
         self.window: int | None = window
 
     def _end_tokens(self) -> frozenset[int]:
@@ -83,7 +87,7 @@ class Engine:
         ``cache`` None is an empty one of the model's own kind. Raises `Unavailable` where memory runs out.
         """
         given = {self._cache_name: cache} if self._cache_name is not None and cache is not None else {}
-        with self._turn(cancel), torch.inference_mode():
+        with self._turn(cancel), self._attention_of(cache), torch.inference_mode():
             self._activate(loras)
             try:
                 ids = torch.tensor([tokens], device=self.loaded.device)
@@ -94,6 +98,10 @@ class Engine:
         if bool(torch.isnan(logits).any()):
             raise ProviderError(f"{self.name} computed no valid numbers in {self.loaded.dtype}: set dtype = float32")
         return logits, getattr(output, self._cache_name) if self._cache_name is not None else None
+
+    def _attention_of(self, cache: Any) -> contextlib.AbstractContextManager[None]:
+        """Where a cache is attended to in place, the model does that while this is entered, and only then."""
+        return cache.attending(self._config) if hasattr(cache, "attending") else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def _turn(self, cancel: threading.Event | None) -> Generator[None]:
@@ -113,8 +121,11 @@ class Engine:
             self._switch = Switch(self.loaded.model, identity=self.loaded.content)
         self._switch.activate(loras)
 
-    def identity(self, loras: Sequence[LoraRef], grid: int) -> bytes:
-        """Under what a KV page of this model is kept: everything that can change a bit of it but the tokens."""
+    def identity(self, loras: Sequence[LoraRef], grid: int, attention: str | None = None) -> bytes:
+        """Under what a KV page of this model is kept: everything that can change a bit of it but the tokens.
+
+        ``attention`` is what computes it, where that is not the stock path.
+        """
         # In their order: it is that of the sum, and floats don't add up to the same bits in every order.
         versions = json.dumps([(lora.digest, lora.scale) for lora in loras])
         return digest(
@@ -123,7 +134,7 @@ class Engine:
                 "loras": versions,
                 "layout": "every position of every layer, keys after rotary, grid from position 0, 1",
                 "grid": grid,
-                **compute_environment(self.loaded),
+                **compute_environment(self.loaded, attention or self._stock_attention),
             }
         )
 
@@ -155,7 +166,7 @@ class Engine:
                     finish = "stop"
                     break
                 if count < budget:
-                    logits = run.step([token])
+                    logits = run.answer_step(token)
             if piece := text.flush():
                 yield piece
         finally:
@@ -171,7 +182,7 @@ class Engine:
             first_token_s=first_s,
             total_s=time.perf_counter() - started,
         )
-        yield Generation(text=text.text, usage=usage, finish_reason=finish, miss=run.miss)
+        yield Generation(text=text.text, usage=usage, finish_reason=finish, miss=run.miss, attended=run.attended)
 
     def _budget(self, length: int, wanted: Any) -> int:
         if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0):
@@ -196,6 +207,7 @@ class _Run:
     ) -> None:
         self._engine = engine
         self._pages = request.pages
+        self._states: States | PagedStates = engine.states
         self._loras = request.loras
         self._prompt = prompt
         self._capacity = len(prompt.tokens) + min(budget, _AHEAD)
@@ -205,6 +217,7 @@ class _Run:
         self._cache: Any = None
         self._all: list[int] = []
         self._done = 0
+        self._exact = len(prompt.tokens)  # what follows was computed behind composed states: never kept
         self._first = 0
         self._encoded: dict[int, Any] = {}  # what the codec made of the pages that this run computed
         self._seconds: dict[int, float] = {}  # and how long computing each took
@@ -214,37 +227,59 @@ class _Run:
     def prefill(self) -> torch.Tensor:
         """Logits after the prompt's last token. On the grid from position 0, whatever was restored: equal steps give
         equal bits. The last step is always computed, so a prompt that ends with a page computes that page again."""
-        states, tokens, grid = self._engine.states, self._prompt.tokens, self._grid
-        if self._pages is not None and not states.check():
-            self.miss, self._pages = states.miss, None
+        stock, tokens, grid = self._engine.states, self._prompt.tokens, self._grid
+        if self._pages is not None and not stock.check():
+            self.miss, self._pages = stock.miss, None
         if self._pages is not None:
-            self._identity = self._engine.identity(self._loras, grid)
+            paged = self._engine.in_place.states(self._pages)
+            self._states = stock if paged is None else paged
+            attention = None if paged is None else paged.attention
+            self._identity = self._engine.identity(self._loras, grid, attention)
             stored = self._pages.longest(self._identity, tokens)
             known = next((i for i, page in enumerate(stored) if not self._matches(page, i)), len(stored))
             wanted = min(known, (len(tokens) - 1) // grid)
-            self._cache, self.cached = states.restore(stored[:wanted], grid, self._capacity)
+            self._cache, self.cached = self._states.restore(stored[:wanted], grid, self._capacity)
             self._first = known if self.cached == wanted * grid else self.cached // grid
         else:
-            self._cache = states.empty(self._capacity)
+            self._cache = stock.empty(self._capacity)
         self._done = self.cached
-        step = grid if states.gridded else len(tokens)
+        return self.prefill_to(len(tokens))
+
+    def prefill_to(self, end: int) -> torch.Tensor:
+        """Logits after the prompt's token ``end - 1``, from what is done already: on the grid, the last step short."""
+        stock, tokens, grid = self._engine.states, self._prompt.tokens, self._grid
         logits = torch.empty(0)
-        while self._done < len(tokens):
-            part = tokens[self._done : self._done + step]
+        while self._done < end:
+            part = tokens[self._done : min(end, self._done + self._room())]
             started = time.perf_counter()
             try:
                 logits = self.step(part)
             except NotLoaded as error:  # a page that was still on its way to the device
                 log.warning("KV pages could not be read, all is computed again: %s", error)
                 self.leave()
-                self._cache, self.cached, self._first, self._done = states.empty(self._capacity), 0, 0, 0
+                self._cache, self.cached, self._first, self._done = stock.empty(self._capacity), 0, 0, 0
                 continue
-            if self._pages is not None and len(part) == grid:
-                number = self._done // grid
-                self._encoded[number] = states.settle(self._pages, self._cache, number)
+            number, on_grid = divmod(self._done, grid)
+            if self._pages is not None and len(part) == grid and not on_grid:
+                self._encoded[number] = self._states.settle(self._pages, self._cache, number)
                 self._seconds[number] = time.perf_counter() - started
+            else:
+                self._seal_tail()
             self._done += len(part)
         return logits
+
+    def _room(self) -> int:
+        """Tokens of the next step of prefill at most."""
+        if isinstance(self._states, PagedStates):
+            return int(self._cache.grid - self._cache.tail)
+        if self._engine.states.gridded:
+            return self._grid - self._done % self._grid
+        return len(self._prompt.tokens)
+
+    def _seal_tail(self) -> None:
+        """What does not end with a step of the grid (a long answer) is held in compressed pages too, but never kept."""
+        if isinstance(self._states, PagedStates) and self._cache.full:
+            self._cache.seal()
 
     def _matches(self, page: Any, number: int) -> bool:
         return tuple(page.tokens) == tuple(self._prompt.tokens[number * self._grid : (number + 1) * self._grid])
@@ -258,15 +293,26 @@ class _Run:
         logits, self._cache = self._engine.forward(given, self._cache, self._loras, self._cancel)
         return logits
 
+    def answer_step(self, token: int) -> torch.Tensor:
+        """Logits after this token of the answer."""
+        logits = self.step([token])
+        self._seal_tail()
+        return logits
+
+    @property
+    def attended(self) -> Attended | None:
+        """What was attended to in place, if anything was."""
+        return self._cache.attended() if isinstance(self._states, PagedStates) and self._cache is not None else None
+
     def leave(self) -> None:
         """At the end, whatever happened."""
-        self._engine.states.leave(self._cache)
+        self._states.leave(self._cache)
 
     def seal(self) -> int:
         """Store the pages that this run computed and that lie wholly in the stable prefix; how many tokens that is."""
         if self._pages is None:
             return 0
-        last = min(self._prompt.stable, self._done) // self._grid
+        last = min(self._prompt.stable, self._done, self._exact) // self._grid
         if last <= self._first:
             return 0
         tokens = self._prompt.tokens[: last * self._grid]
@@ -277,7 +323,7 @@ class _Run:
             for number in range(self._first, last)
         ]
         try:
-            return self._engine.states.seal(
+            return self._states.seal(
                 self._pages,
                 self._identity,
                 self._cache,

@@ -26,7 +26,7 @@ from agentmem.provider import Pages
 
 from ._local_device import Loading, as_array, to_host
 
-__all__ = ["GRID", "Forward", "States", "unsafe_architecture"]
+__all__ = ["GRID", "Forward", "States", "leading", "unsafe_architecture"]
 
 log = logging.getLogger("agentmem")
 
@@ -147,6 +147,16 @@ class States:
             log.warning("KV pages are off for this model: %s", self.miss)
 
     @property
+    def shapes(self) -> list[tuple[int, int, int]]:
+        """KV heads, dimensions of a key and of a value, of each layer; known once `check` said yes."""
+        return [(heads, key, value) for heads, key, value, _ in self._shapes]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the states; known once `check` said yes."""
+        return self._shapes[0][3]
+
+    @property
     def gridded(self) -> bool:
         """Whether prefill runs in steps of the grid (else in one step with the model's own cache)."""
         return self.miss is None
@@ -221,13 +231,13 @@ class States:
         loading: Loading | None = None
         ready: list[Callable[[], None] | None]
         if self._staged:
-            pages = pages[: _leading(pages, lambda page, _: page.verify())]
+            pages = pages[: leading(pages, lambda page, _: page.verify())]
             if pages:
                 loading = Loading(pages, grid, [(key[0], value[0]) for key, value in buffers])
             ready = [None if loading is None else functools.partial(loading.wait, i) for i in range(len(layers))]
         else:
             keys, values = ([as_array(pair[side][0]) for pair in buffers] for side in (0, 1))
-            count = _leading(pages, lambda page, number: page.read_layers(keys, values, number * grid))
+            count = leading(pages, lambda page, number: page.read_layers(keys, values, number * grid))
             pages, ready = pages[:count], [None] * len(layers)
         if not pages:
             return self.empty(capacity), 0
@@ -320,7 +330,7 @@ class States:
         return count * pages.grid
 
 
-def _leading(pages: Sequence[Any], read: Callable[[Any, int], None]) -> int:
+def leading(pages: Sequence[Any], read: Callable[[Any, int], None]) -> int:
     """How many pages from the first on could be read. Each of torch's threads reads a run of neighbours."""
     failed: dict[int, AgentMemError] = {}
 
@@ -332,7 +342,7 @@ def _leading(pages: Sequence[Any], read: Callable[[Any, int], None]) -> int:
                 failed[number] = error
                 return
 
-    count = min(len(pages), torch.get_num_threads())
+    count = max(1, min(len(pages), torch.get_num_threads()))
     cuts = [len(pages) * i // count for i in range(count + 1)]
     mine, *others = (range(start, end) for start, end in itertools.pairwise(cuts))
     if others:

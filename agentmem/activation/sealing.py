@@ -33,6 +33,7 @@ class _Plan:
 
     identity: bytes
     first: int
+    grid: int
     keys: list[bytes]
     names: list[bytes]
     records: dict[bytes, tuple[str, ...]]
@@ -67,6 +68,7 @@ class PageWriter:
         identity: bytes,
         tokens: Sequence[int],
         *,
+        grid: int,
         first: int,
         layers: Sequence[tuple[Any, Any]],
         records: Sequence[tuple[str, ...]],
@@ -76,27 +78,27 @@ class PageWriter:
         """See `TenantPages.seal`; how many pages were written."""
         if first < 0:
             raise InvalidInput(f"the first page to keep can't be {first}")
-        keys = [root(identity, salt, self._grid), *chain(identity, salt, tokens, self._grid)][first:]
+        keys = [root(identity, salt, grid), *chain(identity, salt, tokens, grid)][first:]
         count = len(keys) - 1
         if count <= 0:
             return 0
-        ready = self._ready(encoded, count)
-        layout = ready[0].layout if ready else Layout.of(layers, self._grid)
-        positions = count * self._grid if ready else min(_positions(layers))
-        if len(records) < count or positions < count * self._grid:
+        ready = self._ready(encoded, count, grid)
+        layout = ready[0].layout if ready else Layout.of(layers, grid)
+        positions = count * grid if ready else min(_positions(layers))
+        if len(records) < count or positions < count * grid:
             raise InvalidInput(
-                f"{count} pages of {self._grid} tokens are to be kept, but there are {positions} positions and the "
+                f"{count} pages of {grid} tokens are to be kept, but there are {positions} positions and the "
                 f"records of {len(records)} pages"
             )
         if seconds is not None:
-            self._budget.costs.computed(identity, first, count, seconds)
+            self._budget.costs.computed(identity, first, count, seconds, grid=self._noted(grid))
         # Pages that would have to be evicted at once to make room for their own ancestors are not written at all.
         count = min(count, self._budget.total // self._least_bytes(layout, ready) - first)
         if count <= 0:
             return 0
         names = keys if self._cipher is None else [self._cipher.name(key) for key in keys]
         wanted = dict(zip(names[1:], (tuple(ids) for ids in records), strict=False))
-        plan = _Plan(identity, first, keys[: count + 1], names[: count + 1], wanted, self._codec)
+        plan = _Plan(identity, first, grid, keys[: count + 1], names[: count + 1], wanted, self._codec)
         staged: dict[bytes, Path] = {}
         try:
             with self._catalog.locked(exclusive=False) as held:
@@ -116,20 +118,24 @@ class PageWriter:
                 with contextlib.suppress(OSError):
                     temporary.unlink(missing_ok=True)
 
-    def _ready(self, encoded: Sequence[Encoded | None] | None, count: int) -> list[Encoded]:
-        """The pages as the caller had them encoded; none for a codec that changes nothing."""
-        if self._codec not in LOSSY:
-            return []
+    def _ready(self, encoded: Sequence[Encoded | None] | None, count: int, grid: int) -> list[Encoded]:
+        """The pages as the caller had them encoded; none for a codec that changes nothing, if the caller had not."""
         ready = [page for page in encoded or () if isinstance(page, Encoded)]
+        if self._codec not in LOSSY and not ready:
+            return []
         if len(ready) < count:
             raise InvalidInput(
                 f"{count} pages are to be kept with the codec {self._codec}, but {len(ready)} of them are encoded: "
                 "give what encode() returned for each, so that the live run went on with what is stored"
             )
         for page in ready:
-            if page.codec != self._codec or page.layout != ready[0].layout or page.layout.grid != self._grid:
+            if page.codec != self._codec or page.layout != ready[0].layout or page.layout.grid != grid:
                 raise InvalidInput(f"a page of another store can't be kept ({page.codec}, {page.layout.grid} tokens)")
         return ready
+
+    def _noted(self, grid: int) -> int:
+        """As `PageRow` holds it."""
+        return 0 if grid == self._grid else grid
 
     def _least_bytes(self, layout: Layout, ready: Sequence[Encoded]) -> int:
         """No page of this layout has fewer bytes in its file."""
@@ -144,7 +150,7 @@ class PageWriter:
         """What is to be written: the pages that are not stored yet, up to the first of a forgotten record."""
         count = self._unforgotten([plan.records[name] for name in plan.names[1:]])
         rows = self._catalog.rows(plan.names[1:])
-        grid = self._grid
+        grid = plan.grid
         new: dict[bytes, NewPage] = {}
         for i, name in enumerate(plan.names[1 : count + 1]):
             number = plan.first + i
@@ -207,6 +213,7 @@ class PageWriter:
                     uses=0,
                     pinned=False,
                     codec=plan.codec,
+                    grid=self._noted(plan.grid),
                 )
                 self._catalog.insert(connection, row, plan.records[name], replace=name in sizes)
                 done.append(name)

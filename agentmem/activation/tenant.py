@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from .pages import LOSSY, Encoded, Page, encode
+from .pages import LOSSY, Codec, Encoded, Page, encode
 
 if TYPE_CHECKING:
     from .store import PageStore
@@ -19,15 +19,21 @@ __all__ = ["TenantPages"]
 class TenantPages:
     """What `PageStore.view` gives out."""
 
-    def __init__(self, store: PageStore, salt: bytes, *, writable: bool) -> None:
+    def __init__(self, store: PageStore, salt: bytes, *, writable: bool, grid: int) -> None:
         self._store = store
         self._salt = salt
         self._writable = writable
+        self._grid = grid
 
     @property
     def grid(self) -> int:
         """Tokens per page."""
-        return self._store.grid
+        return self._grid
+
+    @property
+    def codec(self) -> Codec:
+        """How new pages are stored."""
+        return self._store.codec
 
     @property
     def lossy(self) -> bool:
@@ -41,7 +47,7 @@ class TenantPages:
         they are known to be good. Never raises for a page that is missing or damaged. A page whose states prove damaged
         raises `Corrupt` from ``read_layers``, is put aside by the store, and ends the prefix.
         """
-        return self._store.longest(self._salt, identity, tokens)
+        return self._store.longest(self._salt, identity, tokens, self._grid)
 
     def encode(self, layers: Sequence[tuple[Any, Any]], at: int) -> Encoded | None:
         """The page of positions ``at .. at + grid`` for `seal`, with a lossy codec; the arrays then hold its decoding.
@@ -68,9 +74,9 @@ class TenantPages:
 
         ``layers[i]`` is (K, V) of layer i, [kv_heads, positions, head_dim], holding positions ``first * grid ..``;
         ``records[j]`` are the records that page ``first + j`` was made from, ``encoded[j]`` what `encode` gave for it
-        (needed with a lossy codec, which then needs no ``layers``), ``seconds`` what computing all of them took, where
-        that is known. A page made from a forgotten record, and all after it, are not kept. A full disk or a read-only
-        folder is logged and gives 0. Raises `InvalidInput` for arrays that can't be a page.
+        (needed with a lossy codec; where it is given no ``layers`` are needed), ``seconds`` what computing all of them
+        took, where that is known. A page made from a forgotten record, and all after it, are not kept. A full disk or a
+        read-only folder is logged and gives 0. Raises `InvalidInput` for arrays that can't be a page.
         """
         if not self._writable:
             return 0
@@ -78,6 +84,7 @@ class TenantPages:
             self._salt,
             identity,
             tokens,
+            grid=self._grid,
             first=first,
             layers=layers,
             records=records,

@@ -45,6 +45,7 @@ class Shelf:
     """Pages in a dict, by the store's contract. ``limit`` hides all but the first pages."""
 
     grid = GRID
+    codec = "raw"
     lossy = False
 
     def __init__(self) -> None:

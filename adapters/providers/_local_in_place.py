@@ -1,0 +1,194 @@
+"""KV states that are attended to in place: for which requests, made how, restored from pages without a copy.
+
+Knows when a model and a page store are fit for it and tries that on the very model; knows nothing of prompts or
+sampling. The same steps as `States` of _local_kv.py, which answers for everything that is not fit.
+"""
+
+from __future__ import annotations
+
+import logging
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from agentmem._pure import kernels
+from agentmem.activation.pages import Codec, encode
+from agentmem.errors import AgentMemError
+from agentmem.provider import Pages
+
+from ._local_device import as_array
+from ._local_kv import Forward, States, leading
+from ._local_model import Attention
+
+__all__ = ["InPlace", "PagedStates"]
+
+log = logging.getLogger("agentmem")
+
+#: Tokens of the trial: a page, some more at once, and single ones. The page is one block, as short as possible.
+_PAGE, _MORE, _SINGLE = 64, 9, 2
+#: The largest root mean square of the logits' differences from the stock path, in their standard deviations. Measured:
+#: up to 0.03 for bfloat16 on sound models (0.02 is between two stock kernels), 0.6 and more for a wrong mask or scale.
+_BOUND = 0.1
+
+
+class InPlace:
+    """Decides, per request, whether attention is computed in place, and tries it once per codec.
+
+    ``auto`` does it for codecs that change bits, ``in_place`` for raw pages too, ``stock`` never.
+    """
+
+    def __init__(self, model: Any, forward: Forward, stock: States, device: torch.device, attention: Attention) -> None:
+        self._model = model
+        self._forward = forward
+        self._stock = stock
+        self._device = device
+        self._attention = attention
+        self._found: dict[str, tuple[PagedStates | None, str]] = {}
+
+    def states(self, pages: Pages) -> PagedStates | None:
+        """How requests with these pages keep their states; None where the stock path does. The first refusal of each
+        codec is logged. Only after the stock path's `States.check` said yes."""
+        if self._attention == "stock" or (self._attention == "auto" and not pages.lossy):
+            return None
+        codec: Any = pages.codec
+        if codec not in self._found:
+            made, reason = None, self._unfit(codec)
+            if reason is None:
+                made, reason = self._tried(codec)
+            if reason is not None:
+                log.warning("attention is computed the stock way with %s pages: %s", codec, reason)
+            self._found[codec] = made, reason or ""
+        return self._found[codec][0]
+
+    def reason(self, pages: Pages) -> str | None:
+        """Why `states` gave None for these pages, where it was tried."""
+        return self._found.get(pages.codec, (None, ""))[1] or None
+
+    def _unfit(self, codec: str) -> str | None:
+        """What speaks against it before anything is tried."""
+        native = kernels()
+        if self._device.type != "cpu":
+            return f"the model is on {self._device}, and pages are attended to in place on a CPU only"
+        if not hasattr(native, "Prefix") or (self._attention == "auto" and not native.__name__.endswith("._native")):
+            return "the C extension that does it is not there"
+        try:
+            from ._local_attention import CODECS, NAMES
+        except ImportError as error:
+            return f"this version of transformers has another interface ({error})"
+        if codec not in CODECS:
+            return f"{codec} pages have to be decoded first"
+        dtype = self._stock.dtype
+        if dtype not in NAMES:
+            return f"it is not computed in {dtype}"
+        return None
+
+    def _tried(self, codec: Codec) -> tuple[PagedStates | None, str | None]:
+        made = PagedStates(self._stock.shapes, self._stock.dtype, codec)
+        try:
+            reason = self._trial(made, codec)
+        except (AgentMemError, RuntimeError, TypeError, ValueError, AttributeError, LookupError, BufferError) as error:
+            return None, f"the trial on this model failed ({error})"
+        return (made, None) if reason is None else (None, reason)
+
+    def _trial(self, made: PagedStates, codec: Codec) -> str | None:
+        """A small conversation both ways: a page, 9 tokens over the page as the codec left it, then single ones.
+
+        In place twice, with tails of different length: those must be equal bit for bit. From the stock path logits may
+        differ by a tenth of their standard deviation (root mean square). On the way every layer's mask is compared
+        with ours, at positions that no short text reaches.
+        """
+        from ._local_attention import probing
+
+        size = int(self._model.get_input_embeddings().num_embeddings)
+        ids = [(7919 * i + 13) % size for i in range(_PAGE + _MORE + _SINGLE)]
+        parts = [ids[_PAGE : _PAGE + _MORE], *([token] for token in ids[_PAGE + _MORE :])]
+        stock = self._stock.empty(len(ids))
+        wanted = [self._forward(ids[:_PAGE], stock)[0]]
+        layers = [(as_array(layer.keys[0]), as_array(layer.values[0])) for layer in stock.layers]
+        encoded = encode(layers, _PAGE, 0, codec, writeback=True)
+        wanted += [self._forward(part, stock)[0] for part in parts]
+        window = getattr(self._model.config.get_text_config(decoder=True), "sliding_window", None) or 0
+        runs = []
+        with probing(window):
+            for grid in (_PAGE, 2 * _PAGE):
+                cache = made.made(grid)
+                cache.append_encoded(encoded)
+                runs.append([self._forward(part, cache)[0] for part in parts])
+                if any(layer.new is not None for layer in cache.layers):
+                    return "it has layers that don't attend to what they put into the cache"
+            first, _ = self._forward(ids[:_PAGE], made.made(_PAGE))
+        if not all(torch.equal(one, other) for one, other in zip(*runs, strict=True)):
+            return "two runs over the same states differ"
+        apart = [_apart(got, there) for got, there in zip([first, *runs[0]], wanted, strict=True)]
+        if not statistics.fmean(apart) <= _BOUND:
+            return f"logits are {max(apart):.3f} standard deviations from the stock path's (at most {_BOUND})"
+        return None
+
+
+def _apart(got: torch.Tensor, wanted: torch.Tensor) -> float:
+    return float((got - wanted).square().mean().sqrt() / wanted.std())
+
+
+class PagedStates:
+    """The states of requests that are attended to in place; the steps are those of `States`."""
+
+    def __init__(self, shapes: Sequence[tuple[int, int, int]], dtype: torch.dtype, codec: Codec) -> None:
+        self.shapes = list(shapes)
+        self.dtype = dtype
+        self.codec: Codec = codec
+
+    @property
+    def attention(self) -> str:
+        """What the identity of pages that are made so says of attention."""
+        from ._local_attention import VERSION
+
+        # The codec too: what one position attends to is in its code, also within one page's store.
+        return f"in place {VERSION}, {self.codec}"
+
+    def made(self, grid: int) -> Any:
+        """An empty cache with a tail of ``grid`` tokens."""
+        from ._local_attention import PagedCache
+
+        return PagedCache(self.shapes, self.dtype, grid=grid, codec=self.codec)
+
+    def restore(self, pages: Sequence[Any], grid: int, capacity: int) -> tuple[Any, int]:
+        """A cache that begins with these pages, and how many positions that are. Nothing is copied or decoded: every
+        page is checked at its first use, which also brings it into memory. One that proves bad ends the prefix."""
+        del capacity  # it holds no more than the tail
+        cache = self.made(grid)
+        count = leading(pages, lambda page, _: None if page.verified else page.verify())
+        done = 0
+        for page in pages[:count]:
+            try:
+                cache.append(page.data)
+            except (AgentMemError, ValueError) as error:
+                log.warning("a KV page can't be attended to in place and is computed again: %s", error)
+                break
+            done += 1
+        return cache, done * grid
+
+    def settle(self, pages: Pages, cache: Any, number: int) -> Any:
+        """After a page was computed: go on with what it will be restored as, and hold nothing else of it."""
+        del pages, number
+        return cache.seal()
+
+    def seal(
+        self,
+        pages: Pages,
+        identity: bytes,
+        cache: Any,
+        *,
+        tokens: Sequence[int],
+        first: int,
+        records: Sequence[tuple[str, ...]],
+        encoded: Sequence[Any],
+        seconds: float,
+    ) -> int:
+        """As `States.seal`."""
+        del cache
+        return pages.grid * pages.seal(identity, tokens, first, [], records, encoded=encoded, seconds=seconds)
+
+    def leave(self, cache: Any) -> None:
+        """As `States.leave`: nothing loads in the background here."""
