@@ -67,6 +67,11 @@ class Settings(BaseSettings):
     page_codec: Literal["raw", "lossless", "dense", "int8", "k8v4", "int4"] = Field(
         default="raw", description="how KV pages are stored; int8, k8v4 and int4 change the states a little"
     )
+    record_kv: Literal["off", "on", "repaired"] = Field(
+        default="off",
+        description="recalled records enter a local model's prompt as stored KV states: approximate, and only where a "
+        "trial on the model passed; repaired computes the first tokens of each anew",
+    )
     page_key: SecretStr | None = Field(
         default=None, description="32 bytes as hex or base64: KV pages are encrypted at rest with AES-256-GCM"
     )

@@ -33,6 +33,7 @@ from .types import Scope
 
 if TYPE_CHECKING:
     from .activation.cipher import PageCipher
+    from .activation.records import RecordPages
     from .activation.slots import SlotStore
     from .activation.store import PageStore
     from .parametric.registry import Registry
@@ -216,8 +217,17 @@ class Engine:
         provider = self.provider
         if provider is None or provider.capabilities.kv != "tensors" or self.settings.page_budget == 0:
             return None
-        # The salt keeps tenants apart; it is derived, not random, so that saved pages can be restored elsewhere.
-        return self.pages.view(hashlib.sha256(b"agentmem tenant\0" + (scope.tenant or "").encode()).digest())
+        return self.pages.view(_salt(scope))
+
+    def record_view(self, scope: Scope) -> RecordPages | None:
+        """Where KV states of single records are kept, as one tenant sees it; None where none are to be used."""
+        pages = self.page_view(scope)
+        if pages is None or self.settings.record_kv == "off":
+            return None
+        from .activation.records import RecordPages
+
+        view = self.pages.view(_salt(scope), grid=RecordPages.GRID)
+        return RecordPages(view, self.database, repaired=self.settings.record_kv == "repaired")
 
     def slot_view(self, scope: Scope) -> Slots | None:
         """The slot files as one tenant sees them, for providers whose server owns its KV; None where nothing is kept.
@@ -317,6 +327,11 @@ class Engine:
             for part in (self.provider, self._pages, self._index):
                 if part is not None:
                     parts.callback(part.close)
+
+
+def _salt(scope: Scope) -> bytes:
+    """Keeps tenants apart; derived, not random, so that saved pages can be restored elsewhere."""
+    return hashlib.sha256(b"agentmem tenant\0" + (scope.tenant or "").encode()).digest()
 
 
 def _cipher(settings: Settings) -> PageCipher | None:

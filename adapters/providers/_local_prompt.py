@@ -18,7 +18,7 @@ from typing import Any, Literal
 from agentmem.errors import InvalidInput, Rejected
 from agentmem.types import Message, Segment
 
-__all__ = ["Prompt", "Template"]
+__all__ = ["Pieces", "Prompt", "Template"]
 
 #: Used where a tokenizer has no chat template: ``role: text``, a blank line between messages.
 PLAIN = (
@@ -43,6 +43,31 @@ class Prompt:
     def records(self, end: int) -> tuple[str, ...]:
         """Ids of all records that may stand in ``tokens[:end]``, sorted."""
         return tuple(sorted({record for start, records in self.starts if start < end for record in records}))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pieces:
+    """A prompt in pieces that were tokenised apart: what stands before some lines of its last message, the lines, and
+    what follows. Joined they read as the whole, but the tokens at a seam may be others."""
+
+    head: Prompt
+    lines: list[list[int]]
+    rest: list[int]
+
+    @property
+    def tokens(self) -> list[int]:
+        """All pieces, joined."""
+        return [*self.head.tokens, *itertools.chain.from_iterable(self.lines), *self.rest]
+
+
+@dataclass(frozen=True)
+class _Laid:
+    """A rendered prompt: its first ``stable`` messages keep ``common`` characters, whatever the others say."""
+
+    text: str
+    common: int
+    stable: list[Message]
+    contents: list[str]
 
 
 class Template:
@@ -82,17 +107,55 @@ class Template:
 
         ``extra`` are variables for the template. Raises `Rejected` for messages that the template refuses.
         """
+        laid = self._laid(segments, extra)
+        return self._cut(laid, laid.text)
+
+    def pieces(
+        self, segments: Sequence[Segment], lines: Sequence[str], extra: Mapping[str, Any] | None = None
+    ) -> Pieces | None:
+        """The same prompt, cut where ``lines``, which stand one after the other in its last message, begin and end.
+
+        None where the template doesn't leave them as they are, or the tokenizer puts something before every text.
+        """
+        laid = self._laid(segments, extra)
+        shown = [self.neutral(line) for line in lines]
+        body = "".join(shown)
+        start = laid.text.find(body, laid.common)
+        if not body or start < 0 or laid.text.find(body, start + 1) >= 0 or not self._joins:
+            return None
+        return Pieces(
+            head=self._cut(laid, laid.text[:start]),
+            lines=[self._encode(line)[0] for line in shown],
+            rest=self._encode(laid.text[start + len(body) :])[0],
+        )
+
+    @cached_property
+    def _joins(self) -> bool:
+        """Whether texts that were tokenised apart read as the joined text (some tokenizers begin each with a space)."""
+        parts = ("a:\n", "- b\n", "- c\n", "d")
+        ids = [token for part in parts for token in self._encode(part)[0]]
+        text: str = self._tokenizer.decode(ids, clean_up_tokenization_spaces=False)
+        return text == "".join(parts)
+
+    def _laid(self, segments: Sequence[Segment], extra: Mapping[str, Any] | None) -> _Laid:
         pairs = [(message, segment.stable) for segment in segments for message in segment.messages]
         # After the first message that may change, nothing is a stable prefix, whatever its segment says.
         stable = list(itertools.takewhile(lambda pair: pair[1], pairs))
         messages = [self._plain(message) for message, _ in pairs]
         text = self._render(self._fitted(messages), extra=extra)
+        return _Laid(
+            text,
+            self._stable_characters(text, messages, len(stable), extra),
+            [message for message, _ in stable],
+            [message["content"] for message in messages[: len(stable)]],
+        )
+
+    def _cut(self, laid: _Laid, text: str) -> Prompt:
+        """The beginning ``text`` of what was laid out, in tokens."""
         tokens, ends = self._encode(text)
-        common = self._stable_characters(text, messages, len(stable), extra)
-        count = 0 if ends is None else bisect.bisect_right(ends, common)
+        count = 0 if ends is None else bisect.bisect_right(ends, laid.common)
         starts: list[tuple[int, tuple[str, ...]]] = []
-        found = self._places(text, [message["content"] for message in messages[: len(stable)]])
-        for (message, _), place in zip(stable, found, strict=True):
+        for message, place in zip(laid.stable, self._places(laid.text, laid.contents), strict=True):
             if message.records:
                 first = 0 if ends is None else bisect.bisect_right(ends, place)
                 starts.append((first, tuple(message.records)))

@@ -65,7 +65,7 @@ class Catalog:
 
     def rows(self, keys: Iterable[bytes] | None = None) -> dict[bytes, PageRow]:
         """The rows of these pages, or of all."""
-        select = "SELECT key, identity, parent, number, bytes, created, used, uses, pinned, codec FROM pages"
+        select = "SELECT key, identity, parent, number, bytes, created, used, uses, pinned, codec, grid FROM pages"
         if keys is None:
             found = self._database.query(select)
         else:
@@ -86,6 +86,7 @@ class Catalog:
                 uses=row["uses"],
                 pinned=bool(row["pinned"]),
                 codec=row["codec"],
+                grid=row["grid"],
             )
             for row in found
         }
@@ -98,11 +99,11 @@ class Catalog:
         """Add a page and its lineage; of a page that has a row only the lineage, or with ``replace`` its new file's."""
         kept = "DO UPDATE SET bytes = excluded.bytes, codec = excluded.codec" if replace else "DO NOTHING"
         connection.execute(
-            "INSERT INTO pages (key, identity, parent, number, bytes, created, used, uses, pinned, codec) "
-            f"VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) {kept}",
+            "INSERT INTO pages (key, identity, parent, number, bytes, created, used, uses, pinned, codec, grid) "
+            f"VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT (key) {kept}",
             (
                 *(row.key, row.identity, row.parent, row.number, row.bytes),
-                *(row.created, row.used, row.uses, int(row.pinned), row.codec),
+                *(row.created, row.used, row.uses, int(row.pinned), row.codec, row.grid),
             ),
         )
         connection.executemany(

@@ -38,6 +38,8 @@ class PageRow:
     uses: int
     pinned: bool
     codec: str
+    #: Tokens; 0 stands for the store's own grid.
+    grid: int = 0
 
 
 @dataclass(frozen=True)
@@ -86,23 +88,24 @@ class Costs:
             with self._lock:
                 self._load_rate = _mean(self._load_rate, size / seconds)
 
-    def computed(self, identity: bytes, first: int, count: int, seconds: float) -> None:
-        """Pages ``first`` .. ``first + count`` under this identity were computed in so many seconds."""
-        units = sum(self._units(number) for number in range(first, first + count))
+    def computed(self, identity: bytes, first: int, count: int, seconds: float, *, grid: int = 0) -> None:
+        """Pages ``first`` .. ``first + count`` under this identity were computed in so many seconds; ``grid`` as in
+        `PageRow`."""
+        units = sum(self._units(number, grid or self._grid) for number in range(first, first + count))
         if units > 0 and seconds > 0 and math.isfinite(seconds):
             with self._lock:
                 self._token_s[identity] = _mean(self._token_s.get(identity, 0.0), seconds / units)
 
     def compute_s(self, row: PageRow) -> float:
         """Seconds to compute this page, its prefix given."""
-        return self._token_s.get(row.identity, TOKEN_S) * self._units(row.number)
+        return self._token_s.get(row.identity, TOKEN_S) * self._units(row.number, row.grid or self._grid)
 
     def load_s(self, size: int) -> float:
         """Seconds to bring a file of this size into RAM, checked."""
         return size / self.load_rate
 
-    def _units(self, number: int) -> float:
-        return self._grid * (1.0 + number * self._grid / DOUBLING_TOKENS)
+    def _units(self, number: int, grid: int) -> float:
+        return grid * (1.0 + number * grid / DOUBLING_TOKENS)
 
 
 def _mean(known: float, new: float) -> float:

@@ -128,16 +128,19 @@ class PageStore:
 
     # ---- what providers ask
 
-    def view(self, salt: Key, *, writable: bool = True) -> TenantPages:
-        """The pages under one tenant's salt. Another salt's pages can be neither found nor probed through it."""
+    def view(self, salt: Key, *, writable: bool = True, grid: int | None = None) -> TenantPages:
+        """The pages under one tenant's salt. Another salt's pages can be neither found nor probed through it.
+
+        ``grid`` are the tokens of a page, where they are not the store's: pages of another grid are other pages.
+        """
         if self.codec in LOSSY:
             # Other bits than the exact codecs': other pages.
             salt = hashlib.sha256(b"agentmem codec 1\0" + self.codec.encode() + b"\0" + salt).digest()
-        return TenantPages(self, salt, writable=writable)
+        return TenantPages(self, salt, writable=writable, grid=grid or self.grid)
 
-    def longest(self, salt: Key, identity: Key, tokens: Sequence[int]) -> list[Page]:
+    def longest(self, salt: Key, identity: Key, tokens: Sequence[int], grid: int) -> list[Page]:
         """See `TenantPages.longest`."""
-        keys = chain(identity, salt, tokens, self.grid)
+        keys = chain(identity, salt, tokens, grid)
         pages: list[Page] = []
         if self._closed or not keys:
             return pages
@@ -155,7 +158,7 @@ class PageStore:
         # Before anything is mapped: what this prompt doesn't need goes, so that the RAM holds one or the other.
         self._budget.make_way(sum(rows[name].bytes for name in wanted if name not in here), spare=wanted)
         now = self._clock()
-        parent = root(identity, salt, self.grid)
+        parent = root(identity, salt, grid)
         for number, (key, name) in enumerate(zip(keys, names, strict=True)):
             if name not in rows:
                 break
@@ -170,7 +173,7 @@ class PageStore:
                 # It came from the disk, and so will the others: the disk reads on while the first are looked at.
                 for other in names[1 : len(rows)]:
                     _advise(self._catalog.path(other), "POSIX_FADV_WILLNEED")
-            expected = (key, parent, identity, number, tuple(tokens[number * self.grid : (number + 1) * self.grid]))
+            expected = (key, parent, identity, number, tuple(tokens[number * grid : (number + 1) * grid]))
             found = (page.key, page.parent, page.identity, page.number, page.tokens)
             if found != expected or page.name != name or page.layout != (pages[0] if pages else page).layout:
                 self._put_aside(page, name, "it holds another page than its name says")
@@ -240,6 +243,7 @@ class PageStore:
         identity: Key,
         tokens: Sequence[int],
         *,
+        grid: int,
         first: int,
         layers: Sequence[tuple[Any, Any]],
         records: Sequence[tuple[str, ...]],
@@ -253,6 +257,7 @@ class PageStore:
             salt,
             identity,
             tokens,
+            grid=grid,
             first=first,
             layers=layers,
             records=records,
@@ -273,7 +278,7 @@ class PageStore:
                 key=row.key.hex(),
                 identity=row.identity.hex(),
                 number=row.number,
-                tokens=self.grid,
+                tokens=row.grid or self.grid,
                 bytes=row.bytes,
                 codec=row.codec,
                 created=row.created,

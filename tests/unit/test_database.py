@@ -17,6 +17,7 @@ def test_a_folder_of_format_1_is_upgraded_in_place(tmp_path: Path) -> None:
         [record] = memory.add("kept")
     with sqlite3.connect(tmp_path / "memory.db") as old:
         old.execute("ALTER TABLE uses DROP COLUMN attended")
+        old.execute("ALTER TABLE pages DROP COLUMN grid")
         old.execute("ALTER TABLE pages DROP COLUMN codec")
         old.execute("INSERT INTO pages VALUES (zeroblob(32), zeroblob(32), zeroblob(32), 0, 9, 0, 0, 0, 0)")
         old.execute("PRAGMA user_version = 1")
