@@ -1,16 +1,19 @@
 """Time to the first token with and without reuse of a prompt's KV states, on the default local model.
 
-    python tests/benchmarks/first_token.py [--rounds 5] [--prefix 2048 4096 7680] [--codec raw]
+    python tests/benchmarks/first_token.py [--rounds 5] [--prefix 2048 4096 7680] [--codec raw int8]
 
 For each length of prefix, which is a whole number of pages (one that ends inside a page computes the rest of it again,
 128 tokens on average), with another question of about 40 tokens in every round:
 - no reuse (the baseline): the whole prompt is computed;
 - stock live reuse: what transformers' users do today: the prefix's `DynamicCache` is kept in memory, copied for each
   question (generation writes into it), and the question computed on the copy;
+- stock live, cut back: the same without the copy: the very cache takes the question, and is cut back to the prefix
+  after the clock stopped. The fastest that stock transformers can be, for one question at a time;
 - live reuse: the prefix was computed earlier in this process and is read from its KV pages;
 - restored: the same, in a new process per round. Importing and loading the model, and one short unrelated answer to
   warm it up, are not counted: a process does that once.
-They are measured in turn, round by round; medians are printed, and ratios to the baseline of the same run. Page files
+The last two with every codec: raw pages are copied into the model's cache, int8 pages are attended to in place. All
+are measured in turn, round by round; medians are printed, and ratios to the baseline of the same run. Page files
 are in the operating system's cache, as after a restart of a program (not of the machine). Text is the documentation of
 Python's own library.
 
@@ -22,6 +25,7 @@ tests/benchmarks/results/first_token.json.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import copy
 import inspect
 import json
@@ -166,40 +170,62 @@ class Stock:
             ids = self._torch.tensor([tokens], device=self._engine.loaded.device)
             return self._engine.loaded.model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
-    def measure(self, text: str, question: str) -> dict[str, Any]:
+    def measure(self, text: str, question: str, *, copied: bool) -> dict[str, Any]:
         started = time.perf_counter()
         tokens = self._tokens(text, question)
         assert tokens[: len(self._prefix)] == self._prefix
-        output = self._forward(tokens[len(self._prefix) :], copy.deepcopy(self._cache))
+        cache = copy.deepcopy(self._cache) if copied else self._cache
+        output = self._forward(tokens[len(self._prefix) :], cache)
         int(output.logits[0, -1].argmax())
-        return {"seconds": time.perf_counter() - started, "tokens": len(tokens), "cached": len(self._prefix)}
+        seconds = time.perf_counter() - started
+        if not copied:
+            cache.crop(len(self._prefix) - len(tokens))
+        return {"seconds": seconds, "tokens": len(tokens), "cached": len(self._prefix)}
 
 
-def run(provider: Provider, tokens: int, rounds: int, codec: str) -> dict[str, Any]:
+def label(kind: str, codec: str) -> str:
+    """What a row of these pages is called; raw ones have the plain name."""
+    return kind if codec == "raw" else f"{codec} {kind}"
+
+
+def run(provider: Provider, tokens: int, rounds: int, codecs: list[str]) -> dict[str, Any]:
     text = cut(provider, passage(provider, tokens + 64), tokens)
-    kinds: dict[str, list[dict[str, Any]]] = {"no reuse": [], "stock live reuse": [], "live reuse": [], "restored": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        (folder / "text").write_text(text, "utf-8")
-        with Pages(folder, codec) as pages:
+    kinds: dict[str, list[dict[str, Any]]] = {"no reuse": [], "stock live reuse": [], "stock live, cut back": []}
+    kinds |= {label(kind, codec): [] for codec in codecs for kind in ("live reuse", "restored")}
+    with contextlib.ExitStack() as stack:
+        folders = {codec: Path(stack.enter_context(tempfile.TemporaryDirectory())) for codec in codecs}
+        stores = {codec: stack.enter_context(Pages(folder, codec)) for codec, folder in folders.items()}
+        for codec, pages in stores.items():
+            (folders[codec] / "text").write_text(text, "utf-8")
             provider.generate(request(text, "Hello!", pages))
-            stock = Stock(provider, text)
-            for number in range(rounds):
-                question = QUESTIONS[number % len(QUESTIONS)]
-                kinds["no reuse"].append(measure(provider, text, question, None))
-                kinds["stock live reuse"].append(stock.measure(text, question))
-                kinds["live reuse"].append(measure(provider, text, question, pages))
-                kinds["restored"].append(restored(folder, question, codec))
-        size = sum(path.stat().st_size for path in (folder / "pages").iterdir())
+        stock = Stock(provider, text)
+        for number in range(rounds):
+            question = QUESTIONS[number % len(QUESTIONS)]
+            kinds["no reuse"].append(measure(provider, text, question, None))
+            kinds["stock live reuse"].append(stock.measure(text, question, copied=True))
+            kinds["stock live, cut back"].append(stock.measure(text, question, copied=False))
+            for codec, pages in stores.items():
+                kinds[label("live reuse", codec)].append(measure(provider, text, question, pages))
+                kinds[label("restored", codec)].append(restored(folders[codec], question, codec))
+        size = {
+            codec: sum(path.stat().st_size for path in (folder / "pages").glob("*.page"))
+            for codec, folder in folders.items()
+        }
     medians = {kind: statistics.median(item["seconds"] for item in items) for kind, items in kinds.items()}
-    base = medians["no reuse"]
+    base, last = medians["no reuse"], kinds[label("restored", codecs[0])]
     return {
         "prefix": tokens,
-        "prompt": statistics.median(item["tokens"] for item in kinds["restored"]),
-        "cached": statistics.median(item["cached"] for item in kinds["restored"]),
-        "page_bytes": size,
+        "prompt": statistics.median(item["tokens"] for item in last),
+        "cached": statistics.median(item["cached"] for item in last),
+        "page_bytes": size[codecs[0]],
+        "bytes_by_codec": size,
         "median_s": medians,
         "ratio": {kind: base / seconds for kind, seconds in medians.items()},
+        "to_stock": {
+            kind: {stock: medians[stock] / seconds for stock in ("stock live reuse", "stock live, cut back")}
+            for kind, seconds in medians.items()
+            if kind.endswith(("live reuse", "restored")) and not kind.startswith("stock")
+        },
         "runs_s": {kind: [item["seconds"] for item in items] for kind, items in kinds.items()},
     }
 
@@ -225,12 +251,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--prefix", type=int, nargs="+", default=[2048, 4096, 7680])
-    parser.add_argument("--codec", default="raw")
+    parser.add_argument("--codec", nargs="+", default=["raw", "int8"])
     parser.add_argument("--restore", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--question", default="", help=argparse.SUPPRESS)
     given = parser.parse_args()
     if given.restore is not None:
-        in_new_process(given.restore, given.question, given.codec)
+        in_new_process(given.restore, given.question, given.codec[0])
         return
     provider = load("local", {})
     measure(provider, "Be brief.", "Hello!", None)
@@ -238,7 +264,7 @@ def main() -> None:
 
     tensors = provider.tensors()
     results = [run(provider, tokens, max(3, given.rounds), given.codec) for tokens in given.prefix]
-    miss = price_of_a_miss(provider, given.prefix[0], max(3, given.rounds), given.codec)
+    miss = price_of_a_miss(provider, given.prefix[0], max(3, given.rounds), given.codec[0])
     machine = {
         "model": provider.name,
         "dtype": str(tensors.dtype),
@@ -254,14 +280,11 @@ def main() -> None:
         f"{provider.name} in {tensors.dtype}, {machine['threads']} of {machine['cores']} cores; "
         f"medians of {machine['rounds']}"
     )
-    reused = ("stock live reuse", "live reuse", "restored")
-    print(f"{'prompt':>8} {'from pages':>10} {'no reuse':>12}" + "".join(f"{kind:>26}" for kind in reused))
     for result in results:
-        medians, ratio = result["median_s"], result["ratio"]
-        print(
-            f"{result['prompt']:8.0f} {result['cached']:10.0f} {medians['no reuse']:10.3f} s"
-            + "".join(f"{medians[kind]:15.3f} s ({ratio[kind]:5.1f}x)" for kind in reused)
-        )
+        print(f"{result['prompt']:.0f} tokens, {result['cached']:.0f} of them from pages")
+        for kind, seconds in result["median_s"].items():
+            stock = "".join(f", {ratio:.2f} x {name}" for name, ratio in result["to_stock"].get(kind, {}).items())
+            print(f"  {kind:22} {seconds:8.3f} s, {result['ratio'][kind]:6.1f} x no reuse{stock}")
     print(f"a run without any hit takes {miss['ratio']:.3f} of the same run with activation memory off")
     RESULTS.parent.mkdir(exist_ok=True)
     RESULTS.write_text(json.dumps({"machine": machine, "results": results, "miss": miss}, indent=2) + "\n", "utf-8")
