@@ -242,7 +242,16 @@ int am_prefix_append_encoded(am_prefix *prefix, uint32_t grid, const am_extent *
 
 static am_span_kernel *chosen(void)
 {
-    return am_span_scalar;
+    switch (am_cpu_level()) {
+#if defined(__x86_64__)
+    case AM_AVX512:
+        return am_span_avx512;
+    case AM_AVX2:
+        return am_span_avx2;
+#endif
+    default: /* on ARM the compiler uses NEON unasked */
+        return am_span_scalar;
+    }
 }
 
 /* How the call is cut: by the shape alone, so that no bit depends on the threads. */
@@ -272,8 +281,7 @@ static void do_unit(void *context, uint32_t unit, uint32_t thread)
 /* As power() of the kernels. */
 static float power_of(float x)
 {
-    if (x < -100.0f)
-        return 0.0f;
+    x = -127.0f > x ? -127.0f : x;
     float rounded = x + 0x1.8p23f, part = x - (rounded - 0x1.8p23f);
     float sum = 0x1.5bba14p-10f;
     sum = sum * part + 0x1.3cea88p-7f;

@@ -1,26 +1,15 @@
 /* Attention of a span of rows over blocks: the float parts, one text for all instruction sets, in vectors of 16 lanes.
  *
- * A file that includes this defines TARGET, dot_pair, store_codes and KERNEL (attend_scalar.c says how). Sums have one
- * order: within a lane as the loop runs, across lanes as lanes_sum folds them. No fused multiply-add.
+ * A file that includes this defines the rest (attend_scalar.c says what). Sums have one order: within a lane as the loop
+ * runs, across lanes as lanes_sum folds them. No fused multiply-add.
  */
-#include <string.h>
-
-#include "attend.h"
-#include "floats.h"
 #include "quantized.h"
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi" /* vectors are passed between inlined functions only */
-#endif
 
 #define LANES 16u
 #define TINY 0x1p-100f /* below it a magnitude counts as none, so that no step of the way is subnormal */
 #define KEY_CODES 32639.0f   /* largest code of a query: high byte 127, low byte -128 to 127 */
 #define VALUE_CODES 32767.0f /* of a weight: high byte 0 to 127, low byte 0 to 255 */
 #define MAGIC 0x1.8p23f      /* added to a small number, it leaves the nearest integer in the low bits */
-
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
 
 #define AT(pointer) (*(v16 *)(void *)(pointer))
 #define AT_CONST(pointer) (*(const v16 *)(const void *)(pointer))
@@ -31,40 +20,15 @@ INLINE v16 where(i16 condition, v16 yes, v16 no)
     return (v16)((condition & (i16)yes) | (~condition & (i16)no));
 }
 
-#ifndef MAXIMUM
-#define MAXIMUM(a, b) where((i16)((a) > (b)), (a), (b))
-#endif
-
 INLINE v16 magnitude(v16 value)
 {
     return (v16)((i16)value & 0x7FFFFFFF);
 }
 
-INLINE float lanes_sum(v16 all)
-{
-    float lane[16], *at = lane;
-    memcpy(lane, &all, sizeof lane);
-    for (uint32_t half = 8; half; half /= 2)
-        for (uint32_t i = 0; i < half; i++)
-            at[i] += at[i + half];
-    return lane[0];
-}
-
-INLINE float lanes_max(v16 all)
-{
-    float lane[16];
-    memcpy(lane, &all, sizeof lane);
-    for (uint32_t half = 8; half; half /= 2)
-        for (uint32_t i = 0; i < half; i++)
-            lane[i] = lane[i] > lane[i + half] ? lane[i] : lane[i + half];
-    return lane[0];
-}
-
-/* 2 to the power of each, for numbers up to 0; 0 below -100. A NaN stays one. Relative error 2e-7. */
+/* 2 to the power of each, for numbers up to 0; 0 below -126.5. A NaN stays one. Relative error 2e-7. */
 INLINE v16 power(v16 x)
 {
-    i16 none = (i16)(x < ALL(-100.0f));
-    x = where(none, ALL(-100.0f), x);
+    x = maximum(ALL(-127.0f), x);
     v16 rounded = x + MAGIC;
     i16 whole = (i16)rounded - 0x4B400000;
     v16 part = x - (rounded - MAGIC);
@@ -74,7 +38,7 @@ INLINE v16 power(v16 x)
     sum = sum * part + 0x1.ebf9bcp-3f;
     sum = sum * part + 0x1.62e42ap-1f;
     sum = sum * part + 1.0f;
-    return (v16)(~none & (i16)(sum * (v16)((whole + 127) << 23)));
+    return sum * (v16)((whole + 127) << 23);
 }
 
 /* ---- Values as floats */
@@ -187,7 +151,7 @@ INLINE void weigh(const state *s, const block_view *block, four_rows *four, uint
             i16 at = lane + (int32_t)(t * LANES);
             four->scores[r][t] = where((i16)((at >= low) & (at < high)), four->scores[r][t], ALL(AM_LOWEST));
         }
-        most = MAXIMUM(four->scores[r][t], most);
+        most = maximum(four->scores[r][t], most);
     }
     float now = lanes_max(most);
     v16 decay = power(ALL(*largest - now));
@@ -219,7 +183,7 @@ INLINE void code_queries(const state *s, const four_rows *four, const float *sca
         v16 most = ALL(0.0f), sum = ALL(0.0f);
         for (uint32_t c = 0; c < s->key_wide; c += LANES) {
             v16 scaled = magnitude(AT_CONST(query + c) * AT_CONST(scale + c));
-            most = MAXIMUM(scaled, most);
+            most = maximum(scaled, most);
             sum += AT_CONST(query + c) * AT_CONST(minimum + c);
         }
         float largest = lanes_max(most), inverse = largest >= TINY ? KEY_CODES / largest : 0.0f;
@@ -266,7 +230,7 @@ INLINE void coded_values(const state *s, const block_view *block, am_quantized a
                 v16 most = ALL(0.0f), sum = ALL(0.0f);
                 for (uint32_t t = 0; t < wide; t++) {
                     v16 scaled = four->scores[r][t] * AT_CONST(scale + t * LANES);
-                    most = MAXIMUM(scaled, most);
+                    most = maximum(scaled, most);
                     if (at.value4)
                         sum += four->scores[r][t] * AT_CONST(minimum + t * LANES);
                 }
