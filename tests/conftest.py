@@ -33,6 +33,9 @@ _KINDS: dict[str, tuple[str, dict[str, Any]]] = {
     "qwen3": ("Qwen3", {}),
     "mistral": ("Mistral", {"sliding_window": 24}),
     "gemma3": ("Gemma3", {"sliding_window": 24, "sliding_window_pattern": 2, "query_pre_attn_scalar": 16}),
+    "phi": ("Phi", {"hidden_size": 160, "num_attention_heads": 2, "head_dim": 80, "partial_rotary_factor": 0.4}),
+    "phi3": ("Phi3", {"hidden_size": 192, "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 96}),
+    "gemma2": ("Gemma2", {"sliding_window": 24, "query_pre_attn_scalar": 16}),
     "mamba": ("Mamba", {}),
 }
 
@@ -59,7 +62,7 @@ def byte_tokenizer() -> Callable[..., Any]:
 
 @pytest.fixture(scope="session")
 def tiny_model(byte_tokenizer: Callable[..., Any]) -> Callable[..., Path]:
-    """Writes a model folder of a kind (llama, qwen2, qwen3, mistral, gemma3, mamba) with random float32 weights."""
+    """Writes a model folder of a kind (the names in ``_KINDS``) with random float32 weights."""
 
     def make(folder: Path, kind: str = "llama", *, seed: int = 0, template: str | None = CHATML, **config: Any) -> Path:
         import torch
