@@ -90,14 +90,6 @@ typedef struct {
     ((AM_GROUP + AM_BLOCK + 4u) * AM_WIDE(key_dim) + (AM_BLOCK + 8u) * AM_WIDE(value_dim) + 16u * AM_BLOCK)
 #define AM_LOWEST (-0x1.fffffep127f) /* a score that nothing is below */
 
-/* Vectors of 16 lanes, on every level. */
-typedef float v16 __attribute__((vector_size(64), aligned(4), may_alias));
-typedef int32_t i16 __attribute__((vector_size(64), aligned(4), may_alias));
-
-#if defined(__GNUC__) && !defined(__clang__)
-#pragma GCC diagnostic ignored "-Wpsabi" /* they are passed between inlined functions only */
-#endif
-
 typedef void am_span_kernel(const am_span *span);
 am_span_kernel am_span_scalar;
 #if defined(__x86_64__)
