@@ -74,7 +74,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
 
     def __init__(self, cache: PagedCache, index: int, tail: tuple[npt.NDArray[Any], npt.NDArray[Any]]) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
-        self.cache = cache
+        self.prefix = cache.prefix  # not the cache: in a circle it would hold its pages until the collector comes
         self.index = index
         self.tail = tail
         self.length = 0  # tokens in the tail, those of the pass under way included
@@ -95,7 +95,7 @@ class PagedLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         return key_states, value_states
 
     def get_seq_length(self) -> int:
-        return int(self.cache.prefix.tokens) + self.length
+        return int(self.prefix.tokens) + self.length
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length() + query_length, 0
@@ -256,7 +256,7 @@ def _attend(
     if count != key.shape[2] or layer.length > layer.tail[0].shape[1]:
         raise InvalidInput(f"{count} queries and {key.shape[2]} new states for a tail of {layer.length} tokens")
     out = torch.empty((1, count, query.shape[1], value.shape[3]), dtype=query.dtype)
-    layer.cache.prefix.attend(
+    layer.prefix.attend(
         layer.index,
         as_array(query)[0],
         as_array(key)[0],
