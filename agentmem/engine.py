@@ -22,6 +22,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from . import prompt
 from . import provider as providers
 from .config import Settings
 from .database import Database
@@ -227,7 +228,8 @@ class Engine:
         from .activation.records import RecordPages
 
         view = self.pages.view(_salt(scope), grid=RecordPages.GRID)
-        return RecordPages(view, self.database, repaired=self.settings.record_kv == "repaired")
+        repaired = self.settings.record_kv == "repaired"
+        return RecordPages(view, self.database, repaired=repaired, lay_out=prompt.made_up)
 
     def slot_view(self, scope: Scope) -> Slots | None:
         """The slot files as one tenant sees them, for providers whose server owns its KV; None where nothing is kept.

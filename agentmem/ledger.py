@@ -106,7 +106,7 @@ class Report(Value):
                 first,
                 f"{line.seconds:.1f}",
                 str(line.missed),
-                f"{line.attended_tokens:,} {line.attended_codec}" if line.attended_codec else "-",
+                f"{line.attended_tokens:,} {line.attended_codec}" if line.attended_tokens else "-",
                 _size(line.spared_bytes) if line.spared_bytes else "-",
                 _money(line.money),
                 _money(line.saved_money),

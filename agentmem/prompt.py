@@ -9,6 +9,7 @@ inside a fence, in a user message, never with the system's authority.
 
 from __future__ import annotations
 
+import datetime as dt
 import itertools
 import json
 import re
@@ -26,6 +27,7 @@ __all__ = [
     "cost",
     "fit",
     "lay_out",
+    "made_up",
     "paired",
     "quote",
     "recent",
@@ -67,6 +69,17 @@ def _escaped(text: str) -> str:
 def quote(records: Iterable[Record]) -> str:
     """Records as a fenced block, one line each, in the order given."""
     return "\n".join(["<memories>", *(record_line(record) for record in records), "</memories>"])
+
+
+def made_up(said: Iterable[tuple[str, str, str]], text: str) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
+    """A turn of ``text`` in which made-up records (day, name, what was said) were recalled: its segments without the
+    system's, and the records' lines, each with its newline, as they stand in it. What a model is tried with."""
+    records = [
+        Record(id=f"made up {number}", role="user", name=name, text=words, at=dt.datetime.fromisoformat(day))
+        for number, (day, name, words) in enumerate(said)
+    ]
+    segments = lay_out(system=None, recalled=records, turn=Message(role="user", content=text), memories=False)
+    return segments, tuple(record_line(record) + "\n" for record in records)
 
 
 def fit(records: Iterable[Record], budget: int, count: Count) -> list[Record]:

@@ -286,6 +286,11 @@ class RecordPages(Protocol):
         """How pages are stored."""
         ...
 
+    def lay_out(self, said: Sequence[tuple[str, str, str]], text: str) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
+        """A turn of ``text`` with made-up records (day, name, what was said), laid out as real ones are: its segments
+        without the system's, and the records' lines."""
+        ...
+
     def find(self, identity: bytes, record: str, tokens: Sequence[int]) -> Sequence[Any]:
         """The sealed pages of this record's tokens, all of them, the last one padded; empty if one is missing."""
         ...
@@ -320,8 +325,8 @@ class Request:
     ``cache_key`` is an opaque string, equal for requests that share a prefix (scope names don't leak into it).
     ``tenant`` is opaque too, can't be guessed, and separates tenants in caches that others keep. ``pages`` is set only
     for providers with ``kv="tensors"``, ``slots`` only for those with ``kv="slots"``. ``recalled`` are the records that
-    stand in the turn, in their order, and ``record_pages`` is where KV states of them are kept; both only where recalled
-    records may enter as KV.
+    stand in the turn, in their order, and ``record_pages`` is where KV states of them are kept; both only where
+    recalled records may enter as KV.
     """
 
     segments: tuple[Segment, ...]

@@ -165,8 +165,9 @@ class Attended(Value):
     """What a local model attended to in place, without copying or decoding it, when its answer ended.
 
     ``tokens`` of the prompt and the answer were read as KV pages of ``codec``, ``bytes`` of them; ``stock_bytes`` is
-    what the same positions take in the dtype that the model computes in. ``record_tokens`` of these tokens came as KV
-    states of recalled records, which were computed elsewhere: that part is approximate.
+    what the same positions take in the dtype that the model computes in. ``record_tokens`` came as KV states of
+    recalled records, which were computed elsewhere: that part is approximate. Without attention in place these are
+    copied, and ``tokens`` is 0.
     """
 
     codec: str
@@ -176,6 +177,8 @@ class Attended(Value):
     record_tokens: int = 0
 
     def __str__(self) -> str:
+        if not self.tokens:
+            return f"{self.record_tokens} tokens of recalled records came as KV states ({self.codec}), approximately"
         records = f", {self.record_tokens} of them recalled records" if self.record_tokens else ""
         return (
             f"{self.tokens} tokens{records} attended in place as {self.codec}: "

@@ -26,6 +26,7 @@ from ._local_in_place import InPlace, PagedStates
 from ._local_kv import GRID, States
 from ._local_model import Attention, Loaded, compute_environment
 from ._local_prompt import Prompt, Template
+from ._local_records import Recall, RecordStates
 
 __all__ = ["Cancelled", "Engine"]
 
@@ -63,6 +64,7 @@ class Engine:
         # Asked once: during a pass of ours it is another one for a moment.
         self._stock_attention = str(getattr(self._config, "_attn_implementation", ""))
         self.states = States(model, self._base_forward, loaded.device)
+        self.records = RecordStates(self)
         self.in_place = InPlace(model, self._base_forward, self.states, loaded.device, attention)
         window: Any = getattr(self._config, "max_position_embeddings", None)
         self.window: int | None = window
@@ -80,19 +82,28 @@ class Engine:
         return self.forward(tokens, cache, (), None)
 
     def forward(
-        self, tokens: Sequence[int], cache: Any, loras: Sequence[LoraRef], cancel: threading.Event | None
+        self,
+        tokens: Sequence[int],
+        cache: Any,
+        loras: Sequence[LoraRef],
+        cancel: threading.Event | None,
+        *,
+        keep: int | None = None,
+        inputs: Mapping[str, torch.Tensor] | None = None,
     ) -> tuple[torch.Tensor, Any]:
         """Logits of the last of ``tokens``, float32 [vocabulary], and the cache with all of them in it.
 
-        ``cache`` None is an empty one of the model's own kind. Raises `Unavailable` where memory runs out.
+        ``cache`` None is an empty one of the model's own kind. With ``keep`` the logits of so many last tokens, [keep,
+        vocabulary]. ``inputs`` are more of the model's own. Raises `Unavailable` where memory runs out.
         """
         given = {self._cache_name: cache} if self._cache_name is not None and cache is not None else {}
         with self._turn(cancel), self._attention_of(cache), torch.inference_mode():
             self._activate(loras)
             try:
                 ids = torch.tensor([tokens], device=self.loaded.device)
-                output = self.loaded.model(input_ids=ids, use_cache=True, return_dict=True, **given, **self._options)
-                logits: torch.Tensor = output.logits[0, -1].float().cpu()
+                options = dict.fromkeys(self._options, keep or 1) | given | dict(inputs or {})
+                output = self.loaded.model(input_ids=ids, use_cache=True, return_dict=True, **options)
+                logits: torch.Tensor = output.logits[0, -1 if keep is None else slice(-keep, None)].float().cpu()
             except (torch.OutOfMemoryError, MemoryError) as error:
                 raise Unavailable(f"{self.name} ran out of memory on a prompt step of {len(tokens)} tokens") from error
         if bool(torch.isnan(logits).any()):
@@ -146,9 +157,13 @@ class Engine:
         options = request.options
         sampler = Sampler(options)
         started = time.perf_counter()
-        prompt = self.template.prompt(request.segments, options.extra.get("chat_template_kwargs"))
+        recall = self.records.recall(request)
+        if recall is not None and recall.composed:
+            prompt = recall.prompt
+        else:
+            prompt = self.template.prompt(request.segments, options.extra.get("chat_template_kwargs"))
         budget = self._budget(len(prompt.tokens), options.max_tokens)
-        run = _Run(self, request, prompt, budget, cancel)
+        run = _Run(self, request, prompt, budget, cancel, recall=recall)
         text = Text(self.loaded.tokenizer, (*options.stop, *self.template.stops))
         finish, count, first_s = "length", 0, None
         try:
@@ -174,6 +189,8 @@ class Engine:
                 written = run.seal()
             finally:
                 run.leave()
+        if recall is not None:
+            self.records.learn(recall, cancel)
         usage = Usage(
             input_tokens=len(prompt.tokens),
             cached_tokens=run.cached,
@@ -203,7 +220,14 @@ class _Run:
     """The KV states of one request, from the stored pages to the last token."""
 
     def __init__(
-        self, engine: Engine, request: Request, prompt: Prompt, budget: int, cancel: threading.Event | None
+        self,
+        engine: Engine,
+        request: Request,
+        prompt: Prompt,
+        budget: int,
+        cancel: threading.Event | None,
+        *,
+        recall: Recall | None = None,
     ) -> None:
         self._engine = engine
         self._pages = request.pages
@@ -217,7 +241,10 @@ class _Run:
         self._cache: Any = None
         self._all: list[int] = []
         self._done = 0
-        self._exact = len(prompt.tokens)  # what follows was computed behind composed states: never kept
+        self._recall = recall if recall is not None and recall.composed else None
+        self._exact = len(
+            prompt.tokens if self._recall is None else self._recall.pieces.head.tokens
+        )  # what follows was computed behind composed states: never kept
         self._first = 0
         self._encoded: dict[int, Any] = {}  # what the codec made of the pages that this run computed
         self._seconds: dict[int, float] = {}  # and how long computing each took
@@ -237,13 +264,17 @@ class _Run:
             self._identity = self._engine.identity(self._loras, grid, attention)
             stored = self._pages.longest(self._identity, tokens)
             known = next((i for i, page in enumerate(stored) if not self._matches(page, i)), len(stored))
-            wanted = min(known, (len(tokens) - 1) // grid)
+            wanted = min(known, (self._exact - 1) // grid)
             self._cache, self.cached = self._states.restore(stored[:wanted], grid, self._capacity)
             self._first = known if self.cached == wanted * grid else self.cached // grid
         else:
             self._cache = stock.empty(self._capacity)
         self._done = self.cached
-        return self.prefill_to(len(tokens))
+        logits = self.prefill_to(self._exact)
+        if self._recall is not None:
+            logits = self._engine.records.compose(self._recall, self._cache, self._composed_step)
+            self._done = len(tokens)
+        return logits
 
     def prefill_to(self, end: int) -> torch.Tensor:
         """Logits after the prompt's token ``end - 1``, from what is done already: on the grid, the last step short."""
@@ -284,13 +315,19 @@ class _Run:
     def _matches(self, page: Any, number: int) -> bool:
         return tuple(page.tokens) == tuple(self._prompt.tokens[number * self._grid : (number + 1) * self._grid])
 
-    def step(self, tokens: Sequence[int]) -> torch.Tensor:
-        """Logits after these next tokens."""
+    def step(self, tokens: Sequence[int], inputs: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        """Logits after these next tokens. ``inputs`` are more of the model's own."""
         _stop_if(self._cancel)
         self._all += tokens
         # A model without a cache of any kind reads everything again.
         given = self._all if self._engine._cache_name is None else tokens
-        logits, self._cache = self._engine.forward(given, self._cache, self._loras, self._cancel)
+        more: dict[str, Any] = {} if inputs is None else {"inputs": inputs}
+        logits, self._cache = self._engine.forward(given, self._cache, self._loras, self._cancel, **more)
+        return logits
+
+    def _composed_step(self, tokens: Sequence[int], inputs: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
+        logits = self.step(tokens, inputs)
+        self._seal_tail()
         return logits
 
     def answer_step(self, token: int) -> torch.Tensor:
@@ -301,8 +338,13 @@ class _Run:
 
     @property
     def attended(self) -> Attended | None:
-        """What was attended to in place, if anything was."""
-        return self._cache.attended() if isinstance(self._states, PagedStates) and self._cache is not None else None
+        """What was attended to in place, or came as KV states of records, if anything did."""
+        if isinstance(self._states, PagedStates) and self._cache is not None:
+            attended: Attended = self._cache.attended()
+            return attended
+        if self._recall is not None:
+            return Attended(codec=self._recall.pages.codec, record_tokens=self._recall.stored_tokens)
+        return None
 
     def leave(self) -> None:
         """At the end, whatever happened."""

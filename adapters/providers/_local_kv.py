@@ -26,7 +26,7 @@ from agentmem.provider import Pages
 
 from ._local_device import Loading, as_array, to_host
 
-__all__ = ["GRID", "Forward", "States", "leading", "unsafe_architecture"]
+__all__ = ["GRID", "STEADY_ROPE", "Forward", "States", "leading", "ropes", "unsafe_architecture"]
 
 log = logging.getLogger("agentmem")
 
@@ -34,7 +34,7 @@ log = logging.getLogger("agentmem")
 GRID = 256
 
 #: Rope types whose angles don't depend on how long the sequence is (dynamic and longrope do).
-_STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
+STEADY_ROPE = ("default", "linear", "llama3", "yarn", "proportional")
 _ATTENTION = ("full_attention", "sliding_attention")
 _TEST = (16, 8)
 LINE = 64  # bytes of a cache line
@@ -59,6 +59,7 @@ class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         self._length = 0
         self._buffers: tuple[torch.Tensor, torch.Tensor] | None = None
         self._ready: Callable[[], None] | None = None
+        self._places: torch.Tensor | None = None
         if keys is not None and values is not None:
             self.lazy_initialization(keys, values)
             self._buffers = (keys, values)
@@ -77,14 +78,45 @@ class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         if self._ready is not None:
             self._ready()
             self._ready = None
-        end = self._length + key_states.shape[-2]
-        if self._buffers is None or end > self._capacity:
-            self._capacity = max(self._capacity, end if self._buffers is None else end * 3 // 2)
-            self._buffers = (self._grown(key_states, 0), self._grown(value_states, 1))
+        places, self._places = self._places, None
+        end = self._length + (key_states.shape[-2] if places is None else 0)
+        self._reserve(end, key_states, value_states)
+        assert self._buffers is not None
         for buffer, new in zip(self._buffers, (key_states, value_states), strict=True):
-            buffer[:, :, self._length : end] = new
+            if places is None:
+                buffer[:, :, self._length : end] = new
+            else:
+                buffer[:, :, places] = new
         self._length = end
         return self._show()
+
+    def place(self, at: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Put states [KV heads, n, head dim] that were computed elsewhere to positions ``at ..``. It then holds all
+        positions up to their end; those between that nobody filled are to be filled by `scatter`."""
+        end = at + keys.shape[1]
+        self._reserve(end, keys[None], values[None])
+        assert self._buffers is not None
+        for buffer, new in zip(self._buffers, (keys, values), strict=True):
+            buffer[0, :, self._length : at] = 0  # masked until it is filled, but 0 times whatever was there may be NaN
+            buffer[0, :, at:end] = new
+        self._length = max(self._length, end)
+        self._show()
+
+    def scatter(self, places: torch.Tensor) -> None:
+        """The states of the next pass belong to these positions, one each, and no others come of it."""
+        end = max(self._length, int(places.max()) + 1)
+        assert self._buffers is not None
+        self._reserve(end, *self._buffers)
+        for buffer in self._buffers:
+            buffer[:, :, self._length : end] = 0
+        self._length, self._places = end, places
+        self._show()
+
+    def _reserve(self, end: int, keys: torch.Tensor, values: torch.Tensor) -> None:
+        """Room for ``end`` positions of such states."""
+        if self._buffers is None or end > self._capacity:
+            self._capacity = max(self._capacity, end if self._buffers is None else end * 3 // 2)
+            self._buffers = (self._grown(keys, 0), self._grown(values, 1))
 
     def _grown(self, like: torch.Tensor, which: int) -> torch.Tensor:
         buffer = like.new_empty((*like.shape[:2], self._capacity, like.shape[3]))
@@ -111,15 +143,16 @@ def unsafe_architecture(model: Any) -> str | None:
         return f"{type(model).__name__} has layers of type {', '.join(sorted(kinds))}"
     if getattr(config, "num_kv_shared_layers", None):
         return f"{type(model).__name__} shares KV states between layers"
-    for rope in _ropes(config):
-        if rope.get("rope_type", rope.get("type", "default")) not in _STEADY_ROPE:
+    for rope in ropes(config):
+        if rope.get("rope_type", rope.get("type", "default")) not in STEADY_ROPE:
             return (
                 f"its rotary positions ({rope.get('rope_type', rope.get('type'))}) depend on the length of the prompt"
             )
     return None
 
 
-def _ropes(config: Any) -> list[dict[str, Any]]:
+def ropes(config: Any) -> list[dict[str, Any]]:
+    """The settings of the rotary positions in a text config, one per layer type where they differ."""
     found = [getattr(config, name, None) for name in ("rope_parameters", "rope_scaling")]
     ropes: list[dict[str, Any]] = []
     for rope in found:

@@ -167,6 +167,10 @@ class Template:
         fitted = self._fitted([self._plain(message) for message in messages])
         return self._encode(self._render(fitted, answer=answer))[0]
 
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a text by itself, without special tokens of the tokenizer's own."""
+        return self._encode(text)[0]
+
     def neutral(self, text: str) -> str:
         """``text`` with a space inside every special token's string, so that it stays text: ``<|im_end|>`` becomes
         ``< |im_end|>``. Other text is returned as it is."""

@@ -171,6 +171,8 @@ class LocalProvider:
         """Let go of the model's memory. Later calls raise `Unavailable`; safe to call twice."""
         with self._loading:
             self._closed = True
+            if self._engine is not None:
+                self._engine.records.close()
             self._engine = self._counter = None
 
 

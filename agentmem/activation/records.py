@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..database import Database
 from ..errors import StoreError
+from ..types import Segment
 from .identity import digest
 from .pages import Page
 from .tenant import TenantPages
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["RecordPages"]
 
 logger = logging.getLogger("agentmem")
+
+LayOut = Callable[[Sequence[tuple[str, str, str]], str], tuple[tuple[Segment, ...], tuple[str, ...]]]
 
 
 class RecordPages:
@@ -38,7 +41,9 @@ class RecordPages:
     #: Tokens of a page: one block of every codec.
     GRID = 64
 
-    def __init__(self, pages: TenantPages, database: Database, *, repaired: bool) -> None:
+    def __init__(self, pages: TenantPages, database: Database, *, repaired: bool, lay_out: LayOut) -> None:
+        #: A turn with made-up records as real ones are laid out: `agentmem.prompt.made_up`.
+        self.lay_out = lay_out
         self._pages = pages
         self._database = database
         self.repaired = repaired
