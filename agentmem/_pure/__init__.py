@@ -13,6 +13,7 @@ import threading
 from typing import TYPE_CHECKING
 
 from ..errors import Incompatible
+from .attend import Prefix
 from .codec import block_decode, block_encode
 from .crc import crc32c
 from .page import (
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "RULES",
     "PageError",
+    "Prefix",
     "block_decode",
     "block_encode",
     "cpu_level",

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
     Bytes = npt.NDArray[np.uint8]
 
 __all__ = [
+    "ITEMS",
+    "MAX_HEADS",
+    "MAX_LAYERS",
+    "TABLE_ENTRY",
+    "aligned",
+    "extents_of",
+    "opened",
     "page_encode",
     "page_parse",
     "page_read",
@@ -62,7 +69,8 @@ class _Place(NamedTuple):
     offset: int
 
 
-def _aligned(offset: int) -> int:
+def aligned(offset: int) -> int:
+    """Up to a multiple of 64."""
     return -(-offset // ALIGN) * ALIGN
 
 
@@ -81,16 +89,21 @@ def _places(dtype: int, grid: int, layers: Layers) -> tuple[int, int, int, list[
         if not (1 <= heads <= MAX_HEADS and 1 <= key_dim <= MAX_DIM and 1 <= value_dim <= MAX_DIM):
             raise broken("shape")
         extents += heads * blocks
-    first = offset = _aligned(FIXED + 4 * grid + LAYER.size * len(layers) + EXTENT.size * extents)
+    first = offset = aligned(FIXED + 4 * grid + LAYER.size * len(layers) + EXTENT.size * extents)
     if first > 0xFFFFFFFF:
         raise broken("header length")
     places = []
     for heads, key_dim, value_dim in layers:
         size = block * (key_dim + value_dim) * ITEMS[dtype]
-        room = _aligned(size)
+        room = aligned(size)
         places.append(_Place(heads, blocks, block, block * key_dim * ITEMS[dtype], size, room, offset))
         offset += heads * blocks * room
     return first, offset, extents, places
+
+
+def extents_of(dtype: int, grid: int, layers: Layers) -> int:
+    """Number of extents of a layout; raises `PageError` for an impossible one."""
+    return _places(dtype, grid, layers)[2]
 
 
 def page_size(dtype: int, grid: int, layers: Layers, /) -> int:
@@ -231,7 +244,7 @@ def _write(  # noqa: PLR0917
     offset = first
     for size, crc, number_of_codec in table:
         header += EXTENT.pack(offset, size, crc, number_of_codec)
-        offset += _aligned(size)
+        offset += aligned(size)
     header += bytes(first - len(header))
     struct.pack_into("<I", header, 12, crc32c(memoryview(header)[16:]))
     at = 0
@@ -267,7 +280,7 @@ def page_encode(  # noqa: PLR0917
                 elif writeback:
                     codec.decode(wanted, dtype, encoded, *parts)
                 table += TABLE_ENTRY.pack(len(encoded), crc32c(encoded), used)
-                body += encoded + bytes(_aligned(len(encoded)) - len(encoded))
+                body += encoded + bytes(aligned(len(encoded)) - len(encoded))
     return bytes(table), body
 
 
@@ -297,9 +310,9 @@ def page_write_encoded(  # noqa: PLR0917
     for (size, _, used), shape in zip(found, _block_shapes(dtype, places), strict=True):
         if used not in codec.CODECS:
             raise broken("codec")
-        if not codec.good_size(used, *shape, size) or _aligned(offset + size) > len(view):
+        if not codec.good_size(used, *shape, size) or aligned(offset + size) > len(view):
             raise broken("extent")
-        offset = _aligned(offset + size)
+        offset = aligned(offset + size)
     if offset != len(view):
         raise broken("extent")
     return _write(fd, dtype, grid, number, ids, layers, found, view)
@@ -328,7 +341,7 @@ class _Header(NamedTuple):
     extents: list[tuple[int, int, int, int]]  # offset, size, checksum, codec
 
 
-def _open(data: memoryview) -> _Header:
+def opened(data: memoryview) -> _Header:
     """The checked header of a page file, in the order of checks of ``am_page_open``."""
     length = len(data)
     if length < FIXED:
@@ -366,7 +379,7 @@ def _open(data: memoryview) -> _Header:
             raise broken("reserved")
         layers.append(entry[:3])
     end = extents_at + EXTENT.size * extents
-    if sum(layer[0] for layer in layers) * (grid // block) != extents or first != _aligned(end):
+    if sum(layer[0] for layer in layers) * (grid // block) != extents or first != aligned(end):
         raise broken("header length")
     _, _, _, places = _places(dtype, grid, tuple(layers))
     table = list(EXTENT.iter_unpack(data[extents_at:end]))
@@ -374,9 +387,9 @@ def _open(data: memoryview) -> _Header:
     for (offset, size, _, used), shape in zip(table, _block_shapes(dtype, places), strict=True):
         if used not in codec.CODECS:
             raise broken("codec")
-        if offset != where or not codec.good_size(used, *shape, size) or _aligned(offset + size) > length:
+        if offset != where or not codec.good_size(used, *shape, size) or aligned(offset + size) > length:
             raise broken("extent")
-        where = _aligned(offset + size)
+        where = aligned(offset + size)
     if where != length:
         raise broken("length")
     if any(data[end:first]):
@@ -387,7 +400,7 @@ def _open(data: memoryview) -> _Header:
 
 def page_parse(data: Buffer, /) -> tuple[int, int, int, bytes, bytes, bytes, bytes, Layers]:
     """(dtype, grid, number, identity, key, parent, tokens, layers) of a page file whose header passes every check."""
-    return _open(memoryview(data).cast("B"))[:8]
+    return opened(memoryview(data).cast("B"))[:8]
 
 
 def _named(place: _Place, layer: int, i: int) -> str:
@@ -409,7 +422,7 @@ def _check_extents(data: memoryview, header: _Header, layers: range) -> None:
         done = 0
         for run in runs:
             offset, size = run[0][:2]
-            rows = image[offset:][: len(run) * _aligned(size)].reshape(len(run), -1)
+            rows = image[offset:][: len(run) * aligned(size)].reshape(len(run), -1)
             bad_sum = rows_crc(rows[:, :size]) != np.array([checksum for _, _, checksum, _ in run], np.uint32)
             bad = bad_sum | rows[:, size:].any(axis=1)
             if bad.any():
@@ -425,7 +438,7 @@ def _extents_before(header: _Header, layer: int) -> int:
 def page_verify(data: Buffer, /) -> None:
     """Check every checksum of a page file; `PageError` for the first that fails."""
     view = memoryview(data).cast("B")
-    header = _open(view)
+    header = opened(view)
     _check_extents(view, header, range(len(header.layers)))
 
 
@@ -434,7 +447,7 @@ def page_read(  # noqa: PLR0917
 ) -> None:
     """Decode layers ``first ..`` of a page file into ``keys[i]``, ``values[i]``, positions ``at .. at + grid``."""
     view = memoryview(data).cast("B")
-    header = _open(view)
+    header = opened(view)
     pairs = _pairs(keys, values, writable=True)
     if first >= len(header.layers) or len(pairs) > len(header.layers) - first:
         raise ValueError(

@@ -7,7 +7,7 @@ block of one KV head; nothing of pages. numpy is imported by the first call that
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     import numpy as np
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Codes = npt.NDArray[np.uint8]
     Shape = tuple[int, ...]
 
-__all__ = ["decode", "encode", "size"]
+__all__ = ["Unpacked", "decode", "encode", "finite", "floats", "size", "stored", "unpacked"]
 
 INT8, K8V4, INT4 = 3, 4, 5
 F32, F16, BF16 = 1, 2, 3
@@ -51,14 +51,15 @@ def size(codec: int, dtype: int, rows: int, key_dim: int, value_dim: int) -> int
     return math.prod(key) + math.prod(value) + 4 * math.prod(key_scales) + 2 * minima * math.prod(value_scales)
 
 
-def _floats(dtype: int, values: Array) -> Array:
+def floats(dtype: int, values: Array) -> Array:
+    """Values of the dtype as float32."""
     import numpy as np
 
     return (values.astype(np.uint32) << 16).view(np.float32) if dtype == BF16 else values.astype(np.float32)
 
 
-def _stored(dtype: int, values: Array) -> Array:
-    """To the nearest of the dtype, ties to even. The values are finite; f16 keeps them so."""
+def stored(dtype: int, values: Array) -> Array:
+    """To the nearest of the dtype, ties to even. A NaN stays one; f16 keeps what is finite so."""
     import numpy as np
 
     if dtype == BF16:
@@ -145,7 +146,7 @@ def encode(codec: int, dtype: int, key: Array, value: Array) -> bytes | None:
     import numpy as np
 
     with np.errstate(invalid="ignore"):
-        keys, values = _floats(dtype, key), _floats(dtype, value)
+        keys, values = floats(dtype, key), floats(dtype, value)
     if not (np.abs(keys).max() <= LARGEST and np.abs(values).max() <= LARGEST):
         return None
     key_shape, value_shape, _, _ = _shapes(codec, len(key), key.shape[1], value.shape[1])
@@ -154,49 +155,83 @@ def encode(codec: int, dtype: int, key: Array, value: Array) -> bytes | None:
     return b"".join(array.tobytes() for array in (key_codes, value_codes, *key_scales, *value_scales))
 
 
-def _decode_keys(four: bool, codes: Codes, scales: Array, minima: Array, rows: int) -> Array:
-    """Floats [rows, dim]; the scales are [groups, dim]."""
+class Unpacked(NamedTuple):
+    """A block's codes as floats, K [rows, key_dim] and V [rows, value_dim], and its scales and minima.
+
+    Those of K are [groups of 32 tokens, key_dim] in 4 bits, else [1, key_dim]; those of V [groups of 64 channels, rows]
+    in 4 bits, else [1, rows] and no minima.
+    """
+
+    keys: Array
+    scales: Array
+    minima: Array
+    values: Array
+    value_scales: Array
+    value_minima: Array | None
+
+
+def _key_codes(four: bool, codes: Codes, rows: int, dim: int) -> Array:
     import numpy as np
 
     rowwise = codes.transpose(0, 2, 1, 3)
     if four:
         rowwise = np.stack([rowwise & 15, rowwise >> 4], 1)
-    floats = rowwise.reshape(-1, codes.shape[1] * 4)[:rows, : scales.shape[1]].astype(np.float32)
-    scale, minimum = (array.repeat(TOKENS if four else rows, 0)[:rows] for array in (scales, minima))
-    return floats * scale + minimum
+    return rowwise.reshape(-1, codes.shape[1] * 4)[:rows, :dim].astype(np.float32)
 
 
-def _decode_values(codes: Codes, scales: Array, minima: Array | None, dim: int) -> Array:
-    """Floats [rows, dim]; the scales are [groups, rows]."""
+def _value_codes(four: bool, codes: Codes, rows: int, dim: int) -> Array:
     import numpy as np
 
     rowwise = codes.transpose(1, 3, 0, 2)
-    if minima is None:
-        signed = rowwise.reshape(codes.shape[1] * 4, -1).view(np.int8)[: scales.shape[1], :dim]
-        return signed.astype(np.float32) * scales.T
-    nibbles = np.stack([rowwise & 15, rowwise >> 4], 3).reshape(codes.shape[1] * 4, -1)[: scales.shape[1], :dim]
-    scale, minimum = (array.repeat(CHANNELS, 0)[:dim].T for array in (scales, minima))
-    return nibbles.astype(np.float32) * scale + minimum
+    if four:
+        rowwise = np.stack([rowwise & 15, rowwise >> 4], 3)
+    flat = rowwise.reshape(codes.shape[1] * 4, -1)[:rows, :dim]
+    return (flat if four else flat.view(np.int8)).astype(np.float32)
 
 
-def decode(codec: int, dtype: int, data: Buffer, key: Array, value: Array) -> None:
-    """Fill ``key`` and ``value`` from the bytes of a block; ValueError if they can't be one of these shapes."""
+def unpacked(codec: int, dtype: int, data: Buffer, shape: tuple[int, int, int]) -> Unpacked:
+    """What the bytes of a block of ``shape`` (rows, key_dim, value_dim) hold; ValueError if they can't be one."""
     import numpy as np
 
     content = np.frombuffer(memoryview(data), np.uint8)
-    rows, key_dim, value_dim = *key.shape, value.shape[1]
+    rows, key_dim, value_dim = shape
     if len(content) != size(codec, dtype, rows, key_dim, value_dim):
         raise ValueError(f"{len(content)} bytes are no block of {rows} x {key_dim} and {rows} x {value_dim}")
     shapes = _shapes(codec, rows, key_dim, value_dim)
     lengths = [math.prod(shape) for shape in shapes]
-    key_codes, value_codes, rest = np.split(content, np.cumsum(lengths[:2]))
-    floats = rest.view(np.float16).astype(np.float32)
-    if not np.isfinite(floats).all():
+    keys, values, rest = np.split(content, np.cumsum(lengths[:2]))
+    numbers = rest.view(np.float16).astype(np.float32)
+    if not np.isfinite(numbers).all():
         raise ValueError("a scale or minimum is not finite")
-    scales, minima, value_scales, value_minima = np.split(floats, np.cumsum([lengths[2], lengths[2], lengths[3]]))
-    keys = _decode_keys(
-        codec == INT4, key_codes.reshape(shapes[0]), scales.reshape(shapes[2]), minima.reshape(shapes[2]), rows
+    scales, minima, value_scales, value_minima = np.split(numbers, np.cumsum([lengths[2], lengths[2], lengths[3]]))
+    return Unpacked(
+        _key_codes(codec == INT4, keys.reshape(shapes[0]), rows, key_dim),
+        scales.reshape(shapes[2]),
+        minima.reshape(shapes[2]),
+        _value_codes(codec != INT8, values.reshape(shapes[1]), rows, value_dim),
+        value_scales.reshape(shapes[3]),
+        value_minima.reshape(shapes[3]) if codec != INT8 else None,
     )
-    second = value_minima.reshape(shapes[3]) if codec != INT8 else None
-    values = _decode_values(value_codes.reshape(shapes[1]), value_scales.reshape(shapes[3]), second, value_dim)
-    key[...], value[...] = _stored(dtype, keys), _stored(dtype, values)
+
+
+def finite(codec: int, data: Buffer, shape: tuple[int, int, int]) -> bool:
+    """Whether all scales and minima of a block of (rows, key_dim, value_dim) are."""
+    import numpy as np
+
+    key, value, _, _ = _shapes(codec, *shape)
+    return bool(np.isfinite(np.frombuffer(memoryview(data), np.float16, offset=math.prod(key) + math.prod(value))).all())
+
+
+def decode(codec: int, dtype: int, data: Buffer, key: Array, value: Array) -> None:
+    """Fill ``key`` and ``value`` from the bytes of a block; ValueError if they can't be one of these shapes."""
+    rows, key_dim, value_dim = *key.shape, value.shape[1]
+    block = unpacked(codec, dtype, data, (rows, key_dim, value_dim))
+    scale, minimum = (
+        array.repeat(TOKENS if codec == INT4 else rows, 0)[:rows] for array in (block.scales, block.minima)
+    )
+    key[...] = stored(dtype, block.keys * scale + minimum)
+    if block.value_minima is None:
+        value[...] = stored(dtype, block.values * block.value_scales.T)
+    else:
+        scale, minimum = (array.repeat(CHANNELS, 0)[:value_dim].T for array in (block.value_scales, block.value_minima))
+        value[...] = stored(dtype, block.values * scale + minimum)

@@ -44,12 +44,12 @@ def to_float(dtype: int, values: Array) -> Array:
 
 
 class Part(NamedTuple):
-    """Tokens first .. first + count of a page, appended in a segment that is turned by ``shift`` (None: as before)."""
+    """Tokens first .. first + tokens of a page, appended in a segment that is turned by ``shift`` (None: as before)."""
 
     codec: int
     grid: int = 64
     first: int = 0
-    count: int = -1
+    tokens: int = -1
     shift: float | None = None
 
 
@@ -92,7 +92,7 @@ class Case:
         for part in call.parts:
             keys, values = states(part.grid)
             self.encoded.append(native.page_encode(call.dtype, part.codec, part.grid, keys, values, 0, True))
-            stop = part.grid if part.count < 0 else part.first + part.count
+            stop = part.grid if part.tokens < 0 else part.first + part.tokens
             self.keys.append([k[:, part.first : stop] for k in keys])
             self.values.append([v[:, part.first : stop] for v in values])
         self.query = to_dtype(call.dtype, random.normal(size=(heads, call.queries, call.key_dim)))
@@ -104,7 +104,7 @@ class Case:
         for part, (table, body) in zip(self.call.parts, self.encoded, strict=True):
             if part.shift is not None:
                 prefix.begin_segment(*angles(self.call, part.shift))
-            prefix.append_encoded(part.grid, table, body, part.first, part.count)
+            prefix.append_encoded(part.grid, table, body, part.first, part.tokens)
         return prefix
 
     def tails(self, capacity: int) -> tuple[Array, Array]:
@@ -193,7 +193,9 @@ def test_attention_over_each_codec_is_that_of_float64(codec: int, dtype: int, le
     Case(Call(dtype, parts=(Part(codec, 256), Part(codec, 128, 64, 37)))).check(native)
 
 
-@pytest.mark.parametrize(("key_dim", "value_dim"), [(80, 80), (96, 96), (128, 64), (256, 256), (1, 3), (37, 101), (192, 128)])
+@pytest.mark.parametrize(
+    ("key_dim", "value_dim"), [(80, 80), (96, 96), (128, 64), (256, 256), (1, 3), (37, 101), (192, 128)]
+)
 def test_heads_of_every_width_are_attended_to(key_dim: int, value_dim: int, level: str) -> None:
     parts = tuple(Part(codec, 64, 0, 61) for codec in (RAW, INT8, K8V4, INT4))
     Case(Call(key_dim=key_dim, value_dim=value_dim, parts=parts, pairs=0)).check(native)
@@ -218,3 +220,24 @@ def test_segments_turn_their_queries(level: str) -> None:
 def test_no_prefix_at_all_is_plain_causal_attention(level: str) -> None:
     Case(Call(queries=130, length=0)).check(native)
     Case(Call(queries=1, length=0, kv_heads=1, group=1)).check(native)
+
+
+TWINS = [
+    Call(BF16, parts=MIXED, queries=3, length=70),
+    Call(F16, parts=MIXED, queries=9, group=9, window=130),
+    Call(F32, kv_heads=1, parts=(Part(INT8, 1024), Part(RAW, 256), Part(INT4), Part(K8V4)), key_dim=80, value_dim=96),
+    Call(BF16, kv_heads=16, group=1, parts=MIXED, key_dim=37, value_dim=130, queries=2),
+    Call(BF16, parts=(Part(RAW), Part(INT8, shift=30.0), Part(INT4, 64, 0, 3, shift=-9.0)), queries=65),
+    Call(F32, key_dim=256, value_dim=256, parts=(Part(INT8), Part(INT4))),
+    Call(F16, key_dim=9, value_dim=20, parts=(Part(RAW, 32), Part(INT8, 32)), pairs=4),
+]
+
+
+@pytest.mark.parametrize("call", TWINS)
+def test_every_level_and_thread_count_gives_the_bits_of_the_twin(call: Call, level: str) -> None:
+    case = Case(call)
+    expected = case.attend(_pure)
+    case.check(_pure)
+    for threads in (1, 2, 5):
+        assert np.array_equal(case.attend(native, threads), expected)
+    assert np.array_equal(case.attend(native, 1, layer=1), case.attend(_pure, 1, layer=1))
