@@ -36,7 +36,7 @@ _LEAST = 0.01
 class InPlace:
     """Decides, per request, whether attention is computed in place, and tries it once per codec.
 
-    ``auto`` does it for codecs that change bits, ``in_place`` for raw pages too, ``stock`` never.
+    ``auto`` does it on a CPU for codecs that change bits, ``in_place`` for raw pages too, ``stock`` never.
     """
 
     def __init__(self, model: Any, forward: Forward, stock: States, device: torch.device, attention: Attention) -> None:
@@ -50,7 +50,9 @@ class InPlace:
     def states(self, pages: Pages) -> PagedStates | None:
         """How requests with these pages keep their states; None where the stock path does. The first refusal of each
         codec is logged. Only after the stock path's `States.check` said yes."""
-        if self._attention == "stock" or (self._attention == "auto" and not pages.lossy):
+        if self._attention == "stock":
+            return None
+        if self._attention == "auto" and (self._device.type != "cpu" or not pages.lossy):
             return None
         codec: Any = pages.codec
         if codec not in self._found:

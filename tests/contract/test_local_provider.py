@@ -202,7 +202,7 @@ def test_live_and_restored_runs_are_bit_equal_with_every_codec(
 ) -> None:
     folder = tiny_model(tmp_path / "model", kind)
     for dtype in ("float32", "bfloat16"):
-        provider = local(folder, tmp_path, dtype=dtype)
+        provider = local(folder, tmp_path, dtype=dtype, attention="stock")  # test_in_place.py has the other
         spy = Spy(provider)
         overhead = len(provider._ready().template.prompt(asked("", "", pages=None).segments).tokens)
         for length in (192, 193, 250):

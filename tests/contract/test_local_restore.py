@@ -32,7 +32,7 @@ def llama(tiny_model: Tiny, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def provider(llama: Path, tmp_path: Path) -> Iterator[Any]:
-    made = local(llama, tmp_path)
+    made = local(llama, tmp_path, attention="stock")  # test_in_place.py has the other
     yield made
     made.close()
 
