@@ -472,7 +472,7 @@ TARGET void KERNEL(const am_span *span)
             block = (block_view){.first = piece->first, .rows = piece->rows, .used = piece->used, .codec = place->codec,
                                  .keys = place->data,
                                  .values = place->data + (size_t)piece->rows * shape.key_dim * item};
-            if (b + 1 < prefix->pieces && b + 1 < span->block + span->blocks)
+            if (b + 1 < prefix->pieces)
                 block.ahead = (ptrdiff_t)((uintptr_t)place[shape.kv_heads].data - (uintptr_t)place->data);
             of = piece->segment;
         } else {

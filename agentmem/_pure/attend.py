@@ -244,7 +244,8 @@ def _power(x: Array) -> Array:
     total = np.full_like(part, COEFFICIENTS[0])
     for coefficient in COEFFICIENTS[1:]:
         total = total * part + one(coefficient)
-    return total * ((rounded.view(np.int32) - np.int32(0x4B400000 - 127)) << 23).view(np.float32)
+    result: Array = total * ((rounded.view(np.int32) - np.int32(0x4B400000 - 127)) << 23).view(np.float32)
+    return result
 
 
 def _folded(lanes: Array) -> Array:
