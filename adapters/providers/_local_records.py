@@ -44,14 +44,24 @@ log = logging.getLogger("agentmem")
 REPAIRED = 16
 #: Records whose states are made after one answer, at most.
 MADE_A_TURN = 4
-#: (day, name, text) of made-up records. Mixed on purpose: a statement, a question, a thanks with a photo.
+#: (day, name, text) of made-up records. Mixed on purpose: a statement, questions, a thanks with a photo.
 EXAMPLES = (
-    ("2024-03-02", "Nora", "I finally repainted the kitchen last weekend, a pale yellow, and Tom put up new shelves."),
-    ("2024-03-09", "Felix", "Wow, that sounds lovely! How long did it take you?"),
+    (
+        "2024-03-02",
+        "Nora",
+        "I finally repainted the kitchen last weekend, a pale yellow, and Tom put up the new shelves. It took us two "
+        "whole days.",
+    ),
+    (
+        "2024-03-09",
+        "Felix",
+        "Wow, that sounds lovely! I signed up for a pottery class on Thursdays. Have you ever tried that?",
+    ),
     (
         "2024-03-21",
         "Nora",
-        "Thanks! My brother is visiting from Lyon in May. [shares a photo: a small garden with a wooden bench]",
+        "Not yet, thanks for asking! My brother Leon is visiting from Lyon in May. [shares a photo: a small garden "
+        "with a wooden bench]",
     ),
 )
 

@@ -30,11 +30,12 @@ VERSION = 1
 
 #: Another order of eight records.
 _MIXED = (3, 7, 0, 5, 1, 6, 2, 4)
-#: The bar: mean KL in nats, or as many times the KL of another order (whichever is more); share of what the records
-#: add to the answers' log-likelihood that is kept.
+#: The bar: mean KL in nats, also as times the KL of another order of the same records.
 MOST_KL = 0.2
 NOISE = 2.0
-LEAST_KEPT = 0.86
+#: Share of what the records add to the answers' log-likelihood that must be kept. Between lists it varies by a tenth,
+#: so that six of them know it to some four points: a model that keeps the 86 % that is asked for must not fail by luck.
+LEAST_KEPT = 0.8
 
 
 class Stopped(Exception):
@@ -195,7 +196,7 @@ def passes(lists: Sequence[Measured]) -> tuple[bool, str]:
     sentence = (
         f"KL from text {kl:.3f} (another order of the text: {noise:.3f}), {share:.0%} of what they add to answers kept"
     )
-    return kl <= max(MOST_KL, NOISE * noise) and share >= LEAST_KEPT, sentence
+    return kl <= MOST_KL and kl <= NOISE * noise and share >= LEAST_KEPT, sentence
 
 
 def _measured(
