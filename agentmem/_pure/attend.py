@@ -1,4 +1,4 @@
-"""Attention in place in numpy: the twin of native/attend*.c, float operation by float operation, so that bits are equal.
+"""Attention in place in numpy: the twin of native/attend*.c, operation by operation, so that bits are equal.
 
 Knows prefixes of blocks and one call of attention over them; native/README.md says what is computed and in which order.
 """
@@ -13,7 +13,6 @@ from . import page, quantized
 from .rules import broken
 
 if TYPE_CHECKING:
-    import numpy as np
     import numpy.typing as npt
     from typing_extensions import Buffer
 
@@ -36,7 +35,7 @@ COEFFICIENTS = tuple(
 
 
 class _Piece(NamedTuple):
-    """A block in all layers: ``places[layer][head]`` is its codec and its bytes; the first ``used`` of its rows count."""
+    """A block in all layers: ``places[layer][head]`` has its codec and bytes; the first ``used`` rows count."""
 
     first: int
     rows: int
@@ -109,8 +108,8 @@ class Prefix:
         count = grid - first if count < 0 else count
         if not (0 <= first < grid and first % rows == 0 and 1 <= count <= grid - first):
             raise ValueError(
-                "there are no such tokens: first is a multiple of the block inside of the page, count at least 1 and no "
-                "more than what follows"
+                "there are no such tokens: first is a multiple of the block inside of the page, count at least 1 and "
+                "no more than what follows"
             )
         wanted = range(first // rows, first // rows - (-count // rows))
         places: list[list[list[tuple[int, Buffer]]]] = [[[] for _ in self._layers] for _ in wanted]
@@ -288,7 +287,7 @@ class _Partial(NamedTuple):
 class _Call:
     """Attention of the rows of one KV head: token by token, its query heads in turn."""
 
-    def __init__(
+    def __init__(  # noqa: PLR0917
         self, prefix: Prefix, layer: int, head: int, query: Array, scale: float, n: int, tail: int, window: int
     ) -> None:
         import numpy as np
@@ -353,7 +352,9 @@ class _Call:
         query[:, pairs : 2 * pairs] = b * segment.cosine - a * segment.sine
         return query
 
-    def _block(self, state: _Partial, query: Array, first: int, used: int, rows: int, kind: int, content: Any) -> None:
+    def _block(  # noqa: PLR0917
+        self, state: _Partial, query: Array, first: int, used: int, rows: int, kind: int, content: Any
+    ) -> None:
         """Adds one block's part to the rows that see any of it."""
         import numpy as np
 

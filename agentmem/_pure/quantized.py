@@ -219,7 +219,8 @@ def finite(codec: int, data: Buffer, shape: tuple[int, int, int]) -> bool:
     import numpy as np
 
     key, value, _, _ = _shapes(codec, *shape)
-    return bool(np.isfinite(np.frombuffer(memoryview(data), np.float16, offset=math.prod(key) + math.prod(value))).all())
+    scales = np.frombuffer(memoryview(data), np.float16, offset=math.prod(key) + math.prod(value))
+    return bool(np.isfinite(scales).all())
 
 
 def decode(codec: int, dtype: int, data: Buffer, key: Array, value: Array) -> None:

@@ -241,3 +241,247 @@ def test_every_level_and_thread_count_gives_the_bits_of_the_twin(call: Call, lev
     for threads in (1, 2, 5):
         assert np.array_equal(case.attend(native, threads), expected)
     assert np.array_equal(case.attend(native, 1, layer=1), case.attend(_pure, 1, layer=1))
+
+
+@pytest.mark.parametrize("codec", [RAW, INT8, INT4])
+def test_a_prefill_of_many_rows_has_the_bits_of_the_twin(codec: int, level: str) -> None:
+    case = Case(Call(BF16, kv_heads=1, group=9, queries=20, length=44, parts=(Part(codec, 1280),)))
+    assert np.array_equal(case.attend(native, 3), case.attend(_pure))
+
+
+def test_strided_queries_and_values_are_read_where_they_lie(level: str) -> None:
+    case = Case(Call(BF16, queries=6, parts=MIXED))
+    expected = case.attend(native)
+    case.query = np.ascontiguousarray(case.query.transpose(1, 0, 2)).transpose(1, 0, 2)
+    case.key, case.value = (
+        np.ascontiguousarray(a.transpose(1, 0, 2)).transpose(1, 0, 2) for a in (case.key, case.value)
+    )
+    assert not case.query.flags.c_contiguous
+    assert np.array_equal(case.attend(native), expected)
+    assert np.array_equal(case.attend(_pure), expected)
+
+
+def test_largest_and_smallest_numbers_stay_finite_and_equal(level: str) -> None:
+    case = Case(Call(F32, parts=(Part(INT8), Part(K8V4), Part(INT4), Part(RAW)), queries=3))
+    for size in (0.0, 1e-42, 1e-20, 1e4):
+        case.query = np.full_like(case.query, size)
+        expected = case.attend(_pure)
+        assert np.isfinite(expected).all()
+        assert np.array_equal(case.attend(native, 2), expected)
+
+
+def test_what_is_no_number_gives_none(level: str) -> None:
+    case = Case(Call(F16, parts=MIXED, queries=2))
+    case.query[1, 1, 5] = np.nan
+    for module in (native, _pure):
+        bad = np.isnan(case.attend(module).astype(np.float32))
+        assert bad[1, 1].all()
+        assert bad.sum() == bad[1, 1].size
+
+
+# ---- Pages in files
+
+
+def page_file(path: Path, case: Case, part: int) -> None:
+    grid, (table, body) = case.call.parts[part].grid, case.encoded[part]
+    tokens = np.zeros(grid, np.int32)
+    with path.open("wb") as file:
+        ids = (b"i" * 32, b"k" * 32, b"p" * 32)
+        native.page_write_encoded(
+            file.fileno(), case.call.dtype, grid, 0, *ids, tokens, tuple(case.layers), table, body
+        )
+
+
+def test_a_mapped_page_is_attended_to_like_an_encoded_one(tmp_path: Path) -> None:
+    case = Case(Call(BF16, parts=(Part(INT8, 256, 64, 100),)))
+    page_file(tmp_path / "page", case, 0)
+    for module in (native, _pure):
+        prefix = module.Prefix(BF16, case.layers)
+        with (tmp_path / "page").open("rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        prefix.append_page(mapped, 64, 100)
+        with pytest.raises(BufferError):
+            mapped.close()  # the prefix reads it
+        assert prefix.tokens == 100
+        blocks = 2 * 2 * case.call.kv_heads  # layers and blocks
+        assert prefix.bytes == blocks * 8576 == case.prefix(module).bytes
+        assert np.array_equal(case.attend(module, prefix=prefix), case.attend(module))
+        del prefix
+        mapped.close()
+
+
+def test_a_dropped_segment_lets_go_of_its_buffers_and_its_tokens() -> None:
+    parts = (Part(INT8), Part(RAW, shift=9.0), Part(INT4, shift=2.0))
+    case, first = Case(Call(parts=parts)), Case(Call(parts=parts[:1]))
+    for module in (native, _pure):
+        prefix = case.prefix(module)
+        assert prefix.tokens == 192
+        with pytest.raises(BufferError):
+            case.encoded[2][1].clear()
+        prefix.truncate_segments(1)
+        assert (prefix.tokens, prefix.bytes) == (64, 2 * case.call.kv_heads * 8576)
+        copy = bytearray(case.encoded[2][1])
+        case.encoded[2] = (case.encoded[2][0], copy)
+        first.query, first.key, first.value = case.query, case.key, case.value
+        first.old_key, first.old_value = case.old_key, case.old_value
+        assert np.array_equal(case.attend(module, prefix=prefix), first.attend(module))
+        prefix.begin_segment(*angles(case.call, 9.0))
+        prefix.append_encoded(64, *case.encoded[1])
+        prefix.append_encoded(64, *case.encoded[1])
+        assert prefix.tokens == 192
+        for wrong in (0, 3):
+            with pytest.raises(ValueError, match="segments can't be kept"):
+                prefix.truncate_segments(wrong)
+
+
+def test_hostile_pages_and_tables_are_refused_and_change_nothing(tmp_path: Path) -> None:
+    case = Case(Call(parts=(Part(INT8),)))
+    page_file(tmp_path / "page", case, 0)
+    page, (table, body) = (tmp_path / "page").read_bytes(), case.encoded[0]
+    infinite = bytearray(body)
+    infinite[8192:8194] = b"\x00\x7c"  # the first K scale
+    entries = np.frombuffer(table, np.dtype([("size", "<u8"), ("crc", "<u4"), ("codec", "<u4")])).copy()
+
+    def changed(field: str, value: int) -> bytes:
+        other = entries.copy()
+        other[field][-1] = value
+        return other.tobytes()
+
+    for module in (native, _pure):
+        prefix = case.prefix(module)
+        before = case.attend(module, prefix=prefix)
+        attempts: list[tuple[str, Callable[[Any], None]]] = [
+            ("short", lambda p: p.append_page(page[:100])),
+            ("length", lambda p: p.append_page(page[:-64])),
+            ("header checksum", lambda p: p.append_page(page[:40] + b"\1" + page[41:])),
+            ("extent", lambda p: p.append_encoded(64, table[:-16], body)),
+            ("extent", lambda p: p.append_encoded(64, table[:-1], body)),
+            ("extent", lambda p: p.append_encoded(64, table, body[:-64])),
+            ("extent", lambda p: p.append_encoded(64, changed("size", 2**63), body)),
+            ("codec", lambda p: p.append_encoded(64, changed("codec", 99), body)),
+            ("grid", lambda p: p.append_encoded(65, table, body)),
+            ("encoding", lambda p: p.append_encoded(64, table, infinite)),
+        ]
+        for rule, append in attempts:
+            with pytest.raises(ValueError, match=rule) as caught:
+                append(prefix)
+            assert caught.value.args[0] == rule
+        for first, count in ((1, -1), (64, -1), (-64, -1), (0, 65), (0, 0)):
+            with pytest.raises(ValueError, match="no such tokens"):
+                prefix.append_page(page, first, count)
+        assert np.array_equal(case.attend(module, prefix=prefix), before)
+
+
+def test_other_layouts_and_lossless_pages_are_refused(tmp_path: Path) -> None:
+    case = Case(Call(BF16, parts=(Part(LOSSLESS),)))
+    page_file(tmp_path / "page", case, 0)
+    page = (tmp_path / "page").read_bytes()
+    for module in (native, _pure):
+        with pytest.raises(ValueError, match="lossless"):
+            module.Prefix(BF16, case.layers).append_page(page)
+        for dtype, layers in ((F16, case.layers), (BF16, case.layers[:1]), (BF16, [(2, 64, 60)] * 2)):
+            with pytest.raises(ValueError, match="other shapes"):
+                module.Prefix(dtype, layers).append_page(page)
+        for dtype, layers in ((4, case.layers), (BF16, []), (BF16, [(1, 257, 64)]), (BF16, [(0, 64, 64)])):
+            with pytest.raises(ValueError, match=r"layers|data type|dimensions"):
+                module.Prefix(dtype, layers)
+
+
+# ---- Arguments
+
+WRONG: list[tuple[str, dict[str, Any]]] = [
+    ("no layer", {"layer": 2}),
+    ("no layer", {"layer": -1}),
+    ("query must be", {"query": np.zeros((6, 2, 63), np.float32)}),
+    ("query must be", {"query": np.zeros((6, 2, 64), np.float64)}),
+    ("query must be", {"query": np.zeros((6, 2, 128), np.float32)[:, :, ::2]}),
+    ("query must be", {"query": np.zeros((6, 64), np.float32)}),
+    ("multiple", {"query": np.zeros((5, 2, 64), np.float32)}),
+    ("multiple", {"query": np.zeros((6, 0, 64), np.float32)}),
+    ("key must be", {"key": np.zeros((2, 3, 64), np.float32)}),
+    ("value must be", {"value": np.zeros((1, 2, 64), np.float32)}),
+    ("tail_keys must be", {"tail_keys": np.zeros((2, 20, 64), np.float32)[:, ::2]}),
+    ("tail_values must be", {"tail_values": np.zeros((2, 9, 64), np.float32)}),
+    ("out must be", {"out": np.zeros((6, 2, 64), np.float32)}),
+    ("no room", {"length": 9}),
+    ("no room", {"length": -1}),
+    ("threads", {"threads": 0}),
+    ("window", {"window": -1}),
+]
+
+
+@pytest.mark.parametrize(("message", "wrong"), WRONG)
+def test_what_does_not_fit_is_refused_by_name(message: str, wrong: dict[str, Any]) -> None:
+    for module in (native, _pure):
+        prefix = module.Prefix(F32, [(2, 64, 64)] * 2)
+        given: dict[str, Any] = {
+            "layer": 0,
+            "query": np.zeros((6, 2, 64), np.float32),
+            "key": np.zeros((2, 2, 64), np.float32),
+            "value": np.zeros((2, 2, 64), np.float32),
+            "tail_keys": np.zeros((2, 10, 64), np.float32),
+            "tail_values": np.zeros((2, 10, 64), np.float32),
+            "length": 0,
+            "out": np.zeros((2, 6, 64), np.float32),
+            "scale": 1.0,
+            "window": 0,
+            "threads": 1,
+        }
+        prefix.attend(*given.values())
+        with pytest.raises(ValueError, match=message):
+            prefix.attend(*(given | wrong).values())
+        given["out"].flags.writeable = False
+        with pytest.raises((BufferError, ValueError)):
+            prefix.attend(*given.values())
+
+
+def test_a_window_over_segments_and_angles_that_do_not_fit_are_refused() -> None:
+    for module in (native, _pure):
+        prefix = module.Prefix(F32, [(2, 64, 64)])
+        half = np.ones(33, np.float32)
+        for wrong in ((half, half), (half[:2], half[:3]), (b"123", b"123"), (np.ones(300, np.float32),) * 2):
+            with pytest.raises(ValueError, match=r"pairs|cosine"):
+                prefix.begin_segment(*wrong)
+        prefix.begin_segment(b"", b"")
+        states = np.zeros((2, 1, 64), np.float32)
+        with pytest.raises(ValueError, match="window"):
+            prefix.attend(0, states, states, states, states, states, 0, np.zeros((1, 2, 64), np.float32), 1.0, 4, 1)
+
+
+# ---- Threads and processes
+
+
+def test_threads_share_a_prefix_and_the_workers() -> None:
+    case = Case(Call(BF16, kv_heads=3, queries=1, parts=(Part(INT8, 2048), Part(INT4, 1024))))
+    expected, prefix = case.attend(native), case.prefix(native)
+    wrong: list[object] = []
+
+    def run() -> None:
+        try:
+            for threads in itertools.islice(itertools.cycle((1, 2, 3)), 30):
+                if not np.array_equal(case.attend(native, threads, prefix=prefix), expected):
+                    wrong.append(threads)
+        except BaseException as error:
+            wrong.append(error)
+
+    running = [threading.Thread(target=run) for _ in range(4)]
+    for thread in running:
+        thread.start()
+    for thread in running:
+        thread.join()
+    assert not wrong
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+def test_a_forked_child_makes_workers_of_its_own() -> None:
+    case = Case(Call(BF16, parts=(Part(INT8, 1024), Part(INT8, 1024))))
+    expected = case.attend(native, 3)
+    child = os.fork()
+    if child == 0:
+        try:
+            same = all(np.array_equal(case.attend(native, threads), expected) for threads in (1, 2, 4, 2))
+        except BaseException:
+            same = False
+        os._exit(0 if same else 1)
+    assert os.waitpid(child, 0)[1] == 0
+    assert np.array_equal(case.attend(native, 2), expected)
