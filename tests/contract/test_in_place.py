@@ -319,7 +319,7 @@ def test_pages_that_have_to_be_decoded_are_computed_the_stock_way(
     provider: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     for codec in ("lossless", "dense"):
-        assert "decoded first" in refused(provider, tmp_path / codec, codec, caplog)  # type: ignore[arg-type]
+        assert "decoded first" in refused(provider, tmp_path / codec, codec, caplog)
 
 
 def _changed(layer: Any, change: str) -> None:
