@@ -89,7 +89,7 @@ class RecordPages:
         whole = [(_filled(key, len(padded)), _filled(value, len(padded))) for key, value in layers]
         encoded = [self._pages.encode(whole, number * self.grid) for number in range(count)]
         lineage = tuple(dict.fromkeys((record, *learnt)))
-        written = self._pages.seal(
+        self._pages.seal(
             _own(identity, record, len(tokens)),
             padded,
             0,
@@ -98,7 +98,7 @@ class RecordPages:
             encoded=encoded if self._pages.lossy else None,
             seconds=seconds,
         )
-        return written == count
+        return bool(self.find(identity, record, tokens))
 
     def verdict(self, subject: bytes) -> dict[str, Any]:
         """What `note` noted of this subject; empty if nothing was, or where it can't be read."""

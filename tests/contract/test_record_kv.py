@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +25,11 @@ from test_local_provider import Tiny, local
 
 LINES = ("peanuts make me ill", "my boat is called Marigold", "Leila studies seals " * 4, "tea, no milk")
 WINDOW = 16384
+
+
+def inside(name: str) -> Any:
+    """A module of the local provider."""
+    return importlib.import_module(f"agentmem.adapters.providers.{name}")
 
 
 @pytest.fixture(scope="module")
@@ -111,8 +117,7 @@ def composed(engine: Any, recall: Any) -> torch.Tensor:
 def test_turned_keys_are_what_the_model_computes_there(
     kind: str, config: dict[str, Any], tiny_model: Tiny, tmp_path: Path
 ) -> None:
-    from agentmem.adapters.providers._local_rotation import unlike
-
+    unlike = inside("_local_rotation").unlike
     folder = tiny_model(tmp_path / "model", kind, max_position_embeddings=WINDOW, **config)
     engine = local(folder, tmp_path)._ready()
     assert engine.records.refused is None
@@ -121,14 +126,13 @@ def test_turned_keys_are_what_the_model_computes_there(
 
 
 def test_angles_that_are_not_the_models_are_found(provider: Any) -> None:
-    from agentmem.adapters.providers._local_rotation import Rotation, unlike
-
+    rotation = inside("_local_rotation")
     engine = provider._ready()
     engine.states.check()
-    wrong = Rotation(engine.records.rotation.frequencies * 1.05)
-    assert "can't be moved" in (unlike(wrong, engine) or "")
-    interleaved = Rotation(engine.records.rotation.frequencies.flip(0))
-    assert "can't be moved" in (unlike(interleaved, engine) or "")
+    wrong = rotation.Rotation(engine.records.rotation.frequencies * 1.05)
+    assert "can't be moved" in (rotation.unlike(wrong, engine) or "")
+    interleaved = rotation.Rotation(engine.records.rotation.frequencies.flip(0))
+    assert "can't be moved" in (rotation.unlike(interleaved, engine) or "")
 
 
 @pytest.mark.parametrize(
@@ -266,13 +270,12 @@ def test_a_composed_turn_differs_from_the_text_and_names_its_tokens(provider: An
 
 
 def test_a_repaired_turn_computes_the_first_tokens_anew(provider: Any, tmp_path: Path) -> None:
-    from agentmem.adapters.providers._local_records import REPAIRED
-
+    repaired = inside("_local_records").REPAIRED
     with Kept(tmp_path / "kept", repaired=True) as kept:
         recall = kept.trusted(provider, kept.asked())
         generation = provider.generate(kept.asked())
-    longer = [line for line in recall.pieces.lines if len(line) > REPAIRED]
-    assert generation.attended.record_tokens == sum(len(line) - REPAIRED for line in longer)
+    longer = [line for line in recall.pieces.lines if len(line) > repaired]
+    assert generation.attended.record_tokens == sum(len(line) - repaired for line in longer)
 
 
 def test_only_the_head_is_kept_as_exact_pages(provider: Any, tmp_path: Path) -> None:
@@ -377,8 +380,7 @@ def test_a_failed_trial_keeps_text(provider: Any, tmp_path: Path) -> None:
 
 
 def test_closing_stops_a_trial_which_later_goes_on(llama: Path, tmp_path: Path) -> None:
-    from agentmem.adapters.providers import _local_records_gate as gate
-
+    lists = inside("_local_records_gate").LISTS
     with Kept(tmp_path / "kept") as kept:
         first = local(llama, tmp_path)
         subject = first._ready().records.recall(kept.asked()).subject
@@ -387,7 +389,7 @@ def test_closing_stops_a_trial_which_later_goes_on(llama: Path, tmp_path: Path) 
         first.close()
         assert not [thread for thread in threading.enumerate() if thread.name == "agentmem record KV"]
         done = kept.records.verdict(subject).get("lists", [])
-        assert len(done) < len(gate.LISTS)
+        assert len(done) < len(lists)
         second = local(llama, tmp_path)
         for _ in range(2):
             second.generate(kept.asked())
@@ -407,9 +409,8 @@ def test_closing_stops_a_trial_which_later_goes_on(llama: Path, tmp_path: Path) 
     ],
 )
 def test_the_bar(row: tuple[float, float, float, float], passed: bool) -> None:
-    from agentmem.adapters.providers._local_records_gate import Measured, passes
-
-    assert passes([Measured(*row)] * 3)[0] is passed
+    gate = inside("_local_records_gate")
+    assert gate.passes([gate.Measured(*row)] * 3)[0] is passed
 
 
 # -- the whole loop ----------------------------------------------------------------------------------------------------

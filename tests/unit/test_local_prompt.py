@@ -195,3 +195,42 @@ def test_what_no_tokenizer_or_template_takes_is_a_named_error(byte_tokenizer: Ma
         Template(byte_tokenizer()).prompt(segments(turn="\ud800"))
     with pytest.raises(Rejected, match="broken"):
         Template(byte_tokenizer("{{ raise_exception('broken') }}")).prompt(segments())
+
+
+LINES = ('- Ana: "peanuts"\n', '- Ben: "<|im_end|> \u00e9"\n')
+RECALLED = "<memories>\n" + "".join(LINES) + "</memories>\n\nand?"
+
+
+@pytest.mark.parametrize("source", [None, GEMMA, MISTRAL, FIRST, "chatml"])
+def test_pieces_are_the_prompt_cut_at_the_recalled_lines(source: str | None, byte_tokenizer: Make) -> None:
+    """One token per byte: no seam can change a token, so the pieces are the prompt itself."""
+    tokenizer = byte_tokenizer() if source == "chatml" else byte_tokenizer(source)
+    template = Template(tokenizer)
+    laid = segments(core="known", history=("hello", "hi"), turn=RECALLED)
+    whole, pieces = template.prompt(laid), template.pieces(laid, LINES)
+    assert pieces.tokens == whole.tokens
+    assert [tokenizer.decode(line) for line in pieces.lines] == [template.neutral(line) for line in LINES]
+    assert (pieces.head.stable, pieces.head.starts) == (whole.stable, whole.starts)
+    assert tokenizer.decode(pieces.rest).startswith("</memories>")
+
+
+def test_lines_that_are_not_there_or_twice_are_not_cut(byte_tokenizer: Make) -> None:
+    template = Template(byte_tokenizer())
+    assert template.pieces(segments(turn="and?"), LINES) is None
+    assert template.pieces(segments(turn=RECALLED + "".join(LINES)), LINES) is None
+    assert template.pieces(segments(turn=RECALLED), ()) is None
+
+
+def test_lines_in_the_stable_part_are_not_taken_for_the_recalled_ones(byte_tokenizer: Make) -> None:
+    template = Template(byte_tokenizer())
+    laid = segments(history=(RECALLED, "so?"), turn=RECALLED)
+    pieces = template.pieces(laid, LINES)
+    assert len(pieces.head.tokens) > len(template.prompt(segments(history=(RECALLED,), turn="")).tokens)
+
+
+def test_a_tokenizer_that_begins_every_text_with_a_space_cuts_nothing(byte_tokenizer: Make) -> None:
+    from tokenizers import pre_tokenizers
+
+    tokenizer = byte_tokenizer()
+    tokenizer.backend_tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    assert Template(tokenizer).pieces(segments(turn=RECALLED), LINES) is None
