@@ -105,24 +105,31 @@ INLINE void store_codes(uint32_t codes[2][64], uint32_t at, v16 values, int key)
 }
 
 /* sums[r][16 * half + i] = of tile `half`, over its `count` rows of 64 bytes: bytes 4 i to 4 i + 3 times codes 4 row to
- * 4 row + 3 of r. `ahead`: what lies that far from `a` and `b` is needed next. `four`: both tiles lie in `a`, in low and high nibbles. `key`: bytes are unsigned, as nibbles are. */
+ * 4 row + 3 of r. `four`: both tiles lie in `a`, in low and high nibbles. `key`: bytes are unsigned, as nibbles are.
+ * `ahead`: what lies that far from `a` and `b` is needed next, if not 0. */
 INLINE void dot_pair(uint32_t rows, uint32_t four, int key, const uint8_t *a, const uint8_t *b, uint32_t count,
                      uint32_t codes[4][2][64], int32_t sums[4][32], ptrdiff_t ahead)
 {
-    (void)ahead;
-    for (uint32_t r = 0; r < rows; r++) {
-        memset(sums[r], 0, sizeof sums[r]);
-        for (uint32_t k = 0; k < count; k++) {
-            const code *quad = (const code *)codes[r][0] + 4 * k;
-            for (uint32_t i = 0; i < 64; i++) {
-                uint8_t first = a[64 * k + i], second = b[64 * k + i];
-                int32_t low = four ? first & 15 : key ? first : (int8_t)first;
-                int32_t high = four ? first >> 4 : key ? second : (int8_t)second;
-                sums[r][i / 4] += low * quad[i % 4];
-                sums[r][16 + i / 4] += high * quad[i % 4];
+    for (uint32_t half = 0; half < 2; half++)
+        for (uint32_t piece = 0; piece < PIECES; piece++) {
+            ints sum[4] = {{0}, {0}, {0}, {0}};
+            const uint8_t *from = (four || !half ? a : b) + 16 * piece;
+            for (uint32_t k = 0; k < count; k++, from += 64) {
+                ints words = *(const ints *)(const void *)from, byte[4];
+                if (ahead && piece == 0)
+                    __builtin_prefetch(from + ahead);
+                if (four)
+                    words = (half ? words >> 4 : words) & 0x0F0F0F0F;
+                for (int j = 0; j < 4; j++)
+                    byte[j] = four || key ? (ints)(words >> 8 * j & 255) : (ints)(words << (24 - 8 * j) >> 24);
+                for (uint32_t r = 0; r < rows; r++) {
+                    const code *quad = (const code *)codes[r][0] + 4 * k;
+                    sum[r] += (byte[0] * quad[0] + byte[1] * quad[1]) + (byte[2] * quad[2] + byte[3] * quad[3]);
+                }
             }
+            for (uint32_t r = 0; r < rows; r++)
+                *(ints *)(void *)&sums[r][16 * half + 4 * piece] = sum[r];
         }
-    }
 }
 
 #include "attend_kernel.h"

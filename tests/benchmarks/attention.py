@@ -7,12 +7,12 @@ dim 128; 8 of its 32 layers). The states are normal variables with a size per ch
 
 Method: a step is all layers in a row, so that what is read is larger than the caches. Every round runs each way once,
 medians over the rounds, baselines in the same process and rounds; the first two rounds are not counted. Baselines:
-- "cat + sdpa": a step of `DynamicCache`: new key and value appended by torch.cat, then scaled_dot_product_attention with
-  the query heads of a KV head packed, as transformers does it.
+- "cat + sdpa": a step of `DynamicCache`: new key and value appended by torch.cat, then scaled_dot_product_attention
+  with the query heads of a KV head packed, as transformers does it.
 - "sdpa": the same without the append, which is what a `StaticCache` costs at best.
 - "read": the bytes of the int8 pages read once (their CRC32C by carry-less multiplication, or their xor, the faster).
-- Prefill: 256 new tokens over 4,096 and over themselves, one layer after the other; the baseline is torch's flash
-  attention over the states as they are, with a causal part of its own, merged by log-sum-exp: neither side builds a mask.
+- Prefill: 256 new tokens over 4,096 and over themselves, layer by layer; the baseline is torch's flash attention over
+  the states as they are, with a causal part of its own, merged by log-sum-exp: neither side builds a mask.
 "mapped" are pages in files, as the local provider has them; else they lie in memory as they were encoded.
 
 Results go to tests/benchmarks/results/attention.json.
