@@ -198,7 +198,8 @@ def test_true_states_compose_to_the_text_whatever_is_computed_anew(
     """States that are cut out of the text itself: then every gap, mask and position must give the text's logits."""
     engine = provider._ready()
     with Kept(tmp_path / "kept") as kept:
-        recall = kept.trusted(provider, kept.asked())
+        # The second is longer than a step: what stands behind it is there before all of it is computed.
+        recall = kept.trusted(provider, kept.asked([LINES[0], LINES[1] * 12, *LINES[2:]]))
     pieces, primer, records = recall.pieces, recall.primer, engine.records
     whole = engine.states.empty(2000)
     wanted, _ = engine.forward(pieces.tokens, whole, (), None)
