@@ -14,6 +14,9 @@
 
 typedef float floats __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
 typedef int32_t ints __attribute__((vector_size(4 * WIDTH), aligned(4), may_alias));
+/* As they lie in pages: at any address. */
+typedef float loose_floats __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias));
+typedef int32_t loose_ints __attribute__((vector_size(4 * WIDTH), aligned(1), may_alias));
 
 typedef struct {
     floats part[PIECES];
@@ -37,7 +40,7 @@ INLINE v16 all(float value)
 
 INLINE v16 load(const void *from)
 {
-#define PART(i) ((const floats *)from)[i]
+#define PART(i) (floats)((const loose_floats *)from)[i]
     return EACH(PART);
 #undef PART
 }

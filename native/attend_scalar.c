@@ -115,7 +115,7 @@ INLINE void dot_pair(uint32_t rows, uint32_t four, int key, const uint8_t *a, co
             ints sum[4] = {{0}, {0}, {0}, {0}};
             const uint8_t *from = (four || !half ? a : b) + 16 * piece;
             for (uint32_t k = 0; k < count; k++, from += 64) {
-                ints words = *(const ints *)(const void *)from, byte[4];
+                ints words = (ints)*(const loose_ints *)(const void *)from, byte[4];
                 if (ahead && piece == 0)
                     __builtin_prefetch(from + ahead);
                 if (four)

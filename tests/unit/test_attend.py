@@ -86,7 +86,7 @@ class Case:
             values = random.normal(size=(2, call.kv_heads, tokens, call.value_dim))
             return [to_dtype(call.dtype, k) for k in keys], [to_dtype(call.dtype, v) for v in values]
 
-        self.encoded: list[tuple[bytes, bytearray]] = []
+        self.encoded: list[tuple[bytes, Any]] = []
         self.keys: list[list[Array]] = []
         self.values: list[list[Array]] = []
         for part in call.parts:
@@ -485,3 +485,13 @@ def test_a_forked_child_makes_workers_of_its_own() -> None:
         os._exit(0 if same else 1)
     assert os.waitpid(child, 0)[1] == 0
     assert np.array_equal(case.attend(native, 2), expected)
+
+
+def test_pages_may_lie_at_any_address(level: str) -> None:
+    case = Case(Call(F32, key_dim=33, parts=MIXED, pairs=0))
+    expected = case.attend(native)
+    for i, (table, body) in enumerate(case.encoded):
+        moved = bytearray(len(body) + 1)
+        moved[1:] = body
+        case.encoded[i] = (table, memoryview(moved)[1:])
+    assert np.array_equal(case.attend(native), expected)
