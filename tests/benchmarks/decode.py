@@ -13,6 +13,8 @@ turn, ``--blocks`` times; medians over all tokens of milliseconds a token. All g
   memory: in all rows but one it keeps what it once had (MALLOC_MMAP_THRESHOLD_, MALLOC_TRIM_THRESHOLD_), which is the
   fastest that `DynamicCache` can be; "as it comes" is the same cache in a process without these settings, where every
   concatenation may wait for fresh memory of the system.
+- Without a mask transformers 5.23 asks sdpa for grouped heads (`enable_gqa`), which is several times slower than packed
+  heads on a CPU without AMX; `StaticCache`, which has a mask, gets packed ones. Both rows are what users get.
 - Bytes are those of the states held at the end, against `DynamicCache` with as many tokens: of the pages, and with the
   buffer of the tail, which has room for one page in the compute dtype whatever the length.
 Results go to tests/benchmarks/results/decode.json.
