@@ -272,10 +272,13 @@ class _Run:
         else:
             self._cache = stock.empty(self._capacity)
         self._done = self.cached
-        logits = self.prefill_to(self._exact)
-        if self._recall is not None:
-            logits = self._engine.records.compose(self._recall, self._cache, self._composed_step)
-            self._done = len(tokens)
+        if self._recall is None:
+            return self.prefill_to(len(tokens))
+        # What of the head is no whole step goes into one pass with what follows the records, where it can.
+        alone = self._exact if isinstance(self._states, PagedStates) else self._exact - self._exact % grid
+        self.prefill_to(alone)
+        logits = self._engine.records.compose(self._recall, self._cache, self._done, self._composed_step)
+        self._done = len(tokens)
         return logits
 
     def prefill_to(self, end: int) -> torch.Tensor:

@@ -94,6 +94,8 @@ class PrefixLayer(DynamicLayer):  # type: ignore[no-untyped-call]
         """Put states [KV heads, n, head dim] that were computed elsewhere to positions ``at ..``. It then holds all
         positions up to their end; those between that nobody filled are to be filled by `scatter`."""
         end = at + keys.shape[1]
+        if not self.is_initialized:
+            self.lazy_initialization(keys[None], values[None])
         self._reserve(end, keys[None], values[None])
         assert self._buffers is not None
         for buffer, new in zip(self._buffers, (keys, values), strict=True):

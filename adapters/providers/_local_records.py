@@ -197,8 +197,9 @@ class RecordStates:
     # -- composing -------------------------------------------------------------------------------------------------
 
     @torch.inference_mode()
-    def compose(self, recall: Recall, cache: Any, step: Step) -> torch.Tensor:
-        """Logits after the prompt's last token. ``cache`` holds the head; records enter it stored, the rest computed.
+    def compose(self, recall: Recall, cache: Any, done: int, step: Step) -> torch.Tensor:
+        """Logits after the prompt's last token. ``cache`` holds the first ``done`` tokens of the head (all of it where
+        it is attended to in place); records enter it stored, the rest is computed.
 
         In a cache that is attended to in place the queries are turned, so that stored pages stay as they are. Else the
         pages are decoded into the cache and their keys turned there.
@@ -209,6 +210,7 @@ class RecordStates:
         return self.placed(
             cache,
             at=len(recall.pieces.head.tokens),
+            before=recall.pieces.head.tokens[done:],
             lines=recall.pieces.lines,
             rows=rows,
             primer=recall.primer,
@@ -223,6 +225,7 @@ class RecordStates:
         cache: Any,
         *,
         at: int,
+        before: Sequence[int] = (),
         lines: Sequence[list[int]],
         rows: Sequence[Rows | None],
         primer: Primer,
@@ -232,10 +235,10 @@ class RecordStates:
     ) -> torch.Tensor:
         """As `compose`, for a cache of copies: ``rows[i]`` are the states of ``lines[i][skip:]``, None computes it.
 
-        The first line stands at position ``at``. All that is computed goes in one run of steps: a token sees what
-        stands before it, wherever that came from.
+        The first line stands at position ``at``, the tokens ``before`` right before it. All that is computed goes in
+        one run of steps: a token sees what stands before it, wherever that came from.
         """
-        fresh: list[tuple[int, int]] = []
+        fresh = list(enumerate(before, start=at - len(before)))
         for line, states in zip(lines, rows, strict=True):
             known = 0
             if states is not None:
@@ -331,23 +334,26 @@ class RecordStates:
                 self._try(recall)
             self._seen.append(recall.primer.digest)
             return 0
-        learnt = [record for lora in recall.loras for record in lora.records]
         made = 0
-        for part in hot[:MADE_A_TURN]:
-            started = time.perf_counter()
-            keys, values = self.made(recall.primer, part.tokens, recall.loras, cancel)
-            layers = [
-                (
-                    as_array(key[:, recall.skip :].cpu().contiguous()),
-                    as_array(value[:, recall.skip :].cpu().contiguous()),
-                )
-                for key, value in zip(keys, values, strict=True)
-            ]
-            seconds = time.perf_counter() - started
-            made += recall.pages.keep(
-                recall.identity, part.record, part.tokens[recall.skip :], layers, learnt=learnt, seconds=seconds
-            )
+        try:
+            for part in hot[:MADE_A_TURN]:
+                made += self._kept(recall, part, cancel)
+        except AgentMemError as error:  # the answer has come and must not be lost for it
+            log.warning("KV states of recalled records could not be made: %s", error)
         return made
+
+    def _kept(self, recall: Recall, part: Part, cancel: threading.Event | None) -> bool:
+        started = time.perf_counter()
+        rows = self.made(recall.primer, part.tokens, recall.loras, cancel)
+        keys, values = (side[:, :, recall.skip :].cpu().contiguous() for side in rows)
+        return recall.pages.keep(
+            recall.identity,
+            part.record,
+            part.tokens[recall.skip :],
+            [(as_array(key), as_array(value)) for key, value in zip(keys, values, strict=True)],
+            learnt=[record for lora in recall.loras for record in lora.records],
+            seconds=time.perf_counter() - started,
+        )
 
     @torch.inference_mode()
     def made(

@@ -1,7 +1,7 @@
 """Recalled records as stored KV states: time to the first token, and what it costs in quality.
 
-Method. Time: the default model, one thread, a chat whose system text (and nothing else) is cached, 8 records of 40 and
-of 200 tokens, a question of 20 tokens. Each round asks the provider for one token in every way, interleaved; medians.
+Method. Time: the default model, one thread, a chat whose system text (a page of 256 tokens) is cached, 8 records of 40
+and of 200 tokens, a question of 20 tokens. Each round asks the provider for one token in every way; medians.
 "text" puts the records into the prompt; "no records" is the floor. Record states come from the page store, read anew in
 every request; rows for every page codec (int8 is attended to in place, raw is copied and its keys turned).
 
@@ -46,7 +46,6 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "locomo" / "locomo_dev.json"
 RESULTS = Path(__file__).parent / "results" / "records_as_kv.json"
 SYSTEM = "You are a helpful assistant."
-GRID = 32
 #: (mode, most KL, times the noise of shuffling, least share kept): what the modes must meet.
 BARS = {"on": (0.20, 2.0, 0.86), "repaired": (0.13, 2.0, 0.86)}
 #: Times sooner than text, by tokens of a record.
@@ -61,8 +60,8 @@ def record(number: int, text: str, name: str, at: dt.datetime) -> Record:
     return Record(id=f"r{number}", role="user", name=name, text=text, at=at)
 
 
-def request(records: Sequence[Record], question: str, **others: Any) -> Request:
-    segments = prompt.lay_out(system=SYSTEM, recalled=records, turn=Message(role="user", content=question))
+def request(records: Sequence[Record], question: str, *, system: str = SYSTEM, **others: Any) -> Request:
+    segments = prompt.lay_out(system=system, recalled=records, turn=Message(role="user", content=question))
     lines = [RecalledLine(record=one.id, line=prompt.record_line(one) + "\n", shown=1) for one in records]
     return Request(segments=segments, recalled=tuple(lines), **others)
 
@@ -73,7 +72,7 @@ class Store:
     def __init__(self, folder: Path, codec: Any, *, repaired: bool) -> None:
         folder.mkdir(parents=True)
         self.database = Database(folder / "memory.db")
-        self.store = PageStore(self.database, folder / "pages", grid=GRID, codec=codec)
+        self.store = PageStore(self.database, folder / "pages", codec=codec)
         view = self.store.view(b"salt", grid=RecordPages.GRID)
         self.records = RecordPages(view, self.database, repaired=repaired, lay_out=prompt.made_up)
         self.pages = self.store.view(b"salt")
@@ -96,9 +95,18 @@ def sized(engine: Any, tokens: int, number: int, draw: random.Random) -> Record:
         words.append(draw.choice(WORDS))
 
 
+def paged_system(engine: Any) -> str:
+    """A system text whose stable prefix fills a page of 256 tokens and little more."""
+    text = SYSTEM
+    while engine.template.prompt(request([], "x", system=text).segments).stable <= 256:
+        text += " Be brief."
+    return text
+
+
 def times(provider: Any, rounds: int) -> list[dict[str, Any]]:
     engine = provider._ready()
     rows: list[dict[str, Any]] = []
+    system = paged_system(engine)
     question = "Which of these letters did the teacher send from the island, and in which summer was that?"
     for tokens in SOONER:
         draw = random.Random(tokens)
@@ -112,7 +120,9 @@ def times(provider: Any, rounds: int) -> list[dict[str, Any]]:
             }
             ways: dict[str, Request] = {}
             for (codec, mode), store in stores.items():
-                asked = request(records, question, options=options, pages=store.pages, record_pages=store.records)
+                asked = request(
+                    records, question, system=system, options=options, pages=store.pages, record_pages=store.records
+                )
                 recall = engine.records.recall(asked)
                 store.records.note(recall.subject, {"passed": True})
                 for _ in range(4):  # the head's pages, and at most four records an answer
@@ -122,8 +132,8 @@ def times(provider: Any, rounds: int) -> list[dict[str, Any]]:
                 assert all(part.pages for part in recall.parts), "the states of some record were not kept"
                 ways[f"{mode}, {codec}"] = asked
             bare = stores["raw", "on"].pages
-            text = replace(request(records, question, options=options, pages=bare), recalled=())
-            none = replace(request([], question, options=options, pages=bare), recalled=())
+            text = replace(request(records, question, system=system, options=options, pages=bare), recalled=())
+            none = replace(request([], question, system=system, options=options, pages=bare), recalled=())
             provider.generate(none)
             ways |= {"text": text, "no records": none}
             taken: dict[str, list[float]] = {name: [] for name in ways}

@@ -90,14 +90,16 @@ def logits_of_text(engine: Any, tokens: Sequence[int]) -> torch.Tensor:
     return torch.as_tensor(logits)
 
 
-def composed(engine: Any, recall: Any) -> torch.Tensor:
+def composed(engine: Any, recall: Any, done: int) -> torch.Tensor:
+    """The logits, where the first ``done`` tokens of the head were computed before."""
     cache = engine.states.empty(2000)
-    engine.forward(recall.pieces.head.tokens, cache, (), None)
+    if done:
+        engine.forward(recall.pieces.head.tokens[:done], cache, (), None)
 
     def step(tokens: Sequence[int], inputs: Any) -> torch.Tensor:
         return torch.as_tensor(engine.forward(tokens, cache, (), None, inputs=inputs)[0])
 
-    return torch.as_tensor(engine.records.compose(recall, cache, step))
+    return torch.as_tensor(engine.records.compose(recall, cache, done, step))
 
 
 # -- moving ------------------------------------------------------------------------------------------------------------
@@ -251,7 +253,7 @@ def test_in_place_and_copied_records_say_the_same(repaired: bool, llama: Path, t
                     cache.seal()
                 return torch.as_tensor(logits)
 
-            got.append(engine.records.compose(recall, cache, step))
+            got.append(engine.records.compose(recall, cache, len(head), step))
             assert cache.get_seq_length() == len(recall.pieces.tokens)
             provider.close()
     apart = (got[0] - got[1]).square().mean().sqrt() / got[1].std()
@@ -267,7 +269,16 @@ def test_a_composed_turn_differs_from_the_text_and_names_its_tokens(provider: An
     assert generation.attended.record_tokens == sum(len(line) for line in recall.pieces.lines)
     assert generation.usage.input_tokens == len(recall.pieces.tokens)
     # A record's states have not seen the records before it: that the two differ at all shows that they were used.
-    assert not torch.allclose(composed(engine, recall), logits_of_text(engine, recall.pieces.tokens), atol=1e-3)
+    assert not torch.allclose(composed(engine, recall, 0), logits_of_text(engine, recall.pieces.tokens), atol=1e-3)
+
+
+@pytest.mark.parametrize("done", [0, 7])
+def test_the_end_of_the_head_may_be_computed_with_the_rest(done: int, provider: Any, tmp_path: Path) -> None:
+    engine = provider._ready()
+    with Kept(tmp_path / "kept") as kept:
+        recall = kept.trusted(provider, kept.asked())
+        whole = composed(engine, recall, len(recall.pieces.head.tokens))
+        torch.testing.assert_close(composed(engine, recall, done), whole, atol=2e-3, rtol=1e-3)
 
 
 def test_a_repaired_turn_computes_the_first_tokens_anew(provider: Any, tmp_path: Path) -> None:
