@@ -116,15 +116,19 @@ static int attendable(uint32_t codec)
     return codec == AM_RAW || (codec >= AM_INT8 && codec <= AM_INT4);
 }
 
-/* Encoding makes no scale that isn't finite; one would make every result a NaN. */
+/* Encoding makes no scale or minimum that isn't finite, which would make every result a NaN, and no scale below 0, with
+ * which the codes of weights would leave their range. */
 static int good_scales(uint32_t codec, am_block block, const uint8_t *data)
 {
     if (codec == AM_RAW)
         return 1;
     am_quantized at = am_quantized_layout(codec, block);
     uint32_t wrong = 0;
-    for (uint64_t i = at.key_scales; i < at.size; i += 2)
-        wrong |= (*(const half_bits *)(data + i) & 0x7C00u) == 0x7C00u;
+    for (uint64_t i = at.key_scales; i < at.size; i += 2) {
+        uint32_t minimum = (i >= at.key_minima && i < at.value_scales) || i >= at.value_minima;
+        uint32_t half = *(const half_bits *)(data + i);
+        wrong |= (half & 0x7C00u) == 0x7C00u || (half & 0x8000u && !minimum);
+    }
     return !wrong;
 }
 

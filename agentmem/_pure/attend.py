@@ -130,7 +130,7 @@ class Prefix:
                             "a block is in a lossless codec, which can't be attended to in place: decode it"
                         )
                     content = body[offset : offset + size]
-                    if used != codecs.RAW and not quantized.finite(used, content, shape[1:]):
+                    if used != codecs.RAW and not quantized.sound(used, content, shape[1:]):
                         raise broken("encoding")
                     places[block - wanted.start][layer].append((used, content))
                     total += size

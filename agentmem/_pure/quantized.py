@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     Codes = npt.NDArray[np.uint8]
     Shape = tuple[int, ...]
 
-__all__ = ["Unpacked", "decode", "encode", "finite", "floats", "size", "stored", "unpacked"]
+__all__ = ["Unpacked", "decode", "encode", "floats", "size", "sound", "stored", "unpacked"]
 
 INT8, K8V4, INT4 = 3, 4, 5
 F32, F16, BF16 = 1, 2, 3
@@ -214,13 +214,14 @@ def unpacked(codec: int, dtype: int, data: Buffer, shape: tuple[int, int, int]) 
     )
 
 
-def finite(codec: int, data: Buffer, shape: tuple[int, int, int]) -> bool:
-    """Whether all scales and minima of a block of (rows, key_dim, value_dim) are."""
+def sound(codec: int, data: Buffer, shape: tuple[int, int, int]) -> bool:
+    """Whether all scales and minima of a block of (rows, key_dim, value_dim) are finite, and no scale below 0."""
     import numpy as np
 
-    key, value, _, _ = _shapes(codec, *shape)
-    scales = np.frombuffer(memoryview(data), np.float16, offset=math.prod(key) + math.prod(value))
-    return bool(np.isfinite(scales).all())
+    key, value, key_scales, value_scales = map(math.prod, _shapes(codec, *shape))
+    numbers = np.frombuffer(memoryview(data), np.float16, offset=key + value)
+    scales = np.concatenate([numbers[:key_scales], numbers[2 * key_scales :][:value_scales]])
+    return bool(np.isfinite(numbers).all() and not np.signbit(scales).any())
 
 
 def decode(codec: int, dtype: int, data: Buffer, key: Array, value: Array) -> None:

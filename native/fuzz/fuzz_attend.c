@@ -60,7 +60,7 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
     uint32_t dtype = 1 + data[0] % 3, grid = grids[data[1] % 8], group = 1 + data[2] % 5, queries = 1 + data[3] % 9;
     am_layer shape = {1 + data[4] % 3, dims[data[5] % 12], dims[data[6] % 12]};
     uint32_t item = am_item(dtype), codec = data[7] % AM_CODECS, length = data[8], window = data[9] % 4 ? 0 : data[10];
-    int64_t first = (int64_t)(data[11] % 4) * 64, count = (int64_t)data[12] - 1;
+    int64_t first = data[11] % 4 ? 0 : 64, count = data[12] % 4 ? -1 : data[12];
     am_prefix prefix;
     if (am_prefix_init(&prefix, dtype, 1, &shape) != AM_OK)
         abort();
@@ -79,6 +79,8 @@ int LLVMFuzzerTestOneInput(const uint8_t *data, size_t size)
         memcpy((uint8_t *)table + (data[14] * 16u) % (extents * sizeof *table), data, 16);
     uint64_t bytes = data[13] % 8 == 1 ? size : most;
     uint8_t *body = filled(bytes, data + 16, size - 16);
+    for (uint64_t i = 1; data[15] % 4 && i < bytes; i += 2)
+        body[i] &= 0x3F; /* f16 numbers that are finite and not below 0: good scales, so that the block is taken */
     if (am_prefix_append_encoded(&prefix, grid, table, extents, body, bytes, first, count) == AM_OK) {
         uint32_t heads = shape.kv_heads * group, tail = length + queries;
         uint64_t key_bytes = (uint64_t)tail * shape.key_dim * item, value_bytes = (uint64_t)tail * shape.value_dim * item;

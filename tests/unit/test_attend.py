@@ -340,6 +340,8 @@ def test_hostile_pages_and_tables_are_refused_and_change_nothing(tmp_path: Path)
     page, (table, body) = (tmp_path / "page").read_bytes(), case.encoded[0]
     infinite = bytearray(body)
     infinite[8192:8194] = b"\x00\x7c"  # the first K scale
+    negative = bytearray(body)
+    negative[8449] |= 0x80  # the first V scale
     entries = np.frombuffer(table, np.dtype([("size", "<u8"), ("crc", "<u4"), ("codec", "<u4")])).copy()
 
     def changed(field: str, value: int) -> bytes:
@@ -361,6 +363,7 @@ def test_hostile_pages_and_tables_are_refused_and_change_nothing(tmp_path: Path)
             ("codec", lambda p: p.append_encoded(64, changed("codec", 99), body)),
             ("grid", lambda p: p.append_encoded(65, table, body)),
             ("encoding", lambda p: p.append_encoded(64, table, infinite)),
+            ("encoding", lambda p: p.append_encoded(64, table, negative)),
         ]
         for rule, append in attempts:
             with pytest.raises(ValueError, match=rule) as caught:
