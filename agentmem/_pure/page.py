@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
 __all__ = [
     "ITEMS",
-    "MAX_HEADS",
-    "MAX_LAYERS",
     "TABLE_ENTRY",
     "aligned",
     "extents_of",
