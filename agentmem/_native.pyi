@@ -85,5 +85,6 @@ class Prefix:
         scale: float,
         window: int,
         threads: int,
+        seen: Buffer | None = None,
         /,
     ) -> None: ...

@@ -62,6 +62,7 @@ typedef struct {
     const am_prefix *prefix;
     uint32_t layer, heads, queries;
     const uint8_t *query, *tail_keys, *tail_values;
+    const uint8_t *seen; /* u32 x queries: of the segments each query sees the first so many; NULL: all */
     ptrdiff_t query_head, query_token, tail_key_head, tail_value_head;
     uint64_t tail, window;
     uint8_t *out;

@@ -73,8 +73,7 @@ typedef struct {
 
 typedef struct {
     uint64_t first;
-    uint32_t rows, used;
-    uint32_t tail;
+    uint32_t rows, used, segment; /* of the tail: 0, which every query sees */
     const uint8_t *keys, *values;
     uint32_t codec;
     ptrdiff_t ahead; /* from this block to the one that is needed next, or 0 */
@@ -120,6 +119,8 @@ INLINE void visible(const state *s, const block_view *block, uint32_t row, uint3
     uint64_t own = call->prefix->tokens + call->tail - call->queries + (s->span->row + row) / s->group;
     *low = 0;
     *high = block->used;
+    if (call->seen && ((const word_bits *)call->seen)[(s->span->row + row) / s->group] <= block->segment)
+        *high = 0;
     if (own + 1 < block->first + block->used)
         *high = own < block->first ? 0 : (uint32_t)(own + 1 - block->first);
     if (call->window && own + 1 > call->window && own + 1 - call->window > block->first) {
@@ -469,7 +470,7 @@ TARGET void KERNEL(const am_span *span)
         if (b < prefix->pieces) {
             const am_piece *piece = &prefix->piece[b];
             const am_place *place = &prefix->places[call->layer][(size_t)b * shape.kv_heads + span->head];
-            block = (block_view){.first = piece->first, .rows = piece->rows, .used = piece->used, .codec = place->codec,
+            block = (block_view){.first = piece->first, .segment = piece->segment, .rows = piece->rows, .used = piece->used, .codec = place->codec,
                                  .keys = place->data,
                                  .values = place->data + (size_t)piece->rows * shape.key_dim * item};
             if (b + 1 < prefix->pieces)

@@ -294,8 +294,22 @@ static void copy_behind(const Py_buffer *from, const Py_buffer *tail, Py_ssize_t
                    (const uint8_t *)from->buf + head * from->strides[0] + t * from->strides[1], width);
 }
 
-static PyObject *attend_views(prefix_object *self, Py_buffer *views, Py_ssize_t layer, Py_ssize_t length, double scale,
-                              Py_ssize_t window, Py_ssize_t threads)
+/* Raises unless `seen` is a u32 for each query, at least 1. */
+static int wrong_seen(const Py_buffer *seen, Py_ssize_t queries)
+{
+    int wrong = seen->len != 4 * queries;
+    for (Py_ssize_t i = 0; i < queries && !wrong; i++) {
+        uint32_t count;
+        memcpy(&count, (const uint8_t *)seen->buf + 4 * i, 4);
+        wrong = count < 1;
+    }
+    if (wrong)
+        PyErr_SetString(PyExc_ValueError, "seen has a u32 for each query: of the segments it sees the first so many, 1 at least");
+    return wrong;
+}
+
+static PyObject *attend_views(prefix_object *self, Py_buffer *views, const Py_buffer *seen, Py_ssize_t layer,
+                              Py_ssize_t length, double scale, Py_ssize_t window, Py_ssize_t threads)
 {
     const am_prefix *prefix = &self->prefix;
     if (layer < 0 || layer >= (Py_ssize_t)prefix->layers)
@@ -323,10 +337,13 @@ static PyObject *attend_views(prefix_object *self, Py_buffer *views, Py_ssize_t 
     if (length < 0 || length > capacity - queries)
         return PyErr_Format(PyExc_ValueError, "a tail of %zd tokens has no room for %zd behind %zd", capacity, queries,
                             length);
+    if (seen && wrong_seen(seen, queries))
+        return NULL;
     if ((uint64_t)(length + queries) / AM_BLOCK > INT32_MAX)
         return PyErr_Format(PyExc_ValueError, "a tail of %zd tokens is too long", length);
     am_attend call = {
         .prefix = prefix, .layer = (uint32_t)layer, .heads = (uint32_t)heads, .queries = (uint32_t)queries,
+        .seen = seen ? seen->buf : NULL,
         .query = views[QUERY].buf, .query_head = views[QUERY].strides[0], .query_token = views[QUERY].strides[1],
         .tail_keys = views[TAIL_KEYS].buf, .tail_key_head = views[TAIL_KEYS].strides[0],
         .tail_values = views[TAIL_VALUES].buf, .tail_value_head = views[TAIL_VALUES].strides[0],
@@ -344,23 +361,29 @@ static PyObject *attend_views(prefix_object *self, Py_buffer *views, Py_ssize_t 
 static PyObject *attend(PyObject *object, PyObject *args)
 {
     prefix_object *self = (prefix_object *)object;
-    PyObject *tensors[TENSORS], *none = NULL;
+    PyObject *tensors[TENSORS], *none = NULL, *limits = Py_None;
     Py_ssize_t layer, length, window, threads;
     double scale;
-    if (!PyArg_ParseTuple(args, "nOOOOOnOdnn:attend", &layer, &tensors[QUERY], &tensors[KEY], &tensors[VALUE],
-                          &tensors[TAIL_KEYS], &tensors[TAIL_VALUES], &length, &tensors[OUT], &scale, &window, &threads))
+    if (!PyArg_ParseTuple(args, "nOOOOOnOdnn|O:attend", &layer, &tensors[QUERY], &tensors[KEY], &tensors[VALUE],
+                          &tensors[TAIL_KEYS], &tensors[TAIL_VALUES], &length, &tensors[OUT], &scale, &window, &threads, &limits))
         return NULL;
     if (begin_reading(self))
         return NULL;
-    Py_buffer views[TENSORS];
-    int taken = 0;
+    Py_buffer views[TENSORS], seen;
+    int taken = 0, limited = limits != Py_None;
+    if (limited && PyObject_GetBuffer(limits, &seen, PyBUF_SIMPLE)) {
+        end_reading(self);
+        return NULL;
+    }
     while (taken < TENSORS &&
            !PyObject_GetBuffer(tensors[taken], &views[taken], PyBUF_STRIDES | (taken >= TAIL_KEYS ? PyBUF_WRITABLE : 0)))
         taken++;
     if (taken == TENSORS)
-        none = attend_views(self, views, layer, length, scale, window, threads);
+        none = attend_views(self, views, limited ? &seen : NULL, layer, length, scale, window, threads);
     while (taken)
         PyBuffer_Release(&views[--taken]);
+    if (limited)
+        PyBuffer_Release(&seen);
     end_reading(self);
     return none;
 }
@@ -377,8 +400,8 @@ static PyMethodDef methods[] = {
     {"truncate_segments", truncate_segments, METH_VARARGS,
      "truncate_segments(count, /): keep the first count segments and let go of the others' buffers."},
     {"attend", attend, METH_VARARGS,
-     "attend(layer, query, key, value, tail_keys, tail_values, length, out, scale, window, threads, /): softmax(scale * q "
-     "k^T) v of new tokens over the prefix and the tail, into out."},
+     "attend(layer, query, key, value, tail_keys, tail_values, length, out, scale, window, threads, seen=None, /): "
+     "softmax(scale * q k^T) v of new tokens over the prefix and the tail, into out."},
     {NULL, NULL, 0, NULL},
 };
 

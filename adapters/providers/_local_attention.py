@@ -26,7 +26,7 @@ from agentmem.types import Attended
 
 from ._local_device import as_array
 
-__all__ = ["CODECS", "NAMES", "VERSION", "PagedCache", "PagedLayer", "Stretch", "attending", "probing"]
+__all__ = ["CODECS", "NAMES", "VERSION", "PagedCache", "PagedLayer", "Stretch", "attending", "probing", "seeing"]
 
 #: Of the numerics. Part of the identity of pages that were computed so.
 VERSION = 1
@@ -46,6 +46,8 @@ class _Handed(threading.local):
     """What the cache hands to the attention function, which transformers calls right after it, in the same thread."""
 
     layer: PagedLayer | None = None
+    #: Of the segments, each token of a pass sees the first so many; None: all.
+    seen: npt.NDArray[np.uint32] | None = None
     #: Positions at which the masks of a model under trial are compared; empty else.
     probes: tuple[int, ...] = ()
 
@@ -189,12 +191,14 @@ class PagedCache(DynamicCache):
             layer.length -= count
         return encoded
 
-    def attach(self, stretches: Sequence[Stretch]) -> None:
+    def attach(self, stretches: Sequence[Stretch]) -> int:
         """Stored states as if their tokens came next; positions go on behind them. The tail is flushed before.
 
-        Neighbours with the very same ``cosine`` stand at one distance and are turned together.
+        Neighbours with the very same ``cosine`` stand at one distance and are one segment. Returns how many segments
+        stand before them.
         """
         self.flush()
+        standing = self._segments
         if self._before is None:
             self._before = self._segments
         angles: object = None
@@ -206,6 +210,7 @@ class PagedCache(DynamicCache):
             before = self.prefix.tokens
             self.prefix.append_page(stretch.data, stretch.first, stretch.count)
             self.record_tokens += self.prefix.tokens - before
+        return standing
 
     def detach(self) -> None:
         """Back to before the first `attach`: what was attached and all behind it is gone."""
@@ -271,6 +276,7 @@ def _attend(
         1 / math.sqrt(query.shape[3]) if scaling is None else float(scaling),
         window,
         torch.get_num_threads(),
+        _handed.seen,
     )
     return out, None
 
@@ -339,6 +345,16 @@ def attending(config: Any, attention: str = _REGISTERED) -> Generator[None]:
     finally:
         config._attn_implementation = before
         _handed.layer = None
+
+
+@contextlib.contextmanager
+def seeing(segments: Sequence[int]) -> Generator[None]:
+    """Inside, token i of this thread's one pass sees the first ``segments[i]`` segments of the cache and no others."""
+    _handed.seen = np.asarray(segments, np.uint32)
+    try:
+        yield
+    finally:
+        _handed.seen = None
 
 
 @contextlib.contextmanager

@@ -274,9 +274,8 @@ class _Run:
         self._done = self.cached
         if self._recall is None:
             return self.prefill_to(len(tokens))
-        # What of the head is no whole step goes into one pass with what follows the records, where it can.
-        alone = self._exact if isinstance(self._states, PagedStates) else self._exact - self._exact % grid
-        self.prefill_to(alone)
+        # What of the head is no whole step goes into one pass with what follows the records.
+        self.prefill_to(self._exact - self._exact % grid)
         logits = self._engine.records.compose(self._recall, self._cache, self._done, self._composed_step)
         self._done = len(tokens)
         return logits

@@ -12,6 +12,7 @@ default model a KL of 0.7 without the examples, 0.2 with them. Computing the fir
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import threading
@@ -198,14 +199,14 @@ class RecordStates:
 
     @torch.inference_mode()
     def compose(self, recall: Recall, cache: Any, done: int, step: Step) -> torch.Tensor:
-        """Logits after the prompt's last token. ``cache`` holds the first ``done`` tokens of the head (all of it where
-        it is attended to in place); records enter it stored, the rest is computed.
+        """Logits after the prompt's last token. ``cache`` holds the first ``done`` tokens of the head; records enter it
+        stored, the rest is computed.
 
         In a cache that is attended to in place the queries are turned, so that stored pages stay as they are. Else the
         pages are decoded into the cache and their keys turned there.
         """
         if hasattr(cache, "attach"):
-            return self._attached(recall, cache, step)
+            return self._attached(recall, cache, done, step)
         rows = [self._decoded(recall, part) if part.pages else None for part in recall.parts]
         return self.placed(
             cache,
@@ -286,38 +287,49 @@ class RecordStates:
         length, device = len(part.tokens) - recall.skip, self._engine.loaded.device
         return keys[:, :, :length].to(device), values[:, :, :length].to(device)
 
-    def _attached(self, recall: Recall, cache: Any, step: Step) -> torch.Tensor:
-        from ._local_attention import Stretch
+    def _attached(self, recall: Recall, cache: Any, done: int, step: Step) -> torch.Tensor:
+        """As `placed`, in place: as many records at once as the tail has room for what of them is computed."""
+        from ._local_attention import Stretch, seeing
 
         grid, at = recall.pages.grid, len(recall.pieces.head.tokens)
-        waiting: list[int] = []
         stretches: list[Stretch] = []
+        records = 0  # that are attached next
+        # What is computed next: token, position, and how many of these records stand before it.
+        waiting = [(token, place, 0) for place, token in enumerate(recall.pieces.head.tokens[done:], start=done)]
 
         def compute() -> torch.Tensor:
-            logits = torch.empty(0)
+            nonlocal records
+            logits, attached = torch.empty(0), bool(stretches)
+            standing = cache.attach(stretches) if attached else 0
+            stretches.clear()
             while waiting:
                 part = waiting[: cache.grid - cache.tail]
                 del waiting[: len(part)]
-                logits = step(part, None)
+                tokens, places, seen = zip(*part, strict=True)
+                with seeing([standing + before for before in seen]) if attached else contextlib.nullcontext():
+                    logits = step(tokens, {"position_ids": torch.tensor([places])})
+            records = 0
             return logits
 
         for part in recall.parts:
             first = recall.skip if part.pages else len(part.tokens)
-            if first and stretches:
-                cache.attach(stretches)
-                stretches = []
-            waiting += part.tokens[:first]
-            if part.pages:
+            # Behind what is sealed in between, a token could see records that stand after it.
+            if len(waiting) + first > cache.grid:
                 compute()
+            waiting += [(token, at + i, records) for i, token in enumerate(part.tokens[:first])]
+            if part.pages:
+                if len(waiting) > cache.grid:
+                    compute()
                 cosine, sine = (a.numpy() for a in self.rotation.angles(at - len(recall.primer.tokens)))
                 left = len(part.tokens) - first
                 for page in part.pages:
                     stretches.append(Stretch(page.data, cosine, sine, 0, min(left, grid)))
                     left -= grid
+                records += 1
             at += len(part.tokens)
-        if stretches:
-            cache.attach(stretches)
-        waiting += recall.pieces.rest
+        if len(waiting) + len(recall.pieces.rest) > cache.grid:
+            compute()
+        waiting += [(token, at + i, records) for i, token in enumerate(recall.pieces.rest)]
         return compute()
 
     # -- making ----------------------------------------------------------------------------------------------------

@@ -176,6 +176,7 @@ class Prefix:
         scale: float,
         window: int,
         threads: int,
+        seen: Any = None,
         /,
     ) -> None:
         """softmax(scale * q k^T) v of new tokens over the prefix and the tail, into ``out``; see native/README.md."""
@@ -199,6 +200,11 @@ class Prefix:
         output = self._array("out", out, (n, total, value_dim), 3, writable=True)
         if not 0 <= length <= keys.shape[1] - n:
             raise ValueError(f"a tail of {keys.shape[1]} tokens has no room for {n} behind {length}")
+        limits = None if seen is None else np.frombuffer(memoryview(seen).cast("B"), np.uint8)
+        if limits is not None:
+            limits = limits.view(np.uint32) if len(limits) == 4 * n else np.zeros(1, np.uint32)
+            if not limits.all():
+                raise ValueError("seen has a u32 for each query: of the segments it sees the first so many, 1 at least")
         end = length + n
         keys[:, length:end], values[:, length:end] = new_keys, new_values
         group, rows = total // heads, n * (total // heads)
@@ -206,6 +212,8 @@ class Prefix:
             for head in range(heads):
                 mine = queries[head * group : (head + 1) * group].transpose(1, 0, 2).reshape(rows, key_dim)
                 call = _Call(self, layer, head, mine, scale, n, end, window)
+                if limits is not None:
+                    call.limits = np.repeat(limits, group)
                 result = call.attended(keys[head, :end], values[head, :end])
                 part = quantized.stored(self._dtype, result).reshape(n, group, value_dim)
                 output[:, head * group : (head + 1) * group] = part.view(output.dtype)
@@ -299,6 +307,8 @@ class _Call:
         self._query = quantized.floats(self._dtype, query) * factor
         self._own = prefix._tokens + tail - n + np.arange(len(query)) // (len(query) // n)
         self._window = window
+        #: Of each row: how many segments it sees, where that is not all.
+        self.limits: Array | None = None
 
     def attended(self, keys: Array, values: Array) -> Array:
         """The output [rows, value_dim] over the prefix and this tail."""
@@ -335,7 +345,7 @@ class _Call:
                 piece = prefix._pieces[block]
                 used, content = piece.places[self._layer][self._head]
                 query = self._turned(prefix._segments[piece.segment])
-                self._block(state, query, piece.first, piece.used, piece.rows, used, content)
+                self._block(state, query, piece.first, piece.used, piece.rows, used, content, piece.segment)
             else:
                 at = (block - len(prefix._pieces)) * BLOCK
                 pair = keys[at : at + BLOCK], values[at : at + BLOCK]
@@ -353,12 +363,14 @@ class _Call:
         return query
 
     def _block(  # noqa: PLR0917
-        self, state: _Partial, query: Array, first: int, used: int, rows: int, kind: int, content: Any
+        self, state: _Partial, query: Array, first: int, used: int, rows: int, kind: int, content: Any, segment: int = 0
     ) -> None:
         """Adds one block's part to the rows that see any of it."""
         import numpy as np
 
         high = np.clip(self._own + 1 - first, 0, used)
+        if self.limits is not None:
+            high[self.limits <= segment] = 0
         low = np.clip(self._own + 1 - self._window - first, 0, used) if self._window else np.zeros_like(high)
         seeing = np.flatnonzero(low < high)
         if not len(seeing):

@@ -64,6 +64,8 @@ class Call(NamedTuple):
     window: int = 0
     parts: tuple[Part, ...] = ()
     pairs: int = 8
+    #: Of each query, how many segments it sees; None: the argument is left out.
+    seen: tuple[int, ...] | None = None
 
 
 def angles(call: Call, shift: float) -> tuple[Array, Array]:
@@ -122,7 +124,7 @@ class Case:
         prefix = self.prefix(module) if prefix is None else prefix
         prefix.attend(
             layer, self.query, self.key, self.value, tail_keys, tail_values, call.length, out, self.scale, call.window,
-            threads,
+            threads, *([] if call.seen is None else [np.array(call.seen, np.uint32)]),
         )  # fmt: skip
         end = call.length + call.queries
         assert np.array_equal(tail_keys[:, call.length : end], self.key)
@@ -137,14 +139,16 @@ class Case:
     def expected(self) -> tuple[Array, float]:
         """softmax(scale * q k^T) v in float64 over what the pages decode to, and the largest value."""
         call = self.call
-        shift, shifts = 0.0, []
+        shift, shifts, segment, segments = 0.0, [], 0, []
         for part in call.parts:
-            shift = shift if part.shift is None else part.shift
+            shift, segment = (shift, segment) if part.shift is None else (part.shift, segment + 1)
             shifts.append(shift)
+            segments.append(segment)
         query = to_float(call.dtype, self.query)
         out = np.empty((call.queries, query.shape[0], call.value_dim))
         lengths = [keys[0].shape[1] for keys in self.keys]
         positions = np.arange(sum(lengths) + call.length + call.queries)
+        of = np.concatenate([np.repeat(segments, lengths), np.zeros(call.length + call.queries)])
         for head in range(query.shape[0]):
             kv = head // call.group
             scores = []
@@ -163,6 +167,8 @@ class Case:
             seen = positions <= own
             if call.window:
                 seen &= positions > own - call.window
+            if call.seen is not None:
+                seen &= of < np.array(call.seen)[:, None]
             logits = np.where(seen, logits, -np.inf)
             weights = np.exp(logits - logits.max(1, keepdims=True))
             weights /= weights.sum(1, keepdims=True)
@@ -215,6 +221,28 @@ def test_a_window_hides_what_lies_before_it(window: int, queries: int, level: st
 def test_segments_turn_their_queries(level: str) -> None:
     parts = (Part(INT8), Part(INT8, 64, 0, 20, shift=40.0), Part(K8V4, 64, shift=-3.0), Part(RAW, shift=700.0))
     Case(Call(queries=3, parts=(*parts, Part(INT4), Part(INT8, shift=0.0)))).check(native)
+
+
+SEGMENTS = (Part(INT8), Part(INT8, 64, 0, 20, shift=40.0), Part(K8V4, 64, shift=-3.0), Part(RAW), Part(INT4, shift=7.0))
+
+
+@pytest.mark.parametrize("group", [1, 3])
+@pytest.mark.parametrize("seen", [(1, 2, 2, 3, 4, 4), (4, 1, 3, 1, 2, 4), (9, 9, 9, 9, 9, 1)])
+def test_a_query_sees_only_its_first_segments(seen: tuple[int, ...], group: int, level: str) -> None:
+    case = Case(Call(queries=6, length=3, group=group, parts=SEGMENTS, seen=seen))
+    assert np.array_equal(case.check(native, 3), case.attend(_pure))
+
+
+def test_a_query_that_sees_all_segments_has_the_bits_of_one_that_is_not_limited(level: str) -> None:
+    call = Call(queries=70, length=3, parts=SEGMENTS)
+    assert np.array_equal(Case(call).attend(native), Case(call._replace(seen=(4,) * 70)).attend(native))
+
+
+@pytest.mark.parametrize("module", [native, _pure])
+@pytest.mark.parametrize("seen", [(), (1,), (1, 1, 1), (1, 0)])
+def test_segments_seen_that_are_not_one_for_each_query_are_refused(seen: tuple[int, ...], module: ModuleType) -> None:
+    with pytest.raises(ValueError, match="seen has a u32 for each query"):
+        Case(Call(queries=2, parts=SEGMENTS, seen=seen)).attend(module)
 
 
 def test_no_prefix_at_all_is_plain_causal_attention(level: str) -> None:
