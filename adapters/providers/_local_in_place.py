@@ -57,8 +57,8 @@ class InPlace:
         codec: Any = pages.codec
         if codec not in self._found:
             reason = self._unfit(codec)
-            if reason is None:
-                made = PagedStates(self._stock.shapes, self._stock.dtype, codec)
+            made = None if reason is not None else PagedStates(self._stock.shapes, self._stock.dtype, codec)
+            if made is not None:
                 reason = self._tried(made, codec)
             if reason is not None:
                 log.warning("attention is computed the stock way with %s pages: %s", codec, reason)

@@ -378,15 +378,15 @@ class _Call:
         query = query[seeing]
         token = np.arange(used)
         seen = (token >= low[seeing, None]) & (token < high[seeing, None])
-        raw = kind == codecs.RAW
-        if raw:
+        block = None if kind == codecs.RAW else quantized.unpacked(kind, self._dtype, content, (rows, *self._dims))
+        values = np.empty(0, np.float32)
+        if block is None:
             pair = self._raw(content, rows) if isinstance(content, memoryview) else content
             keys, values = (quantized.floats(self._dtype, part[:used]) for part in pair)
             scores = np.zeros((len(seeing), used), np.float32)
             for channel in range(self._dims[0]):
                 scores = scores + keys[:, channel] * query[:, channel, None]
         else:
-            block = quantized.unpacked(kind, self._dtype, content, (rows, *self._dims))
             scores = self._coded_scores(query, block, used)
         scores = np.where(seen, scores, np.float32(LOWEST))
         before = state.largest[seeing]
@@ -398,7 +398,7 @@ class _Call:
             part = weights[:, start : start + 16]
             sums[:, : part.shape[1]] += part
         state.sums[seeing], state.largest[seeing] = sums, now
-        if raw:
+        if block is None:
             added = np.zeros((len(seeing), self._dims[1]), np.float32)
             for t in range(used):
                 added = added + values[t] * weights[:, t, None]

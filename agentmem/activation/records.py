@@ -42,8 +42,7 @@ class RecordPages:
     GRID = 64
 
     def __init__(self, pages: TenantPages, database: Database, *, repaired: bool, lay_out: LayOut) -> None:
-        #: A turn with made-up records as real ones are laid out: `agentmem.prompt.made_up`.
-        self.lay_out = lay_out
+        self._lay_out = lay_out  # `agentmem.prompt.made_up`
         self._pages = pages
         self._database = database
         self.repaired = repaired
@@ -57,6 +56,11 @@ class RecordPages:
     def codec(self) -> str:
         """How pages are stored."""
         return self._pages.codec
+
+    def lay_out(self, said: Sequence[tuple[str, str, str]], text: str) -> tuple[tuple[Segment, ...], tuple[str, ...]]:
+        """A turn of ``text`` with made-up records (day, name, what was said), laid out as real ones are: its segments
+        without the system's, and the records' lines."""
+        return self._lay_out(said, text)
 
     def find(self, identity: bytes, record: str, tokens: Sequence[int]) -> list[Page]:
         """All pages of these tokens of the record, the last one padded; empty if one is missing. Never raises."""

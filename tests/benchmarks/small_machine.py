@@ -273,7 +273,7 @@ def main() -> None:
         "agentmem", given, ram_budget=given.chats * one, limit=room
     )
     base, ours = found["recomputing"], found["agentmem"]
-    result = {
+    result: dict[str, Any] = {
         "chats": given.chats,
         "fit": given.fit,
         "tokens": given.tokens,

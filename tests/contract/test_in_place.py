@@ -3,6 +3,7 @@ can't be computed in place never is."""
 
 from __future__ import annotations
 
+import importlib
 import subprocess
 import sys
 import threading
@@ -279,12 +280,17 @@ def test_a_long_answer_is_held_in_compressed_pages_that_are_never_kept(provider:
 
 def test_no_buffer_of_the_whole_context_is_made(provider: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     engine = provider._ready()
-    caches = []
+    caches: list[Any] = []
     with Stored(tmp_path / "store", grid=64, codec="int8") as store:
         provider.generate(prompt_of(provider, 150, store, 1))  # the trials are over
         monkeypatch.setattr(engine.states, "_reserved", None)
         forward = engine.forward
-        monkeypatch.setattr(engine, "forward", lambda *given: (caches.append(given[1]), forward(*given))[1])
+
+        def noting(*given: Any) -> Any:
+            caches.append(given[1])
+            return forward(*given)
+
+        monkeypatch.setattr(engine, "forward", noting)
         generation = provider.generate(prompt_of(provider, 400, store, 2))
     assert generation.usage.cached_tokens > 0
     assert caches
@@ -327,30 +333,30 @@ def _changed(layer: Any, change: str) -> None:
     real = layer.forward
     if change == "mask":
 
-        def forward(*given: Any, attention_mask: Any = None, **named: Any) -> Any:
+        def narrowed(*given: Any, attention_mask: Any = None, **named: Any) -> Any:
             mask = attention_mask
             if mask is not None and mask.dtype == torch.bool:
                 mask = mask.clone()
                 mask[..., -1, 0] = False  # sees the beginning no more, but only far behind it
             return real(*given, attention_mask=mask, **named)
 
-        layer.forward = forward
+        layer.forward = narrowed
     elif change == "scale":  # the function is told another one than the stock path gets
         real_scale = layer.scaling
 
-        def forward(*given: Any, **named: Any) -> Any:
+        def scaled(*given: Any, **named: Any) -> Any:
             layer.scaling = 3 * real_scale if layer.config._attn_implementation == "agentmem_in_place" else real_scale
             return real(*given, **named)
 
-        layer.forward = forward
+        layer.forward = scaled
     elif change == "bidirectional":
         layer.is_causal = False
     elif change == "sinks":
 
-        def forward(*given: Any, **named: Any) -> Any:
+        def sunk(*given: Any, **named: Any) -> Any:
             return real(*given, s_aux=torch.zeros(4), **named)
 
-        layer.forward = forward
+        layer.forward = sunk
     else:
         assert change == "own"
         # Another config than the model's: our function is never called there.
@@ -536,8 +542,7 @@ def test_a_lora_version_shapes_the_states_in_place(provider: Any, tmp_path: Path
 
 
 def test_attached_states_count_as_positions_and_leave_without_a_trace(provider: Any, tmp_path: Path) -> None:
-    from agentmem.adapters.providers._local_attention import Stretch
-
+    stretch = importlib.import_module("agentmem.adapters.providers._local_attention").Stretch
     engine = provider._ready()
     with Stored(tmp_path / "store", grid=64, codec="int8") as store:
         provider.generate(prompt_of(provider, 150, store, 1))
@@ -562,12 +567,12 @@ def test_attached_states_count_as_positions_and_leave_without_a_trace(provider: 
     passed(composed, ids[:64])
     composed.seal()
     nowhere = np.ones(8, np.float32), np.zeros(8, np.float32)
-    composed.attach([Stretch(path.read_bytes(), *nowhere)])
+    composed.attach([stretch(path.read_bytes(), *nowhere)])
     assert composed.get_seq_length() == 128
     assert composed.attended().record_tokens == 64
     # Another grouping of the same sums: equal within rounding.
     torch.testing.assert_close(passed(composed, ids[128:150]), wanted, atol=1e-3, rtol=1e-3)
-    composed.attach([Stretch(path.read_bytes(), *nowhere)])
+    composed.attach([stretch(path.read_bytes(), *nowhere)])
     assert (composed.get_seq_length(), composed.attended().record_tokens) == (214, 128)
     composed.detach()
     assert (composed.get_seq_length(), composed.attended().record_tokens) == (64, 0)
@@ -576,7 +581,7 @@ def test_attached_states_count_as_positions_and_leave_without_a_trace(provider: 
     alone.seal()
     assert torch.equal(passed(composed, ids[64:100]), passed(alone, ids[64:100]))
     # A tail that is no whole page is sealed before states are attached, and what follows them is sealed as it grows.
-    composed.attach([Stretch(path.read_bytes(), *nowhere, 0, 40)])
+    composed.attach([stretch(path.read_bytes(), *nowhere, 0, 40)])
     assert (composed.tail, composed.get_seq_length()) == (0, 140)
     passed(composed, ids[:64])
     composed.seal()

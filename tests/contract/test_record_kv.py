@@ -437,7 +437,13 @@ def test_the_bar(row: tuple[float, float, float, float], passed: bool) -> None:
 
 def memory(folder: Path, model: Path, **settings: Any) -> Memory:
     local_settings = {"local": {"device": "cpu", "dtype": "float32", "cache_dir": str(folder / "cache")}}
-    given = {"page_tokens": 16, "core_tokens": 0, "embedder": "hash", "providers": local_settings, **settings}
+    given: dict[str, Any] = {
+        "page_tokens": 16,
+        "core_tokens": 0,
+        "embedder": "hash",
+        "providers": local_settings,
+        **settings,
+    }
     return Memory(folder / "memory", model=f"local:{model}", **given)
 
 
@@ -504,7 +510,7 @@ def test_a_lora_and_a_codec_have_states_of_their_own(provider: Any, tmp_path: Pa
         recall = kept.trusted(provider, kept.asked())
         states = provider._ready().records
         taught = LoraRef(name="a", digest="0" * 64, path="nowhere")
-        under = states.recall(Request(**{**kept.asked().__dict__, "loras": (taught,)}))
+        under = states.recall(replace(kept.asked(), loras=(taught,)))
         assert under.identity != recall.identity
         other = states.recall(quantised.asked())
         assert other.subject != recall.subject

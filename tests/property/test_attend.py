@@ -44,7 +44,7 @@ def test_all_levels_and_threads_give_the_bits_of_the_twin(data: st.DataObject) -
         angles = random.uniform(-10, 10, draw(st.integers(0, key_dim // 2)))
         for prefix in prefixes:
             if turned:
-                prefix.begin_segment(np.cos(angles).astype(np.float32), np.sin(angles).astype(np.float32))
+                prefix.begin_segment(*(turn(angles).astype(np.float32).tobytes() for turn in (np.cos, np.sin)))
             prefix.append_encoded(grid, table, body, first, count)
     assert (prefixes[0].tokens, prefixes[0].bytes) == (prefixes[1].tokens, prefixes[1].bytes)
     window = draw(st.sampled_from([0, 1, 33, 200])) if segments == 1 else 0

@@ -449,12 +449,13 @@ def test_what_is_mapped_is_counted_until_nobody_reads_it(shelf: Shelf) -> None:
     pages = shelf.view.longest(IDENTITY, prompt(0))
     for page in pages:
         page.verify()
+        del page
     assert shelf.store.bytes_mapped() == shelf.store.bytes_in_ram() == 4 * PAGE
     assert mapped_now(shelf.folder) == (4 * whole(PAGE), 4 * whole(PAGE))
     view = memoryview(pages[3].data)
     shelf.store.swap_out()
     assert (shelf.store.bytes_in_ram(), shelf.store.bytes_mapped()) == (0, 4 * PAGE)
-    del page, pages
+    del pages
     assert shelf.store.bytes_mapped() == PAGE
     view.release()
     assert shelf.store.bytes_mapped() == 0
@@ -474,8 +475,9 @@ def test_prompts_take_turns_within_the_ram_budget(tmp_path: Path, encrypted: boo
         assert shelf.store.bytes_mapped() <= 8 * PAGE, "what was there made way before these were mapped"
         for page in pages:
             page.verify()
+            del page
         assert mapped_now(shelf.folder)[1] <= 8 * whole(PAGE)
-        del page, pages
+        del pages
     # An encrypted file is a little longer than its page, and way is made for as much.
     assert shelf.store.bytes_mapped() == shelf.store.bytes_in_ram() == (7 if encrypted else 8) * PAGE
 
@@ -511,10 +513,11 @@ def test_swapping_in_takes_no_ram_from_a_running_request(tmp_path: Path) -> None
     reading = shelf.view.longest(IDENTITY, prompt(0))
     for page in reading:
         page.verify()
+        del page
     shelf.now += 10
     assert shelf.store.swap_in(shelf.keys(1)).pages == 2, "as much as the request leaves"
     assert shelf.store.bytes_mapped() == 6 * PAGE
-    del page, reading
+    del reading
     assert shelf.store.swap_in(shelf.keys(1)).pages == 4
     assert shelf.store.bytes_mapped() <= 6 * PAGE
 
