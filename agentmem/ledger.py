@@ -27,7 +27,8 @@ class Line(Value):
 
     ``saved_tokens`` were read from a cache instead of being computed; ``saved_money`` is what they would have cost at
     the uncached price, less what writing the cache cost. ``attended_tokens`` were attended to in place, as KV pages of
-    ``attended_codec``; ``spared_bytes`` is the most that this kept out of RAM in one use.
+    ``attended_codec``; ``spared_bytes`` is the most that this kept out of RAM in one use. ``record_tokens``
+    came as KV states of recalled records, attended to in place or copied.
     """
 
     verb: str
@@ -43,6 +44,7 @@ class Line(Value):
     attended_tokens: int = 0
     attended_codec: str | None = None
     spared_bytes: int = 0
+    record_tokens: int = 0
     money: float | None
     saved_money: float | None
 
@@ -96,6 +98,9 @@ class Report(Value):
             "$ saved",
         ):
             table.add_column(name, justify="right")
+        composed = any(line.record_tokens for line in self.lines)
+        if composed:  # few use it, and the table is wide
+            table.add_column("records as KV", justify="right")
         for line in self.lines:
             first = "-" if line.first_token_s is None else f"{line.first_token_s:.2f}"
             counts = (line.uses, line.input_tokens, line.cached_tokens, line.written_tokens, line.output_tokens)
@@ -110,6 +115,7 @@ class Report(Value):
                 _size(line.spared_bytes) if line.spared_bytes else "-",
                 _money(line.money),
                 _money(line.saved_money),
+                *([f"{line.record_tokens:,}"] if composed else []),
             )
         return table
 
@@ -248,7 +254,8 @@ class Ledger:
             " SUM(money) AS money, SUM(uncached_money - money) AS saved,"
             " COALESCE(SUM(json_extract(attended, '$.tokens')), 0) AS attended,"
             " GROUP_CONCAT(DISTINCT json_extract(attended, '$.codec')) AS codec,"
-            " COALESCE(MAX(json_extract(attended, '$.stock_bytes') - json_extract(attended, '$.bytes')), 0) AS spared"
+            " COALESCE(MAX(json_extract(attended, '$.stock_bytes') - json_extract(attended, '$.bytes')), 0) AS spared,"
+            " COALESCE(SUM(json_extract(attended, '$.record_tokens')), 0) AS record_tokens"
             f" FROM uses WHERE {where} GROUP BY verb, model ORDER BY verb, model",
             [value for _, value in set_levels],
         )
@@ -270,6 +277,7 @@ def _line(row: Mapping[str, Any]) -> Line:
         attended_tokens=row["attended"],
         attended_codec=row["codec"],
         spared_bytes=max(row["spared"], 0),
+        record_tokens=row["record_tokens"],
         money=row["money"],
         saved_money=row["saved"],
     )

@@ -345,7 +345,7 @@ class _Run:
         """What was attended to in place, or came as KV states of records, if anything did."""
         if isinstance(self._states, PagedStates) and self._cache is not None:
             attended: Attended = self._cache.attended()
-            return attended
+            return attended if attended.tokens else None  # else all of it was still in the tail
         if self._recall is not None:
             return Attended(codec=self._recall.pages.codec, record_tokens=self._recall.stored_tokens)
         return None
