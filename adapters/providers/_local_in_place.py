@@ -45,6 +45,8 @@ class InPlace:
         self._stock = stock
         self._device = device
         self._attention = attention
+        # Asked once: during another thread's pass it is another one for a moment.
+        self._kernel = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
         self._found: dict[str, PagedStates | None] = {}
 
     def states(self, pages: Pages) -> PagedStates | None:
@@ -110,7 +112,7 @@ class InPlace:
         for layer in stock.layers:
             layer.restored(_PAGE)
         config = self._model.config.get_text_config(decoder=True)
-        other = "sdpa" if config._attn_implementation == "eager" else "eager"
+        other = "sdpa" if self._kernel == "eager" else "eager"
         stock.attending = functools.partial(attending, attention=other)
         noise = _apart([self._forward(part, stock)[0] for part in (more, last)], wanted)
         window = getattr(config, "sliding_window", None) or 0

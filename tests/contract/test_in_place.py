@@ -7,6 +7,7 @@ import importlib
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -513,6 +514,38 @@ def test_the_model_is_the_stock_one_between_passes_and_after_errors(
     assert all(same for _, same in seen)
     with torch.no_grad():
         assert engine.loaded.model(torch.tensor([[1, 2, 3]])).logits.shape == (1, 3, 258)
+
+
+def test_trials_at_once_do_not_take_each_others_kernel_for_the_models(
+    provider: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = provider._ready()
+    in_place_module = importlib.import_module("agentmem.adapters.providers._local_attention")
+    config, trials, seen = engine._config, engine.in_place, []
+    real = trials._forward
+
+    def disturbed(tokens: Sequence[int], cache: Any) -> Any:
+        """Whoever comes after this pass finds another thread in the middle of an eager one, as in its trial."""
+        entered = threading.Event()
+
+        def other() -> None:
+            with engine.lock, in_place_module.attending(config, "eager"):
+                entered.set()
+                time.sleep(0.02)
+
+        if hasattr(cache, "attending"):
+            with engine.lock, cache.attending(config):
+                seen.append(config._attn_implementation)
+        result = real(tokens, cache)
+        threading.Thread(target=other).start()
+        assert entered.wait(10)
+        return result
+
+    monkeypatch.setattr(trials, "_forward", disturbed)
+    assert engine.states.check()
+    with Stored(tmp_path / "store", grid=64, codec="int8") as store:
+        assert trials.states(store) is not None
+    assert seen == ["eager"] * 2 + ["agentmem_in_place"] * 3
 
 
 def test_a_lora_version_shapes_the_states_in_place(provider: Any, tmp_path: Path) -> None:
