@@ -252,8 +252,11 @@ static am_span_kernel *chosen(void)
         return am_span_avx512;
     case AM_AVX2:
         return am_span_avx2;
+#elif defined(__aarch64__)
+    case AM_NEON:
+        return am_span_neon;
 #endif
-    default: /* on ARM the compiler uses NEON unasked */
+    default:
         return am_span_scalar;
     }
 }

@@ -95,6 +95,8 @@ typedef void am_span_kernel(const am_span *span);
 am_span_kernel am_span_scalar;
 #if defined(__x86_64__)
 am_span_kernel am_span_avx2, am_span_avx512;
+#elif defined(__aarch64__)
+am_span_kernel am_span_neon;
 #endif
 
 #endif
