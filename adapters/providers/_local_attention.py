@@ -132,7 +132,6 @@ class PagedCache(DynamicCache):
         self.layers: list[Any] = layers
         self._segments = 1
         self._turned = False  # what is appended now would belong to a stretch from elsewhere
-        self._before: int | None = None  # segments before the attached ones
 
     @property
     def tail(self) -> int:
@@ -199,8 +198,6 @@ class PagedCache(DynamicCache):
         """
         self.flush()
         standing = self._segments
-        if self._before is None:
-            self._before = self._segments
         angles: object = None
         for stretch in stretches:
             if stretch.cosine is not angles:
@@ -211,17 +208,6 @@ class PagedCache(DynamicCache):
             self.prefix.append_page(stretch.data, stretch.first, stretch.count)
             self.record_tokens += self.prefix.tokens - before
         return standing
-
-    def detach(self) -> None:
-        """Back to before the first `attach`: what was attached and all behind it is gone."""
-        if self._before is None:
-            return
-        self.prefix.truncate_segments(self._before)
-        self._segments, self._before, self.record_tokens = self._before, None, 0
-        # What came before the attachments is our own.
-        self._turned = False
-        for layer in self.layers:
-            layer.length = 0
 
     def _straight(self) -> None:
         if self._turned:

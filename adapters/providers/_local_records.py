@@ -43,6 +43,9 @@ log = logging.getLogger("agentmem")
 
 #: Tokens of a record's beginning that the mode "repaired" computes anew in every turn.
 REPAIRED = 16
+#: Lines of fewer tokens stay text: they are computed in a moment, a page of 64 positions is more than their states, and
+#: the default model confuses them when none has seen the others.
+LEAST = 32
 #: Records whose states are made after one answer, at most.
 MADE_A_TURN = 4
 #: (day, name, text) of made-up records. Mixed on purpose: a statement, questions, a thanks with a photo.
@@ -169,7 +172,7 @@ class RecordStates:
         passed = verdict.get("passed")
         parts = []
         for line, tokens in zip(request.recalled, pieces.lines, strict=True):
-            found = pages.find(identity, line.record, tokens[skip:]) if passed else ()
+            found = pages.find(identity, line.record, tokens[skip:]) if passed and len(tokens) >= LEAST else ()
             parts.append(Part(line.record, tokens, line.shown, _sound(found)))
         return Recall(
             pages=pages,
@@ -337,7 +340,7 @@ class RecordStates:
     def learn(self, recall: Recall, cancel: threading.Event | None) -> int:
         """After an answer: make the states of lines that were shown before; how many. Where nobody knows yet how well
         this model does with them, that is tried first, in the background, and until then they stay text."""
-        hot = [p for p in recall.parts if p.shown > 0 and not p.pages and len(p.tokens) > recall.skip]
+        hot = [p for p in recall.parts if p.shown > 0 and not p.pages and len(p.tokens) >= LEAST]
         if not hot or recall.passed is False:
             return 0
         if recall.passed is None:

@@ -24,7 +24,12 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
 
 from test_local_provider import Tiny, local
 
-LINES = ("peanuts make me ill", "my boat is called Marigold", "Leila studies seals " * 4, "tea, no milk")
+LINES = (
+    "peanuts and cashews make me ill",
+    "my boat is called Marigold",
+    "Leila studies seals " * 4,
+    "tea, no milk, and never in the evening",
+)
 WINDOW = 16384
 
 
@@ -321,6 +326,17 @@ def test_states_are_made_for_records_that_were_shown_before(provider: Any, tmp_p
         assert not records.recall(later).composed
         provider.generate(later)
         assert records.recall(later).composed
+
+
+def test_short_lines_stay_text(provider: Any, tmp_path: Path) -> None:
+    records = provider._ready().records
+    with Kept(tmp_path / "kept") as kept:
+        request = kept.asked(["tea", *LINES[1:2]])
+        kept.records.note(records.recall(request).subject, {"passed": True})
+        records.learn(records.recall(request), None)
+        short, long = records.recall(request).parts
+    assert len(short.tokens) < inside("_local_records").LEAST <= len(long.tokens)
+    assert (bool(short.pages), bool(long.pages)) == (False, True)
 
 
 def test_another_text_id_system_or_tenant_finds_nothing(provider: Any, tmp_path: Path) -> None:
