@@ -304,6 +304,7 @@ static void store(uint32_t dtype, float value, uint8_t *to)
     uint32_t bits = bits_of(value), not_a_number = (bits & 0x7FFFFFFFu) > 0x7F800000u;
     uint16_t half;
     if (dtype == AM_F32) {
+        bits = not_a_number ? 0x7FC00000u : bits; /* which of them comes of a sum depends on the processor */
         memcpy(to, &bits, 4);
         return;
     }

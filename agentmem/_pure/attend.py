@@ -215,6 +215,7 @@ class Prefix:
                 if limits is not None:
                     call.limits = np.repeat(limits, group)
                 result = call.attended(keys[head, :end], values[head, :end])
+                result = np.where(np.isnan(result), np.float32(np.nan), result)  # one of them, as in C
                 part = quantized.stored(self._dtype, result).reshape(n, group, value_dim)
                 output[:, head * group : (head + 1) * group] = part.view(output.dtype)
 

@@ -245,6 +245,17 @@ def test_segments_seen_that_are_not_one_for_each_query_are_refused(seen: tuple[i
         Case(Call(queries=2, parts=SEGMENTS, seen=seen)).attend(module)
 
 
+@pytest.mark.parametrize("dtype", [F32, F16, BF16])
+@pytest.mark.parametrize("codec", [RAW, INT8, INT4])
+def test_no_number_is_the_same_no_number_everywhere(codec: int, dtype: int, level: str) -> None:
+    case = Case(Call(dtype, queries=3, parts=(Part(codec),)))
+    item = {F32: np.uint32, F16: np.uint16, BF16: np.uint16}[dtype]
+    case.query.view(item)[0, 1, 5] = {F32: 0xFFC01234, F16: 0xFE12, BF16: 0xFFC3}[dtype]
+    got, expected = case.attend(native).view(item), case.attend(_pure).view(item)
+    assert np.array_equal(got, expected)
+    assert (got[1, 0] == {F32: 0x7FC00000, F16: 0x7E00, BF16: 0x7FC0}[dtype]).all()
+
+
 def test_no_prefix_at_all_is_plain_causal_attention(level: str) -> None:
     Case(Call(queries=130, length=0)).check(native)
     Case(Call(queries=1, length=0, kv_heads=1, group=1)).check(native)
