@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
+import mmap
 import threading
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
@@ -120,7 +121,10 @@ class PagedCache(DynamicCache):
         #: What one position takes in the compute dtype, all layers, in bytes.
         self.position_bytes = dtype.itemsize * sum(heads * (key + value) for heads, key, value in shapes)
         self.record_tokens = 0
-        slab = as_array(torch.empty(self.position_bytes * grid // dtype.itemsize, dtype=dtype))
+        # Memory of its own, in small pages that come with their first use and can be given back: a buffer for a whole
+        # page of the grid would otherwise be most of what a short chat holds.
+        self._memory = mmap.mmap(-1, self.position_bytes * grid)
+        slab = np.frombuffer(self._memory, as_array(torch.empty(0, dtype=dtype)).dtype)
         layers, at = [], 0
         for index, (heads, *dims) in enumerate(shapes):
             parts = []
@@ -137,6 +141,12 @@ class PagedCache(DynamicCache):
     def tail(self) -> int:
         """Tokens that are not sealed."""
         return int(self.layers[0].length)
+
+    @property
+    def tail_bytes(self) -> int:
+        """What the tail takes: whole memory pages of every head that hold any of it."""
+        heads = (part for layer in self.layers for side in layer.tail for part in side[:, : layer.length])
+        return sum(-(-part.nbytes // mmap.PAGESIZE) * mmap.PAGESIZE for part in heads)
 
     @property
     def full(self) -> bool:
@@ -188,6 +198,8 @@ class PagedCache(DynamicCache):
         self.append_encoded(encoded)
         for layer in self.layers:
             layer.length -= count
+        if not self.tail and hasattr(mmap, "MADV_DONTNEED"):
+            self._memory.madvise(mmap.MADV_DONTNEED)  # what it held is in the page now
         return encoded
 
     def attach(self, stretches: Sequence[Stretch]) -> int:

@@ -12,7 +12,7 @@ a chat that grows beyond is refused here, since the prompts would not be the sam
   to what the new prompt begins with, and the rest is computed.
 - no reuse (baseline): transformers with a new `DynamicCache` in every turn.
 Each runs in a process of its own, one after the other. Time is the sum over all turns. Memory is counted in two ways:
-the KV states that are held when the last answer ends (pages read in place, and the buffer of the tail; or the tensors
+the KV states that are held when the last answer ends (pages read in place, and the tail behind them; or the tensors
 of the `DynamicCache`), and the peak of the process's RSS above what it had after one short chat. A restart before every
 turn would cost the first of them nothing and the second the whole history; that is measured in first_token.py. Results
 go to tests/benchmarks/results/chat_replay.json.
@@ -69,15 +69,17 @@ class Ours:
         reply = self._chat.chat(message, system=SYSTEM, recall=False, max_tokens=self._answer)
         self._attended = getattr(reply.cache, "attended", None)
         usage = reply.usage
+        self._tokens = usage.input_tokens + usage.output_tokens
         return {"prompt": usage.input_tokens, "cached": usage.cached_tokens, "answer": usage.output_tokens}
 
     def held(self) -> int:
-        """KV bytes when the last answer ended: pages in place, and the tail's buffer."""
+        """KV bytes when the last answer ended: pages in place, and the tail behind them in steps of 32 tokens, which
+        are one memory page of each head of the default model."""
         if self._attended is None:
             raise SystemExit("nothing was attended to in place: give a codec that is, and see the log")
         states = self._engine.states
         one = states.dtype.itemsize * sum(heads * (key + value) for heads, key, value in states.shapes)
-        return int(self._attended.bytes + one * self.memory._engine.settings.page_tokens)
+        return int(self._attended.bytes + one * -(-(self._tokens - self._attended.tokens) // 32) * 32)
 
     def between(self) -> int:
         """KV bytes in RAM while nobody speaks."""

@@ -16,7 +16,7 @@ turn, ``--blocks`` times; medians over all tokens of milliseconds a token. All g
 - Without a mask transformers 5.23 asks sdpa for grouped heads (`enable_gqa`), which is several times slower than packed
   heads on a CPU without AMX; `StaticCache`, which has a mask, gets packed ones. Both rows are what users get.
 - Bytes are those of the states held at the end, against `DynamicCache` with as many tokens: of the pages, and with the
-  buffer of the tail, which has room for one page in the compute dtype whatever the length.
+  memory pages of the tail, which holds up to one page of positions in the compute dtype.
 Results go to tests/benchmarks/results/decode.json.
 """
 
@@ -183,7 +183,7 @@ def measure(tokens: int, threads: int, blocks: int, block: int, only: str | None
     result["bytes"] = {}
     for name, run in runs.items():
         if name.startswith("in place"):
-            pages, tail = run.cache.prefix.bytes, run.cache.position_bytes * GRID
+            pages, tail = run.cache.prefix.bytes, run.cache.tail_bytes
             result["bytes"][name] = {
                 "of_pages": pages / (run.cache.prefix.tokens * run.cache.position_bytes),
                 "with_tail": (pages + tail) / (run.cache.get_seq_length() * run.cache.position_bytes),

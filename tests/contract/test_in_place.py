@@ -4,6 +4,7 @@ can't be computed in place never is."""
 from __future__ import annotations
 
 import importlib
+import mmap
 import subprocess
 import sys
 import threading
@@ -574,7 +575,7 @@ def test_a_lora_version_shapes_the_states_in_place(provider: Any, tmp_path: Path
 # -- states from elsewhere ---------------------------------------------------------------------------------------------
 
 
-def test_attached_states_count_as_positions_and_leave_without_a_trace(provider: Any, tmp_path: Path) -> None:
+def test_attached_states_count_as_positions(provider: Any, tmp_path: Path) -> None:
     stretch = importlib.import_module("agentmem.adapters.providers._local_attention").Stretch
     engine = provider._ready()
     with Stored(tmp_path / "store", grid=64, codec="int8") as store:
@@ -618,6 +619,36 @@ def test_attached_states_count_as_positions_and_leave_without_a_trace(provider: 
     composed.seal()
     passed(composed, ids[64:70])
     assert composed.get_seq_length() == 210
+
+
+def test_a_tail_takes_memory_as_it_grows_and_gives_it_back_when_it_is_sealed(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    engine = in_place(models["llama"], tmp_path)._ready()
+    with Stored(tmp_path / "pages", grid=64, codec="int8") as store:
+        assert engine.states.check()
+        states = engine.in_place.states(store)
+    cache = states.made(1024)
+    whole = cache.position_bytes * 1024
+
+    def resident() -> int:
+        start = np.frombuffer(cache._memory, np.uint8).ctypes.data
+        for entry in Path("/proc/self/smaps").read_text().split("VmFlags")[:-1]:
+            lines = entry.strip().splitlines()
+            place = next(line for line in lines if "-" in line.split()[0] and not line.split()[0].endswith(":"))
+            low, high = (int(part, 16) for part in place.split()[0].split("-"))
+            if low <= start < high:
+                return 1024 * int(next(line for line in lines if line.startswith("Rss:")).split()[1])
+        raise AssertionError("the tail's memory is not in the list of mappings")
+
+    assert (cache.tail_bytes, resident()) == (0, 0)
+    engine.forward([5] * 100, cache, (), None)
+    assert 0 < resident() <= cache.tail_bytes + mmap.PAGESIZE * 2 * sum(heads for heads, *_ in states.shapes) < whole
+    for _ in range(7):
+        engine.forward([5] * 132, cache, (), None)
+    assert resident() == whole
+    cache.seal()
+    assert (cache.tail_bytes, resident()) == (0, 0)
 
 
 # -- told to the user --------------------------------------------------------------------------------------------------
