@@ -22,7 +22,7 @@ from transformers.cache_utils import DynamicLayer
 
 from agentmem._pure import kernels
 from agentmem.activation.pages import DTYPES, Codec, Dtype, Encoded, encode
-from agentmem.errors import InvalidInput
+from agentmem.errors import InvalidInput, Unavailable
 from agentmem.types import Attended
 
 from ._local_device import as_array
@@ -123,7 +123,13 @@ class PagedCache(DynamicCache):
         self.record_tokens = 0
         # Memory of its own, in small pages that come with their first use and can be given back: a buffer for a whole
         # page of the grid would otherwise be most of what a short chat holds.
-        self._memory = mmap.mmap(-1, self.position_bytes * grid)
+        size = self.position_bytes * grid
+        try:
+            self._memory = mmap.mmap(-1, size)
+        except OSError as error:
+            raise Unavailable(
+                f"no memory for the KV states of {grid} tokens ({size} bytes): {error.strerror}"
+            ) from error
         slab = np.frombuffer(self._memory, as_array(torch.empty(0, dtype=dtype)).dtype)
         layers, at = [], 0
         for index, (heads, *dims) in enumerate(shapes):

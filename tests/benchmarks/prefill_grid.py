@@ -72,7 +72,7 @@ def main() -> None:
     for name, taken in medians.items():
         label = name if isinstance(name, str) else f"{name:6} tokens a step"
         print(f"{label:26} {taken:7.3f} s, {taken / one_shot:5.2f} of one shot, {taken / base:5.2f} of DynamicCache's")
-    fit = next(size for size in SIZES if medians[size] <= 1.05 * one_shot)
+    fit = next((size for size in SIZES if medians[size] <= 1.05 * one_shot), None)
     print(f"smallest within 5 %: {fit}")
     RESULTS.parent.mkdir(exist_ok=True)
     result = {

@@ -20,7 +20,7 @@ import torch
 from agentmem import Memory, _pure
 from agentmem._pure import kernels
 from agentmem.activation.pages import Codec, NewPage, write_page
-from agentmem.errors import ConfigError, InvalidInput
+from agentmem.errors import ConfigError, InvalidInput, Unavailable
 from agentmem.parametric import lora
 from agentmem.provider import Generation, LoraRef, Options, Request, load
 from agentmem.types import Attended, Message, Segment
@@ -649,6 +649,22 @@ def test_a_tail_takes_memory_as_it_grows_and_gives_it_back_when_it_is_sealed(
     assert resident() == whole
     cache.seal()
     assert (cache.tail_bytes, resident()) == (0, 0)
+
+
+def test_no_memory_for_a_tail_is_told_as_such(
+    models: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = in_place(models["llama"], tmp_path)._ready()
+    with Stored(tmp_path / "pages", grid=64, codec="int8") as store:
+        assert engine.states.check()
+        states = engine.in_place.states(store)
+
+    def refused(*_: object) -> None:
+        raise OSError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(mmap, "mmap", refused)
+    with pytest.raises(Unavailable, match="no memory for the KV states of 64 tokens"):
+        states.made(64)
 
 
 # -- told to the user --------------------------------------------------------------------------------------------------
