@@ -11,7 +11,6 @@ if TYPE_CHECKING:
     from .activation.store import PageEntry as PageEntry
     from .activation.store import Swapped as Swapped
     from .async_memory import AsyncMemory as AsyncMemory
-    from .async_memory import AsyncReplyStream as AsyncReplyStream
     from .async_memory import AsyncScopedMemory as AsyncScopedMemory
     from .errors import AgentMemError as AgentMemError
     from .errors import ConfigError as ConfigError
@@ -31,9 +30,11 @@ if TYPE_CHECKING:
     from .errors import Unavailable as Unavailable
     from .ledger import Report as Report
     from .memory import Memory as Memory
-    from .memory import ReplyStream as ReplyStream
     from .memory import ScopedMemory as ScopedMemory
     from .parametric.registry import LoraVersion as LoraVersion
+    from .reply_stream import AsyncReplyStream as AsyncReplyStream
+    from .reply_stream import ReplyStream as ReplyStream
+    from .types import Attended as Attended
     from .types import CacheUse as CacheUse
     from .types import Context as Context
     from .types import Erasure as Erasure
@@ -51,15 +52,16 @@ __version__ = "0.1.0"
 #: Where each public name lives.
 _MODULES = {
     "activation.store": "PageEntry Swapped",
-    "async_memory": "AsyncMemory AsyncReplyStream AsyncScopedMemory",
+    "async_memory": "AsyncMemory AsyncScopedMemory",
     "errors": (
         "AgentMemError ConfigError Corrupt Full Incompatible InvalidInput Locked MissingDependency NotFound "
         "ProviderError RateLimited Rejected ScopeError StoreError TrainingError Unavailable"
     ),
     "ledger": "Report",
-    "memory": "Memory ReplyStream ScopedMemory",
+    "memory": "Memory ScopedMemory",
     "parametric.registry": "LoraVersion",
-    "types": "CacheUse Context Erasure Hit Message Record Reply Scope ToolCall Usage Verification",
+    "reply_stream": "AsyncReplyStream ReplyStream",
+    "types": "Attended CacheUse Context Erasure Hit Message Record Reply Scope ToolCall Usage Verification",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
 from . import flows, kinds, memory, transfer
 from .chat import Conversation
 from .engine import Engine
-from .errors import AgentMemError
-from .flow import Flow, arun, astream, local
+from .flow import arun, local
 from .flows import When
 from .ledger import Report
 from .memory import NOT_GIVEN, Content, narrowed, opened
 from .provider import Provider
+from .reply_stream import AsyncReplyStream
 from .types import Context, Erasure, Hit, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
@@ -33,7 +33,6 @@ __all__ = [
     "AsyncMemory",
     "AsyncParametric",
     "AsyncPlaintext",
-    "AsyncReplyStream",
     "AsyncScopedMemory",
 ]
 
@@ -48,42 +47,6 @@ def _documented(cls: C) -> C:
         if not name.startswith("_") and not function.__doc__:
             function.__doc__ = getattr(twin, name).__doc__
     return cls
-
-
-class AsyncReplyStream:
-    """The pieces of a reply as they come; ``await .reply()`` is the whole `Reply`.
-
-    A turn is remembered when its last piece has come. Closed or cancelled before that, the request is given up and
-    nothing is remembered. Use it in ``async with`` where the loop over it may be left early.
-    """
-
-    def __init__(self, flow: Flow[Reply]) -> None:
-        self._replies: list[Reply] = []
-        self._pieces: AsyncGenerator[str, None] = astream(flow, self._replies.append)
-
-    def __aiter__(self) -> AsyncIterator[str]:
-        return self._pieces
-
-    async def __anext__(self) -> str:
-        return await anext(self._pieces)
-
-    async def reply(self) -> Reply:
-        """The whole reply; what has not come yet is waited for."""
-        async for _ in self._pieces:
-            pass
-        if not self._replies:
-            raise AgentMemError("the stream was closed before its end: there is no reply")
-        return self._replies[0]
-
-    async def close(self) -> None:
-        """Give the rest up."""
-        await self._pieces.aclose()
-
-    async def __aenter__(self) -> Self:
-        return self
-
-    async def __aexit__(self, *_: object) -> None:
-        await self.close()
 
 
 @_documented

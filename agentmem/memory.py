@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import builtins
 import os
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
@@ -16,12 +16,13 @@ from . import config as configuration
 from . import flows, kinds, transfer
 from .chat import Conversation
 from .engine import Engine
-from .errors import AgentMemError, ConfigError, InvalidInput, ScopeError
-from .flow import Flow, local, run, stream
+from .errors import ConfigError, InvalidInput, ScopeError
+from .flow import local, run
 from .flows import When
 from .ledger import Report
 from .plaintext.drafts import check_path, narrow
 from .provider import Provider
+from .reply_stream import ReplyStream
 from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
     from .parametric.registry import LoraVersion
     from .plaintext.embed import Embedder
 
-__all__ = ["Activation", "Memory", "Parametric", "Plaintext", "ReplyStream", "ScopedMemory"]
+__all__ = ["Activation", "Memory", "Parametric", "Plaintext", "ScopedMemory"]
 
 T = TypeVar("T")
 Content = str | Message | Mapping[str, Any] | Sequence[str | Message | Mapping[str, Any]]
@@ -91,49 +92,6 @@ def opened(
         embedder=None if isinstance(embedder, str) else embedder,
         **more,
     )
-
-
-def _kept(pieces: Generator[str, None, Reply], replies: builtins.list[Reply]) -> Generator[str, None, None]:
-    replies.append((yield from pieces))
-
-
-class ReplyStream:
-    """The pieces of a reply as they come; ``.reply`` is the whole `Reply` once they have all come.
-
-    A turn is remembered when its last piece has come. Closed before that (``close``, leaving a ``with`` block, dropping
-    it), the request is given up and nothing is remembered.
-    """
-
-    def __init__(self, flow: Flow[Reply]) -> None:
-        self._replies: builtins.list[Reply] = []
-        # Not a method: a generator that held this object would be a circle, and dropping it would end nothing until the
-        # collector came by, which may be while httpcore holds the very lock that ending a response takes.
-        self._pieces = _kept(stream(flow), self._replies)
-
-    def __iter__(self) -> Iterator[str]:
-        return self._pieces
-
-    def __next__(self) -> str:
-        return next(self._pieces)
-
-    @property
-    def reply(self) -> Reply:
-        """The whole reply; what has not come yet is waited for."""
-        for _ in self._pieces:
-            pass
-        if not self._replies:
-            raise AgentMemError("the stream was closed before its end: there is no reply")
-        return self._replies[0]
-
-    def close(self) -> None:
-        """Give the rest up."""
-        self._pieces.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
 
 
 class ScopedMemory:

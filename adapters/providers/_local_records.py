@@ -5,9 +5,8 @@ kept or of how good that is (_local_records_gate.py measures it). Approximate by
 the records before it. What is computed behind one is never kept as an exact prefix.
 
 A record is computed behind the system text, the opening of the turn and three made-up records ("primed"); only its own
-states are kept. Standing alone it would take the attention of a first record, which is most of the loss: for the
-default model a KL of 0.7 without the examples, 0.2 with them. Computing the first tokens anew is LegoLink of EPIC
-(Hu et al. 2024, arXiv 2410.15332).
+states are kept. Standing alone it would take the attention of a first record, which is most of the loss.
+Computing the first tokens anew is LegoLink of EPIC (Hu et al. 2024, arXiv 2410.15332).
 """
 
 from __future__ import annotations

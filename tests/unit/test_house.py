@@ -21,6 +21,7 @@ ORDER = [
     ["testing"],
     ["async_memory"],
     ["memory"],
+    ["reply_stream"],
     ["kinds", "chat", "transfer"],
     ["flows"],
     ["engine"],

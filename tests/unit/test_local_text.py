@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from agentmem.errors import InvalidInput
 from agentmem.provider import Options
 
-_local_generate = importlib.import_module("agentmem.adapters.providers._local_generate")
-Sampler, Text = _local_generate.Sampler, _local_generate.Text
+_local_text = importlib.import_module("agentmem.adapters.providers._local_text")
+Sampler, Text = _local_text.Sampler, _local_text.Text
 
 Make = Callable[..., Any]
 
