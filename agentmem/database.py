@@ -8,6 +8,8 @@ here as a `StoreError`. Usable from many threads (one connection, one lock) and 
 from __future__ import annotations
 
 import contextlib
+import datetime as dt
+import itertools
 import os
 import sqlite3
 import threading
@@ -22,13 +24,34 @@ __all__ = ["FORMAT", "Database"]
 
 #: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
 #: place.
-FORMAT = 4
+FORMAT = 5
 
 #: What makes of a file of each format one of the next, in one transaction.
 UPGRADES = {
-    1: "ALTER TABLE pages ADD COLUMN codec TEXT NOT NULL DEFAULT 'raw'",
-    2: "ALTER TABLE uses ADD COLUMN attended TEXT",
-    3: "ALTER TABLE pages ADD COLUMN grid INTEGER NOT NULL DEFAULT 0",
+    1: "ALTER TABLE pages ADD COLUMN codec TEXT NOT NULL DEFAULT 'raw';",
+    2: "ALTER TABLE uses ADD COLUMN attended TEXT;",
+    3: "ALTER TABLE pages ADD COLUMN grid INTEGER NOT NULL DEFAULT 0;",
+    4: """
+ALTER TABLE records ADD COLUMN at_s REAL;
+UPDATE records SET at_s = unix_seconds(at);
+CREATE VIRTUAL TABLE records_terms USING fts5vocab (records_fts, instance);
+ALTER TABLE vectors RENAME TO old_vectors;
+CREATE TABLE vectors (
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+    vector BLOB NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (space, seq, part)
+);
+INSERT INTO vectors SELECT seq, space, 0, 0, (SELECT length(text) FROM records WHERE records.seq = old.seq), vector,
+    checksum FROM old_vectors AS old WHERE seq IN (SELECT seq FROM records);
+DROP TABLE old_vectors;
+CREATE TABLE tokens (
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, codes BLOB NOT NULL, checksum INTEGER NOT NULL,
+    PRIMARY KEY (space, seq, part)
+);
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
+);
+""",
 }
 
 SCHEMA = """
@@ -41,7 +64,7 @@ CREATE TABLE records (
     text TEXT NOT NULL,
     role TEXT NOT NULL, name TEXT,
     at TEXT, valid_from TEXT, valid_until TEXT, -- ISO 8601, as given
-    from_s REAL, until_s REAL,                  -- the validity as UTC seconds, for comparisons
+    at_s REAL, from_s REAL, until_s REAL,       -- the same as UTC seconds, for comparisons
     tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
     metadata TEXT NOT NULL, source TEXT, trust TEXT NOT NULL,
     created REAL NOT NULL, version INTEGER NOT NULL,
@@ -60,28 +83,43 @@ CREATE TABLE versions (
 CREATE VIRTUAL TABLE records_fts USING fts5 (
     text, name, content='records', content_rowid='seq', tokenize='porter unicode61'
 );
--- Vectors are truth too: the index is rebuilt from them without a call of the embedder.
+-- Every occurrence of a stemmed word: the postings that words are scored by (words.py).
+CREATE VIRTUAL TABLE records_terms USING fts5vocab (records_fts, instance);
+-- Vectors are truth too: the index is rebuilt from them without a call of the embedder. A row is a passage of a record,
+-- characters start to stop of its text; a short record has one, part 0.
 CREATE TABLE spaces (
     id INTEGER PRIMARY KEY, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, dimension INTEGER NOT NULL
 );
 CREATE TABLE vectors (
-    seq INTEGER NOT NULL, space INTEGER NOT NULL, vector BLOB NOT NULL, checksum INTEGER NOT NULL,
-    PRIMARY KEY (space, seq)
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+    vector BLOB NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (space, seq, part)
 );
--- What happened to the vectors, in order: an index that has applied change N needs only what follows. The nonce tells
--- this history from another one with the same numbers (a restored backup).
+-- The vectors of a passage's tokens, compressed (late.py).
+CREATE TABLE tokens (
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, codes BLOB NOT NULL, checksum INTEGER NOT NULL,
+    PRIMARY KEY (space, seq, part)
+);
+-- What happened to the records and their vectors, in order: what has applied change N needs only what follows. added is
+-- 1 for new or changed, 0 for gone; the nonce tells this history from another one with the same numbers (a restored
+-- backup).
 CREATE TABLE changes (
     change INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, seq INTEGER NOT NULL, added INTEGER NOT NULL,
     nonce INTEGER NOT NULL DEFAULT (random())
 );
 
--- Lineage: which records a derived thing was made from. kind is page, slot, core, lora or reply.
+-- Lineage: which records a derived thing was made from. kind is page, slot, core, lora, reply, record (one written from
+-- others) or supersedes (one that took another's place).
 CREATE TABLE lineage (
     kind TEXT NOT NULL, key TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, key, record)
 ) WITHOUT ROWID;
 CREATE INDEX lineage_record ON lineage (record, kind);
 -- A forgotten record's id outlives it, so that an old export or backup can't bring it back.
 CREATE TABLE tombstones (record TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+-- Work to be done later for a record, each kind once: queued, done, failed or refused.
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
+);
 -- Erasures whose files are not all gone yet: finished at the next open.
 CREATE TABLE erasures (id INTEGER PRIMARY KEY, at REAL NOT NULL, work TEXT NOT NULL);
 
@@ -149,6 +187,7 @@ class Database:
             connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
             try:
                 connection.row_factory = sqlite3.Row
+                connection.create_function("unix_seconds", 1, _unix_seconds, deterministic=True)
                 connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
                 connection.execute("PRAGMA secure_delete = ON")
                 connection.execute("PRAGMA journal_mode = WAL")
@@ -172,7 +211,8 @@ class Database:
         try:
             # Another process may have made the tables while this one waited for the lock.
             found = connection.execute("PRAGMA user_version").fetchone()[0]
-            for statement in _statements(SCHEMA) if found == 0 else (UPGRADES[old] for old in range(found, FORMAT)):
+            scripts = [SCHEMA] if found == 0 else [UPGRADES[old] for old in range(found, FORMAT)]
+            for statement in itertools.chain.from_iterable(map(_statements, scripts)):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {max(found, FORMAT)}")
             connection.execute("COMMIT")
@@ -279,6 +319,15 @@ if hasattr(os, "register_at_fork"):
         after_in_parent=lambda: _after_fork(child=False),
         after_in_child=lambda: _after_fork(child=True),
     )
+
+
+def _unix_seconds(moment: str | None) -> float | None:
+    """An ISO time as seconds since 1970, by exact arithmetic: for upgrades of tables that hold only the text."""
+    if moment is None:
+        return None
+    when = dt.datetime.fromisoformat(moment)
+    when = when if when.tzinfo else when.replace(tzinfo=dt.UTC)
+    return (when - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) / dt.timedelta(seconds=1)
 
 
 def _statements(script: str) -> Iterator[str]:

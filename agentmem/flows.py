@@ -21,7 +21,7 @@ from .flow import Embed, Flow
 from .ledger import LISTED, Report
 from .plaintext import search as searching
 from .plaintext.conditions import beneath, matching
-from .plaintext.drafts import check_k, drafts, moment
+from .plaintext.drafts import check_k, drafts, moment, passage
 from .progress import progress
 from .types import Context, Erasure, Hit, Record, Scope, Usage, Verification
 
@@ -106,7 +106,7 @@ def catch_up(engine: Engine) -> Flow[int]:
         total = engine.records.count(Scope()) if moved else 0
         while rows:
             noted: list[Usage] = []
-            vectors = yield from embedded(engine, [passage for _, passage in rows], noted)
+            vectors = yield from embedded(engine, [passage(text, name) for _, text, name in rows], noted)
             with engine.database.write():
                 done += engine.records.embed_rows(rows, vectors, space)
                 note_embeddings(engine, Scope(), noted)
@@ -177,16 +177,15 @@ def update(
 ) -> Flow[Record]:
     """A new version of a record. Core blocks and LoRA versions made from the old text are dropped or retired."""
     noted: list[Usage] = []
-    vector = None
+    vectors = None
     old = engine.records.get(id, scope)
     if text is not None:
         changed = drafts({"role": old.role, "content": text, "name": old.name}, scope=old.scope)
         vectors = yield from embedded(engine, [changed[0].passage], noted)
-        vector = None if vectors is None else vectors[0]
     space = engine.space
     with engine.database.write():
         old = engine.records.get(id, scope)
-        record = engine.records.update(id, scope, text=text, metadata=metadata, vector=vector, space=space)
+        record = engine.records.update(id, scope, text=text, metadata=metadata, vectors=vectors, space=space)
         note_embeddings(engine, scope, noted)
         derived = record.text != old.text and _drop_derived(engine, [id], pages=False)
     if derived:

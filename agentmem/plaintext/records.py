@@ -32,10 +32,10 @@ from .drafts import (
     drafts,
     dump_metadata,
     narrow,
-    passage,
     shown,
 )
 from .rows import (
+    Passages,
     build,
     checksum,
     drop_words,
@@ -47,7 +47,7 @@ from .rows import (
     record_of,
     scope_of,
     version_checksum,
-    write_vectors,
+    write_passages,
     write_version,
 )
 
@@ -74,6 +74,7 @@ __all__ = [
 ID = re.compile(r"[0-9a-f]{32}")
 #: By the whole primary key: by the row alone it would walk through all vectors.
 DROP_VECTORS = "DELETE FROM vectors WHERE space IN (SELECT id FROM spaces) AND seq = ?"
+DROP_TOKENS = "DELETE FROM tokens WHERE space IN (SELECT id FROM spaces) AND seq = ?"
 #: The source of a chat's own turns. Written out in SQL, so that the partial index ``records_turns`` answers.
 TURN = "chat"
 TURNS = f"tenant = ? AND user = ? AND agent = ? AND session = ? AND source = '{TURN}'"
@@ -106,7 +107,7 @@ class Records:
     def insert(
         self,
         drafts: Sequence[Draft],
-        vectors: Vectors | None = None,
+        vectors: Passages | Vectors | None = None,
         space: int | None = None,
         *,
         ids: Sequence[str] | None = None,
@@ -114,13 +115,14 @@ class Records:
     ) -> builtins.list[Record]:
         """Store all drafts or none, in one transaction; when this returns they survive a crash.
 
-        ``vectors`` is float32 [len(drafts), dimension] in the embedding space ``space``. ``ids`` were made by `new_id`;
-        an id that is in use or was forgotten is refused. ``older`` holds each record's earlier versions (an import).
+        ``vectors`` in the embedding space ``space`` are those of the texts' passages, or float32 [len(drafts),
+        dimension] of the whole texts. ``ids`` were made by `new_id`; an id that is in use or was forgotten is refused.
+        ``older`` holds each record's earlier versions (an import).
         """
         ids = sorted(new_id(self._clock()) for _ in drafts) if ids is None else [*ids]
         if len(ids) != len(drafts) or len(set(ids)) != len(ids) or not all(map(_well_formed, ids)):
             raise InvalidInput(f"{len(drafts)} records need {len(drafts)} different ids made by new_id()")
-        blobs = self._blobs(vectors, space, len(drafts))
+        passages = self._passages(vectors, space, [draft.text for draft in drafts])
         if not drafts:
             return []
         for draft in drafts:
@@ -146,9 +148,9 @@ class Records:
             )
             for version in versions:
                 write_version(connection, version)
-            if blobs is not None:
-                tenants = [row["tenant"] for row in rows]
-                write_vectors(connection, space, list(zip(tenants, seqs, blobs, strict=True)))
+            if passages is not None:
+                write_passages(connection, space, seqs, passages)
+            note_changes(connection, [(row["tenant"], seq, 1) for row, seq in zip(rows, seqs, strict=True)])
         return [record_of(row) for row in rows]
 
     def get(self, id: str, scope: Scope) -> Record:
@@ -249,12 +251,12 @@ class Records:
         *,
         text: str | None = None,
         metadata: Mapping[str, Any] | None = None,
-        vector: Vectors | None = None,
+        vectors: Passages | Vectors | None = None,
         space: int | None = None,
     ) -> Record:
-        """Replace text, metadata or both; the old version is kept in the history. ``vector`` is the new text's.
+        """Replace text, metadata or both; the old version is kept in the history. ``vectors`` are the new text's.
 
-        Without ``vector`` a changed text has no vector until it is embedded (`pending`). `ScopeError` for a record that
+        Without them a changed text has no vector until it is embedded (`pending`). `ScopeError` for a record that
         a level above shares with this scope: it can be read here and changed only there.
         """
         if text is None and metadata is None:
@@ -262,8 +264,7 @@ class Records:
         if text is not None:
             text = check_text(text)
         new_metadata = None if metadata is None else dump_metadata(check_metadata(metadata))
-        matrix = vector.reshape(1, -1) if vector is not None else None
-        blobs = self._blobs(matrix, space, 1)
+        passages = self._passages(vectors, space, ["" if text is None else text])
         with self._database.write() as connection:
             row = dict(self._changeable(id, scope))
             record_of(row)  # a damaged row must not be copied into the history under a fresh checksum
@@ -283,10 +284,10 @@ class Records:
                     (row["seq"], new["text"], row["name"]),
                 )
                 connection.execute(DROP_VECTORS, (row["seq"],))
-                if blobs is None:
-                    note_changes(connection, [(row["tenant"], row["seq"], 0)])
-                else:
-                    write_vectors(connection, space, [(row["tenant"], row["seq"], blobs[0])])
+                connection.execute(DROP_TOKENS, (row["seq"],))
+                if passages is not None:
+                    write_passages(connection, space, [row["seq"]], passages)
+            note_changes(connection, [(row["tenant"], row["seq"], 1)])
         return record_of(new)
 
     def select(
@@ -307,7 +308,8 @@ class Records:
         counts = self._database.query(
             f"SELECT (SELECT count(*) FROM records WHERE id IN {named}),"
             f" (SELECT count(*) FROM versions WHERE id IN {named}),"
-            f" (SELECT count(*) FROM vectors WHERE seq IN (SELECT seq FROM records WHERE id IN {named}))",
+            " (SELECT count(*) FROM vectors WHERE space IN (SELECT id FROM spaces) AND seq IN"
+            f" (SELECT seq FROM records WHERE id IN {named}))",
             [json.dumps(list(ids))] * 3,
         )[0]
         return Deletion(records=counts[0], versions=counts[1], vectors=counts[2])
@@ -330,6 +332,7 @@ class Records:
                 connection.execute("DELETE FROM records WHERE seq = ?", (row["seq"],))
                 versions += connection.execute("DELETE FROM versions WHERE id = ?", (id_,)).rowcount
                 vectors += connection.execute(DROP_VECTORS, (row["seq"],)).rowcount
+                connection.execute(DROP_TOKENS, (row["seq"],))
                 note_changes(connection, [(row["tenant"], row["seq"], 0)])
                 connection.execute("INSERT OR REPLACE INTO tombstones (record, at) VALUES (?, ?)", (id_, self._clock()))
                 records += 1
@@ -338,8 +341,8 @@ class Records:
                 connection.execute("INSERT INTO records_fts (records_fts) VALUES ('rebuild')")
         return Deletion(records=records, versions=versions, vectors=vectors)
 
-    def pending(self, space: int, limit: int = 256) -> builtins.list[tuple[int, str]]:
-        """(row, passage) of up to ``limit`` records that have no vector in ``space`` yet, the oldest first."""
+    def pending(self, space: int, limit: int = 256) -> builtins.list[tuple[int, str, str | None]]:
+        """(row, text, name) of up to ``limit`` records that have no vector in ``space`` yet, the oldest first."""
         # Only what came or changed since nothing was missing is looked at: this is asked before every search.
         last, change = self._settled.get(space, (0, 0))
         mark = self._database.query(
@@ -358,18 +361,21 @@ class Records:
         )
         if not rows:
             self._settled[space] = (mark[0], mark[1])
-        return [(row["seq"], passage(row["text"], row["name"])) for row in rows]
+        return [(row["seq"], row["text"], row["name"]) for row in rows]
 
-    def embed_rows(self, rows: Sequence[tuple[int, str]], vectors: Vectors, space: int) -> int:
+    def embed_rows(self, rows: Sequence[tuple[int, str, str | None]], vectors: Passages | Vectors, space: int) -> int:
         """Give rows of `pending` their vectors, unless a text changed or went meanwhile; returns how many got one."""
-        blobs = self._blobs(vectors, space, len(rows)) or []
+        passages = self._passages(vectors, space, [text for _, text, _ in rows])
+        assert passages is not None
         with self._database.write() as connection:
-            ready = []
-            for (seq, text), blob in zip(rows, blobs, strict=True):
-                row = connection.execute("SELECT tenant, text, name FROM records WHERE seq = ?", (seq,)).fetchone()
-                if row is not None and passage(row["text"], row["name"]) == text:
-                    ready.append((row["tenant"], seq, blob))
-            write_vectors(connection, space, ready)
+            ready, changes = [], []
+            for at, (seq, text, _) in enumerate(rows):
+                row = connection.execute("SELECT tenant, text FROM records WHERE seq = ?", (seq,)).fetchone()
+                if row is not None and row["text"] == text:
+                    ready.append(at)
+                    changes.append((row["tenant"], seq, 1))
+            write_passages(connection, space, [seq for _, seq, _ in changes], passages.pick(ready))
+            note_changes(connection, changes)
         return len(ready)
 
     def verify(self) -> builtins.list[str]:
@@ -421,7 +427,8 @@ class Records:
             raise ScopeError(f"record {id_} belongs to {owner}: it can be read in {scope}, but only changed there")
         return row
 
-    def _blobs(self, vectors: Vectors | None, space: int | None, count: int) -> builtins.list[bytes] | None:
+    def _passages(self, vectors: Passages | Vectors | None, space: int | None, texts: Sequence[str]) -> Passages | None:
+        """``vectors`` if they are fit to be stored as those of these texts."""
         if vectors is None:
             return None
         import numpy as np
@@ -429,12 +436,16 @@ class Records:
         known = self._database.query("SELECT dimension FROM spaces WHERE id = ?", (space,))
         if not known:
             raise InvalidInput(f"there is no embedding space {space!r}: open one with index.open_space()")
-        matrix = np.asarray(vectors)
+        passages = vectors if isinstance(vectors, Passages) else Passages([[(0, len(text))] for text in texts], vectors)
+        count = sum(map(len, passages.spans))
+        matrix = np.asarray(passages.vectors)
+        if len(passages.spans) != len(texts) or not all(passages.spans):
+            raise InvalidInput(f"there are passages of {len(passages.spans)} texts for {len(texts)}")
         if matrix.shape != (count, known[0][0]):
             raise InvalidInput(f"the vectors have the shape {matrix.shape}, {(count, known[0][0])} was expected")
         if not np.isfinite(matrix).all() or not np.asarray(matrix, np.float64).any(axis=1).all():
             raise InvalidInput("a vector is all zeros or holds NaN or infinity: the embedder failed")
-        return [row.tobytes() for row in np.ascontiguousarray(matrix, "<f4")]
+        return passages
 
 
 def _older(than: str | None) -> tuple[str, builtins.list[str]]:

@@ -10,7 +10,8 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Mapping, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import Corrupt
 from agentmem.types import LEVELS, Record, Scope
@@ -18,6 +19,7 @@ from agentmem.types import LEVELS, Record, Scope
 from .drafts import Draft, check_metadata, check_scope, check_text, dump_metadata, utc_seconds
 
 __all__ = [
+    "Passages",
     "build",
     "checksum",
     "drop_words",
@@ -29,9 +31,15 @@ __all__ = [
     "record_of",
     "scope_of",
     "version_checksum",
-    "write_vectors",
+    "write_passages",
     "write_version",
 ]
+
+if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
+
+    Vectors = npt.NDArray[np.float32]
 
 #: What the checksum of a row covers, in this order.
 CONTENT = (
@@ -42,6 +50,28 @@ CONTENT = (
 VERSION = ("id", "version", "text", "metadata", "created")
 #: How many rows of ``changes`` are kept: an index that is further behind is rebuilt.
 KEPT_CHANGES = 65_536
+
+
+@dataclass(frozen=True)
+class Passages:
+    """Texts in the pieces that an embedder could read whole, with what it made of them.
+
+    ``spans[i]`` are the pieces of text i as (start, stop) in characters; ``vectors`` float32 [pieces of all texts,
+    dimension] and ``codes`` (late.py; None where the embedder has no token vectors) follow in the same order.
+    """
+
+    spans: Sequence[Sequence[tuple[int, int]]]
+    vectors: Vectors
+    codes: Sequence[bytes] | None = None
+
+    def pick(self, wanted: Sequence[int]) -> Passages:
+        """The passages of some of the texts."""
+        ends = [0]
+        for spans in self.spans:
+            ends.append(ends[-1] + len(spans))
+        places = [at for i in wanted for at in range(ends[i], ends[i + 1])]
+        codes = None if self.codes is None else [self.codes[at] for at in places]
+        return Passages([self.spans[i] for i in wanted], self.vectors[places], codes)
 
 
 def levels(scope: Scope) -> list[str]:
@@ -60,6 +90,7 @@ def new_row(draft: Draft, id_: str, created: float) -> dict[str, Any]:
         "at": draft.at.isoformat() if draft.at else None,
         "valid_from": start.isoformat() if start else None,
         "valid_until": end.isoformat() if end else None,
+        "at_s": utc_seconds(draft.at) if draft.at else None,
         "from_s": utc_seconds(start) if start else None,
         "until_s": utc_seconds(end) if end else None,
         **dict(zip(LEVELS, levels(draft.scope), strict=True)),
@@ -74,7 +105,7 @@ def new_row(draft: Draft, id_: str, created: float) -> dict[str, Any]:
 
 def insert_row(connection: sqlite3.Connection, row: Mapping[str, Any]) -> int:
     """Store a row; returns its number."""
-    columns = (*CONTENT, "checksum")
+    columns = (*CONTENT, "at_s", "checksum")
     cursor = connection.execute(
         f"INSERT INTO records ({', '.join(columns)}) VALUES ({', '.join('?' * len(columns))})",
         [row[column] for column in columns],
@@ -115,17 +146,29 @@ def drop_words(connection: sqlite3.Connection, row: sqlite3.Row | Mapping[str, A
     )
 
 
-def write_vectors(connection: sqlite3.Connection, space: int | None, rows: Sequence[tuple[str, int, bytes]]) -> None:
-    """Store (tenant, row, vector) and note that they changed."""
+def write_passages(connection: sqlite3.Connection, space: int | None, seqs: Sequence[int], passages: Passages) -> None:
+    """Store the passages of these rows: their vectors, and those of their tokens where there are any."""
+    at = 0
+    vectors, tokens = [], []
+    for seq, spans in zip(seqs, passages.spans, strict=True):
+        for part, (start, stop) in enumerate(spans):
+            blob = passages.vectors[at].astype("<f4").tobytes()
+            vectors.append((seq, space, part, start, stop, blob, zlib.crc32(blob)))
+            if passages.codes is not None:
+                codes = passages.codes[at]
+                tokens.append((seq, space, part, codes, zlib.crc32(codes)))
+            at += 1
     connection.executemany(
-        "INSERT OR REPLACE INTO vectors (seq, space, vector, checksum) VALUES (?, ?, ?, ?)",
-        [(seq, space, blob, zlib.crc32(blob)) for _, seq, blob in rows],
+        "INSERT OR REPLACE INTO vectors (seq, space, part, start, stop, vector, checksum) VALUES (?, ?, ?, ?, ?, ?, ?)",
+        vectors,
     )
-    note_changes(connection, [(tenant, seq, 1) for tenant, seq, _ in rows])
+    connection.executemany(
+        "INSERT OR REPLACE INTO tokens (seq, space, part, codes, checksum) VALUES (?, ?, ?, ?, ?)", tokens
+    )
 
 
 def note_changes(connection: sqlite3.Connection, changes: Sequence[tuple[str, int, int]]) -> None:
-    """Note (tenant, row, 1 for added or 0 for removed) for the vector indexes of every process."""
+    """Note (tenant, row, 1 for new or changed or 0 for gone) for what every process derives from the records."""
     last = 0
     for change in changes:
         last = connection.execute("INSERT INTO changes (tenant, seq, added) VALUES (?, ?, ?)", change).lastrowid or 0

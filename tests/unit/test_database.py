@@ -16,6 +16,13 @@ def test_a_folder_of_format_1_is_upgraded_in_place(tmp_path: Path) -> None:
     with Memory(tmp_path, embedder="none") as memory:
         [record] = memory.add("kept")
     with sqlite3.connect(tmp_path / "memory.db") as old:
+        for table in ("records_terms", "tokens", "jobs", "vectors"):
+            old.execute(f"DROP TABLE {table}")
+        old.execute(
+            "CREATE TABLE vectors (seq INTEGER NOT NULL, space INTEGER NOT NULL, vector BLOB NOT NULL,"
+            " checksum INTEGER NOT NULL, PRIMARY KEY (space, seq))"
+        )
+        old.execute("ALTER TABLE records DROP COLUMN at_s")
         old.execute("ALTER TABLE uses DROP COLUMN attended")
         old.execute("ALTER TABLE pages DROP COLUMN grid")
         old.execute("ALTER TABLE pages DROP COLUMN codec")

@@ -110,7 +110,7 @@ def test_adding_changing_and_deleting_are_seen_by_the_next_search(store: Store) 
     [sixth] = store.add(1)
     assert index.search(store.vectors[6], 1, store.allowed())[0].tolist() == [6]
     moved = -10 * store.vectors[6]
-    store.records.update(sixth.id, Scope(), text="moved", vector=moved, space=store.space)
+    store.records.update(sixth.id, Scope(), text="moved", vectors=moved[None], space=store.space)
     assert index.search(moved, 1, store.allowed())[0].tolist() == [6]
     store.records.delete([sixth.id])
     assert index.search(moved, 6, {"": np.arange(1, 7)})[0].tolist() != [6]

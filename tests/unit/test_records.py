@@ -378,13 +378,13 @@ def test_records_without_vectors_are_pending_until_embedded(records: Records, da
     assert records.pending(space) == []
     [first] = records.insert(drafts({"role": "user", "name": "Ana", "content": "hi"}, scope=ROOT))
     [second] = records.insert(drafts("there", scope=ROOT), one, space)
-    assert records.pending(space) == [(1, "Ana: hi")]
+    assert records.pending(space) == [(1, "hi", "Ana")]
     records.update(first.id, ROOT, text="changed meanwhile")
-    assert records.embed_rows([(1, "Ana: hi")], one, space) == 0
+    assert records.embed_rows([(1, "another text", "Ana")], one, space) == 0
     assert records.embed_rows(records.pending(space), one, space) == 1
     assert records.pending(space) == []
     records.update(second.id, ROOT, text="new words")
-    assert records.pending(space) == [(2, "new words")]
+    assert records.pending(space) == [(2, "new words", None)]
     other = open_space(database, "other", "digest 2", 4)
     assert len(records.pending(other)) == 2
 
@@ -422,7 +422,7 @@ def test_verify_names_every_damage_and_no_wrong_text_is_given(
 ) -> None:
     space = open_space(database, "test", "digest", 4)
     [made] = records.insert(drafts("peanuts", scope=ANA), np.eye(1, 4, dtype=np.float32), space)
-    records.update(made.id, ANA, text="more peanuts", vector=np.ones(4, np.float32), space=space)
+    records.update(made.id, ANA, text="more peanuts", vectors=np.ones((1, 4), np.float32), space=space)
     assert records.verify() == []
     with database.write() as connection:
         connection.execute(DAMAGE[damage])
@@ -461,7 +461,7 @@ def test_after_a_deletion_no_byte_of_it_is_left_in_the_folder(tmp_path: Path) ->
         words = ["".join(random.choices("abcdefghijklmnopqrstuvwxyz", k=12)) for _ in range(300)]
         made = records.insert(drafts([f"the {word} of nothing" for word in words], scope=ANA), vectors, space)
         for record, word in zip(made[::10], words[::10], strict=True):
-            records.update(record.id, ANA, text=f"{word}x now", vector=np.full(64, 0.5, np.float32), space=space)
+            records.update(record.id, ANA, text=f"{word}x now", vectors=np.full((1, 64), 0.5, np.float32), space=space)
         before = bytes_of(tmp_path)
         assert all(word.encode() in before for word in words)
         gone = [n for n in range(300) if n % 3 == 0]
