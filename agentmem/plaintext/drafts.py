@@ -11,7 +11,7 @@ import json
 import math
 import os
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast, get_args
@@ -21,20 +21,24 @@ from agentmem.types import LEVELS, Message, Record, Role, Scope
 
 __all__ = [
     "Draft",
+    "Redact",
     "check_k",
     "check_metadata",
     "check_path",
     "check_scope",
     "check_text",
+    "check_value",
     "draft_of",
     "drafts",
     "dump_metadata",
     "moment",
     "narrow",
+    "redacted",
     "shown",
     "utc_seconds",
 ]
 
+Trust = Literal["trusted", "untrusted"]
 MAX_TEXT_BYTES = 16 * 1024 * 1024
 MAX_METADATA_BYTES = 1024 * 1024
 MAX_METADATA_DEPTH = 64
@@ -44,6 +48,8 @@ MAX_SOURCE_BYTES = 4096
 
 MESSAGE_KEYS = frozenset({"role", "content", "name", "at", "metadata"})
 ROLES: tuple[str, ...] = get_args(Role)
+#: Takes out of a text what must not be kept (redact.py, or the user's own).
+Redact = Callable[[str], str]
 _SHOWN = reprlib.Repr()
 _SHOWN.maxstring = _SHOWN.maxother = 80
 EPOCH = dt.datetime(1970, 1, 1, tzinfo=dt.UTC)
@@ -62,7 +68,7 @@ class Draft:
     valid_until: dt.datetime | None = None
     metadata: str = "{}"
     source: str | None = None
-    trust: Literal["trusted", "untrusted"] = "trusted"
+    trust: Trust = "trusted"
 
     @property
     def passage(self) -> str:
@@ -84,14 +90,19 @@ def drafts(
     valid_from: dt.datetime | str | None = None,
     valid_until: dt.datetime | str | None = None,
     source: str | None = None,
+    trust: str | None = None,
+    redact: Redact | None = None,
 ) -> list[Draft]:
     """The drafts of ``content``: a str, a `Message`, a mapping, or a list of those.
 
     A mapping is ``{"role", "content", "name"?, "at"?, "metadata"?}``. The arguments ``metadata`` and ``at`` hold for
-    all messages; a message's own win over them. Pure. Raises `InvalidInput` or `ScopeError` for the first thing that
-    can't be stored exactly.
+    all messages; a message's own win over them. ``trust`` is "trusted" or "untrusted", by default what the role says;
+    ``redact`` goes over texts, names and the strings in metadata. Pure but for that. Raises `InvalidInput` or
+    `ScopeError` for the first thing that can't be stored exactly.
     """
     check_scope(scope)
+    if trust not in (None, "trusted", "untrusted"):
+        raise InvalidInput(f"trust is {shown(trust)}: give 'trusted' or 'untrusted', or leave it out")
     shared = check_metadata(metadata)
     start, end = moment(valid_from, "valid_from"), moment(valid_until, "valid_until")
     if start is not None and end is not None and utc_seconds(end) <= utc_seconds(start):
@@ -104,25 +115,51 @@ def drafts(
     for number, message in enumerate(messages):
         where = f"message {number}" if isinstance(content, (list, tuple)) else "the content"
         role, text, name, own_at, own_metadata = _parts(message, where)
+        text = check_text(text, f"the text of {where}")
+        name = None if name is None else _line(name, f"the name of {where}", MAX_NAME_BYTES)
+        told = {**shared, **check_metadata(own_metadata)}
+        if redact is not None:
+            text = check_text(redacted(redact, text), f"the redacted text of {where}")
+            name = name and _line(redacted(redact, name), f"the redacted name of {where}", MAX_NAME_BYTES)
+            told = check_metadata(_redacted_json(redact, told))
         found.append(
             Draft(
-                text=check_text(text, f"the text of {where}"),
+                text=text,
                 scope=scope,
                 role=role,
-                name=None if name is None else _line(name, f"the name of {where}", MAX_NAME_BYTES),
+                name=name,
                 at=said if own_at is None else moment(own_at, f"at of {where}"),
                 valid_from=start,
                 valid_until=end,
-                metadata=dump_metadata({**shared, **check_metadata(own_metadata)}),
+                metadata=dump_metadata(told),
                 source=source,
                 # What a tool returned was written by a stranger; everything else by the application or its user.
-                trust="untrusted" if role == "tool" else "trusted",
+                trust=cast(Trust, trust or ("untrusted" if role == "tool" else "trusted")),
             )
         )
     return found
 
 
-def draft_of(record: Record) -> Draft:
+def redacted(redact: Redact, text: str) -> str:
+    """What ``redact`` leaves of ``text``. A hook that fails is an `InvalidInput`: nothing may be kept unredacted."""
+    try:
+        left = redact(text)
+    except Exception as error:  # the user's own code
+        raise InvalidInput(f"the redact hook failed ({type(error).__name__}), nothing was stored: mend it") from error
+    if not isinstance(left, str):
+        raise InvalidInput(f"the redact hook gave a {type(left).__name__}, nothing was stored: it must return a str")
+    return str.__str__(left)
+
+
+def _redacted_json(redact: Redact, value: Any) -> Any:
+    if isinstance(value, str):
+        return redacted(redact, value)
+    if isinstance(value, dict):
+        return {key: _redacted_json(redact, item) for key, item in value.items()}
+    return [_redacted_json(redact, item) for item in value] if isinstance(value, list) else value
+
+
+def draft_of(record: Record, redact: Redact | None = None) -> Draft:
     """The draft of a record from outside (an export), checked like any other input. Trust is never raised."""
     message = {key: getattr(record, key) for key in ("role", "name", "at", "metadata")}
     [draft] = drafts(
@@ -131,6 +168,7 @@ def draft_of(record: Record) -> Draft:
         valid_from=record.valid_from,
         valid_until=record.valid_until,
         source=record.source,
+        redact=redact,
     )
     return replace(draft, trust="untrusted") if record.trust == "untrusted" else draft
 
@@ -191,6 +229,11 @@ def _storable(text: str, what: str, most: int) -> str:
     if size > most:
         raise InvalidInput(f"{what} has {size} bytes in UTF-8, the most is {most}: split it")
     return text
+
+
+def check_value(text: str, what: str = "a value of where") -> str:
+    """``text`` if it is something that a stored text may equal, else `InvalidInput`."""
+    return _storable(str.__str__(text), what, MAX_METADATA_BYTES)
 
 
 def moment(value: object, what: str) -> dt.datetime | None:
