@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
@@ -55,12 +55,49 @@ class Bert:
         )
         return {key: value.to(self._dtype) for key, value in weights.items() if value.is_floating_point()}
 
-    @torch.inference_mode()
     def embed(self, texts: Sequence[str]) -> npt.NDArray[np.float32]:
         """Float32 [len(texts), dimension], not yet normalised."""
-        encoded = self._tokenizer.encode_batch(list(texts))
-        ids = [item.ids for item in encoded]
-        vectors = np.empty((len(ids), self._plan["dimension"]), np.float32)
+        found = self._tokenizer.encode_batch(list(texts))
+        vectors = np.empty((len(found), self._plan["dimension"]), np.float32)
+        for batch, hidden, mask in self._batches([item.ids for item in found]):
+            vectors[batch] = self._pooled(hidden, mask)
+        return vectors
+
+    def encode(
+        self, texts: Sequence[str], *, skip: int = 0, half: bool = False
+    ) -> tuple[npt.NDArray[np.float32], list[Any], list[list[tuple[int, int]]]]:
+        """The vectors of `embed`; per text its token vectors, of length 1; and what characters each stands for.
+
+        Tokens of the first ``skip`` characters (a prompt) are left out, and places count from there; so are the special
+        ones. ``half``: token vectors as float16, else float32.
+        """
+        found = self._tokenizer.encode_batch(list(texts))
+        vectors = np.empty((len(found), self._plan["dimension"]), np.float32)
+        kept: list[list[int]] = []
+        spans: list[list[tuple[int, int]]] = []
+        for item in found:
+            own = [(place, span) for place, span in enumerate(item.offsets) if span[1] > max(skip, span[0])]
+            special = item.special_tokens_mask
+            own = [(place, span) for place, span in own if not special[place]]
+            kept.append([place for place, _ in own])
+            spans.append([(max(start - skip, 0), stop - skip) for _, (start, stop) in own])
+        tokens: list[Any] = [None] * len(found)
+        for batch, hidden, mask in self._batches([item.ids for item in found]):
+            vectors[batch] = self._pooled(hidden, mask)
+            unit = functional.normalize(hidden, dim=-1).to(torch.float16 if half else torch.float32).numpy()
+            for at, row in enumerate(batch):
+                tokens[row] = unit[at, kept[row]]
+        return vectors, tokens, spans
+
+    def _pooled(self, hidden: torch.Tensor, mask: torch.Tensor) -> npt.NDArray[np.float32]:
+        if self._plan["pooling"] == "cls_token":
+            pooled = hidden[:, 0]
+        else:
+            pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
+        return cast("npt.NDArray[np.float32]", pooled.numpy())
+
+    def _batches(self, ids: list[list[int]]) -> Iterator[tuple[list[int], torch.Tensor, torch.Tensor]]:
+        """Rows of a batch, their last hidden states float32 [batch, tokens, dimension], and which tokens they have."""
         for batch in _batches([len(item) for item in ids]):
             longest = max(len(ids[row]) for row in batch)
             tokens = torch.zeros(len(batch), longest, dtype=torch.long)
@@ -68,15 +105,11 @@ class Bert:
             for at, row in enumerate(batch):
                 tokens[at, : len(ids[row])] = torch.tensor(ids[row])
                 mask[at, : len(ids[row])] = True
-            hidden = self._encode(tokens, mask).float()
-            if self._plan["pooling"] == "cls_token":
-                pooled = hidden[:, 0]
-            else:
-                pooled = (hidden * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
-            vectors[batch] = pooled.numpy()
-        return vectors
+            with torch.inference_mode():
+                hidden = self._forward(tokens, mask).float()
+            yield batch, hidden, mask
 
-    def _encode(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """The last hidden states [batch, tokens, dimension]."""
         weights, heads, epsilon = self._weights, self._plan["heads"], self._plan["epsilon"]
         batch, length = tokens.shape
