@@ -153,7 +153,7 @@ def chat(
         new = [*(draft for draft, _ in asked), *_reply_drafts(generation, session)]
         kept = (*(said.records[0] for said in turn), new_id())[: len(new)]
         try:
-            vectors = yield from embedded(engine, [draft.passage for draft in new], noted)
+            vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
         except ProviderError as error:
             # The turn itself is what must not be lost; its vectors are made at the next search.
             _log.warning("the turn is stored without vectors, its embedder failed: %s", error)

@@ -16,7 +16,7 @@ from .errors import Unavailable
 from .provider import Generation, Provider, Request
 
 if TYPE_CHECKING:
-    from .plaintext.embed import Embedder
+    from .plaintext.encoded import Embedder, Encoded
 
 __all__ = ["Embed", "Flow", "Generate", "arun", "astream", "local", "run", "stream"]
 
@@ -25,19 +25,23 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Embed:
-    """A need: these texts as vectors, float32 [len(texts), dimension]."""
+    """A need: the vectors of these texts and of their tokens, an `Encoded`."""
 
     embedder: Embedder
     texts: Sequence[str]
     query: bool = False
 
-    def answer(self) -> Any:
+    def answer(self) -> Encoded:
         """The vectors, waited for in this thread."""
-        return self.embedder.embed(self.texts, query=self.query)
+        from .plaintext.encoded import encode_with
 
-    async def aanswer(self) -> Any:
+        return encode_with(self.embedder, self.texts, query=self.query)
+
+    async def aanswer(self) -> Encoded:
         """The vectors, awaited."""
-        return await self.embedder.aembed(self.texts, query=self.query)
+        from .plaintext.encoded import aencode_with
+
+        return await aencode_with(self.embedder, self.texts, query=self.query)
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import prompt
 from .engine import Engine
@@ -22,14 +22,19 @@ from .ledger import LISTED, Report
 from .plaintext import search as searching
 from .plaintext.conditions import beneath, matching
 from .plaintext.drafts import check_k, drafts, moment, passage
+from .plaintext.rows import Passages
 from .progress import progress
 from .types import Context, Erasure, Hit, Record, Scope, Usage, Verification
+
+if TYPE_CHECKING:
+    from .plaintext.encoded import Embedder, Encoded
 
 __all__ = [
     "add",
     "catch_up",
     "context",
     "embedded",
+    "encoded_query",
     "forget",
     "note_embeddings",
     "report",
@@ -61,7 +66,7 @@ def add(
         content, scope=scope, metadata=metadata, at=at, valid_from=valid_from, valid_until=valid_until, source=source
     )
     noted: list[Usage] = []
-    vectors = yield from embedded(engine, [draft.passage for draft in new], noted)
+    vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
     space = engine.space
     with engine.database.write():
         records = engine.records.insert(new, vectors, space)
@@ -69,19 +74,46 @@ def add(
     return records
 
 
-def embedded(engine: Engine, texts: Sequence[str], noted: list[Usage], *, query: bool = False) -> Flow[Any]:
-    """The vectors of these texts, or None where search is lexical only.
+def embedded(engine: Engine, said: Sequence[tuple[str, str | None]], noted: list[Usage]) -> Flow[Passages | None]:
+    """The vectors of these (text, name), passage by passage, or None where search is lexical only.
 
     What an embedder outside this machine was asked for is appended to ``noted``, for `note_embeddings`.
     """
     embedder = engine.embedder
-    if embedder is None or not texts:
+    if embedder is None or not said:
         return None
+    import numpy as np
+
+    from .plaintext.encoded import passages_with
+    from .plaintext.late import pack
+
+    spans = [passages_with(embedder, text, name) for text, name in said]
+    texts = [
+        passage(text[start:stop], name)
+        for (text, name), pieces in zip(said, spans, strict=True)
+        for start, stop in pieces
+    ]
+    vectors: list[Any] = []
+    codes: list[bytes] = []
+    # Token vectors are large until they are packed: a long list is never in memory whole.
+    for first in range(0, len(texts), BATCH):
+        encoded = yield from _encoded(embedder, texts[first : first + BATCH], noted)
+        vectors.append(encoded.vectors)
+        codes += map(pack, encoded.tokens or ())
+    return Passages(spans, np.concatenate(vectors), codes if len(codes) == len(texts) else None)
+
+
+def encoded_query(engine: Engine, query: str, noted: list[Usage]) -> Flow[Encoded | None]:
+    """What is searched with: the query's vector and those of its tokens, or None where search is lexical only."""
+    return None if engine.embedder is None else (yield from _encoded(engine.embedder, [query], noted, query=True))
+
+
+def _encoded(embedder: Embedder, texts: Sequence[str], noted: list[Usage], *, query: bool = False) -> Flow[Encoded]:
     begun = time.perf_counter()
-    vectors = yield Embed(embedder, texts, query=query)
+    encoded: Encoded = yield Embed(embedder, texts, query=query)
     if (count := getattr(embedder, "count_tokens", None)) is not None:
         noted.append(Usage(input_tokens=count(texts), total_s=time.perf_counter() - begun))
-    return vectors
+    return encoded
 
 
 def note_embeddings(engine: Engine, scope: Scope, noted: Sequence[Usage]) -> None:
@@ -106,9 +138,9 @@ def catch_up(engine: Engine) -> Flow[int]:
         total = engine.records.count(Scope()) if moved else 0
         while rows:
             noted: list[Usage] = []
-            vectors = yield from embedded(engine, [passage(text, name) for _, text, name in rows], noted)
+            vectors = yield from embedded(engine, [(text, name) for _, text, name in rows], noted)
             with engine.database.write():
-                done += engine.records.embed_rows(rows, vectors, space)
+                done += engine.records.embed_rows(rows, vectors, space) if vectors is not None else 0
                 note_embeddings(engine, Scope(), noted)
             if moved:
                 moved(done, total)
@@ -138,15 +170,15 @@ def search(
     matching(where)
     moment(at, "at")
     uses: list[Usage] = [] if noted is None else noted
-    vectors = None
+    encoded = None
     try:
         yield from catch_up(engine)
-        vectors = yield from embedded(engine, [query], uses, query=True)
+        encoded = yield from encoded_query(engine, query, uses)
     except ProviderError as error:
         if not words_if_down:
             raise
         _log.warning("searching by words only, the embedder failed: %s", error)
-    vector = None if vectors is None else vectors[0]
+    vector = None if encoded is None else encoded.vectors[0]
     if noted is None and uses:
         try:
             note_embeddings(engine, scope, uses)
@@ -181,7 +213,7 @@ def update(
     old = engine.records.get(id, scope)
     if text is not None:
         changed = drafts({"role": old.role, "content": text, "name": old.name}, scope=old.scope)
-        vectors = yield from embedded(engine, [changed[0].passage], noted)
+        vectors = yield from embedded(engine, [(changed[0].text, changed[0].name)], noted)
     space = engine.space
     with engine.database.write():
         old = engine.records.get(id, scope)

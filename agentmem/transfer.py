@@ -74,7 +74,7 @@ def load(engine: Engine, scope: Scope, path: str | os.PathLike[str]) -> Flow[int
         batch = new[first : first + BATCH]
         drafts = [line.draft for line in batch]
         noted: list[Usage] = []
-        vectors = yield from embedded(engine, [draft.passage for draft in drafts], noted)
+        vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in drafts], noted)
         ids, older, space = [line.record.id for line in batch], [line.older for line in batch], engine.space
         with engine.database.write():
             engine.records.insert(drafts, vectors, space, ids=ids, older=older)
