@@ -313,7 +313,8 @@ static int module_exec(PyObject *module)
         PyExc_ValueError, NULL);
     if (!state->page_error)
         return -1;
-    if (PyModule_AddFunctions(module, am_module_pages) || am_module_add_prefix(module))
+    if (PyModule_AddFunctions(module, am_module_pages) || PyModule_AddFunctions(module, am_module_maxsim) ||
+        am_module_add_prefix(module))
         return -1;
     return PyModule_AddObjectRef(module, "PageError", state->page_error);
 }

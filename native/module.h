@@ -25,6 +25,7 @@ int am_module_layers(PyObject *sequence, am_layer *shapes, Py_ssize_t count);
 
 int am_module_add_prefix(PyObject *module); /* module_attend.c */
 
-extern PyMethodDef am_module_pages[]; /* module_pages.c; ends with a NULL entry */
+/* Of module_pages.c and module_maxsim.c; each ends with a NULL entry. */
+extern PyMethodDef am_module_pages[], am_module_maxsim[];
 
 #endif

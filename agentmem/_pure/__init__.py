@@ -16,6 +16,7 @@ from ..errors import Incompatible
 from .attend import Prefix
 from .codec import block_decode, block_encode
 from .crc import crc32c
+from .maxsim import maxsim
 from .page import (
     page_encode,
     page_parse,
@@ -43,6 +44,7 @@ __all__ = [
     "cpu_levels",
     "crc32c",
     "kernels",
+    "maxsim",
     "page_encode",
     "page_parse",
     "page_read",

@@ -12,12 +12,22 @@ if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
-__all__ = ["HEADER", "MOST_DIMENSIONS", "MOST_TOKENS", "maxsim", "tokens_pack", "tokens_shape", "tokens_unpack"]
+__all__ = [
+    "HEADER",
+    "MOST_DIMENSIONS",
+    "MOST_QUERIES",
+    "MOST_TOKENS",
+    "maxsim",
+    "tokens_pack",
+    "tokens_shape",
+    "tokens_unpack",
+]
 
 HEADER = struct.Struct("<BBHI")
 VERSION = 1
 MOST_DIMENSIONS = 4096
 MOST_TOKENS = 65_536
+MOST_QUERIES = 256
 #: A scale is a whole number of these: no bytes are a NaN, and the largest number of a unit vector fits.
 UNIT = 2.0**-18
 
@@ -77,18 +87,18 @@ def tokens_unpack(data: Any, start: int = 0) -> npt.NDArray[np.float32]:
     import numpy as np
 
     codes, scales, dimensions = _codes(np.frombuffer(data, np.uint8), start)
-    return codes[:, :dimensions].astype(np.float32) * (scales * np.float32(UNIT))[:, None]
+    return codes[:, :dimensions] * (scales * np.float32(UNIT))[:, None]
 
 
-def _codes(data: npt.NDArray[np.uint8], start: int) -> tuple[npt.NDArray[np.int32], npt.NDArray[np.float32], int]:
-    """Codes int32 [tokens, dimensions up to a multiple of 64], scales in units, and the dimensions."""
+def _codes(data: npt.NDArray[np.uint8], start: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], int]:
+    """Codes -8 to 7 [tokens, dimensions up to a multiple of 64], scales in units, and the dimensions."""
     import numpy as np
 
     count, dimensions, size = tokens_shape(data, start)
     first = start + HEADER.size
     scales = np.frombuffer(data[first : first + 2 * count].tobytes(), "<u2").astype(np.float32)
     pairs = data[first + 2 * count : start + size].reshape(count, _half(dimensions))
-    return np.concatenate([pairs & 15, pairs >> 4], axis=1).astype(np.int32) - 8, scales, dimensions
+    return np.concatenate([pairs & 15, pairs >> 4], axis=1).astype(np.float32) - 8, scales, dimensions
 
 
 def maxsim(query: Any, data: Any, starts: Any, out: Any, /) -> None:
@@ -103,8 +113,13 @@ def maxsim(query: Any, data: Any, starts: Any, out: Any, /) -> None:
 
     tokens, held = np.asarray(query), np.frombuffer(data, np.uint8)
     places, target = np.asarray(starts), np.asarray(out)
-    if tokens.dtype != np.float32 or tokens.ndim != 2 or not 1 <= len(tokens) <= 256:
-        raise ValueError("a query is float32 [1..256, dimensions]")
+    if (
+        tokens.dtype != np.float32
+        or tokens.ndim != 2
+        or not 1 <= len(tokens) <= MOST_QUERIES
+        or not 1 <= tokens.shape[1] <= MOST_DIMENSIONS
+    ):
+        raise ValueError(f"a query is float32 [1..{MOST_QUERIES}, 1..{MOST_DIMENSIONS}]")
     if (
         places.dtype != np.int64
         or places.ndim != 1
@@ -120,15 +135,13 @@ def maxsim(query: Any, data: Any, starts: Any, out: Any, /) -> None:
         raise ValueError("a query token has a NaN or an infinity")
     largest = np.abs(tokens).max(axis=1)
     inverse = np.where(largest > 0, np.float32(127) / np.maximum(largest, np.float32(1e-30)), np.float32(0))
-    whole = np.clip(np.rint(tokens * inverse[:, None]), -127, 127).astype(np.int32)
     unit = largest * np.float32(UNIT / 127)
-    padded = np.zeros((len(tokens), 2 * _half(tokens.shape[1])), np.int32)
-    padded[:, : tokens.shape[1]] = whole
+    # Whole numbers, of which no sum of products leaves the 24 bits that float32 holds: exact in any order.
+    whole = np.zeros((len(tokens), 2 * _half(tokens.shape[1])), np.float32)
+    whole[:, : tokens.shape[1]] = np.clip(np.rint(tokens * inverse[:, None]), -127, 127)
     for row, start in enumerate(places.tolist()):
         codes, scales, dimensions = _codes(held, start)
         if dimensions != tokens.shape[1]:
             raise ValueError(f"the codes at {start} have {dimensions} dimensions, the query {tokens.shape[1]}")
-        if not len(codes):
-            target[row] = 0
-            continue
-        target[row] = ((codes @ padded.T).astype(np.float32) * scales[:, None]).max(axis=0) * unit
+        best = ((codes @ whole.T) * scales[:, None]).max(axis=0) if len(codes) else np.zeros(len(tokens), np.float32)
+        target[row] = best * unit + np.float32(0)  # + 0: there is one zero
