@@ -1,16 +1,19 @@
-"""The one file of truth, ``memory.db``: opening it, its tables, reading and writing it safely.
+"""The one file of truth, ``memory.db``: opening it, upgrading it, reading and writing it safely, checking it.
 
-Knows SQLite and the schema; knows nothing of what the rows mean. A write is one transaction under the write lock of the
-file (WAL, ``synchronous=FULL``: an acknowledged write survives ``kill -9`` and a power cut). Every SQLite error leaves
-here as a `StoreError`. Usable from many threads (one connection, one lock) and from many processes (WAL).
+Knows SQLite; knows nothing of what the rows mean. A write is one transaction under the write lock of the file (WAL,
+``synchronous=FULL``: an acknowledged write survives ``kill -9`` and a power cut). Every SQLite error leaves here as a
+`StoreError`. Usable from many threads (one connection, one lock) and from many processes (WAL).
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import hashlib
 import itertools
+import logging
 import os
+import shutil
 import sqlite3
 import threading
 import weakref
@@ -19,185 +22,109 @@ from pathlib import Path
 from typing import Any
 
 from .errors import Corrupt, Full, Incompatible, InvalidInput, Locked, StoreError
+from .schema import FORMAT, SCHEMA, UPGRADES
+from .watermark import Watermark
 
 __all__ = ["FORMAT", "Database"]
 
-#: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
-#: place.
-FORMAT = 5
-
-#: What makes of a file of each format one of the next, in one transaction.
-UPGRADES = {
-    1: "ALTER TABLE pages ADD COLUMN codec TEXT NOT NULL DEFAULT 'raw';",
-    2: "ALTER TABLE uses ADD COLUMN attended TEXT;",
-    3: "ALTER TABLE pages ADD COLUMN grid INTEGER NOT NULL DEFAULT 0;",
-    4: """
-ALTER TABLE records ADD COLUMN at_s REAL;
-UPDATE records SET at_s = unix_seconds(at);
-CREATE VIRTUAL TABLE records_terms USING fts5vocab (records_fts, instance);
-ALTER TABLE vectors RENAME TO old_vectors;
-CREATE TABLE vectors (
-    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
-    vector BLOB NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (space, seq, part)
-);
-INSERT INTO vectors SELECT seq, space, 0, 0, (SELECT length(text) FROM records WHERE records.seq = old.seq), vector,
-    checksum FROM old_vectors AS old WHERE seq IN (SELECT seq FROM records);
-DROP TABLE old_vectors;
-CREATE TABLE tokens (
-    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, codes BLOB NOT NULL, checksum INTEGER NOT NULL,
-    PRIMARY KEY (space, seq, part)
-);
-CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
-    tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
-);
-""",
-}
-
-SCHEMA = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-
--- Records: the verbatim memory. An unset scope level is '' (which no scope value can be).
-CREATE TABLE records (
-    seq INTEGER PRIMARY KEY AUTOINCREMENT,      -- order of arrival; also the row id in FTS and FAISS
-    id TEXT NOT NULL UNIQUE,
-    text TEXT NOT NULL,
-    role TEXT NOT NULL, name TEXT,
-    at TEXT, valid_from TEXT, valid_until TEXT, -- ISO 8601, as given
-    at_s REAL, from_s REAL, until_s REAL,       -- the same as UTC seconds, for comparisons
-    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
-    metadata TEXT NOT NULL, source TEXT, trust TEXT NOT NULL,
-    created REAL NOT NULL, version INTEGER NOT NULL,
-    checksum INTEGER NOT NULL                   -- CRC-32 over the row's content (records.py)
-);
--- What a search needs of every record it may find, without reading the records: whose it is and when it holds. The
--- second is for handles that set a user but no tenant.
-CREATE INDEX records_scope ON records (tenant, user, agent, session, seq, from_s, until_s);
-CREATE INDEX records_user ON records (user, tenant, agent, session, seq, from_s, until_s);
--- The turns of chats, so that the end of a long conversation is found without reading its beginning.
-CREATE INDEX records_turns ON records (tenant, user, agent, session, seq) WHERE source = 'chat';
-CREATE TABLE versions (
-    id TEXT NOT NULL, version INTEGER NOT NULL, text TEXT NOT NULL, metadata TEXT NOT NULL,
-    created REAL NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (id, version)
-);
-CREATE VIRTUAL TABLE records_fts USING fts5 (
-    text, name, content='records', content_rowid='seq', tokenize='porter unicode61'
-);
--- Every occurrence of a stemmed word: the postings that words are scored by (words.py).
-CREATE VIRTUAL TABLE records_terms USING fts5vocab (records_fts, instance);
--- Vectors are truth too: the index is rebuilt from them without a call of the embedder. A row is a passage of a record,
--- characters start to stop of its text; a short record has one, part 0.
-CREATE TABLE spaces (
-    id INTEGER PRIMARY KEY, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, dimension INTEGER NOT NULL
-);
-CREATE TABLE vectors (
-    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
-    vector BLOB NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (space, seq, part)
-);
--- The vectors of a passage's tokens, compressed (late.py).
-CREATE TABLE tokens (
-    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, codes BLOB NOT NULL, checksum INTEGER NOT NULL,
-    PRIMARY KEY (space, seq, part)
-);
--- What happened to the records and their vectors, in order: what has applied change N needs only what follows. added is
--- 1 for new or changed, 0 for gone; the nonce tells this history from another one with the same numbers (a restored
--- backup).
-CREATE TABLE changes (
-    change INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, seq INTEGER NOT NULL, added INTEGER NOT NULL,
-    nonce INTEGER NOT NULL DEFAULT (random())
-);
-
--- Lineage: which records a derived thing was made from. kind is page, slot, core, lora, reply, record (one written from
--- others) or supersedes (one that took another's place).
-CREATE TABLE lineage (
-    kind TEXT NOT NULL, key TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, key, record)
-) WITHOUT ROWID;
-CREATE INDEX lineage_record ON lineage (record, kind);
--- A forgotten record's id outlives it, so that an old export or backup can't bring it back.
-CREATE TABLE tombstones (record TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
--- Work to be done later for a record, each kind once: queued, done, failed or refused.
-CREATE TABLE jobs (
-    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
-    tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
-);
--- Erasures whose files are not all gone yet: finished at the next open.
-CREATE TABLE erasures (id INTEGER PRIMARY KEY, at REAL NOT NULL, work TEXT NOT NULL);
-
-CREATE TABLE cores (
-    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
-    ids TEXT NOT NULL, built REAL NOT NULL, records INTEGER NOT NULL, -- records visible to the scope when it was built
-    PRIMARY KEY (tenant, user, agent, session)
-) WITHOUT ROWID;
-CREATE TABLE pages (
-    key BLOB PRIMARY KEY, identity BLOB NOT NULL, parent BLOB NOT NULL, number INTEGER NOT NULL,
-    bytes INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, pinned INTEGER NOT NULL,
-    codec TEXT NOT NULL, grid INTEGER NOT NULL DEFAULT 0 -- tokens, where they are not the store's
-) WITHOUT ROWID;
-CREATE TABLE loras (
-    digest TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
-    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL, manifest TEXT NOT NULL
-) WITHOUT ROWID;
--- One row per activation, newest last: the newest row of a scope is what is active (digest '' is none); rollback drops
--- it.
-CREATE TABLE activations (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, digest TEXT NOT NULL,
-    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL
-);
-
--- The ledger: one row per use.
-CREATE TABLE uses (
-    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, verb TEXT NOT NULL, model TEXT NOT NULL,
-    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
-    input INTEGER NOT NULL, cached INTEGER NOT NULL, written INTEGER NOT NULL, output INTEGER NOT NULL,
-    first_s REAL, total_s REAL NOT NULL, bytes INTEGER NOT NULL,
-    expected INTEGER NOT NULL, reason TEXT, money REAL, uncached_money REAL,
-    attended TEXT                               -- JSON of `types.Attended`: what attention read in place
-);
--- When a record was last put into a prompt, how often, and for which model: salience, and what a host may still hold.
-CREATE TABLE shown (
-    record TEXT NOT NULL, model TEXT NOT NULL, at REAL NOT NULL, times INTEGER NOT NULL, holds_s REAL,
-    PRIMARY KEY (record, model)
-) WITHOUT ROWID;
-"""
-
 BUSY_S = 30.0
+#: A backup of the file as it was before an upgrade, with its format.
+BACKUP = "memory.db.format-"
+#: How far the database has come: it grows with every record, change and use, and never falls.
+NUMBER = "SELECT coalesce(sum(seq), 0) FROM sqlite_sequence"
+#: Steps of SQLite's machine between two looks at Ctrl-C, in work that takes long.
+STEPS = 100_000
+
+_log = logging.getLogger("agentmem")
 
 
 class Database:
     """``memory.db`` of one folder, open for this process.
 
     ``path`` is the file, or ``":memory:"``. Raises `Incompatible` for a newer format, `Corrupt` for a file that is not
-    a database, `Locked` where another process holds the write lock for longer than 30 seconds.
+    a database, that is gone, emptied or older than what was committed (`Watermark`), and `Locked` where another process
+    holds the write lock for longer than 30 seconds.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = str(path)
         self._lock = threading.RLock()
         self._broken: str | None = None
+        self._failed: str | None = None
         self._depth = 0
+        self._watermark = None if self.path == ":memory:" else Watermark(str(Path(path).with_name("memory.id")))
         self._connection: sqlite3.Connection | None = self._connect()
         _OPEN.add(self)
 
     def _connect(self) -> sqlite3.Connection:
+        expected = self._expected()
         if self.path != ":memory:":
             # Born private: the umask of the user's shell decides nothing about memories.
             with contextlib.suppress(FileExistsError):
                 os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
         with _mapped(self.path):
-            connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+            connection = self._opened()
             try:
-                connection.row_factory = sqlite3.Row
-                connection.create_function("unix_seconds", 1, _unix_seconds, deterministic=True)
-                connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
                 connection.execute("PRAGMA secure_delete = ON")
                 connection.execute("PRAGMA journal_mode = WAL")
                 connection.execute("PRAGMA synchronous = FULL")
                 connection.execute("PRAGMA temp_store = MEMORY")
                 self._upgrade(connection)
+                self._recognise(connection, expected)
             except BaseException:
                 connection.close()
                 raise
         return connection
+
+    def _opened(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        connection.create_function("unix_seconds", 1, _unix_seconds, deterministic=True)
+        connection.create_aggregate("row_digest", 2, _RowDigest)
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
+        return connection
+
+    def _expected(self) -> tuple[bytes, int] | None:
+        """What must be found: (identity, number), None where nothing is known. `Corrupt` for a file that is gone."""
+        if self._watermark is None:
+            return None
+        try:
+            expected = self._watermark.read()
+        except (OSError, ValueError) as error:
+            _log.warning("%s can't be used (%s): it is written anew", self._watermark.path, error)
+            return None
+        if expected is not None and expected[1] > 0:
+            file = Path(self.path)
+            if not file.exists() or file.stat().st_size == 0:
+                raise self._lost(f"is {'empty' if file.exists() else 'gone'}")
+        return expected
+
+    def _lost(self, what: str) -> Corrupt:
+        """The error for a database that is not the one that was written to here."""
+        return Corrupt(
+            f"{self.path} {what}, though changes were committed to it: put the file back, with its -wal file if it has "
+            "one, or a backup of the folder. To go on with what is there all the same (an older copy, or nothing), "
+            "delete memory.id beside it"
+        )
+
+    def _recognise(self, connection: sqlite3.Connection, expected: tuple[bytes, int] | None) -> None:
+        """Refuse a database that is another one or an older state of it; else keep the watermark for it."""
+        if self._watermark is None:
+            return
+        found = connection.execute("SELECT value FROM meta WHERE key = 'identity'").fetchone()
+        try:
+            identity = bytes.fromhex(found[0])
+        except (TypeError, ValueError) as error:
+            raise Corrupt(f"{self.path} has no valid identity: restore it from an export or a backup") from error
+        number = connection.execute(NUMBER).fetchone()[0]
+        if expected is not None and identity != expected[0] and expected[1] > 0:
+            raise self._lost("is not the database that was here")
+        if expected is not None and number < expected[1]:
+            raise self._lost(f"ends at {number} and was at {expected[1]}: its log lost its end, or it is an older copy")
+        try:
+            self._watermark.start(identity, number)
+        except OSError as error:
+            _log.warning("%s can't be written (%s): a loss of memory.db would not be seen", self._watermark.path, error)
 
     def _upgrade(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("PRAGMA user_version").fetchone()[0]
@@ -211,14 +138,48 @@ class Database:
         try:
             # Another process may have made the tables while this one waited for the lock.
             found = connection.execute("PRAGMA user_version").fetchone()[0]
+            if 0 < found < FORMAT and self.path != ":memory:":
+                self._back_up(found)
             scripts = [SCHEMA] if found == 0 else [UPGRADES[old] for old in range(found, FORMAT)]
             for statement in itertools.chain.from_iterable(map(_statements, scripts)):
                 connection.execute(statement)
             connection.execute(f"PRAGMA user_version = {max(found, FORMAT)}")
+            connection.execute("INSERT OR REPLACE INTO meta VALUES ('schema', ?)", (_schema_digest(connection),))
             connection.execute("COMMIT")
         except BaseException:
-            connection.execute("ROLLBACK")
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
             raise
+
+    def _back_up(self, format: int) -> None:
+        """Keep the file as it is before an upgrade, whole and durable; the caller has the write lock."""
+        kept = Path(self.path).with_name(f"{BACKUP}{format}")
+        unfinished = kept.with_name(f"{kept.name}.tmp")
+        try:
+            unfinished.unlink(missing_ok=True)
+            os.close(os.open(unfinished, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o600))
+            with (
+                contextlib.closing(self._opened()) as source,
+                contextlib.closing(sqlite3.connect(unfinished)) as target,
+            ):
+                source.backup(target)
+            _sync(unfinished)
+            os.replace(unfinished, kept)
+            _sync(kept.parent)
+        except OSError as error:
+            raise StoreError(f"no backup could be made before the upgrade of {self.path}: {error}") from error
+        _log.info("%s is upgraded from format %d; the file as it was is kept as %s", self.path, format, kept.name)
+
+    def drop_backups(self) -> list[str]:
+        """Delete backups made before upgrades, which may hold what was forgotten since; returns their names."""
+        dropped = []
+        for file in Path(self.path).parent.glob(f"{BACKUP}*") if self.path != ":memory:" else ():
+            try:
+                file.unlink(missing_ok=True)
+            except OSError as error:
+                raise StoreError(f"the backup {file} could not be deleted: {error}") from error
+            dropped.append(file.name)
+        return dropped
 
     def _live(self) -> sqlite3.Connection:
         if self._broken:
@@ -261,15 +222,27 @@ class Database:
             with _mapped(self.path, self):
                 try:
                     if depth == 0:
+                        if self._failed:
+                            raise StoreError(self._failed)
                         connection.execute("BEGIN IMMEDIATE")
                     self._depth = depth + 1
                     yield connection
                     if depth == 0:
+                        number = connection.execute(NUMBER).fetchone()[0]
                         connection.execute("COMMIT")
+                        self._note(number)
                 finally:
                     self._depth = depth
                     if depth == 0 and connection.in_transaction:
                         connection.execute("ROLLBACK")
+
+    def _note(self, number: int) -> None:
+        """Raise the watermark to what was just committed; a failure of that is none of the commit."""
+        if self._watermark is not None:
+            try:
+                self._watermark.raise_to(number)
+            except OSError as error:
+                _log.warning("%s could not be written: %s", self._watermark.path, error)
 
     def scrub(self) -> bool:
         """Drop the bytes of deleted rows from the full-text index and the write-ahead log.
@@ -284,15 +257,64 @@ class Database:
             busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
             return not busy
 
+    def compact(self) -> bool:
+        """Rewrite the file without the room and the bytes of what was deleted, and repair what is derived in it.
+
+        Needs as much free room as the file has bytes (`Full`, before anything is done), and the write lock all the
+        while: other processes read on, their writes wait. Ctrl-C leaves the file as it was. Returns False if a reader
+        of another process kept the write-ahead log from being truncated.
+        """
+        with self._lock:
+            if self._depth:
+                raise StoreError("compact() can't run inside a transaction")
+            connection = self._live()
+            if self._failed:
+                raise StoreError(self._failed)
+            with _mapped(self.path, self), _interruptible(connection):
+                size = _pragma(connection, "page_count") * _pragma(connection, "page_size")
+                if self.path != ":memory:":
+                    free = shutil.disk_usage(Path(self.path).parent).free
+                    if free < size + (1 << 20):
+                        raise Full(f"compacting {self.path} needs {size + (1 << 20)} bytes of room, {free} are free")
+                if self.integrity():
+                    connection.execute("REINDEX")
+                try:
+                    connection.execute("INSERT INTO records_fts (records_fts, rank) VALUES ('integrity-check', 1)")
+                    connection.execute("INSERT INTO records_fts (records_fts) VALUES ('optimize')")
+                except sqlite3.DatabaseError:
+                    connection.execute("INSERT INTO records_fts (records_fts) VALUES ('rebuild')")
+                # In RAM while it is small: a file of the system's temporary folder would hold the texts for a while.
+                connection.execute(f"PRAGMA temp_store = {'MEMORY' if size < 256 << 20 else 'FILE'}")
+                try:
+                    connection.execute("VACUUM")
+                finally:
+                    connection.execute("PRAGMA temp_store = MEMORY")
+                return not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+
+    def integrity(self) -> list[str]:
+        """What SQLite finds wrong in the file, its tables and indexes, one line each; and tables that were altered."""
+        with self._lock, _mapped(self.path):
+            connection = self._live()
+            lines = [str(row[0]) for row in connection.execute("PRAGMA integrity_check")]
+            problems = [f"memory.db: {line}" for line in lines if line != "ok"]
+            expected = connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+            if expected is None or expected[0] != _schema_digest(connection):
+                problems.append("memory.db: the definitions of its tables are not those it was made with")
+            return problems
+
     def refuse_writes(self, why: str) -> None:
-        """After a failed write nothing more is promised: every later call raises until the folder is reopened."""
-        self._broken = f"{why}; close this memory and open it again"
+        """After a failed write nothing more is promised: every later one raises until the folder is reopened."""
+        self._failed = f"{why}; close this memory and open it again"
 
     def close(self) -> None:
         """Close the connection; safe to call twice. The last process to close merges the write-ahead log."""
         with self._lock:
             if self._connection is not None:
                 self._connection.close()
+            if self._watermark is not None:
+                with contextlib.suppress(OSError):
+                    self._watermark.sync()
+                self._watermark.close()
             self._broken = f"{self.path} is closed: open the memory again"
             _OPEN.discard(self)
 
@@ -328,6 +350,53 @@ def _unix_seconds(moment: str | None) -> float | None:
     when = dt.datetime.fromisoformat(moment)
     when = when if when.tzinfo else when.replace(tzinfo=dt.UTC)
     return (when - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) / dt.timedelta(seconds=1)
+
+
+class _RowDigest:
+    """The sum that the triggers of ``totals`` keep, over rows of (checksum, place)."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def step(self, *row: int) -> None:
+        checksum, place = row
+        self._sum += checksum * (place % 1048573 + 1)
+
+    def finalize(self) -> int:
+        return self._sum & 4611686018427387903
+
+
+def _schema_digest(connection: sqlite3.Connection) -> str:
+    """A digest over the definitions of all tables, indexes and triggers."""
+    rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type, name").fetchall()
+    return hashlib.sha256(repr([tuple(row) for row in rows]).encode()).hexdigest()
+
+
+def _pragma(connection: sqlite3.Connection, name: str) -> int:
+    return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _interruptible(connection: sqlite3.Connection) -> Generator[None]:
+    """Let Ctrl-C end a statement that takes long; it then leaves as `KeyboardInterrupt`, the file as it was."""
+    # Python's signal handlers run inside the callback; what they raise there makes SQLite stop.
+    connection.set_progress_handler(lambda: 0, STEPS)
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if getattr(error, "sqlite_errorname", "") == "SQLITE_INTERRUPT":
+            raise KeyboardInterrupt from error
+        raise
+    finally:
+        connection.set_progress_handler(None, 0)
 
 
 def _statements(script: str) -> Iterator[str]:

@@ -26,7 +26,7 @@ from . import prompt
 from . import provider as providers
 from .config import Settings
 from .database import Database
-from .errors import ConfigError, Incompatible, StoreError
+from .errors import ConfigError, Corrupt, Full, Incompatible, StoreError
 from .ledger import Ledger
 from .plaintext.records import Records
 from .provider import HoldsSlots, LoraRef, Pages, Provider, Slots
@@ -282,27 +282,47 @@ class Engine:
     def finish_erasures(self) -> None:
         """Delete the files of erasures that are committed but not finished; called after each and at every open."""
         for row in self.database.query("SELECT id, work FROM erasures"):
-            work = json.loads(row["work"])
-            if work["pages"]:
-                self.pages.delete(work["pages"])
+            try:
+                work = json.loads(row["work"])
+                pages, loras, vectors = work["pages"], work["loras"], work["vectors"]
+            except (ValueError, KeyError, TypeError) as error:
+                raise Corrupt(f"what erasure {row['id']} has to delete can't be read: restore a backup") from error
+            if pages:
+                self.pages.delete(pages)
             if work.get("slots"):
                 self.slots.delete(work["slots"])
             if work.get("live"):
                 self._erase_live()
-            if work["loras"]:
-                self.registry.retire(work["loras"])
-            if work["vectors"] and self._embedder_known and self.index is not None:
-                self.index.rewrite()
-            elif work["vectors"]:
-                # Not worth loading an embedder for: the index is derived and is rebuilt from the vectors that remain.
-                shutil.rmtree(self.folder / "index", ignore_errors=True)
-            if not self.database.scrub():
+            if loras:
+                self.registry.retire(loras)
+            if vectors:
+                self._erase_vectors()
+            if dropped := self.database.drop_backups():
+                _log.info("deleted %s, made before an upgrade: it may hold what was forgotten", ", ".join(dropped))
+            try:
+                clean = self.database.scrub()
+                if clean:
+                    with self.database.write() as connection:
+                        connection.execute("DELETE FROM erasures WHERE id = ?", (row["id"],))
+            except Full as error:  # must keep nobody from reading, nor from erasing more
+                _log.warning("forgotten bytes leave the log of %s at the next open: %s", self.folder, error)
+                continue
+            if not clean:
                 _log.warning(
                     "another process is reading %s: forgotten bytes leave its log at the next open", self.folder
                 )
-                continue
-            with self.database.write() as connection:
-                connection.execute("DELETE FROM erasures WHERE id = ?", (row["id"],))
+
+    def _erase_vectors(self) -> None:
+        """Leave no index file that holds an erased vector. They are derived: what can't be rewritten is removed."""
+        if self._embedder_known and self.index is not None:
+            try:
+                self.index.rewrite()
+            except StoreError as error:
+                _log.warning("the vector index is rebuilt at the next search: %s", error)
+            else:
+                return
+        # Not worth loading an embedder for: the index is rebuilt from the vectors that remain.
+        shutil.rmtree(self.folder / "index", ignore_errors=True)
 
     def _erase_live(self) -> None:
         """What a server's slots hold in memory may be of a forgotten record, also of one that was only recalled."""

@@ -351,17 +351,26 @@ def report(engine: Engine, scope: Scope) -> Report:
 
 
 def verify(engine: Engine) -> Verification:
-    """Check every record, vector, page, saved slot and LoRA version against its checksum."""
-    problems = list(engine.records.verify())
-    if engine.index is not None:
-        problems += engine.index.verify()
-    problems += engine.pages.verify()
-    slots, damaged = engine.slots.verify()
-    problems += damaged
-    problems += engine.registry.verify()
-    held = engine.database.query("SELECT (SELECT COUNT(*) FROM pages) AS pages, (SELECT COUNT(*) FROM loras) AS loras")[
-        0
-    ]
-    return Verification(
-        records=engine.records.count(Scope()), pages=held["pages"], loras=held["loras"], slots=slots, problems=problems
-    )
+    """Check every record, vector, page, saved slot and LoRA version against its checksum, and what the database says
+    against its own totals."""
+    problems: list[str] = []
+    counts = {"records": 0, "pages": 0, "loras": 0, "slots": 0}
+
+    def slots() -> list[str]:
+        counts["slots"], damaged = engine.slots.verify()
+        return damaged
+
+    def count() -> list[str]:
+        for table in ("records", "pages", "loras"):
+            counts[table] = engine.database.query(f"SELECT count(*) FROM {table}")[0][0]
+        return []
+
+    def index() -> list[str]:
+        return [] if engine.index is None else engine.index.verify()
+
+    for check in (engine.records.verify, index, engine.pages.verify, slots, engine.registry.verify, count):
+        try:
+            problems += check()
+        except StoreError as error:  # damage that keeps one check from being made is itself a finding
+            problems.append(str(error))
+    return Verification(**counts, problems=list(dict.fromkeys(problems)))

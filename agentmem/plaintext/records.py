@@ -12,13 +12,12 @@ import re
 import secrets
 import sqlite3
 import time
-import zlib
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from agentmem.database import Database
-from agentmem.errors import Corrupt, InvalidInput, NotFound, ScopeError, StoreError
+from agentmem.errors import Corrupt, InvalidInput, NotFound, ScopeError
 from agentmem.types import Record, Scope
 
 from .conditions import beneath, joined, matching, valid_at, visible
@@ -75,6 +74,10 @@ ID = re.compile(r"[0-9a-f]{32}")
 #: By the whole primary key: by the row alone it would walk through all vectors.
 DROP_VECTORS = "DELETE FROM vectors WHERE space IN (SELECT id FROM spaces) AND seq = ?"
 DROP_TOKENS = "DELETE FROM tokens WHERE space IN (SELECT id FROM spaces) AND seq = ?"
+#: The sum of all checksums anew (schema.py); how many rows there should be stays as it was counted.
+RECOUNT = (
+    "UPDATE totals SET digest = (SELECT coalesce(row_digest(checksum, seq), 0) FROM records) WHERE name = 'records'"
+)
 #: The source of a chat's own turns. Written out in SQL, so that the partial index ``records_turns`` answers.
 TURN = "chat"
 TURNS = f"tenant = ? AND user = ? AND agent = ? AND session = ? AND source = '{TURN}'"
@@ -337,8 +340,10 @@ class Records:
                 connection.execute("INSERT OR REPLACE INTO tombstones (record, at) VALUES (?, ?)", (id_, self._clock()))
                 records += 1
             if damaged:
-                # The words of a damaged text are not the words that were indexed: start over from the other rows.
+                # The words of a damaged text are not the words that were indexed: start over from the other rows. Nor
+                # is its checksum surely the one that was counted.
                 connection.execute("INSERT INTO records_fts (records_fts) VALUES ('rebuild')")
+                connection.execute(RECOUNT)
         return Deletion(records=records, versions=versions, vectors=vectors)
 
     def pending(self, space: int, limit: int = 256) -> builtins.list[tuple[int, str, str | None]]:
@@ -380,34 +385,9 @@ class Records:
 
     def verify(self) -> builtins.list[str]:
         """What is wrong with the records, versions, words and vectors, one line each; empty if all is well."""
-        problems = []
-        for (seq,) in self._database.query("SELECT seq FROM records ORDER BY seq"):
-            try:
-                rows = self._database.query("SELECT * FROM records WHERE seq = ?", (seq,))
-                if rows and rows[0]["checksum"] != checksum(rows[0]):
-                    problems.append(f"record {rows[0]['id']}: the row fails its checksum")
-            except StoreError as error:
-                problems.append(f"record in row {seq}: {error}")
-        for id_, version in self._database.query("SELECT id, version FROM versions"):
-            try:
-                rows = self._database.query("SELECT * FROM versions WHERE id = ? AND version = ?", (id_, version))
-                if rows and rows[0]["checksum"] != version_checksum(rows[0]):
-                    problems.append(f"record {id_}: version {version} fails its checksum")
-            except StoreError as error:
-                problems.append(f"record {id_}, version {version}: {error}")
-        vectors = "SELECT v.seq, v.vector, v.checksum, s.dimension FROM vectors v LEFT JOIN spaces s ON s.id = v.space"
-        for seq, vector, expected, dimension in self._database.query(vectors):
-            if zlib.crc32(vector) != expected or len(vector) != 4 * (dimension or 0):
-                problems.append(f"record in row {seq}: its vector fails its checksum")
-        stray = "SELECT count(*) FROM vectors WHERE seq NOT IN (SELECT seq FROM records)"
-        if self._database.query(stray)[0][0]:
-            problems.append("there are vectors that belong to no record")
-        try:
-            with self._database.write() as connection:
-                connection.execute("INSERT INTO records_fts (records_fts, rank) VALUES ('integrity-check', 1)")
-        except StoreError as error:
-            problems.append(f"the full-text index does not fit the records: {error}")
-        return problems
+        from .checks import damages
+
+        return damages(self._database)
 
     def _row(self, id_: object, scope: Scope) -> sqlite3.Row:
         sql, values = visible(scope)

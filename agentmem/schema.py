@@ -1,0 +1,180 @@
+"""The tables of ``memory.db``, and what makes of each older format the next.
+
+SQL only: what the rows mean is known where they are written and read, how the file is kept safe in database.py.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FORMAT", "GUARDS", "SCHEMA", "UPGRADES"]
+
+#: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
+#: place.
+FORMAT = 5
+
+#: How damage is seen that SQLite itself keeps silent on. ``totals`` is kept by triggers, so that no write can forget
+#: it: how many rows a table has and the sum of their checksums, weighted by place (a row that is missing, or an old
+#: state of one, changes it). The indexes hold whole rows a second time: ``PRAGMA integrity_check`` compares both, so
+#: that a changed byte in either is found.
+GUARDS = """
+CREATE TABLE totals (name TEXT PRIMARY KEY, held INTEGER NOT NULL, digest INTEGER NOT NULL) WITHOUT ROWID;
+INSERT INTO totals SELECT 'records', count(*), coalesce(row_digest(checksum, seq), 0) FROM records;
+INSERT INTO totals SELECT 'versions', count(*), coalesce(row_digest(checksum, version), 0) FROM versions;
+CREATE TRIGGER records_added AFTER INSERT ON records BEGIN UPDATE totals SET held = held + 1,
+    digest = (digest + NEW.checksum * (NEW.seq % 1048573 + 1)) & 4611686018427387903 WHERE name = 'records'; END;
+CREATE TRIGGER records_changed AFTER UPDATE ON records BEGIN UPDATE totals SET
+    digest = (digest - OLD.checksum * (OLD.seq % 1048573 + 1) + NEW.checksum * (NEW.seq % 1048573 + 1))
+    & 4611686018427387903 WHERE name = 'records'; END;
+CREATE TRIGGER records_gone AFTER DELETE ON records BEGIN UPDATE totals SET held = held - 1,
+    digest = (digest - OLD.checksum * (OLD.seq % 1048573 + 1)) & 4611686018427387903 WHERE name = 'records'; END;
+CREATE TRIGGER versions_added AFTER INSERT ON versions BEGIN UPDATE totals SET held = held + 1,
+    digest = (digest + NEW.checksum * (NEW.version % 1048573 + 1)) & 4611686018427387903 WHERE name = 'versions'; END;
+CREATE TRIGGER versions_gone AFTER DELETE ON versions BEGIN UPDATE totals SET held = held - 1,
+    digest = (digest - OLD.checksum * (OLD.version % 1048573 + 1)) & 4611686018427387903 WHERE name = 'versions'; END;
+CREATE INDEX meta_whole ON meta (key, value);
+CREATE INDEX spaces_whole ON spaces (id, name, digest, dimension);
+CREATE INDEX tombstones_whole ON tombstones (record, at);
+CREATE INDEX cores_whole ON cores (tenant, user, agent, session, ids, built, records);
+CREATE INDEX activations_whole ON activations (id, at, digest, tenant, user, agent, session);
+CREATE INDEX uses_whole ON uses (
+    id, at, verb, model, tenant, user, agent, session, input, cached, written, output, first_s, total_s, bytes,
+    expected, reason, money, uncached_money, attended
+);
+CREATE INDEX shown_whole ON shown (record, model, at, times, holds_s);
+INSERT OR IGNORE INTO meta VALUES ('identity', lower(hex(randomblob(8))));
+"""
+
+#: What makes of a file of each format one of the next, in one transaction.
+UPGRADES = {
+    1: "ALTER TABLE pages ADD COLUMN codec TEXT NOT NULL DEFAULT 'raw';",
+    2: "ALTER TABLE uses ADD COLUMN attended TEXT;",
+    3: "ALTER TABLE pages ADD COLUMN grid INTEGER NOT NULL DEFAULT 0;",
+    4: """
+ALTER TABLE records ADD COLUMN at_s REAL;
+UPDATE records SET at_s = unix_seconds(at);
+CREATE VIRTUAL TABLE records_terms USING fts5vocab (records_fts, instance);
+ALTER TABLE vectors RENAME TO old_vectors;
+CREATE TABLE vectors (
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+    vector BLOB NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (space, seq, part)
+);
+INSERT INTO vectors SELECT seq, space, 0, 0, (SELECT length(text) FROM records WHERE records.seq = old.seq), vector,
+    checksum FROM old_vectors AS old WHERE seq IN (SELECT seq FROM records);
+DROP TABLE old_vectors;
+CREATE TABLE tokens (
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, codes BLOB NOT NULL, checksum INTEGER NOT NULL,
+    PRIMARY KEY (space, seq, part)
+);
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
+);
+"""
+    + GUARDS,
+}
+
+SCHEMA = """
+CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
+
+-- Records: the verbatim memory. An unset scope level is '' (which no scope value can be).
+CREATE TABLE records (
+    seq INTEGER PRIMARY KEY AUTOINCREMENT,      -- order of arrival; also the row id in FTS and FAISS
+    id TEXT NOT NULL UNIQUE,
+    text TEXT NOT NULL,
+    role TEXT NOT NULL, name TEXT,
+    at TEXT, valid_from TEXT, valid_until TEXT, -- ISO 8601, as given
+    at_s REAL, from_s REAL, until_s REAL,       -- the same as UTC seconds, for comparisons
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
+    metadata TEXT NOT NULL, source TEXT, trust TEXT NOT NULL,
+    created REAL NOT NULL, version INTEGER NOT NULL,
+    checksum INTEGER NOT NULL                   -- CRC-32 over the row's content (records.py)
+);
+-- What a search needs of every record it may find, without reading the records: whose it is and when it holds. The
+-- second is for handles that set a user but no tenant.
+CREATE INDEX records_scope ON records (tenant, user, agent, session, seq, from_s, until_s);
+CREATE INDEX records_user ON records (user, tenant, agent, session, seq, from_s, until_s);
+-- The turns of chats, so that the end of a long conversation is found without reading its beginning.
+CREATE INDEX records_turns ON records (tenant, user, agent, session, seq) WHERE source = 'chat';
+CREATE TABLE versions (
+    id TEXT NOT NULL, version INTEGER NOT NULL, text TEXT NOT NULL, metadata TEXT NOT NULL,
+    created REAL NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (id, version)
+);
+CREATE VIRTUAL TABLE records_fts USING fts5 (
+    text, name, content='records', content_rowid='seq', tokenize='porter unicode61'
+);
+-- Every occurrence of a stemmed word: the postings that words are scored by (words.py).
+CREATE VIRTUAL TABLE records_terms USING fts5vocab (records_fts, instance);
+-- Vectors are truth too: the index is rebuilt from them without a call of the embedder. A row is a passage of a record,
+-- characters start to stop of its text; a short record has one, part 0.
+CREATE TABLE spaces (
+    id INTEGER PRIMARY KEY, name TEXT NOT NULL, digest TEXT NOT NULL UNIQUE, dimension INTEGER NOT NULL
+);
+CREATE TABLE vectors (
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, start INTEGER NOT NULL, stop INTEGER NOT NULL,
+    vector BLOB NOT NULL, checksum INTEGER NOT NULL, PRIMARY KEY (space, seq, part)
+);
+-- The vectors of a passage's tokens, compressed (late.py).
+CREATE TABLE tokens (
+    seq INTEGER NOT NULL, space INTEGER NOT NULL, part INTEGER NOT NULL, codes BLOB NOT NULL, checksum INTEGER NOT NULL,
+    PRIMARY KEY (space, seq, part)
+);
+-- What happened to the records and their vectors, in order: what has applied change N needs only what follows. added is
+-- 1 for new or changed, 0 for gone; the nonce tells this history from another one with the same numbers (a restored
+-- backup).
+CREATE TABLE changes (
+    change INTEGER PRIMARY KEY AUTOINCREMENT, tenant TEXT NOT NULL, seq INTEGER NOT NULL, added INTEGER NOT NULL,
+    nonce INTEGER NOT NULL DEFAULT (random())
+);
+
+-- Lineage: which records a derived thing was made from. kind is page, slot, core, lora, reply, record (one written from
+-- others) or supersedes (one that took another's place).
+CREATE TABLE lineage (
+    kind TEXT NOT NULL, key TEXT NOT NULL, record TEXT NOT NULL, PRIMARY KEY (kind, key, record)
+) WITHOUT ROWID;
+CREATE INDEX lineage_record ON lineage (record, kind);
+-- A forgotten record's id outlives it, so that an old export or backup can't bring it back.
+CREATE TABLE tombstones (record TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
+-- Work to be done later for a record, each kind once: queued, done, failed or refused.
+CREATE TABLE jobs (
+    id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
+    tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
+);
+-- Erasures whose files are not all gone yet: finished at the next open.
+CREATE TABLE erasures (id INTEGER PRIMARY KEY, at REAL NOT NULL, work TEXT NOT NULL);
+
+CREATE TABLE cores (
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
+    ids TEXT NOT NULL, built REAL NOT NULL, records INTEGER NOT NULL, -- records visible to the scope when it was built
+    PRIMARY KEY (tenant, user, agent, session)
+) WITHOUT ROWID;
+CREATE TABLE pages (
+    key BLOB PRIMARY KEY, identity BLOB NOT NULL, parent BLOB NOT NULL, number INTEGER NOT NULL,
+    bytes INTEGER NOT NULL, created REAL NOT NULL, used REAL NOT NULL, uses INTEGER NOT NULL, pinned INTEGER NOT NULL,
+    codec TEXT NOT NULL, grid INTEGER NOT NULL DEFAULT 0 -- tokens, where they are not the store's
+) WITHOUT ROWID;
+CREATE TABLE loras (
+    digest TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL, manifest TEXT NOT NULL
+) WITHOUT ROWID;
+-- One row per activation, newest last: the newest row of a scope is what is active (digest '' is none); rollback drops
+-- it.
+CREATE TABLE activations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, digest TEXT NOT NULL,
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL
+);
+
+-- The ledger: one row per use.
+CREATE TABLE uses (
+    id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, verb TEXT NOT NULL, model TEXT NOT NULL,
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
+    input INTEGER NOT NULL, cached INTEGER NOT NULL, written INTEGER NOT NULL, output INTEGER NOT NULL,
+    first_s REAL, total_s REAL NOT NULL, bytes INTEGER NOT NULL,
+    expected INTEGER NOT NULL, reason TEXT, money REAL, uncached_money REAL,
+    attended TEXT                               -- JSON of `types.Attended`: what attention read in place
+);
+-- When a record was last put into a prompt, how often, and for which model: salience, and what a host may still hold.
+CREATE TABLE shown (
+    record TEXT NOT NULL, model TEXT NOT NULL, at REAL NOT NULL, times INTEGER NOT NULL, holds_s REAL,
+    PRIMARY KEY (record, model)
+) WITHOUT ROWID;
+"""
+SCHEMA += GUARDS
