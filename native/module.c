@@ -314,7 +314,7 @@ static int module_exec(PyObject *module)
     if (!state->page_error)
         return -1;
     if (PyModule_AddFunctions(module, am_module_pages) || PyModule_AddFunctions(module, am_module_maxsim) ||
-        am_module_add_prefix(module))
+        PyModule_AddFunctions(module, am_module_bm25) || am_module_add_prefix(module))
         return -1;
     return PyModule_AddObjectRef(module, "PageError", state->page_error);
 }

@@ -25,7 +25,7 @@ int am_module_layers(PyObject *sequence, am_layer *shapes, Py_ssize_t count);
 
 int am_module_add_prefix(PyObject *module); /* module_attend.c */
 
-/* Of module_pages.c and module_maxsim.c; each ends with a NULL entry. */
-extern PyMethodDef am_module_pages[], am_module_maxsim[];
+/* Of module_pages.c, module_maxsim.c and module_bm25.c; each ends with a NULL entry. */
+extern PyMethodDef am_module_pages[], am_module_maxsim[], am_module_bm25[];
 
 #endif
