@@ -24,7 +24,7 @@ from .plaintext.conditions import beneath, matching
 from .plaintext.drafts import check_k, drafts, moment, passage
 from .plaintext.rows import Passages
 from .progress import progress
-from .types import Context, Erasure, Hit, Record, Scope, Usage, Verification
+from .types import Compaction, Context, Erasure, Hit, Record, Scope, Usage, Verification
 
 if TYPE_CHECKING:
     from .plaintext.encoded import Embedder, Encoded
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add",
     "catch_up",
+    "compact",
     "context",
     "embedded",
     "encoded_query",
@@ -348,6 +349,22 @@ def report(engine: Engine, scope: Scope) -> Report:
         pages=pages,
         loras=loras,
     )
+
+
+def compact(engine: Engine) -> Compaction:
+    """Give back the room of what was deleted and leave no byte of it: in the database, its log, the vector index and
+    backups made before an upgrade. Derived tables and indexes that are damaged are made anew.
+
+    Needs as much free room as ``memory.db`` has bytes, else `Full`. Other processes read on meanwhile; their writes
+    wait. Can be interrupted: what was done stays done, nothing is lost.
+    """
+    before = engine.bytes_held()
+    engine.finish_erasures()
+    engine.database.drop_backups()
+    emptied = engine.database.compact()
+    if engine.index is not None:
+        engine.index.rewrite()
+    return Compaction(before=before, after=engine.bytes_held(), emptied=emptied)
 
 
 def verify(engine: Engine) -> Verification:

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 __all__ = [
     "Attended",
     "CacheUse",
+    "Compaction",
     "Context",
     "Erasure",
     "Hit",
@@ -261,6 +262,19 @@ class Erasure(Value):
             )
         lines += [f"  saved KV pages in {folder} still hold them: delete that folder" for folder in self.saved]
         return "\n".join(lines + [f"  {note}" for note in self.hosted])
+
+
+class Compaction(Value):
+    """What ``compact`` did: bytes on disk by kind of memory before and after. ``emptied`` is False where a reader of
+    another process kept the database's log, so that deleted bytes may be in it until the next open."""
+
+    before: dict[str, int]
+    after: dict[str, int]
+    emptied: bool = True
+
+    def __str__(self) -> str:
+        parts = [f"{kind}: {size:,} -> {self.after.get(kind, 0):,} bytes" for kind, size in self.before.items()]
+        return "\n".join(parts if self.emptied else [*parts, "the log is still read by another process"])
 
 
 class Context(Value):
