@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from .reply_stream import ReplyStream as ReplyStream
     from .types import Attended as Attended
     from .types import CacheUse as CacheUse
+    from .types import Change as Change
     from .types import Context as Context
     from .types import Erasure as Erasure
     from .types import Hit as Hit
@@ -61,7 +62,7 @@ _MODULES = {
     "memory": "Memory ScopedMemory",
     "parametric.registry": "LoraVersion",
     "reply_stream": "AsyncReplyStream ReplyStream",
-    "types": "Attended CacheUse Context Erasure Hit Message Record Reply Scope ToolCall Usage Verification",
+    "types": "Attended CacheUse Change Context Erasure Hit Message Record Reply Scope ToolCall Usage Verification",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 

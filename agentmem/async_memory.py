@@ -12,16 +12,17 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import flows, kinds, memory, transfer
+from . import flows, histories, kinds, memory, transfer
 from .chat import Conversation
 from .engine import Engine
 from .flow import arun, local
 from .flows import When
 from .ledger import Report
-from .memory import NOT_GIVEN, Content, narrowed, opened
+from .memory import Content
+from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
 from .reply_stream import AsyncReplyStream
-from .types import Context, Erasure, Hit, Record, Reply, Scope, Usage, Verification
+from .types import Change, Context, Erasure, Hit, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry, Swapped
@@ -80,6 +81,8 @@ class AsyncScopedMemory:
         valid_from: When = None,
         valid_until: When = None,
         source: str | None = None,
+        trust: Literal["trusted", "untrusted"] | None = None,
+        supersedes: str | Sequence[str] | None = None,
     ) -> builtins.list[Record]:
         return await arun(
             flows.add(
@@ -91,6 +94,8 @@ class AsyncScopedMemory:
                 valid_from=valid_from,
                 valid_until=valid_until,
                 source=source,
+                trust=trust,
+                supersedes=supersedes,
             )
         )
 
@@ -110,8 +115,16 @@ class AsyncScopedMemory:
     async def update(self, id: str, text: str | None = None, metadata: Mapping[str, Any] | None = None) -> Record:
         return await arun(flows.update(self._engine, self._scope, id, text=text, metadata=metadata))
 
-    async def history(self, id: str) -> builtins.list[Record]:
-        return await arun(local(self._engine.records.history, id, self._scope))
+    @overload
+    async def history(self, id: str) -> builtins.list[Record]: ...
+
+    @overload
+    async def history(self, *, about: str) -> builtins.list[Change]: ...
+
+    async def history(
+        self, id: str | None = None, *, about: str | None = None
+    ) -> builtins.list[Record] | builtins.list[Change]:
+        return await arun(histories.history(self._engine, self._scope, id, about=about))
 
     async def forget(
         self,

@@ -49,6 +49,9 @@ class Settings(BaseSettings):
         default=True, description="embed again what another embedder left; False refuses to open instead"
     )
     system: str | None = Field(default=None, description="the system text of chats that give none")
+    redact: tuple[str, ...] = Field(
+        default=(), description="taken out before anything is stored: email, phone, card, key, iban; or a function"
+    )
     recall_k: int = Field(default=6, ge=0, description="records recalled for a turn at most")
     recall_tokens: int = Field(default=500, ge=0, description="tokens of recalled records in a turn at most")
     core_tokens: int = Field(default=512, ge=0, description="tokens of the core block at most; 0 for none")

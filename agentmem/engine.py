@@ -29,10 +29,12 @@ from .database import Database
 from .errors import ConfigError, Corrupt, Full, Incompatible, StoreError
 from .ledger import Ledger
 from .plaintext.records import Records
+from .plaintext.redact import redactor
 from .provider import HoldsSlots, LoraRef, Pages, Provider, Slots
 from .types import Scope
 
 if TYPE_CHECKING:
+    from .plaintext.drafts import Redact
     from .activation.cipher import PageCipher
     from .activation.records import RecordPages
     from .activation.slots import SlotStore
@@ -59,10 +61,12 @@ class Engine:
         *,
         provider: Provider | None = None,
         embedder: Embedder | None = None,
+        redact: Redact | None = None,
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.settings = settings
         self.clock = clock
+        self.redact = redact or redactor(settings.redact)
         self._lock = threading.RLock()
         self._embedder = embedder
         self._embedder_known = embedder is not None

@@ -12,6 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import prompt
@@ -19,9 +20,10 @@ from .engine import Engine
 from .errors import InvalidInput, ProviderError, ScopeError, StoreError
 from .flow import Embed, Flow
 from .ledger import LISTED, Report
+from .plaintext import lineage
 from .plaintext import search as searching
 from .plaintext.conditions import beneath, matching
-from .plaintext.drafts import check_k, drafts, moment, passage
+from .plaintext.drafts import Draft, check_k, drafts, moment, passage, redacted_metadata, utc_seconds
 from .plaintext.rows import Passages
 from .progress import progress
 from .types import Compaction, Context, Erasure, Hit, Record, Scope, Usage, Verification
@@ -61,18 +63,54 @@ def add(
     valid_from: When = None,
     valid_until: When = None,
     source: str | None = None,
+    trust: str | None = None,
+    supersedes: str | Sequence[str] | None = None,
 ) -> Flow[list[Record]]:
     """Normalise, embed in one call, store in one transaction. No language model in the path."""
     new = drafts(
-        content, scope=scope, metadata=metadata, at=at, valid_from=valid_from, valid_until=valid_until, source=source
+        content,
+        scope=scope,
+        metadata=metadata,
+        at=at,
+        valid_from=valid_from,
+        valid_until=valid_until,
+        source=source,
+        trust=trust,
+        redact=engine.redact,
     )
+    old: list[str] = []
+    if supersedes is not None:
+        old = engine.records.select(scope, ids=_ids(supersedes, "supersedes"))
+        new = [_from_then(draft, engine.clock()) for draft in new]
     noted: list[Usage] = []
     vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
     space = engine.space
-    with engine.database.write():
+    with engine.database.write() as connection:
         records = engine.records.insert(new, vectors, space)
+        if old and new:
+            engine.records.end(
+                old, scope, min((draft.valid_from for draft in new if draft.valid_from), key=utc_seconds)
+            )
+            lineage.link(connection, "supersedes", [(record.id, id_) for record in records for id_ in old])
         note_embeddings(engine, scope, noted)
     return records
+
+
+def _from_then(draft: Draft, now: float) -> Draft:
+    """The draft of something that took another's place: it holds from when it was said to, or was said, or from now."""
+    begins = draft.valid_from or draft.at or dt.datetime.fromtimestamp(now, dt.UTC)
+    if draft.valid_until is not None and utc_seconds(draft.valid_until) <= utc_seconds(begins):
+        raise InvalidInput(f"valid_until {draft.valid_until.isoformat()} must lie after {begins.isoformat()}")
+    return replace(draft, valid_from=begins)
+
+
+def _ids(ids: Any, what: str) -> list[str]:
+    """Record ids as a list; each is looked up later, so only the shape is checked here."""
+    if isinstance(ids, str):
+        return [ids]
+    if isinstance(ids, (bytes, Mapping)) or not isinstance(ids, Iterable):
+        raise InvalidInput(f"{what} is a {type(ids).__name__}: give a record id or a list of them")
+    return list(ids)
 
 
 def embedded(engine: Engine, said: Sequence[tuple[str, str | None]], noted: list[Usage]) -> Flow[Passages | None]:
@@ -212,15 +250,23 @@ def update(
     noted: list[Usage] = []
     vectors = None
     old = engine.records.get(id, scope)
+    if metadata is not None and engine.redact is not None:
+        metadata = redacted_metadata(engine.redact, metadata)
     if text is not None:
-        changed = drafts({"role": old.role, "content": text, "name": old.name}, scope=old.scope)
+        changed = drafts({"role": old.role, "content": text, "name": old.name}, scope=old.scope, redact=engine.redact)
+        text = changed[0].text
         vectors = yield from embedded(engine, [(changed[0].text, changed[0].name)], noted)
     space = engine.space
-    with engine.database.write():
+    with engine.database.write() as connection:
         old = engine.records.get(id, scope)
         record = engine.records.update(id, scope, text=text, metadata=metadata, vectors=vectors, space=space)
         note_embeddings(engine, scope, noted)
         derived = record.text != old.text and _drop_derived(engine, [id], pages=False)
+        if record.text != old.text:
+            # What was written from the old wording holds no longer, and the new one is to be read.
+            told = lineage.derived(engine.database, [id])
+            engine.records.end(told, Scope(), dt.datetime.fromtimestamp(engine.clock(), dt.UTC), begun=True)
+            lineage.redo(connection, [id])
     if derived:
         engine.finish_erasures()
     return record
@@ -238,18 +284,21 @@ def forget(
     """Erase records and all that was made from them.
 
     The rows go, and what is to be deleted beyond them is written down, in one transaction; then the files are deleted.
-    Interrupted in between, the rest is deleted at the next open.
+    Interrupted in between, the rest is deleted at the next open. What was extracted from a forgotten record goes with
+    it; where it was also written from others, those are read again by the next extraction.
     """
     if (ids is None) == (where is None):
         raise InvalidInput("forget needs ids or where=…, one of them; where={} means everything in this scope")
     if where is not None and not where and scope == Scope() and not everything:
         raise ScopeError("where={} on the root handle would erase every scope: add everything=True to do that")
-    if ids is not None and not isinstance(ids, Iterable):
-        raise InvalidInput(f"ids is a {type(ids).__name__}: give a record id or a list of them")
-    wanted = [ids] if isinstance(ids, str) else None if ids is None else list(ids)
+    wanted = None if ids is None else _ids(ids, "ids")
     dry_run = bool(dry_run)
     with engine.database.write():
         gone = engine.records.select(scope, ids=wanted, where=where)
+        # A text that a model wrote from a forgotten one says what should be gone, whatever else it was written from.
+        written = lineage.derived(engine.database, gone)
+        read = [record for origins in lineage.sources(engine.database, written).values() for record in origins]
+        gone += written
         receipt = _receipt(engine, gone, dry_run=dry_run)
         if dry_run or not gone:
             return receipt
@@ -261,6 +310,8 @@ def forget(
             connection.executemany(
                 "DELETE FROM lineage WHERE kind = 'reply' AND (record = ? OR key = ?)", [(r, r) for r in gone]
             )
+            lineage.forget_links(connection, gone)
+            lineage.redo(connection, read)
     engine.finish_erasures()
     return receipt
 

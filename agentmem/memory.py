@@ -12,18 +12,16 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import config as configuration
-from . import flows, kinds, transfer
+from . import flows, histories, kinds, transfer
 from .chat import Conversation
 from .engine import Engine
-from .errors import ConfigError, InvalidInput, ScopeError
 from .flow import local, run
 from .flows import When
 from .ledger import Report
-from .plaintext.drafts import check_path, narrow
+from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
 from .reply_stream import ReplyStream
-from .types import Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
+from .types import Change, Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry, Swapped
@@ -34,64 +32,6 @@ __all__ = ["Activation", "Memory", "Parametric", "Plaintext", "ScopedMemory"]
 
 T = TypeVar("T")
 Content = str | Message | Mapping[str, Any] | Sequence[str | Message | Mapping[str, Any]]
-
-
-class _NotGiven:
-    """The default of a scope level; None is refused: a missing name must not widen a handle to everybody's memory."""
-
-    def __repr__(self) -> str:
-        return "NOT_GIVEN"
-
-
-NOT_GIVEN: Any = _NotGiven()
-
-
-def narrowed(scope: Scope, **levels: Any) -> Scope:
-    """``scope`` with the levels that were given; `ScopeError` for None and for a level bound to another value."""
-    given = {level: value for level, value in levels.items() if value is not NOT_GIVEN}
-    for level, value in given.items():
-        if value is None:
-            raise ScopeError(f"{level}=None: give the {level}'s name, or leave {level} out to reach all of them")
-    if not given:
-        raise ScopeError("scope() needs at least one of tenant=, user=, agent=, session=")
-    return narrow(scope, **given)
-
-
-def opened(
-    *,
-    path: str | os.PathLike[str] | None,
-    model: str | Provider | None,
-    embedder: str | Embedder | None,
-    config: str | os.PathLike[str] | None,
-    clock: Callable[[], float] | None,
-    settings: Mapping[str, Any],
-) -> Engine:
-    """The engine behind a new root handle: strings go through the configuration, objects are taken as they are."""
-    if not (model is None or isinstance(model, (str, Provider))):
-        raise ConfigError(f"model is a {type(model).__name__}: give a str such as 'local', or a Provider")
-    if not (embedder is None or isinstance(embedder, str) or callable(getattr(embedder, "embed", None))):
-        raise ConfigError(f"embedder is a {type(embedder).__name__}: give a str such as 'default', or an Embedder")
-    if not (clock is None or callable(clock)):
-        raise ConfigError(f"clock is a {type(clock).__name__}: give a function that returns seconds since 1970")
-    try:
-        file = None if config is None else check_path(config, "config")
-        folder = None if path is None else str(check_path(path, "path"))
-    except InvalidInput as error:
-        raise ConfigError(str(error)) from error
-    read = configuration.read(
-        file,
-        path=folder,
-        model=model if isinstance(model, str) else None,
-        embedder=embedder if isinstance(embedder, str) else None,
-        **settings,
-    )
-    more: dict[str, Any] = {} if clock is None else {"clock": clock}
-    return Engine(
-        read,
-        provider=None if isinstance(model, str) else model,
-        embedder=None if isinstance(embedder, str) else embedder,
-        **more,
-    )
 
 
 class ScopedMemory:
@@ -126,12 +66,16 @@ class ScopedMemory:
         valid_from: When = None,
         valid_until: When = None,
         source: str | None = None,
+        trust: Literal["trusted", "untrusted"] | None = None,
+        supersedes: str | Sequence[str] | None = None,
     ) -> builtins.list[Record]:
         """Remember text exactly as it is. One embedder call and one transaction for the batch, no language model.
 
         ``content`` is a str, a message (``{"role", "content", "name"?, "at"?, "metadata"?}`` or `Message`), or a list
         of them. ``at`` is when it was said; between ``valid_from`` and ``valid_until`` it is found by searches.
-        ``metadata`` is JSON. When this returns, the records survive ``kill -9`` and a power cut. Raises `InvalidInput`
+        ``metadata`` is JSON. ``trust="untrusted"`` marks what a stranger wrote: it is recalled as such, and no LoRA
+        learns it unasked. ``supersedes`` names records whose place this takes: they hold until it does (``valid_from``,
+        else ``at``, else now), stay in the history, and searches as of then find them. When this returns, the records survive ``kill -9`` and a power cut. Raises `InvalidInput`
         before anything is written, `Full` and other `StoreError` with nothing changed.
         """
         return run(
@@ -144,6 +88,8 @@ class ScopedMemory:
                 valid_from=valid_from,
                 valid_until=valid_until,
                 source=source,
+                trust=trust,
+                supersedes=supersedes,
             )
         )
 
@@ -169,15 +115,28 @@ class ScopedMemory:
         return run(local(self._engine.records.list, self._scope, where, limit, after))
 
     def update(self, id: str, text: str | None = None, metadata: Mapping[str, Any] | None = None) -> Record:
-        """Replace a record's text, metadata or both; the version before is kept in its history.
+        """Correct a record's text, metadata or both; the version before is kept in its history.
 
+        A correction holds for all times: ``search(at=...)`` finds the new text. For what changed in the world use
+        ``add(..., supersedes=id)``.
         Core blocks made from the old text are chosen again, LoRA versions that learnt it are retired.
         """
         return run(flows.update(self._engine, self._scope, id, text=text, metadata=metadata))
 
-    def history(self, id: str) -> builtins.list[Record]:
-        """All versions of a record, oldest first, the current one last."""
-        return run(local(self._engine.records.history, id, self._scope))
+    @overload
+    def history(self, id: str) -> builtins.list[Record]: ...
+
+    @overload
+    def history(self, *, about: str) -> builtins.list[Change]: ...
+
+    def history(
+        self, id: str | None = None, *, about: str | None = None
+    ) -> builtins.list[Record] | builtins.list[Change]:
+        """All versions of a record and of those that it superseded or was superseded by, oldest first.
+
+        With ``about`` what changed in that matter, in order of time: each step with what it replaced.
+        """
+        return run(histories.history(self._engine, self._scope, id, about=about))
 
     def forget(
         self,

@@ -17,6 +17,7 @@ __all__ = [
     "Attended",
     "CacheUse",
     "Compaction",
+    "Change",
     "Context",
     "Erasure",
     "Hit",
@@ -104,6 +105,24 @@ class Hit(Value):
 
     def __str__(self) -> str:
         return f"{self.score:.3f} {self.record}"
+
+
+class Change(Value):
+    """One step of how a matter changed: ``new`` took the place of ``old`` at ``at``.
+
+    ``old`` is None where the matter was told for the first time, ``new`` where it ended and nothing followed. Both are
+    versions of one record where its text was corrected.
+    """
+
+    at: dt.datetime | None
+    old: Record | None
+    new: Record | None
+
+    def __str__(self) -> str:
+        day = self.at.date().isoformat() if self.at else "at some time"
+        if self.new is None:
+            return f"{day}: no longer: {self.old.text if self.old else ''}"
+        return f"{day}: {self.new.text}" + (f" (before: {self.old.text})" if self.old else "")
 
 
 class ToolCall(Value):

@@ -275,7 +275,7 @@ class _Metadata(_Field):
     def _has(self, test: str) -> str:
         return f"EXISTS (SELECT 1 FROM json_each(records.metadata) AS item WHERE item.key = ? AND {test})"
 
-    def _number(self, value: float) -> float:
+    def _number(self, value: int | float) -> int | float:
         if isinstance(value, int) and not -(2**63) <= value < 2**63:
             raise InvalidInput(f"where[{self.shown}] is outside the range of 64-bit integers")
         if isinstance(value, float) and not math.isfinite(value):

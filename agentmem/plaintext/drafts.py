@@ -34,6 +34,7 @@ __all__ = [
     "moment",
     "narrow",
     "redacted",
+    "redacted_metadata",
     "shown",
     "utc_seconds",
 ]
@@ -121,7 +122,7 @@ def drafts(
         if redact is not None:
             text = check_text(redacted(redact, text), f"the redacted text of {where}")
             name = name and _line(redacted(redact, name), f"the redacted name of {where}", MAX_NAME_BYTES)
-            told = check_metadata(_redacted_json(redact, told))
+            told = redacted_metadata(redact, told)
         found.append(
             Draft(
                 text=text,
@@ -149,6 +150,11 @@ def redacted(redact: Redact, text: str) -> str:
     if not isinstance(left, str):
         raise InvalidInput(f"the redact hook gave a {type(left).__name__}, nothing was stored: it must return a str")
     return str.__str__(left)
+
+
+def redacted_metadata(redact: Redact, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    """``metadata`` with ``redact`` over every string in it but the keys."""
+    return check_metadata(_redacted_json(redact, check_metadata(metadata)))
 
 
 def _redacted_json(redact: Redact, value: Any) -> Any:

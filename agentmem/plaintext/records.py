@@ -7,6 +7,7 @@ index or of ranking: vectors come in as numbers. The scope rule is in conditions
 from __future__ import annotations
 
 import builtins
+import datetime as dt
 import json
 import re
 import secrets
@@ -32,6 +33,7 @@ from .drafts import (
     dump_metadata,
     narrow,
     shown,
+    utc_seconds,
 )
 from .rows import (
     Passages,
@@ -292,6 +294,33 @@ class Records:
                     write_passages(connection, space, [row["seq"]], passages)
             note_changes(connection, [(row["tenant"], row["seq"], 1)])
         return record_of(new)
+
+    def end(self, ids: Sequence[str], scope: Scope, when: dt.datetime, *, begun: bool = False) -> None:
+        """Let these records hold until ``when`` and no longer; one that ended before stays as it is.
+
+        Raises `NotFound` and `ScopeError` as `update`, and `InvalidInput` for a record that begins at ``when`` or
+        later; with ``begun`` such a one is passed over.
+        """
+        seconds = utc_seconds(when)
+        with self._database.write() as connection:
+            for id_ in ids:
+                row = dict(self._changeable(id_, scope))
+                record_of(row)
+                if row["from_s"] is not None and row["from_s"] >= seconds:
+                    if begun:
+                        continue
+                    raise InvalidInput(
+                        f"record {id_} holds from {row['valid_from']} on, so it can't end at {when.isoformat()}: "
+                        "give the new one a later valid_from or at"
+                    )
+                if row["until_s"] is not None and row["until_s"] <= seconds:
+                    continue
+                new = {**row, "valid_until": when.isoformat(), "until_s": seconds}
+                connection.execute(
+                    "UPDATE records SET valid_until = ?, until_s = ?, checksum = ? WHERE seq = ?",
+                    (new["valid_until"], seconds, checksum(new), row["seq"]),
+                )
+                note_changes(connection, [(row["tenant"], row["seq"], 1)])
 
     def select(
         self, scope: Scope, *, ids: Sequence[str] | None = None, where: Mapping[str, Any] | None = None

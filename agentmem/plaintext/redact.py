@@ -7,7 +7,8 @@ names or addresses, and nothing of where a text goes. A user's own function does
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
+from typing import Any, cast
 
 from agentmem.errors import ConfigError
 
@@ -70,7 +71,7 @@ DETECTORS: dict[str, Redact] = {
 }
 
 
-def redactor(wanted: str | Iterable[str] | Callable[[str], str] | None) -> Redact | None:
+def redactor(wanted: Any) -> Redact | None:
     """One function that redacts as wanted; None where nothing is.
 
     ``wanted`` is a function of a text, a name of `DETECTORS` ("email", "phone", "card", "key", "iban"), or several.
@@ -79,7 +80,7 @@ def redactor(wanted: str | Iterable[str] | Callable[[str], str] | None) -> Redac
     if wanted is None:
         return None
     if callable(wanted):
-        return wanted
+        return cast(Redact, wanted)
     names = [wanted] if isinstance(wanted, str) else list(wanted) if isinstance(wanted, Iterable) else [wanted]
     for name in names:
         if not isinstance(name, str) or name not in DETECTORS:
