@@ -1,4 +1,4 @@
-/* Scores of passages by their compressed token vectors: see maxsim.h. Parsing, the query's whole numbers, plain C. */
+/* Token vectors in 2 bits a number, and scores of passages by them: see maxsim.h. Parsing, encoding, plain C. */
 #include "maxsim.h"
 
 #include <math.h>
@@ -21,29 +21,116 @@ int am_tokens_parse(const uint8_t *data, uint64_t length, int64_t start, am_toke
         return AM_TOKENS_OTHER;
     if (tokens->dimensions < 1 || tokens->dimensions > AM_TOKENS_DIMENSIONS || tokens->count > AM_TOKENS_COUNT)
         return AM_TOKENS_SHAPE;
-    tokens->half = (tokens->dimensions + 63) / 64 * 32;
-    tokens->size = AM_TOKENS_HEADER + (uint64_t)tokens->count * (2 + tokens->half);
+    tokens->row = am_tokens_row(tokens->dimensions);
+    tokens->size = AM_TOKENS_HEADER + (uint64_t)tokens->count * (2 + tokens->row);
     tokens->scales = data + AM_TOKENS_HEADER;
     tokens->codes = tokens->scales + 2 * (size_t)tokens->count;
     return tokens->size > length ? AM_TOKENS_SHORT : AM_TOKENS_OK;
+}
+
+/* ---- rotation: README.md says why and how ---- */
+
+#define WIDEST AM_TOKENS_DIMENSIONS
+
+/* Whether number `at` of a round of `width` numbers changes its sign. */
+static inline int flips(uint32_t at)
+{
+    uint32_t bits = (at + 1) * 0x9E3779B1u;
+    bits ^= bits >> 15;
+    bits *= 0x85EBCA77u;
+    bits ^= bits >> 13;
+    return (int)(bits & 1);
+}
+
+/* Fills signs[2 * width] with 1 and -1. */
+static void make_signs(uint32_t width, float *signs)
+{
+    for (uint32_t at = 0; at < 2 * width; at++)
+        signs[at] = flips(at) ? -1.0f : 1.0f;
+}
+
+static inline void hadamard(float *block)
+{
+    for (uint32_t step = 1; step < 64; step *= 2)
+        for (uint32_t at = 0; at < 64; at += 2 * step)
+            for (uint32_t i = at; i < at + step; i++) {
+                float first = block[i], second = block[i + step];
+                block[i] = first + second;
+                block[i + step] = first - second;
+            }
+}
+
+/* Turns `dimensions` numbers, cut to -most and most, into `width` (a multiple of 64) in `out`. */
+static void rotate(const float *in, uint32_t dimensions, uint32_t width, const float *signs, float most, float *out)
+{
+    float turned[WIDEST];
+    for (uint32_t at = 0; at < dimensions; at++)
+        turned[at] = (in[at] > most ? most : in[at] < -most ? -most : in[at]) * signs[at];
+    for (uint32_t at = dimensions; at < width; at++)
+        turned[at] = 0;
+    for (uint32_t block = 0; block < width; block += 64)
+        hadamard(turned + block);
+    for (uint32_t block = 0, blocks = width / 64; block < blocks; block++)
+        for (uint32_t i = 0; i < 64; i++)
+            out[i * blocks + block] = turned[block * 64 + i];
+    for (uint32_t at = 0; at < width; at++)
+        out[at] *= signs[width + at];
+    for (uint32_t block = 0; block < width; block += 64)
+        hadamard(out + block);
+    for (uint32_t at = 0; at < width; at++)
+        out[at] *= 1.0f / 64;
+}
+
+/* ---- encoding: whole numbers after the rotation, so that every machine writes the same bytes ---- */
+
+static uint16_t encode(const float *row, uint32_t dimensions, const float *signs, uint8_t *codes)
+{
+    uint32_t quarter = am_tokens_row(dimensions), width = 4 * quarter;
+    float turned[WIDEST];
+    int32_t whole[WIDEST];
+    rotate(row, dimensions, width, signs, 2, turned);
+    int64_t power = 0, product = 0;
+    for (uint32_t at = 0; at < width; at++) {
+        whole[at] = (int32_t)rintf(turned[at] * 65536);
+        power += (int64_t)whole[at] * whole[at];
+    }
+    memset(codes, 0, quarter);
+    for (uint32_t at = 0; at < width; at++) {
+        int64_t square = (int64_t)whole[at] * whole[at];
+        /* The step is 0.9956 times the root mean square (1015 / 1024 is its square). */
+        int outer = square * 1024 * width > 1015 * power, below = whole[at] < 0;
+        product += (int64_t)(below ? -whole[at] : whole[at]) * (outer ? 3 : 1);
+        codes[at % quarter] |= (uint8_t)((below ? 1 - outer : 2 + outer) << 2 * (at / quarter));
+    }
+    int64_t scale = (8 * power + product) / (product ? 2 * product : 1);
+    return (uint16_t)(scale > 65535 ? 65535 : scale);
+}
+
+void am_tokens_encode(const float *rows, size_t count, uint32_t dimensions, uint16_t *scales, uint8_t *codes)
+{
+    float signs[2 * WIDEST];
+    make_signs(4 * am_tokens_row(dimensions), signs);
+    for (size_t token = 0; token < count; token++, rows += dimensions, codes += am_tokens_row(dimensions))
+        scales[token] = encode(rows, dimensions, signs, codes);
 }
 
 /* ---- plain C: a tile is its query tokens, one behind the other ---- */
 
 static void scalar(const am_tokens *passage, const am_tile *tile, float *best)
 {
-    uint32_t half = passage->half;
+    uint32_t row = passage->row;
     for (uint32_t i = 0; i < tile->queries; i++)
         best[i] = -INFINITY;
     for (uint32_t token = 0; token < passage->count; token++) {
-        const uint8_t *codes = passage->codes + (size_t)token * half;
+        const uint8_t *codes = passage->codes + (size_t)token * row;
         float scale = am_tokens_scale(passage, token);
         for (uint32_t i = 0; i < tile->queries; i++) {
-            const int8_t *low = tile->numbers + (size_t)i * 2 * half, *high = low + half;
-            int32_t sum = tile->first[i];
-            for (uint32_t at = 0; at < half; at++)
-                sum += (codes[at] & 15) * low[at] + (codes[at] >> 4) * high[at];
-            float score = (float)sum * scale;
+            const int8_t *numbers = tile->numbers + (size_t)i * 4 * row;
+            int32_t sum = 0;
+            for (uint32_t at = 0; at < row; at++)
+                sum += (codes[at] & 3) * numbers[at] + (codes[at] >> 2 & 3) * numbers[row + at] +
+                       (codes[at] >> 4 & 3) * numbers[2 * row + at] + (codes[at] >> 6) * numbers[3 * row + at];
+            float score = (float)(2 * sum + tile->first[i]) * scale;
             best[i] = score > best[i] ? score : best[i];
         }
     }
@@ -71,28 +158,29 @@ static uint32_t kind_of_tile(int level, uint32_t left)
     return level == AM_AVX2 ? 8 : AM_TILE;
 }
 
-/* Where the number of a query token for a channel stands in a tile. */
-static size_t place(int level, uint32_t kind, uint32_t half, uint32_t query, uint32_t channel)
+/* Puts the numbers of query token `query` where the level's kernel reads them in a tile: with lanes for query tokens, each
+ * four numbers stand as [4 channels of a quarter][quarter][query]. */
+static void place(int level, const am_tile *tile, uint32_t row, uint32_t query, const int8_t *numbers)
 {
-    uint32_t high = channel >= half, quad = channel % half / 4, rest = channel % 4;
-    if (level == AM_AVX512 && kind == 4) /* [8 channels][half][query][4 of them, other 4] */
-        return (size_t)quad / 2 * 64 + high * 32 + query * 8 + quad % 2 * 4 + rest;
-    if (level == AM_AVX512 && kind == 8) /* [4 channels][half][query] */
-        return (size_t)quad * 64 + high * 32 + query * 4 + rest;
-    if (level == AM_AVX512 || level == AM_AVX2) /* [4 channels][half][query], of 16 or 8 queries */
-        return ((size_t)quad * 2 + high) * 4 * kind + query * 4 + rest;
-    return (size_t)query * 2 * half + channel;
+    if (level != AM_AVX512 && level != AM_AVX2) {
+        memcpy(tile->numbers + (size_t)query * 4 * row, numbers, 4 * (size_t)row);
+        return;
+    }
+    int8_t *to = tile->numbers + 4 * query;
+    for (uint32_t at = 0; at < row; at += 4)
+        for (uint32_t quarter = 0; quarter < 4; quarter++, to += 4 * tile->kind)
+            memcpy(to, numbers + quarter * row + at, 4);
 }
 
-/* A query token as whole numbers up to 127; returns what one of them times a unit of the scales is. */
-static float whole(const float *query, uint32_t dimensions, int8_t *to)
+/* A rotated query token as whole numbers up to 127; returns what one of them times a unit of the scales is. */
+static float whole(const float *turned, uint32_t width, int8_t *to)
 {
     float largest = 0;
-    for (uint32_t at = 0; at < dimensions; at++)
-        largest = fabsf(query[at]) > largest ? fabsf(query[at]) : largest;
+    for (uint32_t at = 0; at < width; at++)
+        largest = fabsf(turned[at]) > largest ? fabsf(turned[at]) : largest;
     float inverse = largest > 0 ? 127.0f / (largest > 1e-30f ? largest : 1e-30f) : 0;
-    for (uint32_t at = 0; at < dimensions; at++) {
-        float number = rintf(query[at] * inverse);
+    for (uint32_t at = 0; at < width; at++) {
+        float number = rintf(turned[at] * inverse);
         to[at] = (int8_t)(number > 127 ? 127 : number < -127 ? -127 : number);
     }
     return largest * (float)(0x1p-18 / 127);
@@ -102,34 +190,32 @@ int am_maxsim(const float *query, uint32_t queries, uint32_t dimensions, const u
               const int64_t *starts, size_t count, float *out, size_t *failed)
 {
     int level = am_cpu_level(); /* asked once: another thread may change it */
-    uint32_t half = (dimensions + 63) / 64 * 32;
+    uint32_t row = am_tokens_row(dimensions), width = 4 * row, made = 0;
     am_tile tiles[AM_MAXSIM_QUERIES / 4];
-    float units[AM_MAXSIM_QUERIES];
-    int8_t numbers[AM_TOKENS_DIMENSIONS];
-    size_t room = 2 * (size_t)half * (queries + AM_TILE) + 63;
-    int8_t *memory = calloc(room, 1);
+    float units[AM_MAXSIM_QUERIES], signs[2 * WIDEST], turned[WIDEST];
+    int8_t numbers[WIDEST], *memory = calloc((size_t)width * (queries + AM_TILE) + 63, 1);
     *failed = 0;
     if (!memory)
         return AM_TOKENS_MEMORY;
     int8_t *next = (int8_t *)(((uintptr_t)memory + 63) & ~(uintptr_t)63);
-    uint32_t made = 0;
+    make_signs(width, signs);
     for (uint32_t done = 0; done < queries; made++) {
         am_tile *tile = &tiles[made];
         memset(tile, 0, sizeof *tile);
         tile->kind = kind_of_tile(level, queries - done);
         tile->queries = queries - done < tile->kind ? queries - done : tile->kind;
         tile->numbers = next;
-        next += 2 * (size_t)half * tile->kind;
+        next += (size_t)width * tile->kind;
         for (uint32_t i = 0; i < tile->queries; i++, done++) {
-            units[done] = whole(query + (size_t)done * dimensions, dimensions, numbers);
-            for (uint32_t at = 0; at < dimensions; at++) {
-                tile->numbers[place(level, tile->kind, half, i, at)] = numbers[at];
-                tile->first[i] -= 8 * numbers[at];
-            }
+            rotate(query + (size_t)done * dimensions, dimensions, width, signs, 1e30f, turned);
+            units[done] = whole(turned, width, numbers);
+            for (uint32_t at = 0; at < width; at++)
+                tile->first[i] -= 3 * numbers[at];
+            place(level, tile, row, i, numbers);
         }
     }
     int result = AM_TOKENS_OK;
-    for (size_t passage = 0; passage < count && !result; passage++, out += queries) {
+    for (size_t passage = 0; passage < count; passage++, out += queries) {
         am_tokens tokens;
         *failed = passage;
         result = am_tokens_parse(data, length, starts[passage], &tokens);

@@ -1,5 +1,5 @@
 /* Late interaction over compressed token vectors, where they lie: for each query token the best product with a token of
- * each passage. README.md draws the bytes. agentmem/_pure/maxsim.py is the same in numpy, bit for bit.
+ * each passage. README.md draws the bytes. agentmem/_pure/late.py is the same in numpy, bit for bit.
  */
 #ifndef AM_MAXSIM_H
 #define AM_MAXSIM_H
@@ -17,7 +17,7 @@
 /* A passage that was looked at: all of it lies within its buffer. */
 typedef struct {
     uint32_t version, dimensions, count; /* version: two bytes, the upper one 0 */
-    uint32_t half;                       /* bytes of a token's codes */
+    uint32_t row;                        /* bytes of a token's codes */
     uint64_t size;                       /* of all */
     const uint8_t *scales, *codes;
 } am_tokens;
@@ -26,6 +26,15 @@ typedef struct {
 enum { AM_TOKENS_OK, AM_TOKENS_START, AM_TOKENS_OTHER, AM_TOKENS_SHAPE, AM_TOKENS_SHORT, AM_TOKENS_QUERY, AM_TOKENS_MEMORY };
 
 int am_tokens_parse(const uint8_t *data, uint64_t length, int64_t start, am_tokens *tokens);
+
+/* Bytes of the codes of a token of so many dimensions: four numbers in each. */
+static inline uint32_t am_tokens_row(uint32_t dimensions)
+{
+    return (dimensions + 63) / 64 * 16;
+}
+
+/* Of `count` token vectors of finite floats, one behind the other, the scales and the codes. */
+void am_tokens_encode(const float *rows, size_t count, uint32_t dimensions, uint16_t *scales, uint8_t *codes);
 
 /* Into out [count][queries] the scores of `queries` tokens (1 to 256) of `dimensions` finite floats (1 to 4096), for the
  * passages that begin at `starts` in `data`. On failure `out` may hold anything and *failed says which passage. */
@@ -38,9 +47,9 @@ int am_maxsim(const float *query, uint32_t queries, uint32_t dimensions, const u
 
 /* Some query tokens in the order that a level's kernel reads them. */
 typedef struct {
-    uint32_t kind, queries; /* kind: the most tokens it could hold, chosen by am_tile_kind */
-    int32_t first[AM_TILE]; /* -8 times the sum of its numbers: codes count from 8 */
-    int8_t *numbers;        /* 2 * half * kind bytes */
+    uint32_t kind, queries; /* kind: the most tokens it could hold, maxsim.c chooses it */
+    int32_t first[AM_TILE]; /* -3 times the sum of its numbers: code c stands for 2 c - 3 */
+    int8_t *numbers;        /* 4 * row * kind bytes */
 } am_tile;
 
 /* best[i]: largest of dot(query i, token) * scale over the passage's tokens (at least one), for whole numbers. */

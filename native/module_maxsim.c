@@ -34,6 +34,50 @@ static int is_array(const Py_buffer *view, int dimensions, Py_ssize_t item)
     return view->ndim == dimensions && view->itemsize == item && (uintptr_t)view->buf % (size_t)item == 0;
 }
 
+static int are_finite(const Py_buffer *view)
+{
+    const float *numbers = view->buf;
+    for (Py_ssize_t at = 0; at < view->len / 4; at++)
+        if (!isfinite(numbers[at]))
+            return 0;
+    return 1;
+}
+
+static PyObject *tokens_encode(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *objects[3], *none = NULL;
+    Py_buffer views[3]; /* rows, scales, codes */
+    if (!PyArg_ParseTuple(args, "OOO:tokens_encode", &objects[0], &objects[1], &objects[2]))
+        return NULL;
+    int held = 0;
+    for (; held < 3; held++)
+        if (PyObject_GetBuffer(objects[held], &views[held], held ? PyBUF_ND | PyBUF_WRITABLE : PyBUF_ND))
+            goto release;
+    const Py_buffer *rows = &views[0], *scales = &views[1], *codes = &views[2];
+    if (!is_array(rows, 2, 4) || rows->shape[1] < 1 || rows->shape[1] > (Py_ssize_t)AM_TOKENS_DIMENSIONS) {
+        PyErr_SetString(PyExc_ValueError, "token vectors are float32 [tokens, 1..4096]");
+        goto release;
+    }
+    if (!is_array(scales, 1, 2) || scales->shape[0] != rows->shape[0] || !is_array(codes, 2, 1) ||
+        codes->shape[0] != rows->shape[0] || codes->shape[1] != (Py_ssize_t)am_tokens_row((uint32_t)rows->shape[1])) {
+        PyErr_SetString(PyExc_ValueError, "scales are uint16 [tokens], codes uint8 [tokens, bytes of a row]");
+        goto release;
+    }
+    if (!are_finite(rows)) {
+        PyErr_SetString(PyExc_ValueError, "a token vector has a NaN or an infinity");
+        goto release;
+    }
+    Py_BEGIN_ALLOW_THREADS
+    am_tokens_encode(rows->buf, (size_t)rows->shape[0], (uint32_t)rows->shape[1], scales->buf, codes->buf);
+    Py_END_ALLOW_THREADS
+    none = Py_NewRef(Py_None);
+release:
+    while (held-- > 0)
+        PyBuffer_Release(&views[held]);
+    return none;
+}
+
 static PyObject *maxsim(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -56,11 +100,10 @@ static PyObject *maxsim(PyObject *module, PyObject *args)
         PyErr_SetString(PyExc_ValueError, "starts are int64 [passages], the result is float32 [passages, queries]");
         goto release;
     }
-    for (Py_ssize_t at = 0; at < query->shape[0] * query->shape[1]; at++)
-        if (!isfinite(((const float *)query->buf)[at])) {
-            PyErr_SetString(PyExc_ValueError, "a query token has a NaN or an infinity");
-            goto release;
-        }
+    if (!are_finite(query)) {
+        PyErr_SetString(PyExc_ValueError, "a query token has a NaN or an infinity");
+        goto release;
+    }
     uint32_t queries = (uint32_t)query->shape[0], dimensions = (uint32_t)query->shape[1];
     size_t failed = 0;
     int result;
@@ -83,6 +126,8 @@ release:
 }
 
 PyMethodDef am_module_maxsim[] = {
+    {"tokens_encode", tokens_encode, METH_VARARGS,
+     "tokens_encode(rows, scales, codes, /): token vectors in 2 bits a number, into scales and codes."},
     {"maxsim", maxsim, METH_VARARGS,
      "maxsim(query, data, starts, out, /): best product of each query token with a token of each passage, into out."},
     {NULL, NULL, 0, NULL},

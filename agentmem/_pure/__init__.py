@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING
 
 from ..errors import Incompatible
 from .attend import Prefix
+from .bm25 import bm25_lengths, bm25_scores
 from .codec import block_decode, block_encode
 from .crc import crc32c
-from .maxsim import maxsim
+from .late import maxsim, tokens_encode
 from .page import (
     page_encode,
     page_parse,
@@ -40,6 +41,8 @@ __all__ = [
     "Prefix",
     "block_decode",
     "block_encode",
+    "bm25_lengths",
+    "bm25_scores",
     "cpu_level",
     "cpu_levels",
     "crc32c",
@@ -55,6 +58,7 @@ __all__ = [
     "prefault",
     "reserve",
     "set_cpu_level",
+    "tokens_encode",
     "write_behind",
 ]
 
