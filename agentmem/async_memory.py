@@ -206,11 +206,15 @@ class AsyncScopedMemory:
     async def report(self) -> Report:
         return await arun(local(flows.report, self._engine, self._scope))
 
-    async def export(self, path: str | os.PathLike[str]) -> int:
-        return await arun(local(transfer.export, self._engine, self._scope, path))
+    async def export(self, path: str | os.PathLike[str], *, vectors: bool = False) -> int:
+        return await arun(local(transfer.export, self._engine, self._scope, path, vectors=bool(vectors)))
 
-    async def load(self, path: str | os.PathLike[str]) -> int:
-        return await arun(transfer.load(self._engine, self._scope, path))
+    async def load(
+        self,
+        path: str | os.PathLike[str],
+        format: Literal["auto", "agentmem", "mem0", "chatgpt", "jsonl"] = "auto",
+    ) -> int:
+        return await arun(transfer.load(self._engine, self._scope, path, format))
 
     @property
     def plaintext(self) -> AsyncPlaintext:

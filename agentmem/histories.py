@@ -7,6 +7,7 @@ it. Versions are about the store: a correction replaces a text for all times and
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import re
 
 from .engine import Engine
@@ -68,7 +69,7 @@ def _changes(engine: Engine, chain: list[list[Record]]) -> list[Change]:
             steps.append(Change(at=last.valid_from or last.at or versions[0].created, old=None, new=versions[0]))
         steps += [
             Change(at=new.created, old=old, new=new)
-            for old, new in zip(versions, versions[1:], strict=False)
+            for old, new in itertools.pairwise(versions)
             if old.text != new.text
         ]
         if last.valid_until is not None and last.id not in older and _past(engine, last.valid_until):

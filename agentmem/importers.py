@@ -78,6 +78,8 @@ def detect(path: Path) -> str:
     data = read_file(path)
     if data.startswith(SQLITE) or path.suffix == ".pkl":
         return "mem0"
+    if not data.strip():
+        raise InvalidInput(f"{path} is empty: there is nothing to load")
     first = data.split(b"\n", 1)[0]
     with contextlib.suppress(ValueError, RecursionError):
         line = json.loads(first)

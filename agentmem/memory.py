@@ -75,8 +75,9 @@ class ScopedMemory:
         of them. ``at`` is when it was said; between ``valid_from`` and ``valid_until`` it is found by searches.
         ``metadata`` is JSON. ``trust="untrusted"`` marks what a stranger wrote: it is recalled as such, and no LoRA
         learns it unasked. ``supersedes`` names records whose place this takes: they hold until it does (``valid_from``,
-        else ``at``, else now), stay in the history, and searches as of then find them. When this returns, the records survive ``kill -9`` and a power cut. Raises `InvalidInput`
-        before anything is written, `Full` and other `StoreError` with nothing changed.
+        else ``at``, else now), stay in the history, and searches as of then find them. When this returns, the records
+        survive ``kill -9`` and a power cut. Raises `InvalidInput` before anything is written, `Full` and other
+        `StoreError` with nothing changed.
         """
         return run(
             flows.add(
@@ -237,13 +238,26 @@ class ScopedMemory:
         """What memory cost and saved in this scope: tokens, seconds, money; on the root handle also bytes on disk."""
         return run(local(flows.report, self._engine, self._scope))
 
-    def export(self, path: str | os.PathLike[str]) -> int:
-        """Write the records of this scope and beneath, with their histories, as JSON lines; returns how many."""
-        return run(local(transfer.export, self._engine, self._scope, path))
+    def export(self, path: str | os.PathLike[str], *, vectors: bool = False) -> int:
+        """Write the records of this scope and beneath, with their histories, as JSON lines; returns how many.
 
-    def load(self, path: str | os.PathLike[str]) -> int:
-        """Bring exported records back under their ids; returns how many were new. The forgotten stay away."""
-        return run(transfer.load(self._engine, self._scope, path))
+        With ``vectors`` whoever loads the file with the same embedder need not embed them again.
+        """
+        return run(local(transfer.export, self._engine, self._scope, path, vectors=bool(vectors)))
+
+    def load(
+        self,
+        path: str | os.PathLike[str],
+        format: Literal["auto", "agentmem", "mem0", "chatgpt", "jsonl"] = "auto",
+    ) -> int:
+        """Bring in an export of agentmem, a local store of mem0, ChatGPT's export (its folder or
+        ``conversations.json``), or JSON lines (``{"text", "role"?, "name"?, "at"?, "metadata"?, "id"?, "user"?,
+        "agent"?, "session"?}``); returns how many records were new. All or nothing. The forgotten stay away, and
+        loading twice adds nothing.
+
+        Raises `InvalidInput` for a line that can't be understood, `ScopeError` for what belongs outside this scope.
+        """
+        return run(transfer.load(self._engine, self._scope, path, format))
 
     @property
     def plaintext(self) -> Plaintext:

@@ -68,6 +68,7 @@ CREATE TABLE jobs (
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
     tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
 );
+CREATE INDEX jobs_record ON jobs (record, kind);
 """
     + GUARDS,
 }
@@ -138,6 +139,7 @@ CREATE TABLE jobs (
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
     tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
 );
+CREATE INDEX jobs_record ON jobs (record, kind);
 -- Erasures whose files are not all gone yet: finished at the next open.
 CREATE TABLE erasures (id INTEGER PRIMARY KEY, at REAL NOT NULL, work TEXT NOT NULL);
 

@@ -87,8 +87,8 @@ VERBS: dict[str, dict[str, Any]] = {
         "stop": (),
         "extra": {},
     },
-    "export": {"path": "PATH"},
-    "load": {"path": "PATH"},
+    "export": {"path": "PATH", "vectors": False},
+    "load": {"path": "PATH", "format": "auto"},
     "scope": {"tenant": "t", "user": "u", "agent": "a", "session": "s"},
     "activation.prime": {"system": None},
     "activation.pin": {"keys": None, "pinned": True},
@@ -103,7 +103,7 @@ VERBS: dict[str, dict[str, Any]] = {
 }
 CASES = [(verb, parameter) for verb, given in VERBS.items() for parameter in given]
 #: What has no harmful value, only a true or a false one.
-FLAGS = {"dry_run", "explain", "everything", "stream", "recall", "remember", "pinned", "activate", "force"}
+FLAGS = {"dry_run", "vectors", "explain", "everything", "stream", "recall", "remember", "pinned", "activate", "force"}
 
 
 @pytest.fixture
