@@ -30,18 +30,20 @@ from .errors import ConfigError, Corrupt, Full, Incompatible, StoreError
 from .ledger import Ledger
 from .plaintext.records import Records
 from .plaintext.redact import redactor
+from .plaintext.search import Searcher
 from .provider import HoldsSlots, LoraRef, Pages, Provider, Slots
 from .types import Scope
 
 if TYPE_CHECKING:
-    from .plaintext.drafts import Redact
     from .activation.cipher import PageCipher
     from .activation.records import RecordPages
     from .activation.slots import SlotStore
     from .activation.store import PageStore
     from .parametric.registry import Registry
+    from .plaintext.drafts import Redact
     from .plaintext.embed import Embedder
     from .plaintext.index import VectorIndex
+    from .plaintext.late import TokenStore
 
 __all__ = ["Engine"]
 
@@ -72,6 +74,7 @@ class Engine:
         self._embedder_known = embedder is not None
         self._spaces: dict[str, int] = {}
         self._index: VectorIndex | None = None
+        self._tokens: TokenStore | None = None
         self._pages: PageStore | None = None
         self._cipher = _cipher(settings)
         self._slots: SlotStore | None = None
@@ -92,6 +95,7 @@ class Engine:
             self.database = Database(self.folder / "memory.db" if self._kept else ":memory:")
             undo.callback(self.database.close)
             self.records = Records(self.database, clock=clock)
+            self.searcher = Searcher(self.database, self.records)
             self.ledger = Ledger(self.database, clock)
             # Caches of this engine, not of the class: they must not keep it, its model and its texts alive.
             self.count = functools.lru_cache(maxsize=16_384)(self._count)
@@ -155,6 +159,17 @@ class Engine:
 
                 self._index = VectorIndex(self.database, self.folder / "index", space, embedder.dimension)
             return self._index
+
+    @property
+    def tokens(self) -> TokenStore | None:
+        """The token vectors of the current embedder's space, or None without an embedder."""
+        with self._lock:
+            space = self.space
+            if self._tokens is None and space is not None:
+                from .plaintext.late import TokenStore
+
+                self._tokens = TokenStore(self.database, space, budget=self.settings.search_ram)
+            return self._tokens
 
     @property
     def pages(self) -> PageStore:
@@ -257,6 +272,10 @@ class Engine:
         if self.registry.active(scope) is None:
             return ()
         return self.registry.refs(scope, identity=provider.tensors().identity)
+
+    def keyed(self, text: str) -> str:
+        """A digest of a text, 64 hex digits, that tells nobody without this folder's secret what the text may be."""
+        return hashlib.blake2b(text.encode(), key=self._secret, digest_size=32).hexdigest()
 
     def cache_key(self, scope: Scope) -> str:
         """An opaque routing key, equal for requests of one scope; scope names can't be read from it."""

@@ -217,18 +217,16 @@ def search(
         if not words_if_down:
             raise
         _log.warning("searching by words only, the embedder failed: %s", error)
-    vector = None if encoded is None else encoded.vectors[0]
     if noted is None and uses:
         try:
             note_embeddings(engine, scope, uses)
         except StoreError as error:  # a full disk must not keep anybody from reading
             _log.warning("a use of the embedder could not be noted: %s", error)
-    return searching.search(
-        engine.database,
-        engine.records,
-        engine.index if vector is not None else None,
-        vector,
+    return engine.searcher.search(
         query,
+        encoded,
+        index=None if encoded is None else engine.index,
+        tokens=None if encoded is None else engine.tokens,
         scope=scope,
         k=k,
         where=where,
@@ -266,7 +264,8 @@ def update(
             # What was written from the old wording holds no longer, and the new one is to be read.
             told = lineage.derived(engine.database, [id])
             engine.records.end(told, Scope(), dt.datetime.fromtimestamp(engine.clock(), dt.UTC), begun=True)
-            lineage.redo(connection, [id])
+            read = [record for origins in lineage.sources(engine.database, told).values() for record in origins]
+            lineage.redo(connection, [id, *read])
     if derived:
         engine.finish_erasures()
     return record

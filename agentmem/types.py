@@ -20,8 +20,10 @@ __all__ = [
     "Change",
     "Context",
     "Erasure",
+    "Extraction",
     "Hit",
     "Message",
+    "Reconciliation",
     "Record",
     "Reply",
     "Role",
@@ -97,11 +99,22 @@ class Record(Value):
 
 
 class Hit(Value):
-    """A record found by a search. ``why`` holds each signal's part of the score by name (``bm25``, ``dense``, ...)."""
+    """A record found by a search. ``score`` is the probability that it is evidence for the query, 0 to 1.
+
+    ``why`` holds the parts of that probability's log-odds by name (``words``, ``meaning``, ...). ``start`` and ``stop``
+    are the characters of the best passage of a long text; (0, None) is all of it.
+    """
 
     record: Record
     score: float
     why: dict[str, float] = {}
+    start: int = 0
+    stop: int | None = None
+
+    @property
+    def passage(self) -> str:
+        """The part of the record's text that fits the query best; all of a short one."""
+        return self.record.text[self.start : self.stop]
 
     def __str__(self) -> str:
         return f"{self.score:.3f} {self.record}"
@@ -305,6 +318,42 @@ class Context(Value):
 
     def __str__(self) -> str:
         return self.text
+
+
+class Extraction(Value):
+    """What a run of ``plaintext.extract`` did. ``records`` are what was noted, new or with one more source.
+
+    ``read`` turns were read, ``nothing`` of them hold nothing worth noting; ``failed`` are tried again by a later run,
+    ``refused`` are not; ``left`` were not reached.
+    """
+
+    records: list[Record] = []
+    read: int = 0
+    nothing: int = 0
+    failed: int = 0
+    refused: int = 0
+    left: int = 0
+
+    def __str__(self) -> str:
+        return (
+            f"{self.read} turns read, {len(self.records)} records noted ({self.nothing} with nothing to note, "
+            f"{self.failed} failed, {self.refused} refused, {self.left} left)"
+        )
+
+
+class Reconciliation(Value):
+    """What a run of ``plaintext.reconcile`` did: pairs ``asked`` about, and a record for each ``conflict`` found.
+
+    ``failed`` pairs are asked about again by a later run; ``left`` were not reached.
+    """
+
+    conflicts: list[Record] = []
+    asked: int = 0
+    failed: int = 0
+    left: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.asked} pairs asked about, {len(self.conflicts)} conflicts ({self.failed} failed, {self.left} left)"
 
 
 class Verification(Value):
