@@ -310,25 +310,25 @@ class Engine:
                 pages, loras, vectors = work["pages"], work["loras"], work["vectors"]
             except (ValueError, KeyError, TypeError) as error:
                 raise Corrupt(f"what erasure {row['id']} has to delete can't be read: restore a backup") from error
-            if pages:
-                self.pages.delete(pages)
-            if work.get("slots"):
-                self.slots.delete(work["slots"])
-            if work.get("live"):
-                self._erase_live()
-            if loras:
-                self.registry.retire(loras)
-            if vectors:
-                self._erase_vectors()
             if dropped := self.database.drop_backups():
                 _log.info("deleted %s, made before an upgrade: it may hold what was forgotten", ", ".join(dropped))
             try:
+                if pages:
+                    self.pages.delete(pages)
+                if work.get("slots"):
+                    self.slots.delete(work["slots"])
+                if work.get("live"):
+                    self._erase_live()
+                if loras:
+                    self.registry.retire(loras)
+                if vectors:
+                    self._erase_vectors()
                 clean = self.database.scrub()
                 if clean:
                     with self.database.write() as connection:
                         connection.execute("DELETE FROM erasures WHERE id = ?", (row["id"],))
             except Full as error:  # must keep nobody from reading, nor from erasing more
-                _log.warning("forgotten bytes leave the log of %s at the next open: %s", self.folder, error)
+                _log.warning("forgotten bytes leave the files of %s at the next open: %s", self.folder, error)
                 continue
             if not clean:
                 _log.warning(

@@ -291,9 +291,18 @@ def forget(
     if where is not None and not where and scope == Scope() and not everything:
         raise ScopeError("where={} on the root handle would erase every scope: add everything=True to do that")
     wanted = None if ids is None else _ids(ids, "ids")
-    dry_run = bool(dry_run)
+    receipt = engine.database.despite_full(lambda: _erase(engine, scope, wanted, where, dry_run=bool(dry_run)))
+    if receipt.records and not receipt.dry_run:
+        engine.finish_erasures()
+    return receipt
+
+
+def _erase(
+    engine: Engine, scope: Scope, ids: list[str] | None, where: Mapping[str, Any] | None, *, dry_run: bool
+) -> Erasure:
+    """The one transaction of `forget`."""
     with engine.database.write():
-        gone = engine.records.select(scope, ids=wanted, where=where)
+        gone = engine.records.select(scope, ids=ids, where=where)
         # A text that a model wrote from a forgotten one says what should be gone, whatever else it was written from.
         written = lineage.derived(engine.database, gone)
         read = [record for origins in lineage.sources(engine.database, written).values() for record in origins]
@@ -311,7 +320,6 @@ def forget(
             )
             lineage.forget_links(connection, gone)
             lineage.redo(connection, read)
-    engine.finish_erasures()
     return receipt
 
 
