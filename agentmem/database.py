@@ -17,9 +17,9 @@ import shutil
 import sqlite3
 import threading
 import weakref
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from .errors import Corrupt, Full, Incompatible, InvalidInput, Locked, StoreError
 from .schema import FORMAT, SCHEMA, UPGRADES
@@ -30,10 +30,14 @@ __all__ = ["FORMAT", "Database"]
 BUSY_S = 30.0
 #: A backup of the file as it was before an upgrade, with its format.
 BACKUP = "memory.db.format-"
+#: Room that is kept free for erasing on a full disk: what a forgotten record's pages take in the log, many times over.
+RESERVE = 512 * 1024
 #: How far the database has come: it grows with every record, change and use, and never falls.
 NUMBER = "SELECT coalesce(sum(seq), 0) FROM sqlite_sequence"
 #: Steps of SQLite's machine between two looks at Ctrl-C, in work that takes long.
 STEPS = 100_000
+
+T = TypeVar("T")
 
 _log = logging.getLogger("agentmem")
 
@@ -55,6 +59,7 @@ class Database:
         self._watermark = None if self.path == ":memory:" else Watermark(str(Path(path).with_name("memory.id")))
         self._connection: sqlite3.Connection | None = self._connect()
         _OPEN.add(self)
+        self._keep_reserve()
 
     def _connect(self) -> sqlite3.Connection:
         expected = self._expected()
@@ -236,6 +241,37 @@ class Database:
                     if depth == 0 and connection.in_transaction:
                         connection.execute("ROLLBACK")
 
+    def despite_full(self, erase: Callable[[], T]) -> T:
+        """``erase()``, once more in the room that is kept for that where the disk is full."""
+        try:
+            return erase()
+        except Full:
+            reserve = self._reserve()
+            if reserve is None or not reserve.exists():
+                raise
+            reserve.unlink(missing_ok=True)
+            return erase()
+
+    def _reserve(self) -> Path | None:
+        return None if self.path == ":memory:" else Path(self.path).with_name("memory.reserve")
+
+    def _keep_reserve(self) -> None:
+        """Set room aside, unless the disk is as good as full: then it is for the records."""
+        reserve = self._reserve()
+        try:
+            if reserve is None or reserve.exists() or shutil.disk_usage(reserve.parent).free < 4 * RESERVE:
+                return
+            handle = os.open(reserve, os.O_CREAT | os.O_WRONLY, 0o600)
+            try:
+                if hasattr(os, "posix_fallocate"):
+                    os.posix_fallocate(handle, 0, RESERVE)
+                else:
+                    os.write(handle, bytes(RESERVE))
+            finally:
+                os.close(handle)
+        except OSError as error:
+            _log.info("no room is set aside for erasing on a full disk: %s", error)
+
     def _note(self, number: int) -> None:
         """Raise the watermark to what was just committed; a failure of that is none of the commit."""
         if self._watermark is not None:
@@ -414,6 +450,8 @@ def _mapped(path: str, database: Database | None = None) -> Generator[None]:
     """SQLite's errors as ours, the most specific first."""
     try:
         yield
+    except UnicodeDecodeError as error:  # a name or a message of SQLite's that is no text any more
+        raise Corrupt(f"{path} is damaged ({error}): restore it from an export or a backup") from error
     except sqlite3.Error as error:
         name = getattr(error, "sqlite_errorname", "") or ""
         text = str(error)

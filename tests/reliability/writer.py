@@ -18,7 +18,7 @@ from typing import Any
 
 from agentmem import Memory, Record
 
-__all__ = ["Expected", "stored", "write", "write_to"]
+__all__ = ["Expected", "problems", "stored", "write", "write_to"]
 
 Tell = Callable[[bytes], object]
 WORDS = ["peanut", "garden", "violin", "harbour", "ledger", "compass", "orchid", "granite", "saffron", "walnut"]
@@ -75,6 +75,12 @@ def stored(folder: Path) -> dict[str, Record]:
     """All records of a folder, by id; each came through its checksum."""
     with Memory(folder, embedder="hash") as memory:
         return {record.id: record for record in memory.list(limit=10**6)}
+
+
+def problems(folder: Path) -> list[str]:
+    """What `verify` finds in a folder."""
+    with Memory(folder, embedder="hash") as memory:
+        return [line for line in memory.verify().problems if "vector index" not in line]
 
 
 @dataclass
