@@ -37,10 +37,13 @@ if TYPE_CHECKING:
     from .types import Attended as Attended
     from .types import CacheUse as CacheUse
     from .types import Change as Change
+    from .types import Compaction as Compaction
     from .types import Context as Context
     from .types import Erasure as Erasure
+    from .types import Extraction as Extraction
     from .types import Hit as Hit
     from .types import Message as Message
+    from .types import Reconciliation as Reconciliation
     from .types import Record as Record
     from .types import Reply as Reply
     from .types import Scope as Scope
@@ -62,7 +65,10 @@ _MODULES = {
     "memory": "Memory ScopedMemory",
     "parametric.registry": "LoraVersion",
     "reply_stream": "AsyncReplyStream ReplyStream",
-    "types": "Attended CacheUse Change Context Erasure Hit Message Record Reply Scope ToolCall Usage Verification",
+    "types": (
+        "Attended CacheUse Change Compaction Context Erasure Extraction Hit Message Reconciliation Record Reply Scope "
+        "ToolCall Usage Verification"
+    ),
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 

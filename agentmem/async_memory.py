@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import flows, histories, kinds, memory, transfer
+from . import extraction, flows, histories, kinds, memory, reconciling, transfer
 from .chat import Conversation
 from .engine import Engine
 from .flow import arun, local
@@ -22,7 +22,20 @@ from .memory import Content
 from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
 from .reply_stream import AsyncReplyStream
-from .types import Change, Context, Erasure, Hit, Record, Reply, Scope, Usage, Verification
+from .types import (
+    Change,
+    Compaction,
+    Context,
+    Erasure,
+    Extraction,
+    Hit,
+    Reconciliation,
+    Record,
+    Reply,
+    Scope,
+    Usage,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry, Swapped
@@ -264,6 +277,9 @@ class AsyncMemory(AsyncScopedMemory):
     async def verify(self) -> Verification:
         return await arun(local(flows.verify, self._engine))
 
+    async def compact(self) -> Compaction:
+        return await arun(local(flows.compact, self._engine))
+
     async def close(self) -> None:
         await arun(local(self._engine.close))
 
@@ -287,6 +303,18 @@ class AsyncPlaintext:
 
     async def embed(self) -> int:
         return await arun(flows.catch_up(self._engine))
+
+    async def extract(
+        self,
+        *,
+        kinds: Sequence[Literal["fact", "preference", "summary"]] = ("fact", "preference"),
+        limit: int | None = None,
+        retry: bool = False,
+    ) -> Extraction:
+        return await arun(extraction.extract(self._engine, self._scope, kinds=kinds, limit=limit, retry=bool(retry)))
+
+    async def reconcile(self, *, where: Mapping[str, Any] | None = None, limit: int | None = None) -> Reconciliation:
+        return await arun(reconciling.reconcile(self._engine, self._scope, where=where, limit=limit))
 
 
 @_documented

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import flows, histories, kinds, transfer
+from . import extraction, flows, histories, kinds, reconciling, transfer
 from .chat import Conversation
 from .engine import Engine
 from .flow import local, run
@@ -21,7 +21,21 @@ from .ledger import Report
 from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
 from .reply_stream import ReplyStream
-from .types import Change, Context, Erasure, Hit, Message, Record, Reply, Scope, Usage, Verification
+from .types import (
+    Change,
+    Compaction,
+    Context,
+    Erasure,
+    Extraction,
+    Hit,
+    Message,
+    Reconciliation,
+    Record,
+    Reply,
+    Scope,
+    Usage,
+    Verification,
+)
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry, Swapped
@@ -311,6 +325,14 @@ class Memory(ScopedMemory):
         """Check every record, vector, KV page, saved slot and LoRA version against its checksum."""
         return run(local(flows.verify, self._engine))
 
+    def compact(self) -> Compaction:
+        """Give back the room of what was deleted or replaced, in the database, its log, the index and old backups.
+
+        Needs free room of the database's size for a while. Others may use the folder meanwhile; where a reader keeps
+        the log from being emptied, the result says so.
+        """
+        return run(local(flows.compact, self._engine))
+
     def close(self) -> None:
         """Write the index to disk and close everything; safe to call twice. Handles of this memory close with it."""
         self._engine.close()
@@ -336,6 +358,30 @@ class Plaintext:
     def embed(self) -> int:
         """Embed the records that have no vector of the current embedder yet; returns how many. Can be interrupted."""
         return run(flows.catch_up(self._engine))
+
+    def extract(
+        self,
+        *,
+        kinds: Sequence[Literal["fact", "preference", "summary"]] = ("fact", "preference"),
+        limit: int | None = None,
+        retry: bool = False,
+    ) -> Extraction:
+        """Let the model note facts and preferences of what users said, and summaries of sessions, as new records.
+
+        They have ``metadata["kind"]``, the source "extracted", the scope of the turns they were written from and
+        lineage to them; what an untrusted turn says stays untrusted. A turn is read once per model, at most ``limit``
+        turns in one call; failed ones are tried again later, ``retry`` also reads refused ones again. Nothing that was
+        said is changed. Can be interrupted. Forgetting a turn forgets what was extracted from it.
+        """
+        return run(extraction.extract(self._engine, self._scope, kinds=kinds, limit=limit, retry=bool(retry)))
+
+    def reconcile(self, *, where: Mapping[str, Any] | None = None, limit: int | None = None) -> Reconciliation:
+        """Ask the model which facts of one subject can't both hold; each such pair becomes a record that names both.
+
+        Facts are records with ``metadata["kind"]`` "fact" or "preference", or those that match ``where``. Neither is
+        changed: say which one holds by ``add(..., supersedes=...)``. Each pair is asked about once.
+        """
+        return run(reconciling.reconcile(self._engine, self._scope, where=where, limit=limit))
 
 
 class Activation:
