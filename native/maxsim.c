@@ -60,12 +60,17 @@ static inline void hadamard(float *block)
             }
 }
 
-/* Turns `dimensions` numbers, cut to -most and most, into `width` (a multiple of 64) in `out`. */
-static void rotate(const float *in, uint32_t dimensions, uint32_t width, const float *signs, float most, float *out)
+static inline float cut(float number, float most)
+{
+    return number > most ? most : number < -most ? -most : number;
+}
+
+/* Turns `dimensions` finite numbers into `width` (a multiple of 64) in `out`, finite too. */
+static void rotate(const float *in, uint32_t dimensions, uint32_t width, const float *signs, float *out)
 {
     float turned[WIDEST];
     for (uint32_t at = 0; at < dimensions; at++)
-        turned[at] = (in[at] > most ? most : in[at] < -most ? -most : in[at]) * signs[at];
+        turned[at] = cut(in[at], 1e30f) * signs[at];
     for (uint32_t at = dimensions; at < width; at++)
         turned[at] = 0;
     for (uint32_t block = 0; block < width; block += 64)
@@ -88,10 +93,10 @@ static uint16_t encode(const float *row, uint32_t dimensions, const float *signs
     uint32_t quarter = am_tokens_row(dimensions), width = 4 * quarter;
     float turned[WIDEST];
     int32_t whole[WIDEST];
-    rotate(row, dimensions, width, signs, 2, turned);
+    rotate(row, dimensions, width, signs, turned);
     int64_t power = 0, product = 0;
     for (uint32_t at = 0; at < width; at++) {
-        whole[at] = (int32_t)rintf(turned[at] * 65536);
+        whole[at] = (int32_t)rintf(cut(turned[at], 4) * 65536); /* so that nothing below leaves 64 bits */
         power += (int64_t)whole[at] * whole[at];
     }
     memset(codes, 0, quarter);
@@ -207,7 +212,7 @@ int am_maxsim(const float *query, uint32_t queries, uint32_t dimensions, const u
         tile->numbers = next;
         next += (size_t)width * tile->kind;
         for (uint32_t i = 0; i < tile->queries; i++, done++) {
-            rotate(query + (size_t)done * dimensions, dimensions, width, signs, 1e30f, turned);
+            rotate(query + (size_t)done * dimensions, dimensions, width, signs, turned);
             units[done] = whole(turned, width, numbers);
             for (uint32_t at = 0; at < width; at++)
                 tile->first[i] -= 3 * numbers[at];

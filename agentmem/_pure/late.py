@@ -51,7 +51,7 @@ def rotated(rows: Any) -> npt.NDArray[np.float32]:
     count, dimensions = rows.shape
     width = row_bytes(dimensions) * 4
     made = np.zeros((count, width), np.float32)
-    made[:, :dimensions] = rows
+    made[:, :dimensions] = np.clip(rows, -1e30, 1e30)
     number = np.arange(2 * width, dtype=np.uint32) + np.uint32(1)
     number *= np.uint32(0x9E3779B1)
     number ^= number >> np.uint32(15)
@@ -99,8 +99,7 @@ def tokens_encode(rows: Any, scales: Any, codes: Any, /) -> None:
     quarter = out.shape[1]
     for first in range(0, len(given), 256):
         some = slice(first, first + 256)
-        turned = rotated(np.clip(given[some], -2, 2))
-        whole = np.rint(turned * np.float32(65_536)).astype(np.int64)
+        whole = np.rint(np.clip(rotated(given[some]), -4, 4) * np.float32(65_536)).astype(np.int64)
         power = (whole * whole).sum(axis=1)
         # The step is 0.9956 times the root mean square (1015 / 1024 is its square).
         outer = whole * whole * (1024 * 4 * quarter) > 1015 * power[:, None]
@@ -175,7 +174,7 @@ def maxsim(query: Any, data: Any, starts: Any, out: Any, /) -> None:
         raise ValueError("starts are int64 [passages], the result is float32 [passages, queries]")
     if not np.isfinite(tokens).all():
         raise ValueError("a query token has a NaN or an infinity")
-    turned = rotated(np.clip(tokens, -1e30, 1e30).astype(np.float32))
+    turned = rotated(tokens)
     largest = np.abs(turned).max(axis=1)
     inverse = np.where(largest > 0, np.float32(127) / np.maximum(largest, np.float32(1e-30)), np.float32(0))
     unit = largest * np.float32(UNIT / 127)

@@ -58,7 +58,7 @@ def by_tokens(text: str, ends: Sequence[int], *, whole: int, aim: int) -> list[t
 
 def _stretched(count: int) -> int:
     """The least size with which ``count`` units make no more than `MOST` pieces, each of which has at least half."""
-    return 2 * -(-count // (MOST - 1)) + 1
+    return 2 * -(-count // (MOST - 1)) + 1 if count > MOST else 0
 
 
 def _cut(text: str, window: Callable[[int], tuple[int, int]]) -> list[tuple[int, int]]:

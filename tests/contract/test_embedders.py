@@ -15,7 +15,16 @@ import pytest
 
 from agentmem.errors import MissingDependency
 from agentmem.plaintext import embed
-from agentmem.plaintext.embed import Embedder, FolderEmbedder, HashEmbedder, load
+from agentmem.plaintext.embed import (
+    Embedder,
+    FolderEmbedder,
+    HashEmbedder,
+    TokenEmbedder,
+    aencode_with,
+    encode_with,
+    load,
+)
+from agentmem.plaintext.late import pack_all, scores
 
 TEXTS = [
     "I'm allergic to peanuts.",
@@ -81,6 +90,44 @@ class TestEveryEmbedder:
             thread.join()
         assert len(found) == 3
         assert all(np.allclose(one, expected, atol=1e-3) for one in found)
+
+    def test_token_vectors_come_with_the_vectors_and_say_what_they_stand_for(
+        self, name: str, loaded: Callable[[str], Embedder]
+    ) -> None:
+        embedder = loaded(name)
+        assert isinstance(embedder, TokenEmbedder)
+        for query in (False, True):
+            found = encode_with(embedder, TEXTS, query=query)
+            assert np.allclose(found.vectors, embedder.embed(TEXTS, query=query), atol=1e-2)
+            assert found.tokens is not None
+            assert found.spans is not None
+            for text, tokens, spans in zip(TEXTS, found.tokens, found.spans, strict=True):
+                assert tokens.shape == (len(spans), embedder.dimension)
+                assert np.allclose(np.linalg.norm(tokens.astype(np.float32), axis=1), 1, atol=1e-2)
+                assert all(0 <= start < stop <= len(text) for start, stop in spans)
+                assert spans == sorted(spans)
+        assert found.tokens is not None
+        assert found.spans is not None
+        words = [TEXTS[0][start:stop].lower() for start, stop in found.spans[0]]
+        assert "".join(words) in {"i'mallergictopeanuts.", "imallergictopeanuts", "i'm allergic to peanuts."}
+        assert len(pack_all(found.tokens)) == len(TEXTS)
+        assert encode_with(embedder, []).vectors.shape == (0, embedder.dimension)
+
+    def test_token_vectors_find_their_text(self, name: str, loaded: Callable[[str], Embedder]) -> None:
+        embedder = loaded(name)
+        passages = ["Ana: I'm allergic to peanuts.", "Ana: My car is red.", "Bob: We met in Paris in May."]
+        stored = encode_with(embedder, passages).tokens
+        asked = encode_with(embedder, ["allergic", "car", "Paris"], query=True).tokens
+        assert stored is not None
+        assert asked is not None
+        found = [scores(query, pack_all(stored)).mean(axis=1).argmax() for query in asked]
+        assert found == [0, 1, 2]
+
+    def test_encodes_the_same_when_awaited(self, name: str, loaded: Callable[[str], Embedder]) -> None:
+        embedder = loaded(name)
+        found, again = encode_with(embedder, TEXTS[:2]), asyncio.run(aencode_with(embedder, TEXTS[:2]))
+        assert np.allclose(found.vectors, again.vectors, atol=1e-3)
+        assert found.spans == again.spans
 
     def test_has_a_digest_that_stays(self, name: str, loaded: Callable[[str], Embedder]) -> None:
         embedder, again = loaded(name), load(name)
@@ -150,6 +197,12 @@ def test_a_folder_is_an_embedder_with_its_own_digest(tmp_path: Path) -> None:
     assert isinstance(second, FolderEmbedder)
     assert first.digest != second.digest
     assert np.allclose(second.embed(["a"], query=True), first.embed(["query: a"]), atol=1e-3)
+    asked = second.encode(["a b"], query=True)  # the prompt is no part of what was asked
+    assert asked.spans == [[(0, 1), (2, 3)]]
+    assert asked.tokens is not None
+    whole = first.encode(["query: a b"], query=True)
+    assert whole.tokens is not None
+    assert np.allclose(asked.tokens[0], whole.tokens[0][2:], atol=1e-2)
     assert not np.allclose(second.embed(["a"], query=True), second.embed(["a"]), atol=1e-2)
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,16 @@ import pytest
 
 from agentmem.errors import ConfigError, InvalidInput, MissingDependency, ProviderError
 from agentmem.plaintext import embed
-from agentmem.plaintext.embed import HashEmbedder, HostedEmbedder, checked, load
+from agentmem.plaintext.embed import (
+    Encoded,
+    HashEmbedder,
+    HostedEmbedder,
+    aencode_with,
+    checked,
+    encode_with,
+    load,
+    passages_with,
+)
 from agentmem.provider import Capabilities
 
 
@@ -127,6 +138,55 @@ def test_the_hash_embedder_is_the_same_everywhere_and_sees_spelling() -> None:
     assert allergy @ allergies > 0.3 > abs(allergy @ car)
     assert np.flatnonzero(embedder.embed(["a"])[0]).tolist() == np.flatnonzero(HashEmbedder().embed(["a"])[0]).tolist()
     assert embedder.embed(["a"])[0].argmax() == embedder.embed(["A"])[0].argmax()
+
+
+class Plain:
+    """A third party's embedder, which knows only `embed`."""
+
+    name, digest, dimension = "plain", "0" * 64, 3
+
+    def embed(self, texts: Sequence[str], *, query: bool = False) -> Any:
+        return np.full((len(texts), 3), 5.0)
+
+    async def aembed(self, texts: Sequence[str], *, query: bool = False) -> Any:
+        return self.embed(texts, query=query)
+
+
+async def test_an_embedder_without_tokens_is_enough() -> None:
+    found, again = encode_with(Plain(), ["a", "b"]), await aencode_with(Plain(), ["a", "b"])
+    assert np.allclose(found.vectors, 3**-0.5)
+    assert (again.vectors == found.vectors).all()
+    assert found.tokens is found.spans is None
+    assert passages_with(Plain(), "x" * 999) == [(0, 999)]
+
+
+@pytest.mark.parametrize(
+    "encoded",
+    [
+        Encoded(np.ones((2, 3), np.float32)),
+        Encoded(np.ones((1, 4), np.float32)),
+        Encoded(np.zeros((1, 3), np.float32)),
+        Encoded(np.ones((1, 3), np.float32), []),
+        Encoded(np.ones((1, 3), np.float32), [np.ones(3, np.float32)]),
+        Encoded(np.ones((1, 3), np.float32), [np.ones((1, 3), np.float32)], [[]]),
+        Encoded(np.ones((1, 3), np.float32), None, [[]]),
+    ],
+)
+def test_an_encoder_that_lies_is_refused(encoded: Encoded) -> None:
+    class Lying(Plain):
+        def encode(self, texts: Sequence[str], *, query: bool = False) -> Encoded:
+            return encoded
+
+        async def aencode(self, texts: Sequence[str], *, query: bool = False) -> Encoded:
+            return encoded
+
+        def passages(self, text: str, name: str | None) -> list[tuple[int, int]]:
+            return [(0, len(text))]
+
+    with pytest.raises(ProviderError):
+        encode_with(Lying(), ["a"])
+    with pytest.raises(ProviderError):
+        asyncio.run(aencode_with(Lying(), ["a"]))
 
 
 @pytest.mark.parametrize("texts", ["one str", [1], [None], [b"x"]])
