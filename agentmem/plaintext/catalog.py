@@ -6,6 +6,7 @@ by the next search. Knows nothing of texts beyond their length and whether they 
 
 from __future__ import annotations
 
+import itertools
 import json
 import logging
 import os
@@ -75,6 +76,8 @@ _READ = (
     "FROM json_each(?) AS wanted CROSS JOIN records ON seq = wanted.value "
     "LEFT JOIN records_fts_docsize AS words ON words.id = seq"
 )
+#: What tells one table's places from another's, in the whole process.
+_GENERATIONS = itertools.count(1)
 _ROLE = {role: code for code, role in enumerate(ROLES)}
 
 
@@ -155,7 +158,6 @@ class Catalog:
 
     def __init__(self, database: Database) -> None:
         self._database = database
-        self._generation = 0
         self.start()
         _ALL.add(self)
 
@@ -180,8 +182,7 @@ class Catalog:
 
     def _load(self, tenant: str | None) -> _Table:
         self._tables.pop(tenant, None)
-        self._generation += 1
-        table = _Table(tenant, self._generation, self._database)
+        table = _Table(tenant, next(_GENERATIONS), self._database)
         table.change = last_change(self._database)
         # The order is the table's own: an index that covers seq and tenant would have to be sorted.
         mine, values = ("", []) if tenant is None else ("WHERE tenant IN ('', ?)", [tenant])

@@ -1,21 +1,19 @@
-"""The vector index of one folder and one embedding space: FAISS, derived from the table ``vectors`` and never trusted.
+"""The vector index of one folder and one embedding space: derived from the table ``vectors`` and never trusted.
 
-Knows how to stay in step with the database (it replays the table ``changes``), how to keep its files and when to throw
-them away. Knows nothing of texts or scopes: what may be found comes in as a set of rows.
+Knows how to stay in step with the database (it replays the table ``changes``), when vectors are compared one by one
+and when a base of inverted lists is made (ivf.py), and when files are thrown away. Knows nothing of texts or scopes.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib
 import json
 import logging
 import os
 import threading
 import zlib
-from collections.abc import Iterable, Mapping
-from functools import cache
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,21 +22,34 @@ import numpy as np
 from agentmem.database import Database
 from agentmem.errors import Incompatible, InvalidInput, StoreError
 
+from . import ivf
+from .catalog import View, changes_since, last_change
+from .exact import Exact, Owners, grouped
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
     Vectors = npt.NDArray[np.float32]
     Rows = npt.NDArray[np.int64]
+    Parts = npt.NDArray[np.int32]
+    Places = npt.NDArray[np.int32]
+    Bools = npt.NDArray[np.bool_]
 
 __all__ = ["VectorIndex", "open_space"]
 
 log = logging.getLogger("agentmem")
 
-FORMAT = 1
-#: Below this many allowed rows, reading their vectors one by one beats a scan of the whole index with a filter.
+#: Vectors of a tenant that are compared one by one; for more, a base of inverted lists is made. Over 384 dimensions
+#: that is 200 MB and a hundredth of a second.
+EXACT = 131_072
+#: The share of a base that may be newer than it before it is made anew.
+SHARE = 4
+#: Allowed vectors of a base up to which reading them beats looking into lists.
 FEW = 512
-#: Changes after which the files are written without waiting for `VectorIndex.close`.
+#: Changes after which the manifests are written without waiting for `VectorIndex.close`.
 MANY = 20_000
+#: Vectors read in one statement.
+CHUNK = 8192
 
 
 def open_space(database: Database, name: str, digest: str, dimension: int) -> int:
@@ -55,12 +66,38 @@ def open_space(database: Database, name: str, digest: str, dimension: int) -> in
     return int(row["id"])
 
 
-class VectorIndex:
-    """Nearest vectors by inner product, exact, one FAISS index per tenant, in RAM.
+class _Shard:
+    """The vectors of one tenant: a base in files, if there is one, and all others in RAM."""
 
-    Every call first catches up with what any process has committed, so a deleted vector is never returned and an added
-    one is found at once. Files lie in ``folder`` (None: none are kept); a missing, damaged or stale one is rebuilt and
-    that is logged. Must not be called inside a `Database.write` block: it would learn what may be undone.
+    def __init__(self, dimension: int) -> None:
+        self.exact = Exact(dimension)
+        self.base: ivf.Base | None = None
+        self.manifest: dict[str, Any] = {}
+        self.touched: set[int] = set()  # records of the base that changed since it was made
+        self.owners = Owners()
+
+    def remove(self, seqs: Rows) -> None:
+        self.exact.remove(seqs)
+        if self.base is not None and len(self.base):
+            self.base.remove(seqs)
+            self.touched.update(seqs[seqs <= self.base.seq[-1]].tolist())
+
+    def count(self) -> int:
+        return len(self.exact) + (0 if self.base is None else int(np.count_nonzero(~self.base.gone)))
+
+    def wants_base(self) -> bool:
+        """Whether so much is compared one by one that a new base pays."""
+        held = 0 if self.base is None else len(self.base)
+        return len(self.exact) > max(EXACT, held // SHARE)
+
+
+class VectorIndex:
+    """Nearest vectors by inner product: exact below `EXACT` vectors of a tenant, above by FAISS's inverted lists.
+
+    Scores are always those of the stored vectors. Every call first catches up with what any process has committed, so
+    a deleted vector is never returned and an added one is found at once. Files lie in ``folder`` (None: none are
+    kept); a missing, damaged or foreign one is made anew from the database and that is logged. Must not be called
+    inside a `Database.write` block: it would learn what may be undone.
     """
 
     def __init__(self, database: Database, folder: str | os.PathLike[str] | None, space: int, dimension: int) -> None:
@@ -69,377 +106,440 @@ class VectorIndex:
         self._space = space
         self._dimension = dimension
         self._lock = threading.RLock()
-        self._tenants: dict[str, Any] = {}
-        self._change = (0, 0)  # the number and nonce of the last change that is in every loaded tenant
+        self._shards: dict[str, _Shard] = {}
+        self._change = (0, 0)  # the number and nonce of the last change that is in every loaded shard
+        self._state = 0  # counts what changed in RAM
         self._unsaved = 0
+        self._last: tuple[Any, Vectors] | None = None  # the last query's scores over a view
+        self._building: threading.Thread | None = None
+        self._refused: dict[str, int] = {}
+        self._stop = threading.Event()
 
-    def search(self, vector: Vectors, k: int, allowed: Mapping[str, Rows]) -> tuple[Rows, Vectors]:
-        """The best ``k`` of the ``allowed`` rows (by tenant), best first: rows int64 [n] and scores float32 [n]."""
+    # ---- searching ---------------------------------------------------------------------------------------------
+
+    def search(self, vector: Vectors, k: int, view: View, allowed: Bools) -> tuple[Places, Vectors]:
+        """The ``k`` allowed records of the view with the best passage, best first: places int32, scores float32."""
         query = self._query(vector)
-        rows, scores = [np.empty(0, np.int64)], [np.empty(0, np.float32)]
         with self._lock:
             self._catch_up()
-            for tenant, some in allowed.items():
-                found = self._tenant(tenant).search(query, k, np.asarray(some, np.int64))
-                rows.append(found[0])
-                scores.append(found[1])
-            if self._unsaved >= MANY:
-                self.save()
-        row, score = np.concatenate(rows), np.concatenate(scores)
-        best = np.argsort(-score, kind="stable")[:k]
-        return row[best], score[best]
+            best = np.full(view.n, np.nan, np.float32)
+            for tenant in view.tenants:
+                shard = self._shard(tenant)
+                shard.exact.score(query, view, allowed, best)
+                if shard.base is not None:
+                    self._look(shard.base, shard.owners, query, k, (view, allowed, best))
+            self._last = (query.tobytes(), view.generation, view.version, self._state), best
+        found = np.flatnonzero(~np.isnan(best))
+        scores = best[found]
+        if k < len(found):
+            some = np.argpartition(scores, len(found) - k)[len(found) - k :]
+            found, scores = found[some], scores[some]
+        order = np.argsort(-scores, kind="stable")
+        self._tend(view.tenants)
+        return found[order].astype(np.int32), scores[order]
 
-    def scores(self, vector: Vectors, rows: Mapping[str, Rows]) -> dict[int, float]:
-        """The score of each of these rows (by tenant) that has a vector."""
+    def scores(self, vector: Vectors, view: View, places: Places) -> Vectors:
+        """The score of the best passage of each of these records, float32, NaN for one without vectors."""
         query = self._query(vector)
-        found: dict[int, float] = {}
         with self._lock:
             self._catch_up()
-            for tenant, some in rows.items():
-                known, vectors = self._tenant(tenant).vectors(np.asarray(some, np.int64))
-                found.update(zip(known.tolist(), (vectors @ query).tolist(), strict=True))
+            found = np.full(len(places), np.nan, np.float32)
+            key = query.tobytes(), view.generation, view.version, self._state
+            if self._last is not None and self._last[0] == key:
+                found = self._last[1][places]
+            missing = np.flatnonzero(np.isnan(found))
+            if len(missing):
+                wanted = view.seq[places[missing]]
+                found[missing] = grouped(query, *self._vectors(view, np.unique(wanted)), wanted)
         return found
+
+    def vectors(self, view: View, places: Places) -> Vectors:
+        """The mean of each of these records' vectors, float32 [places, dimension], NaN for one without."""
+        wanted = view.seq[places]
+        with self._lock:
+            self._catch_up()
+            seq, vectors = self._vectors(view, np.unique(wanted))
+        records, again = np.unique(wanted, return_inverse=True)
+        total, times = np.zeros((len(records), self._dimension), np.float32), np.zeros(len(records), np.float32)
+        at = np.searchsorted(records, seq)
+        np.add.at(total, at, vectors)
+        np.add.at(times, at, 1)
+        total[times == 0] = np.nan
+        return np.asarray(total / np.maximum(times, 1)[:, None], np.float32)[again]
 
     def count(self, tenant: str = "") -> int:
         """How many vectors this tenant has."""
         with self._lock:
             self._catch_up()
-            return int(self._tenant(tenant).count)
-
-    def save(self) -> None:
-        """Write the files of the tenants in use. A full disk or a locked database is logged: the files are derived."""
-        try:
-            with self._lock:
-                self._write_files()
-        except (OSError, StoreError) as error:
-            log.warning("the vector index was not saved and will be rebuilt from the database: %s", error)
-
-    def close(self) -> None:
-        """Save what changed and let go of the memory."""
-        if self._unsaved:
-            self.save()
-        with self._lock:
-            self._tenants.clear()
-            self._change, self._unsaved = (0, 0), 0
-
-    def rewrite(self) -> None:
-        """After an erasure: leave no file that holds a vector the database no longer has.
-
-        Files of tenants in use are written anew, the others are removed (they are rebuilt when they are needed). Raises
-        `StoreError` where that fails, since something forgotten may still be readable then.
-        """
-        if self._folder is None or not self._folder.is_dir():
-            return
-        try:
-            with self._lock:
-                kept = self._write_files()
-                for path in self._folder.iterdir():
-                    if path.name not in kept:
-                        path.unlink(missing_ok=True)
-                _sync_folder(self._folder)
-        except OSError as error:
-            raise StoreError(
-                f"old files of the vector index in {self._folder} could not be replaced: {error}"
-            ) from error
-
-    def verify(self) -> list[str]:
-        """Where the index differs from the database, in RAM or on disk, one line each; empty if all is well."""
-        problems = []
-        tenants = [row[0] for row in self._database.query("SELECT DISTINCT tenant FROM records")]
-        with self._lock:
-            self._catch_up()
-            for tenant in tenants:
-                change, rows, vectors = self._stored(tenant)
-                if change != self._change:
-                    self._catch_up()
-                    change, rows, vectors = self._stored(tenant)
-                held = self._tenant(tenant)
-                known, ours = held.vectors(rows)
-                if held.count != len(rows) or len(known) != len(rows) or not np.array_equal(ours, vectors):
-                    problems.append(f"the vector index of tenant {tenant!r} does not fit the database")
-                path, manifest = self._paths(tenant)
-                if manifest is not None and manifest.exists() and self._read(tenant) is None:
-                    problems.append(f"{path} is damaged or stale")
-        return problems
+            return self._shard(tenant).count()
 
     def _query(self, vector: Vectors) -> Vectors:
-        query = np.ascontiguousarray(vector, np.float32).reshape(-1)
+        query: Vectors = np.ascontiguousarray(vector, np.float32).reshape(-1)
         if query.shape != (self._dimension,) or not np.isfinite(query).all():
             raise InvalidInput(
                 f"a query vector needs {self._dimension} finite numbers, not the shape {np.shape(vector)}"
             )
         return query
 
-    def _catch_up(self) -> None:
-        """Bring every loaded tenant up to the last committed change."""
-        if not self._tenants:
-            self._change = self._last_change()
-            return
-        number, nonce = self._change
-        changes = self._database.query("SELECT * FROM changes WHERE change >= ? ORDER BY change", (number,))
-        if number and (not changes or (changes[0]["change"], changes[0]["nonce"]) != (number, nonce)):
-            log.info("the vector index is behind the database by too much or belongs to another one: rebuilding it")
-            self._tenants.clear()
-            self._change = self._last_change()
-            return
-        for tenant, held in self._tenants.items():
-            self._apply(
-                held,
-                [(row["seq"], row["added"]) for row in changes if row["tenant"] == tenant and row["change"] > number],
-            )
-        if changes:
-            self._unsaved += changes[-1]["change"] - number
-            self._change = changes[-1]["change"], changes[-1]["nonce"]
+    def _look(self, base: ivf.Base, owners: Owners, query: Vectors, k: int, sees: tuple[View, Bools, Vectors]) -> None:
+        """Raise the scores (of `Exact.score`) of about the ``k`` best allowed records of a base."""
+        view, allowed, best = sees
+        owner = owners.of(base.seq, view)
+        found = (owner >= 0) & (owner < view.n) & ~base.gone
+        found &= allowed[np.where(found, owner, 0)]
+        some = int(np.count_nonzero(found))
+        # As many as would be compared one by one if they were alone are looked for in every list.
+        rows = np.flatnonzero(found) if some <= FEW else base.search(query, k, found, everywhere=some <= EXACT)
+        # The codes choose, the vectors decide.
+        seqs = np.unique(base.seq[rows])
+        seq, _, vectors = self._read(seqs)
+        scores = grouped(query, seq, vectors, seqs)
+        places = view.places(seqs)
+        here = places >= 0
+        best[places[here]] = np.fmax(best[places[here]], scores[here])
 
-    def _apply(self, held: Any, changes: Iterable[tuple[int, int]]) -> None:
-        final = dict(changes)
+    def _vectors(self, view: View, seqs: Rows) -> tuple[Rows, Vectors]:
+        """(seq, vector) of all passages of these records that have any."""
+        found, vectors = [np.empty(0, np.int64)], [np.empty((0, self._dimension), np.float32)]
+        for tenant in view.tenants:
+            shard = self._shard(tenant)
+            held = shard.exact.held(shard.exact.rows(seqs))
+            found.append(held[0])
+            vectors.append(held[2])
+            if shard.base is not None:
+                rows = shard.base.rows(seqs)
+                if len(rows):
+                    read = self._read(np.unique(shard.base.seq[rows]))
+                    found.append(read[0])
+                    vectors.append(read[2])
+        return np.concatenate(found), np.concatenate(vectors)
+
+    # ---- following the database --------------------------------------------------------------------------------
+
+    def _catch_up(self) -> None:
+        """Bring every loaded shard up to the last committed change."""
+        if not self._shards:
+            self._change = last_change(self._database)
+            return
+        changes = changes_since(self._database, self._change)
+        if changes is None:
+            log.info("the vector index is behind the database by too much or belongs to another one: rebuilding it")
+            self._shards.clear()
+            self._state += 1
+            self._change = last_change(self._database)
+            return
+        if not changes:
+            return
+        for tenant, shard in self._shards.items():
+            self._apply(shard, {row[2]: row[3] for row in changes if row[1] == tenant})
+        self._unsaved += len(changes)
+        self._change = changes[-1][0], changes[-1][4]
+        self._state += 1
+
+    def _apply(self, shard: _Shard, final: dict[int, int]) -> None:
         if not final:
             return
-        held.remove(np.fromiter(final, np.int64))
-        added = json.dumps([seq for seq, added in final.items() if added])
-        rows = self._database.query(
-            "SELECT seq, vector, checksum FROM vectors WHERE space = ? AND seq IN (SELECT value FROM json_each(?))",
-            (self._space, added),
-        )
-        held.add(*self._arrays(rows))
+        shard.remove(np.sort(np.fromiter(final, np.int64)))
+        for part in _pieces(np.sort(np.array([seq for seq, added in final.items() if added], np.int64))):
+            shard.exact.add(*self._read(part))
 
-    def _arrays(self, rows: list[Any]) -> tuple[Rows, Vectors]:
+    def _read(self, seqs: Rows) -> tuple[Rows, Parts, Vectors]:
+        """(seq, part, vector) of all passages of these records, in the order of ``seqs``."""
+        return self._arrays(
+            self._database.query(
+                "SELECT seq, part, vector, checksum FROM json_each(?) AS wanted CROSS JOIN vectors "
+                "ON space = ? AND seq = wanted.value ORDER BY wanted.key, part",
+                (json.dumps(seqs.tolist()), self._space),
+            )
+        )
+
+    def _arrays(self, rows: list[Any]) -> tuple[Rows, Parts, Vectors]:
         size = 4 * self._dimension
-        good = [row for row in rows if len(row["vector"]) == size and zlib.crc32(row["vector"]) == row["checksum"]]
+        good = [row for row in rows if len(row[2]) == size and zlib.crc32(row[2]) == row[3]]
         if len(good) < len(rows):
             log.warning("%d vectors are damaged and left out of the index: run verify()", len(rows) - len(good))
-        seqs = np.array([row["seq"] for row in good], np.int64)
-        vectors = np.frombuffer(b"".join(row["vector"] for row in good), "<f4").reshape(-1, self._dimension)
-        return seqs, vectors
+        vectors = np.frombuffer(b"".join([row[2] for row in good]), "<f4").reshape(-1, self._dimension)
+        return np.array([row[0] for row in good], np.int64), np.array([row[1] for row in good], np.int32), vectors
 
-    def _last_change(self) -> tuple[int, int]:
-        rows = self._database.query("SELECT change, nonce FROM changes ORDER BY change DESC LIMIT 1")
-        return (rows[0]["change"], rows[0]["nonce"]) if rows else (0, 0)
-
-    def _stored(self, tenant: str) -> tuple[tuple[int, int], Rows, Vectors]:
-        """The tenant's vectors from the database, and a change that is certainly in them."""
-        change = self._last_change()
+    def _stored(self, tenant: str, after: int = 0) -> Rows:
+        """The records of a tenant that have vectors, those behind ``after``, ascending."""
         rows = self._database.query(
-            "SELECT v.seq, v.vector, v.checksum FROM vectors v JOIN records r ON r.seq = v.seq "
-            "WHERE v.space = ? AND r.tenant = ? ORDER BY v.seq",
-            (self._space, tenant),
+            "SELECT DISTINCT seq FROM vectors JOIN records USING (seq) WHERE space = ? AND seq > ? AND tenant = ?",
+            (self._space, after, tenant),
         )
-        return change, *self._arrays(rows)
+        return np.sort(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
 
-    def _tenant(self, tenant: str) -> Any:
-        """The tenant's index, as of `_change`: in RAM already, or from its file, or built."""
-        if tenant not in self._tenants:
-            held = self._read(tenant)
-            if held is None:
-                _, rows, vectors = self._stored(tenant)
-                held = _flat(self._dimension)
-                held.add(rows, vectors)
-                self._unsaved += len(rows)
-            self._tenants[tenant] = held
-        return self._tenants[tenant]
+    def _shard(self, tenant: str) -> _Shard:
+        """The tenant's vectors, as of `_change` or later: in RAM already, or with a base from files, or read."""
+        shard = self._shards.get(tenant)
+        if shard is None:
+            shard = self._opened(tenant)
+            after = 0
+            if shard is None:
+                shard = _Shard(self._dimension)
+            elif shard.base is not None:
+                after = int(shard.base.seq[-1])
+                for some in _pieces(np.array(sorted(shard.touched), np.int64)):
+                    shard.exact.add(*self._read(some))
+            for some in _pieces(self._stored(tenant, after)):
+                shard.exact.add(*self._read(some))
+            self._shards[tenant] = shard
+        return shard
 
-    def _paths(self, tenant: str) -> tuple[Path | None, Path | None]:
-        """(index file, manifest). A tenant's name never becomes a path: it is hashed."""
-        if self._folder is None:
-            return None, None
-        name = hashlib.sha256(json.dumps([self._space, tenant]).encode()).hexdigest()[:32]
-        return self._folder / f"{name}.faiss", self._folder / f"{name}.json"
+    # ---- files -------------------------------------------------------------------------------------------------
 
-    def _read(self, tenant: str) -> Any:
-        """The tenant's index from its file, caught up with the database; None if there is none that fits."""
-        path, manifest_path = self._paths(tenant)
-        if path is None or manifest_path is None or not hasattr(_flat(self._dimension), "dumped"):
+    def _name(self, tenant: str) -> str:
+        """A tenant's name never becomes a path: it is hashed."""
+        return hashlib.sha256(json.dumps([self._space, tenant]).encode()).hexdigest()[:32]
+
+    def _origin(self, change: tuple[int, int]) -> dict[str, Any]:
+        digest = self._database.query("SELECT digest FROM spaces WHERE id = ?", (self._space,))[0][0]
+        return {"digest": digest, "dimension": self._dimension, "change": change[0], "nonce": change[1]}
+
+    def _opened(self, tenant: str) -> _Shard | None:
+        """A shard with the base of the tenant's files, caught up with the database; None if there is none that fits."""
+        if self._folder is None or not self._folder.is_dir() or not ivf.faiss_works():
             return None
+        name = self._name(tenant)
         try:
-            manifest = json.loads(manifest_path.read_bytes())
-            data = path.read_bytes()
-            change = (manifest["change"], manifest["nonce"])
-            if manifest != self._manifest(data, change, manifest["count"]):
-                raise ValueError("it does not fit its manifest")
-            changes = self._database.query(
-                "SELECT change, nonce, tenant, seq, added FROM changes WHERE change >= ? ORDER BY change", (change[0],)
-            )
-            if change[0] and (not changes or (changes[0]["change"], changes[0]["nonce"]) != change):
-                raise ValueError("it belongs to another history of the database")
-            held = _flat(self._dimension, data)
-            if held.count != manifest["count"]:
-                raise ValueError("it holds another number of vectors than its manifest says")
-            self._apply(
-                held, [(c["seq"], c["added"]) for c in changes if c["tenant"] == tenant and c["change"] > change[0]]
-            )
-            stored = self._database.query(
-                "SELECT count(*) FROM vectors v JOIN records r ON r.seq = v.seq WHERE v.space = ? AND r.tenant = ?",
-                (self._space, tenant),
-            )[0][0]
-            if held.count != stored:
-                raise ValueError(f"it holds {held.count} vectors, the database {stored}")
-        except FileNotFoundError:
-            return None
+            manifest = ivf.read_manifest(self._folder, name)
+            if manifest is None:
+                return None
+            change = (int(manifest["change"]), int(manifest["nonce"]))
+            if {**manifest, **self._origin(change)} != manifest:
+                raise ValueError("it belongs to another embedder")
+            changes = changes_since(self._database, change)
+            if changes is None:
+                raise ValueError("it belongs to another history of the database, or to one too long ago")
+            shard = _Shard(self._dimension)
+            shard.base, shard.manifest = ivf.open_base(self._folder, manifest, self._dimension), manifest
+            shard.touched.update(manifest["gone"])
+            shard.remove(np.unique(np.array([row[2] for row in changes if row[1] == tenant], np.int64)))
         except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            log.warning("the index file %s is not used (%s): rebuilding it from the database", path.name, error)
+            log.warning("an index file is not used (%s): it will be made anew from the database", error)
             return None
-        return held
+        return shard
 
-    def _manifest(self, data: bytes, change: tuple[int, int], count: int) -> dict[str, Any]:
-        return {
-            "format": FORMAT,
-            "space": self._space,
-            "digest": self._database.query("SELECT digest FROM spaces WHERE id = ?", (self._space,))[0]["digest"],
-            "dimension": self._dimension,
-            "change": change[0],
-            "nonce": change[1],
-            "count": count,
-            "bytes": len(data),
-            "sha256": hashlib.sha256(data).hexdigest(),
-        }
+    def save(self) -> None:
+        """Note in the manifests what the bases in use are up to date with. What fails is logged: files are derived."""
+        try:
+            with self._lock:
+                self._write_manifests()
+        except (OSError, StoreError) as error:
+            log.warning("the vector index was not saved and may be rebuilt from the database: %s", error)
 
-    def _write_files(self) -> set[str]:
-        """Write every loaded tenant's file and manifest; returns the names of the files written."""
-        names: set[str] = set()
-        if self._folder is None or not self._tenants:
-            return names
-        # Under the write lock no process can erase a vector between our last look and the moment its file is in place.
+    def _write_manifests(self) -> None:
+        based = {tenant: shard for tenant, shard in self._shards.items() if shard.base is not None}
+        if self._folder is None or not based:
+            return
         with self._database.write():
             self._catch_up()
-            self._folder.mkdir(mode=0o700, exist_ok=True)
-            for tenant, held in self._tenants.items():
-                path, manifest = self._paths(tenant)
-                if path is None or manifest is None or not hasattr(held, "dumped"):
-                    continue
-                data = held.dumped()
-                _publish(path, data)
-                _publish(manifest, json.dumps(self._manifest(data, self._change, held.count)).encode())
-                names |= {path.name, manifest.name}
-            _sync_folder(self._folder)
+            for tenant, shard in based.items():
+                self._note(tenant, shard)
         self._unsaved = 0
-        return names
+
+    def _note(self, tenant: str, shard: _Shard) -> None:
+        """Write one manifest, unless another process has made another base meanwhile."""
+        if self._folder is None or self._shards.get(tenant) is not shard:
+            return
+        found = ivf.read_manifest(self._folder, self._name(tenant))
+        if found is not None and found["file"] == shard.manifest["file"]:
+            shard.manifest |= {**self._origin(self._change), "gone": sorted(shard.touched)}
+            ivf.publish(self._folder, self._name(tenant), shard.manifest)
+
+    def rewrite(self) -> None:
+        """After an erasure: leave no file that holds a vector the database no longer has.
+
+        Bases of tenants in use are written anew without it, other files are removed (and made anew when they pay).
+        Raises `StoreError` where that fails, since something forgotten may still be readable then.
+        """
+        if self._folder is None or not self._folder.is_dir():
+            return
+        try:
+            with self._lock, self._database.write():
+                self._catch_up()
+                kept = set()
+                for tenant, shard in self._shards.items():
+                    name = self._name(tenant)
+                    found = ivf.read_manifest(self._folder, name) if shard.base is not None else None
+                    if shard.base is None or found is None or found["file"] != shard.manifest["file"]:
+                        continue
+                    if shard.base.codes() > np.count_nonzero(~shard.base.gone):
+                        manifest = ivf.without(self._folder, name, shard.manifest, shard.base)
+                        manifest |= {**self._origin(self._change), "gone": sorted(shard.touched)}
+                        ivf.publish(self._folder, name, manifest)
+                        shard.base, shard.manifest = ivf.open_base(self._folder, manifest, self._dimension), manifest
+                    else:
+                        self._note(tenant, shard)
+                    kept |= {f"{name}.json", *(f"{shard.manifest['file']}.{end}" for end in ("ivf", "rows"))}
+                for path in self._folder.iterdir():
+                    if path.name not in kept:
+                        path.unlink(missing_ok=True)
+                ivf.sync_folder(self._folder)
+        except (OSError, ValueError, KeyError) as error:
+            raise StoreError(
+                f"old files of the vector index in {self._folder} could not be replaced: {error}"
+            ) from error
+
+    # ---- making a base -----------------------------------------------------------------------------------------
+
+    def _tend(self, tenants: list[str]) -> None:
+        """Start what a search should not wait for."""
+        with self._lock:
+            if self._unsaved >= MANY:
+                self.save()
+            if self._folder is None or (self._building is not None and self._building.is_alive()):
+                return
+            for tenant in tenants:
+                shard = self._shards.get(tenant)
+                if shard is None or not shard.wants_base() or not ivf.faiss_works():
+                    continue
+                if len(shard.exact) > 2 * self._refused.get(tenant, 0):
+                    self._stop.clear()
+                    self._building = threading.Thread(
+                        target=self._build_aside, args=(tenant, len(shard.exact)), name="agentmem index", daemon=True
+                    )
+                    self._building.start()
+                    return
+
+    def _build_aside(self, tenant: str, count: int) -> None:
+        try:
+            self._build(tenant)
+        except (OSError, StoreError, RuntimeError, MemoryError) as error:
+            log.warning("no base of inverted lists was made: %s; vectors are compared one by one", error)
+            self._refused[tenant] = count  # tried again when there are twice as many
+
+    def _build(self, tenant: str) -> None:
+        """Make a base of all of a tenant's vectors. Nothing is held up but by the writing of its files."""
+        if self._folder is None:
+            return
+        change = last_change(self._database)
+        seqs = self._stored(tenant)
+        if not len(seqs):
+            return
+        builder = ivf.Builder(self._dimension, len(seqs))
+        chosen = [self._read(some) for some in _pieces(seqs[builder.sample()])]
+        if not builder.train(np.concatenate([vectors for _, _, vectors in chosen]), lambda: not self._stop.is_set()):
+            return
+        del chosen
+        for some in _pieces(seqs):
+            if self._stop.is_set():
+                return
+            builder.add(*self._read(some))
+        self._folder.mkdir(mode=0o700, exist_ok=True)
+        # Under the write lock no process can erase a vector between our last look and the moment its file is in place.
+        with self._lock, self._database.write():
+            changes = changes_since(self._database, change)
+            if changes is None:
+                log.info("the database changed too much while a vector index was made: it is made later")
+                return
+            last = int(seqs[-1])
+            touched = sorted({row[2] for row in changes if row[1] == tenant and row[2] <= last})
+            builder.write(self._folder, self._name(tenant), self._origin(last_change(self._database)), touched)
+            self._shards.pop(tenant, None)
+            self._state += 1
+
+    def compact(self) -> None:
+        """Fold what is newer than a base, and what is gone from it, into a new one; bring files up to date."""
+        if self._folder is None or not ivf.faiss_works():
+            return
+        self._halt()
+        with self._lock:
+            self._catch_up()
+            tenants = [row[0] for row in self._database.query("SELECT DISTINCT tenant FROM records")]
+            stale = []
+            for tenant in tenants:
+                shard = self._shard(tenant)
+                if shard.wants_base() or (shard.base is not None and (len(shard.exact) or shard.touched)):
+                    stale.append(tenant)
+        self._stop.clear()
+        for tenant in stale:
+            self._build(tenant)
+
+    def _halt(self) -> None:
+        """Have a base that is being made given up."""
+        self._stop.set()
+        if self._building is not None and self._building is not threading.current_thread():
+            self._building.join()
+        self._building = None
+
+    def close(self) -> None:
+        """Save what changed and let go of the memory."""
+        self._halt()
+        with self._lock:
+            based = [shard for shard in self._shards.values() if shard.base is not None]
+            if any(shard.manifest["change"] != self._change[0] for shard in based):
+                self.save()
+            self._shards.clear()
+            self._change, self._unsaved, self._last = (0, 0), 0, None
+
+    # ---- what it says of itself --------------------------------------------------------------------------------
+
+    def facts(self) -> list[str]:
+        """How each tenant's vectors are searched and what that costs in recall, one line each."""
+        lines = []
+        with self._lock:
+            self._catch_up()
+            for (tenant,) in self._database.query("SELECT DISTINCT tenant FROM records ORDER BY tenant"):
+                shard = self._shard(tenant)
+                whose = f"the vectors of tenant {tenant!r}" if tenant else "the vectors of no tenant"
+                if shard.base is None:
+                    lines.append(f"{whose}: {shard.count():,}, all compared (exact)")
+                    continue
+                facts = shard.base.facts
+                lines.append(
+                    f"{whose}: {shard.count():,}, of which {len(shard.exact):,} are compared one by one; the others "
+                    f"lie in {facts.lists:,} lists, {facts.probes:,} of them looked into: {facts.recall:.1%} of the "
+                    "ten nearest are found"
+                )
+        return lines
+
+    def verify(self) -> list[str]:
+        """Where the index differs from the database, in RAM or on disk, one line each; empty if all is well."""
+        problems = []
+        tenants = [row[0] for row in self._database.query("SELECT DISTINCT tenant FROM records")]
+        for tenant in tenants:
+            with self._lock:
+                # Only a second look keeps others from committing meanwhile.
+                for look in (contextlib.nullcontext, self._database.write):
+                    with look():
+                        self._catch_up()
+                        shard = self._shard(tenant)
+                        fits = self._agrees(shard, self._stored(tenant))
+                    if fits:
+                        break
+                else:
+                    problems.append(f"the vector index of tenant {tenant!r} does not fit the database")
+                if self._folder is None:
+                    continue
+                try:
+                    manifest = ivf.read_manifest(self._folder, self._name(tenant))
+                    if manifest is not None:
+                        ivf.open_base(self._folder, manifest, self._dimension)
+                except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
+                    problems.append(f"the index file of tenant {tenant!r} is damaged: {error}")
+        return problems
+
+    def _agrees(self, shard: _Shard, seqs: Rows) -> bool:
+        seen = 0
+        for some in _pieces(seqs):
+            seq, part, vectors = self._read(some)
+            held = shard.exact.held(shard.exact.rows(some))
+            known = np.zeros(len(seq), bool)
+            if shard.base is not None:
+                rows = shard.base.rows(some)
+                pairs = set(zip(shard.base.seq[rows].tolist(), shard.base.part[rows].tolist(), strict=True))
+                known = np.array([pair in pairs for pair in zip(seq.tolist(), part.tolist(), strict=True)], bool)
+                if np.count_nonzero(known) != len(rows):
+                    return False
+            new = ~known
+            same = np.array_equal(seq[new], held[0]) and np.array_equal(part[new], held[1])
+            if not same or not np.array_equal(vectors[new], held[2]):
+                return False
+            seen += len(seq)
+        return seen == shard.count()
 
 
-class _FaissFlat:
-    """``IDMap2,Flat`` with inner product."""
-
-    def __init__(self, dimension: int, data: bytes | None = None) -> None:
-        faiss: Any = importlib.import_module("faiss")
-        self._faiss = faiss
-        if data is None:
-            self._index = faiss.IndexIDMap2(faiss.IndexFlatIP(dimension))
-        else:
-            self._index = faiss.deserialize_index(np.frombuffer(data, np.uint8))
-            if not isinstance(self._index, faiss.IndexIDMap2) or self._index.d != dimension:
-                raise ValueError("it is an index of another kind")
-        self._known = set(faiss.vector_to_array(self._index.id_map).tolist())
-
-    @property
-    def count(self) -> int:
-        return int(self._index.ntotal)
-
-    def add(self, rows: Rows, vectors: Vectors) -> None:
-        if len(rows):
-            self._index.add_with_ids(np.ascontiguousarray(vectors, np.float32), rows)
-            self._known.update(rows.tolist())
-
-    def remove(self, rows: Rows) -> None:
-        rows = np.array([row for row in rows.tolist() if row in self._known], np.int64)
-        if len(rows):
-            self._index.remove_ids(rows)
-            self._known.difference_update(rows.tolist())
-
-    def vectors(self, rows: Rows) -> tuple[Rows, Vectors]:
-        known = np.array([row for row in rows.tolist() if row in self._known], np.int64)
-        if not len(known):
-            return known, np.empty((0, self._index.d), np.float32)
-        return known, self._index.reconstruct_batch(known)
-
-    def search(self, query: Vectors, k: int, allowed: Rows) -> tuple[Rows, Vectors]:
-        k = min(k, len(allowed), self.count)
-        if k == 0:
-            return np.empty(0, np.int64), np.empty(0, np.float32)
-        if len(allowed) <= FEW:
-            return _best(*self.vectors(allowed), query, k)
-        # The filter works inside the scan: a tenant's or user's few rows can't be crowded out by better foreign ones.
-        bits = np.zeros(int(allowed.max()) + 1, np.uint8)
-        bits[allowed] = 1
-        selector = self._faiss.IDSelectorBitmap(np.packbits(bits, bitorder="little"))
-        scores, rows = self._index.search(query[None], k, params=self._faiss.SearchParameters(sel=selector))
-        found = rows[0] >= 0
-        return rows[0][found], scores[0][found]
-
-    def dumped(self) -> bytes:
-        return bytes(self._faiss.serialize_index(self._index).tobytes())
-
-
-class _NumpyFlat:
-    """The same without FAISS: a matrix in RAM, and no file."""
-
-    def __init__(self, dimension: int) -> None:
-        self._rows = np.empty(0, np.int64)
-        self._vectors = np.empty((0, dimension), np.float32)
-
-    @property
-    def count(self) -> int:
-        return len(self._rows)
-
-    def add(self, rows: Rows, vectors: Vectors) -> None:
-        # Kept sorted by row, so that a look-up is a binary search.
-        rows, vectors = np.concatenate([self._rows, rows]), np.concatenate([self._vectors, vectors])
-        order = np.argsort(rows, kind="stable")
-        self._rows, self._vectors = rows[order], vectors[order]
-
-    def remove(self, rows: Rows) -> None:
-        keep = ~np.isin(self._rows, rows)
-        self._rows, self._vectors = self._rows[keep], self._vectors[keep]
-
-    def vectors(self, rows: Rows) -> tuple[Rows, Vectors]:
-        if not self.count:
-            return np.empty(0, np.int64), self._vectors
-        at = np.minimum(np.searchsorted(self._rows, rows), self.count - 1)
-        at = at[self._rows[at] == rows]
-        return self._rows[at], self._vectors[at]
-
-    def search(self, query: Vectors, k: int, allowed: Rows) -> tuple[Rows, Vectors]:
-        return _best(*self.vectors(allowed), query, k)
-
-
-def _best(rows: Rows, vectors: Vectors, query: Vectors, k: int) -> tuple[Rows, Vectors]:
-    scores = vectors @ query
-    order = np.argsort(-scores, kind="stable")[:k]
-    return rows[order], scores[order]
-
-
-def _flat(dimension: int, data: bytes | None = None) -> Any:
-    if _faiss_works():
-        return _FaissFlat(dimension, data)
-    return _NumpyFlat(dimension)
-
-
-@cache
-def _faiss_works() -> bool:
-    try:
-        importlib.import_module("faiss")
-    except ImportError as error:
-        log.warning("FAISS can't be imported (%s): vectors are searched with numpy, which is slower", error)
-        return False
-    return True
-
-
-def _publish(path: Path, data: bytes) -> None:
-    """Put ``data`` at ``path``, whole or not at all, and durable."""
-    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    try:
-        with os.fdopen(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _pieces(seqs: Rows) -> Iterator[Rows]:
+    for first in range(0, len(seqs), CHUNK):
+        yield seqs[first : first + CHUNK]

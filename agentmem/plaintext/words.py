@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from agentmem._pure import bm25
+from agentmem._pure import kernels
 
 from . import postings
 from .catalog import View
@@ -97,7 +97,7 @@ class Words:
         session = np.zeros(view.documents, np.float32)
         starts = np.zeros(len(held) + 1, np.int64)
         np.cumsum([len(places) for places, _ in held], out=starts[1:])
-        rarities = bm25.bm25_scores(
+        rarities = kernels().bm25_scores(
             (
                 starts,
                 np.concatenate([_NONE, *(places for places, _ in held)]),
@@ -126,7 +126,7 @@ class Words:
             if self._lengths is not None and self._lengths[0] is allowed:
                 return self._lengths[1:]
         sessions = np.zeros(view.documents, np.int64)
-        totals = bm25.bm25_lengths((allowed, view.length, view.previous, view.next, view.document), sessions)
+        totals = kernels().bm25_lengths((allowed, view.length, view.previous, view.next, view.document), sessions)
         if not allowed.flags.writeable:  # else it may be another set of rows by the next call
             with self._lock:
                 self._lengths = allowed, sessions, totals

@@ -1,0 +1,145 @@
+"""Vectors in RAM, compared one by one: a small index as a whole, and what is newer than a large one's files.
+
+Knows vectors by the record and the passage they are of, and where those records are in a view. Nothing is stored.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    import numpy.typing as npt
+
+    from .catalog import View
+
+    Vectors = npt.NDArray[np.float32]
+    Rows = npt.NDArray[np.int64]
+    Parts = npt.NDArray[np.int32]
+    Places = npt.NDArray[np.int32]
+    Bools = npt.NDArray[np.bool_]
+
+__all__ = ["Exact", "Owners"]
+
+
+class Owners:
+    """Where the records of growing rows are in views: what is known of a view stays true while it grows."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Places, int]] = {}
+
+    def of(self, seq: Rows, view: View) -> Places:
+        """The place of each row's record in the view, int32, -1 for none."""
+        places, done = self._known.get(view.generation, (np.empty(0, np.int32), 0))
+        if done == len(seq):
+            return places[:done]
+        if len(seq) > len(places):
+            larger = np.empty(max(len(seq), 2 * len(places)), np.int32)
+            larger[:done] = places[:done]
+            places = larger
+        places[done : len(seq)] = view.places(seq[done:])
+        # A record that is newer than the view will have a place in the next one.
+        newer = seq[done:] > (view.seq[-1] if view.n else 0)
+        done = done + int(np.argmax(newer)) if newer.any() else len(seq)
+        if len(self._known) > 8:
+            self._known.clear()
+        self._known[view.generation] = places, done
+        return places[: len(seq)]
+
+
+class Exact:
+    """Growing arrays of vectors. Rows that are removed stay in place until half of all are gone."""
+
+    def __init__(self, dimension: int) -> None:
+        self._count = self._gone = 0
+        self._seq = np.empty(0, np.int64)
+        self._part = np.empty(0, np.int32)
+        self._matrix = np.empty((0, dimension), np.float32)
+        self._live = np.empty(0, np.bool_)
+        self._owners = Owners()
+        self._order: Rows | None = None
+        self._single = True  # whether each record has one passage
+
+    def __len__(self) -> int:
+        return self._count - self._gone
+
+    def add(self, seq: Rows, part: Parts, vectors: Vectors) -> None:
+        """Vectors of records that have none here."""
+        if not len(seq):
+            return
+        first, self._count = self._count, self._count + len(seq)
+        if self._count > len(self._seq):
+            room = max(self._count, 2 * first)
+            for name in ("_seq", "_part", "_matrix", "_live"):
+                old = getattr(self, name)
+                new = np.empty((room, *old.shape[1:]), old.dtype)
+                new[:first] = old[:first]
+                setattr(self, name, new)
+        self._seq[first : self._count], self._part[first : self._count] = seq, part
+        self._matrix[first : self._count], self._live[first : self._count] = vectors, True
+        self._single = self._single and not part.any()
+        self._order = None
+
+    def remove(self, seqs: Rows) -> None:
+        """Take these records' vectors out."""
+        rows = self.rows(seqs)
+        self._live[rows] = False
+        self._gone += len(rows)
+        if self._gone > max(1024, self._count // 2):
+            kept = np.flatnonzero(self._live[: self._count])
+            self._seq, self._part, self._matrix = self._seq[kept], self._part[kept], self._matrix[kept]
+            self._live = np.ones(len(kept), bool)
+            self._count, self._gone, self._order, self._owners = len(kept), 0, None, Owners()
+
+    def rows(self, seqs: Rows) -> Rows:
+        """The rows of these records, grouped by record in the order of ``seqs``, passages ascending."""
+        if not self._count or not len(seqs):
+            return np.empty(0, np.int64)
+        if self._order is None:
+            self._order = np.lexsort((self._part[: self._count], self._seq[: self._count]))
+            self._sorted = self._seq[self._order]
+        first = np.searchsorted(self._sorted, seqs)
+        last = np.searchsorted(self._sorted, seqs, "right")
+        if not (last - first > 1).any():
+            found = self._order[first[last > first]]
+        else:
+            pairs = zip(first.tolist(), last.tolist(), strict=True)
+            found = self._order[[at for begin, end in pairs for at in range(begin, end)]]
+        return found[self._live[found]]
+
+    def held(self, rows: Rows) -> tuple[Rows, Parts, Vectors]:
+        """(seq, part, vector) of rows."""
+        return self._seq[rows], self._part[rows], self._matrix[rows]
+
+    def all_rows(self) -> Rows:
+        """All rows, by record and passage."""
+        return self.rows(np.unique(self._seq[: self._count]))
+
+    def score(self, query: Vectors, view: View, allowed: Bools, best: Vectors) -> None:
+        """Raise ``best`` (float32 [view.n], NaN for none) to the scores of the allowed records' passages, at least."""
+        count = self._count
+        if not count:
+            return
+        owner = self._owners.of(self._seq[:count], view)
+        found = (owner >= 0) & self._live[:count]
+        if owner.max(initial=-1) >= view.n:
+            found &= owner < view.n
+        if not found.all() or not allowed.all():
+            found &= allowed[np.where(found, owner, 0)] if view.n else False
+        rows = np.flatnonzero(found)
+        # A matrix times a vector runs at the memory's speed, but only over rows that lie together.
+        few = 8 * len(rows) < count
+        scores = self._matrix[rows] @ query if few else (self._matrix[:count] @ query)[rows]
+        if self._single:
+            best[owner[rows]] = scores
+        else:
+            np.fmax.at(best, owner[rows], scores)
+
+
+def grouped(query: Any, seq: Rows, vectors: Vectors, wanted: Rows) -> Vectors:
+    """The best score of each wanted record's vectors, float32, NaN for none. ``seq`` are among the wanted."""
+    records, again = np.unique(wanted, return_inverse=True)
+    best = np.full(len(records), np.nan, np.float32)
+    np.fmax.at(best, np.searchsorted(records, seq), vectors @ query)
+    return best[again]
