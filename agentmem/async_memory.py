@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import extraction, flows, histories, kinds, memory, reconciling, transfer
+from . import extraction, flows, histories, kinds, memory, reconciling, reembedding, transfer
 from .chat import Conversation
 from .engine import Engine
 from .flow import arun, local
@@ -303,6 +303,9 @@ class AsyncPlaintext:
 
     async def embed(self) -> int:
         return await arun(flows.catch_up(self._engine))
+
+    async def reembed(self) -> int:
+        return await arun(reembedding.reembed(self._engine))
 
     async def extract(
         self,

@@ -26,12 +26,13 @@ from . import prompt
 from . import provider as providers
 from .config import Settings
 from .database import Database
-from .errors import ConfigError, Corrupt, Full, Incompatible, StoreError
+from .errors import ConfigError, Corrupt, Full, StoreError
 from .ledger import Ledger
 from .plaintext.records import Records
 from .plaintext.redact import redactor
 from .plaintext.search import Searcher
 from .provider import HoldsSlots, LoraRef, Pages, Provider, Slots
+from .serving import Serving
 from .types import Scope
 
 if TYPE_CHECKING:
@@ -70,11 +71,10 @@ class Engine:
         self.clock = clock
         self.redact = redact or redactor(settings.redact)
         self._lock = threading.RLock()
-        self._embedder = embedder
-        self._embedder_known = embedder is not None
-        self._spaces: dict[str, int] = {}
         self._index: VectorIndex | None = None
         self._tokens: TokenStore | None = None
+        #: The spaces that the two are of: the folder may have turned to another one (serving.py).
+        self._indexed = self._tokenized = 0
         self._pages: PageStore | None = None
         self._cipher = _cipher(settings)
         self._slots: SlotStore | None = None
@@ -95,6 +95,7 @@ class Engine:
             self.database = Database(self.folder / "memory.db" if self._kept else ":memory:")
             undo.callback(self.database.close)
             self.records = Records(self.database, clock=clock)
+            self.serving = Serving(self.database, settings, embedder)
             self.searcher = Searcher(self.database, self.records)
             self.ledger = Ledger(self.database, clock)
             # Caches of this engine, not of the class: they must not keep it, its model and its texts alive.
@@ -113,51 +114,30 @@ class Engine:
     @property
     def embedder(self) -> Embedder | None:
         """The embedder of this folder's vectors, or None where search is lexical only."""
-        with self._lock:
-            if not self._embedder_known:
-                from .plaintext import embed
-
-                self._embedder = embed.load(self.settings.embedder, self.settings.providers)
-                self._embedder_known = True
-            return self._embedder
+        served = self.serving.now()
+        return None if served is None else served.embedder
 
     @property
     def space(self) -> int | None:
-        """The number of the embedder's vector space in this folder (``spaces``), made if it is new.
+        """The number of its vector space in this folder (``spaces``), made if it is new.
 
         Raises `Incompatible` where the folder holds another embedder's vectors and ``reembed`` is off.
         """
-        embedder = self.embedder
-        if embedder is None:
-            return None
-        with self._lock:
-            if embedder.digest not in self._spaces:
-                self._spaces[embedder.digest] = self._find_space(embedder)
-            return self._spaces[embedder.digest]
-
-    def _find_space(self, embedder: Embedder) -> int:
-        found = self.database.query("SELECT id FROM spaces WHERE digest = ?", (embedder.digest,))
-        if found:
-            return int(found[0]["id"])
-        others = self.database.query("SELECT name FROM spaces WHERE id IN (SELECT space FROM vectors)")
-        if others and not self.settings.reembed:
-            raise Incompatible(
-                f"{self.folder} was embedded by {others[0]['name']!r}, not {embedder.name!r}: open it with that "
-                "embedder, or set reembed=True to embed its records again"
-            )
-        from .plaintext.index import open_space
-
-        return open_space(self.database, embedder.name, embedder.digest, embedder.dimension)
+        served = self.serving.now()
+        return None if served is None else served.space
 
     @property
     def index(self) -> VectorIndex | None:
         """The FAISS index over the current embedder's vectors, or None without an embedder."""
         with self._lock:
-            space, embedder = self.space, self.embedder
-            if self._index is None and space is not None and embedder is not None:
+            served = self.serving.now()
+            if served is None:
+                return None
+            if self._index is None or self._indexed != served.space:
                 from .plaintext.index import VectorIndex
 
-                self._index = VectorIndex(self.database, self.folder / "index", space, embedder.dimension)
+                self._index = VectorIndex(self.database, self.folder / "index", served.space, served.embedder.dimension)
+                self._indexed = served.space
             return self._index
 
     @property
@@ -165,10 +145,13 @@ class Engine:
         """The token vectors of the current embedder's space, or None without an embedder."""
         with self._lock:
             space = self.space
-            if self._tokens is None and space is not None:
+            if space is None:
+                return None
+            if self._tokens is None or self._tokenized != space:
                 from .plaintext.late import TokenStore
 
                 self._tokens = TokenStore(self.database, space, budget=self.settings.search_ram)
+                self._tokenized = space
             return self._tokens
 
     @property
@@ -337,7 +320,7 @@ class Engine:
 
     def _erase_vectors(self) -> None:
         """Leave no index file that holds an erased vector. They are derived: what can't be rewritten is removed."""
-        if self._embedder_known and self.index is not None:
+        if self.serving.known and self.index is not None:
             try:
                 self.index.rewrite()
             except StoreError as error:

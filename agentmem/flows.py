@@ -26,6 +26,7 @@ from .plaintext.conditions import beneath, matching
 from .plaintext.drafts import Draft, check_k, drafts, moment, passage, redacted_metadata, utc_seconds
 from .plaintext.rows import Passages
 from .progress import progress
+from .serving import Served
 from .types import Compaction, Context, Erasure, Hit, Record, Scope, Usage, Verification
 
 if TYPE_CHECKING:
@@ -113,14 +114,18 @@ def _ids(ids: Any, what: str) -> list[str]:
     return list(ids)
 
 
-def embedded(engine: Engine, said: Sequence[tuple[str, str | None]], noted: list[Usage]) -> Flow[Passages | None]:
+def embedded(
+    engine: Engine, said: Sequence[tuple[str, str | None]], noted: list[Usage], *, by: Served | None = None
+) -> Flow[Passages | None]:
     """The vectors of these (text, name), passage by passage, or None where search is lexical only.
 
-    What an embedder outside this machine was asked for is appended to ``noted``, for `note_embeddings`.
+    They know their space: the folder may turn to another one before they are stored. What an embedder outside this
+    machine was asked for is appended to ``noted``, for `note_embeddings`. ``by`` is another embedder than what serves.
     """
-    embedder = engine.embedder
-    if embedder is None or not said:
+    served = by or engine.serving.now()
+    if served is None or not said:
         return None
+    embedder = served.embedder
     import numpy as np
 
     from .plaintext.encoded import passages_with
@@ -139,12 +144,17 @@ def embedded(engine: Engine, said: Sequence[tuple[str, str | None]], noted: list
         encoded = yield from _encoded(embedder, texts[first : first + BATCH], noted)
         vectors.append(encoded.vectors)
         codes += map(pack, encoded.tokens or ())
-    return Passages(spans, np.concatenate(vectors), codes if len(codes) == len(texts) else None)
+    packed = codes if len(codes) == len(texts) else None
+    return Passages(spans, np.concatenate(vectors), packed, space=served.space)
 
 
 def encoded_query(engine: Engine, query: str, noted: list[Usage]) -> Flow[Encoded | None]:
     """What is searched with: the query's vector and those of its tokens, or None where search is lexical only."""
-    return None if engine.embedder is None else (yield from _encoded(engine.embedder, [query], noted, query=True))
+    while (served := engine.serving.now()) is not None:
+        encoded = yield from _encoded(served.embedder, [query], noted, query=True)
+        if engine.space == served.space:  # else the folder turned to another embedder meanwhile
+            return encoded
+    return None
 
 
 def _encoded(embedder: Embedder, texts: Sequence[str], noted: list[Usage], *, query: bool = False) -> Flow[Encoded]:
@@ -166,10 +176,11 @@ def catch_up(engine: Engine) -> Flow[int]:
 
     Batch by batch, each committed, so that it can be interrupted and goes on where it stopped. Returns how many.
     """
-    space, embedder = engine.space, engine.embedder
+    served = engine.serving.now()
     done = 0
-    if space is None or embedder is None:
+    if served is None:
         return done
+    space = served.space
     rows = engine.records.pending(space, limit=BATCH)
     if not rows:
         return done
@@ -177,7 +188,7 @@ def catch_up(engine: Engine) -> Flow[int]:
         total = engine.records.count(Scope()) if moved else 0
         while rows:
             noted: list[Usage] = []
-            vectors = yield from embedded(engine, [(text, name) for _, text, name in rows], noted)
+            vectors = yield from embedded(engine, [(text, name) for _, text, name in rows], noted, by=served)
             with engine.database.write():
                 done += engine.records.embed_rows(rows, vectors, space) if vectors is not None else 0
                 note_embeddings(engine, Scope(), noted)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import extraction, flows, histories, kinds, reconciling, transfer
+from . import extraction, flows, histories, kinds, reconciling, reembedding, transfer
 from .chat import Conversation
 from .engine import Engine
 from .flow import local, run
@@ -358,6 +358,14 @@ class Plaintext:
     def embed(self) -> int:
         """Embed the records that have no vector of the current embedder yet; returns how many. Can be interrupted."""
         return run(flows.catch_up(self._engine))
+
+    def reembed(self) -> int:
+        """Embed every record by the embedder in the settings and turn to it; returns how many records that were.
+
+        A folder that another embedder filled is searched with that one until this is done. Can be interrupted and
+        goes on where it stopped; other processes work on meanwhile and turn over with this one.
+        """
+        return run(reembedding.reembed(self._engine))
 
     def extract(
         self,

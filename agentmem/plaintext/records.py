@@ -127,6 +127,7 @@ class Records:
         ids = sorted(new_id(self._clock()) for _ in drafts) if ids is None else [*ids]
         if len(ids) != len(drafts) or len(set(ids)) != len(ids) or not all(map(_well_formed, ids)):
             raise InvalidInput(f"{len(drafts)} records need {len(drafts)} different ids made by new_id()")
+        space = _space_of(vectors, space)
         passages = self._passages(vectors, space, [draft.text for draft in drafts])
         if not drafts:
             return []
@@ -269,6 +270,7 @@ class Records:
         if text is not None:
             text = check_text(text)
         new_metadata = None if metadata is None else dump_metadata(check_metadata(metadata))
+        space = _space_of(vectors, space)
         passages = self._passages(vectors, space, ["" if text is None else text])
         with self._database.write() as connection:
             row = dict(self._changeable(id, scope))
@@ -455,6 +457,11 @@ class Records:
         if not np.isfinite(matrix).all() or not np.asarray(matrix, np.float64).any(axis=1).all():
             raise InvalidInput("a vector is all zeros or holds NaN or infinity: the embedder failed")
         return passages
+
+
+def _space_of(vectors: Passages | Vectors | None, space: int | None) -> int | None:
+    """The space that these vectors are of: their own word counts, the folder may have turned to another meanwhile."""
+    return space if not isinstance(vectors, Passages) or vectors.space is None else vectors.space
 
 
 def _older(than: str | None) -> tuple[str, builtins.list[str]]:

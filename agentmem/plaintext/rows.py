@@ -57,12 +57,14 @@ class Passages:
     """Texts in the pieces that an embedder could read whole, with what it made of them.
 
     ``spans[i]`` are the pieces of text i as (start, stop) in characters; ``vectors`` float32 [pieces of all texts,
-    dimension] and ``codes`` (late.py; None where the embedder has no token vectors) follow in the same order.
+    dimension] and ``codes`` (late.py; None where the embedder has no token vectors) follow in the same order. ``space``
+    is the embedding space that they are of, where they were told.
     """
 
     spans: Sequence[Sequence[tuple[int, int]]]
     vectors: Vectors
     codes: Sequence[bytes] | None = None
+    space: int | None = None
 
     def pick(self, wanted: Sequence[int]) -> Passages:
         """The passages of some of the texts."""
@@ -71,7 +73,7 @@ class Passages:
             ends.append(ends[-1] + len(spans))
         places = [at for i in wanted for at in range(ends[i], ends[i + 1])]
         codes = None if self.codes is None else [self.codes[at] for at in places]
-        return Passages([self.spans[i] for i in wanted], self.vectors[places], codes)
+        return Passages([self.spans[i] for i in wanted], self.vectors[places], codes, self.space)
 
 
 def levels(scope: Scope) -> list[str]:

@@ -26,7 +26,7 @@ ORDER = [
     ["extraction"],
     ["flows"],
     ["engine"],
-    ["importers"],
+    ["importers", "serving"],
     ["prompt", "ledger", "flow"],
     ["plaintext", "activation", "parametric"],
     ["provider", "database", "config", "tokens", "progress", "pickles"],
