@@ -52,7 +52,8 @@ def test_hostile_bytes_get_one_answer_at_every_level(data: st.DataObject) -> Non
 @given(st.integers(1, 300), st.integers(0, 5), st.data())
 def test_any_rows_become_the_bytes_of_the_twin(dimensions: int, count: int, data: st.DataObject) -> None:
     rows = data.draw(hnp.arrays(np.float32, (count, dimensions), elements=FLOATS))
-    ours, twins = ((np.empty(count, np.uint16), np.empty((count, pure.row_bytes(dimensions)), np.uint8)) for _ in "ab")
-    native.tokens_encode(rows, *ours)
-    pure.tokens_encode(rows, *twins)
-    assert all(np.array_equal(one, other) for one, other in zip(ours, twins, strict=True))
+    made: list[list[Any]] = []
+    for kernels in (native, pure):
+        made.append([np.empty(count, np.uint16), np.empty((count, pure.row_bytes(dimensions)), np.uint8)])
+        kernels.tokens_encode(rows, *made[-1])
+    assert all(np.array_equal(ours, twin) for ours, twin in zip(*made, strict=True))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import threading
 import zlib
 from collections.abc import Iterator, Sequence
@@ -95,6 +96,13 @@ class TestCodes:
             native.tokens_encode(rows, *made[0])
             pure.tokens_encode(rows, *made[1])
             assert all((ours == twin).all() for ours, twin in zip(*made, strict=True))
+
+    def test_the_golden_file_is_what_it_was(self, level: str) -> None:
+        golden = Path(__file__).parents[1] / "golden" / "tokens" / "v1.codes"
+        rows = runpy.run_path(str(golden.with_name("write_v1.py")))["rows"]()
+        assert golden.read_bytes() == pack(rows), level
+        found = scores(rows, [golden.read_bytes()])[0]
+        assert np.abs(found - (rows @ rows.T).max(axis=1)).max() < 0.1
 
     def test_a_passage_without_tokens_and_a_token_of_zeros_score_nothing(self, level: str) -> None:
         packed = pack_all([units(0, 0), np.zeros((2, 64), np.float32), units(0, 1)])
