@@ -7,13 +7,9 @@ and when a base of inverted lists is made (ivf.py), and when files are thrown aw
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import json
 import logging
 import os
 import threading
-import zlib
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,7 +20,8 @@ from agentmem.errors import Incompatible, InvalidInput, StoreError
 
 from . import ivf
 from .catalog import View, changes_since, last_change
-from .exact import Exact, Owners, grouped
+from .exact import Owners, grouped
+from .shards import Shard, Stored, pieces
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -48,8 +45,6 @@ SHARE = 4
 FEW = 512
 #: Changes after which the manifests are written without waiting for `VectorIndex.close`.
 MANY = 20_000
-#: Vectors read in one statement.
-CHUNK = 8192
 
 
 def open_space(database: Database, name: str, digest: str, dimension: int) -> int:
@@ -66,31 +61,6 @@ def open_space(database: Database, name: str, digest: str, dimension: int) -> in
     return int(row["id"])
 
 
-class _Shard:
-    """The vectors of one tenant: a base in files, if there is one, and all others in RAM."""
-
-    def __init__(self, dimension: int) -> None:
-        self.exact = Exact(dimension)
-        self.base: ivf.Base | None = None
-        self.manifest: dict[str, Any] = {}
-        self.touched: set[int] = set()  # records of the base that changed since it was made
-        self.owners = Owners()
-
-    def remove(self, seqs: Rows) -> None:
-        self.exact.remove(seqs)
-        if self.base is not None and len(self.base):
-            self.base.remove(seqs)
-            self.touched.update(seqs[seqs <= self.base.seq[-1]].tolist())
-
-    def count(self) -> int:
-        return len(self.exact) + (0 if self.base is None else int(np.count_nonzero(~self.base.gone)))
-
-    def wants_base(self) -> bool:
-        """Whether so much is compared one by one that a new base pays."""
-        held = 0 if self.base is None else len(self.base)
-        return len(self.exact) > max(EXACT, held // SHARE)
-
-
 class VectorIndex:
     """Nearest vectors by inner product: exact below `EXACT` vectors of a tenant, above by FAISS's inverted lists.
 
@@ -102,11 +72,11 @@ class VectorIndex:
 
     def __init__(self, database: Database, folder: str | os.PathLike[str] | None, space: int, dimension: int) -> None:
         self._database = database
+        self._stored = Stored(database, space, dimension)
         self._folder = None if folder is None or database.path == ":memory:" else Path(folder)
-        self._space = space
         self._dimension = dimension
         self._lock = threading.RLock()
-        self._shards: dict[str, _Shard] = {}
+        self._shards: dict[str, Shard] = {}
         self._change = (0, 0)  # the number and nonce of the last change that is in every loaded shard
         self._state = 0  # counts what changed in RAM
         self._unsaved = 0
@@ -192,7 +162,7 @@ class VectorIndex:
         rows = np.flatnonzero(found) if some <= FEW else base.search(query, k, found, everywhere=some <= EXACT)
         # The codes choose, the vectors decide.
         seqs = np.unique(base.seq[rows])
-        seq, _, vectors = self._read(seqs)
+        seq, _, vectors = self._stored.read(seqs)
         scores = grouped(query, seq, vectors, seqs)
         places = view.places(seqs)
         here = places >= 0
@@ -209,7 +179,7 @@ class VectorIndex:
             if shard.base is not None:
                 rows = shard.base.rows(seqs)
                 if len(rows):
-                    read = self._read(np.unique(shard.base.seq[rows]))
+                    read = self._stored.read(np.unique(shard.base.seq[rows]))
                     found.append(read[0])
                     vectors.append(read[2])
         return np.concatenate(found), np.concatenate(vectors)
@@ -236,89 +206,21 @@ class VectorIndex:
         self._change = changes[-1][0], changes[-1][4]
         self._state += 1
 
-    def _apply(self, shard: _Shard, final: dict[int, int]) -> None:
+    def _apply(self, shard: Shard, final: dict[int, int]) -> None:
         if not final:
             return
         shard.remove(np.sort(np.fromiter(final, np.int64)))
-        for part in _pieces(np.sort(np.array([seq for seq, added in final.items() if added], np.int64))):
-            shard.exact.add(*self._read(part))
+        for part in pieces(np.sort(np.array([seq for seq, added in final.items() if added], np.int64))):
+            shard.exact.add(*self._stored.read(part))
 
-    def _read(self, seqs: Rows) -> tuple[Rows, Parts, Vectors]:
-        """(seq, part, vector) of all passages of these records, in the order of ``seqs``."""
-        return self._arrays(
-            self._database.query(
-                "SELECT seq, part, vector, checksum FROM json_each(?) AS wanted CROSS JOIN vectors "
-                "ON space = ? AND seq = wanted.value ORDER BY wanted.key, part",
-                (json.dumps(seqs.tolist()), self._space),
-            )
-        )
-
-    def _arrays(self, rows: list[Any]) -> tuple[Rows, Parts, Vectors]:
-        size = 4 * self._dimension
-        good = [row for row in rows if len(row[2]) == size and zlib.crc32(row[2]) == row[3]]
-        if len(good) < len(rows):
-            log.warning("%d vectors are damaged and left out of the index: run verify()", len(rows) - len(good))
-        vectors = np.frombuffer(b"".join([row[2] for row in good]), "<f4").reshape(-1, self._dimension)
-        return np.array([row[0] for row in good], np.int64), np.array([row[1] for row in good], np.int32), vectors
-
-    def _stored(self, tenant: str, after: int = 0) -> Rows:
-        """The records of a tenant that have vectors, those behind ``after``, ascending."""
-        rows = self._database.query(
-            "SELECT DISTINCT seq FROM vectors JOIN records USING (seq) WHERE space = ? AND seq > ? AND tenant = ?",
-            (self._space, after, tenant),
-        )
-        return np.sort(np.fromiter((row[0] for row in rows), np.int64, len(rows)))
-
-    def _shard(self, tenant: str) -> _Shard:
+    def _shard(self, tenant: str) -> Shard:
         """The tenant's vectors, as of `_change` or later: in RAM already, or with a base from files, or read."""
         shard = self._shards.get(tenant)
         if shard is None:
-            shard = self._opened(tenant)
-            after = 0
-            if shard is None:
-                shard = _Shard(self._dimension)
-            elif shard.base is not None:
-                after = int(shard.base.seq[-1])
-                for some in _pieces(np.array(sorted(shard.touched), np.int64)):
-                    shard.exact.add(*self._read(some))
-            for some in _pieces(self._stored(tenant, after)):
-                shard.exact.add(*self._read(some))
-            self._shards[tenant] = shard
+            shard = self._shards[tenant] = self._stored.shard(tenant, self._folder)
         return shard
 
     # ---- files -------------------------------------------------------------------------------------------------
-
-    def _name(self, tenant: str) -> str:
-        """A tenant's name never becomes a path: it is hashed."""
-        return hashlib.sha256(json.dumps([self._space, tenant]).encode()).hexdigest()[:32]
-
-    def _origin(self, change: tuple[int, int]) -> dict[str, Any]:
-        digest = self._database.query("SELECT digest FROM spaces WHERE id = ?", (self._space,))[0][0]
-        return {"digest": digest, "dimension": self._dimension, "change": change[0], "nonce": change[1]}
-
-    def _opened(self, tenant: str) -> _Shard | None:
-        """A shard with the base of the tenant's files, caught up with the database; None if there is none that fits."""
-        if self._folder is None or not self._folder.is_dir() or not ivf.faiss_works():
-            return None
-        name = self._name(tenant)
-        try:
-            manifest = ivf.read_manifest(self._folder, name)
-            if manifest is None:
-                return None
-            change = (int(manifest["change"]), int(manifest["nonce"]))
-            if {**manifest, **self._origin(change)} != manifest:
-                raise ValueError("it belongs to another embedder")
-            changes = changes_since(self._database, change)
-            if changes is None:
-                raise ValueError("it belongs to another history of the database, or to one too long ago")
-            shard = _Shard(self._dimension)
-            shard.base, shard.manifest = ivf.open_base(self._folder, manifest, self._dimension), manifest
-            shard.touched.update(manifest["gone"])
-            shard.remove(np.unique(np.array([row[2] for row in changes if row[1] == tenant], np.int64)))
-        except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
-            log.warning("an index file is not used (%s): it will be made anew from the database", error)
-            return None
-        return shard
 
     def save(self) -> None:
         """Note in the manifests what the bases in use are up to date with. What fails is logged: files are derived."""
@@ -338,14 +240,14 @@ class VectorIndex:
                 self._note(tenant, shard)
         self._unsaved = 0
 
-    def _note(self, tenant: str, shard: _Shard) -> None:
+    def _note(self, tenant: str, shard: Shard) -> None:
         """Write one manifest, unless another process has made another base meanwhile."""
         if self._folder is None or self._shards.get(tenant) is not shard:
             return
-        found = ivf.read_manifest(self._folder, self._name(tenant))
+        found = ivf.read_manifest(self._folder, self._stored.name(tenant))
         if found is not None and found["file"] == shard.manifest["file"]:
-            shard.manifest |= {**self._origin(self._change), "gone": sorted(shard.touched)}
-            ivf.publish(self._folder, self._name(tenant), shard.manifest)
+            shard.manifest |= {**self._stored.origin(self._change), "gone": sorted(shard.touched)}
+            ivf.publish(self._folder, self._stored.name(tenant), shard.manifest)
 
     def rewrite(self) -> None:
         """After an erasure: leave no file that holds a vector the database no longer has.
@@ -360,13 +262,13 @@ class VectorIndex:
                 self._catch_up()
                 kept = set()
                 for tenant, shard in self._shards.items():
-                    name = self._name(tenant)
+                    name = self._stored.name(tenant)
                     found = ivf.read_manifest(self._folder, name) if shard.base is not None else None
                     if shard.base is None or found is None or found["file"] != shard.manifest["file"]:
                         continue
                     if shard.base.codes() > np.count_nonzero(~shard.base.gone):
                         manifest = ivf.without(self._folder, name, shard.manifest, shard.base)
-                        manifest |= {**self._origin(self._change), "gone": sorted(shard.touched)}
+                        manifest |= {**self._stored.origin(self._change), "gone": sorted(shard.touched)}
                         ivf.publish(self._folder, name, manifest)
                         shard.base, shard.manifest = ivf.open_base(self._folder, manifest, self._dimension), manifest
                     else:
@@ -392,7 +294,7 @@ class VectorIndex:
                 return
             for tenant in tenants:
                 shard = self._shards.get(tenant)
-                if shard is None or not shard.wants_base() or not ivf.faiss_works():
+                if shard is None or not shard.wants_base(EXACT, SHARE) or not ivf.faiss_works():
                     continue
                 if len(shard.exact) > 2 * self._refused.get(tenant, 0):
                     self._stop.clear()
@@ -414,18 +316,18 @@ class VectorIndex:
         if self._folder is None:
             return
         change = last_change(self._database)
-        seqs = self._stored(tenant)
+        seqs = self._stored.of(tenant)
         if not len(seqs):
             return
         builder = ivf.Builder(self._dimension, len(seqs))
-        chosen = [self._read(some) for some in _pieces(seqs[builder.sample()])]
+        chosen = [self._stored.read(some) for some in pieces(seqs[builder.sample()])]
         if not builder.train(np.concatenate([vectors for _, _, vectors in chosen]), lambda: not self._stop.is_set()):
             return
         del chosen
-        for some in _pieces(seqs):
+        for some in pieces(seqs):
             if self._stop.is_set():
                 return
-            builder.add(*self._read(some))
+            builder.add(*self._stored.read(some))
         self._folder.mkdir(mode=0o700, exist_ok=True)
         # Under the write lock no process can erase a vector between our last look and the moment its file is in place.
         with self._lock, self._database.write():
@@ -435,7 +337,9 @@ class VectorIndex:
                 return
             last = int(seqs[-1])
             touched = sorted({row[2] for row in changes if row[1] == tenant and row[2] <= last})
-            builder.write(self._folder, self._name(tenant), self._origin(last_change(self._database)), touched)
+            builder.write(
+                self._folder, self._stored.name(tenant), self._stored.origin(last_change(self._database)), touched
+            )
             self._shards.pop(tenant, None)
             self._state += 1
 
@@ -450,7 +354,7 @@ class VectorIndex:
             stale = []
             for tenant in tenants:
                 shard = self._shard(tenant)
-                if shard.wants_base() or (shard.base is not None and (len(shard.exact) or shard.touched)):
+                if shard.wants_base(EXACT, SHARE) or (shard.base is not None and (len(shard.exact) or shard.touched)):
                     stale.append(tenant)
         self._stop.clear()
         for tenant in stale:
@@ -505,7 +409,7 @@ class VectorIndex:
                     with look():
                         self._catch_up()
                         shard = self._shard(tenant)
-                        fits = self._agrees(shard, self._stored(tenant))
+                        fits = shard.agrees(self._stored, tenant)
                     if fits:
                         break
                 else:
@@ -513,33 +417,9 @@ class VectorIndex:
                 if self._folder is None:
                     continue
                 try:
-                    manifest = ivf.read_manifest(self._folder, self._name(tenant))
+                    manifest = ivf.read_manifest(self._folder, self._stored.name(tenant))
                     if manifest is not None:
                         ivf.open_base(self._folder, manifest, self._dimension)
                 except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
                     problems.append(f"the index file of tenant {tenant!r} is damaged: {error}")
         return problems
-
-    def _agrees(self, shard: _Shard, seqs: Rows) -> bool:
-        seen = 0
-        for some in _pieces(seqs):
-            seq, part, vectors = self._read(some)
-            held = shard.exact.held(shard.exact.rows(some))
-            known = np.zeros(len(seq), bool)
-            if shard.base is not None:
-                rows = shard.base.rows(some)
-                pairs = set(zip(shard.base.seq[rows].tolist(), shard.base.part[rows].tolist(), strict=True))
-                known = np.array([pair in pairs for pair in zip(seq.tolist(), part.tolist(), strict=True)], bool)
-                if np.count_nonzero(known) != len(rows):
-                    return False
-            new = ~known
-            same = np.array_equal(seq[new], held[0]) and np.array_equal(part[new], held[1])
-            if not same or not np.array_equal(vectors[new], held[2]):
-                return False
-            seen += len(seq)
-        return seen == shard.count()
-
-
-def _pieces(seqs: Rows) -> Iterator[Rows]:
-    for first in range(0, len(seqs), CHUNK):
-        yield seqs[first : first + CHUNK]

@@ -21,7 +21,7 @@ import pytest
 from agentmem.database import Database
 from agentmem.errors import Incompatible, InvalidInput, StoreError
 from agentmem.plaintext import index as module
-from agentmem.plaintext import ivf
+from agentmem.plaintext import ivf, shards
 from agentmem.plaintext.catalog import Catalog
 from agentmem.plaintext.index import VectorIndex, open_space
 from agentmem.plaintext.records import Records, drafts
@@ -346,7 +346,7 @@ def test_closing_gives_up_a_base_that_is_being_made(store: Store, monkeypatch: p
         time.sleep(0.2)
         original(self, *arrays)
 
-    monkeypatch.setattr(module, "CHUNK", 5)
+    monkeypatch.setattr(shards, "CHUNK", 5)
     monkeypatch.setattr(ivf.Builder, "add", slow)
     index = store.index()
     store.search(index, store.vectors[1], 1)
