@@ -370,6 +370,7 @@ class AsyncParametric:
         seed: int = 0,
         epochs: int = 16,
         activate: bool = True,
+        approve: Sequence[str | Record] = (),
     ) -> LoraVersion:
         return await arun(
             local(
@@ -380,6 +381,7 @@ class AsyncParametric:
                 seed=seed,
                 epochs=epochs,
                 activate=activate,
+                approve=approve,
             )
         )
 

@@ -118,7 +118,14 @@ def _whole(scope: Scope) -> None:
 
 
 def train(
-    engine: Engine, scope: Scope, records: Sequence[str | Record] | None, *, seed: int, epochs: int, activate: bool
+    engine: Engine,
+    scope: Scope,
+    records: Sequence[str | Record] | None,
+    *,
+    seed: int,
+    epochs: int,
+    activate: bool,
+    approve: Sequence[str | Record] = (),
 ) -> LoraVersion:
     """Teach records of this scope to a new LoRA version; see `Parametric.train`."""
     from .parametric import corpus as corpora
@@ -143,6 +150,12 @@ def train(
     else:
         ids = [record.id if isinstance(record, Record) else record for record in _listed(records, "records")]
         chosen = [engine.records.get(record, scope) for record in ids]
+    # Somebody looked at these and answers for them; the records themselves stay marked.
+    named = [record.id if isinstance(record, Record) else record for record in _listed(approve, "approve")]
+    approved = {engine.records.get(record, scope).id for record in named}
+    if strange := approved - {record.id for record in chosen}:
+        raise InvalidInput(f"approve names {min(strange)}, which is not among the records to learn: name it there too")
+    chosen = [r.model_copy(update={"trust": "trusted"}) if r.id in approved else r for r in chosen]
     if not chosen:
         raise InvalidInput(f"no records to learn in {scope}: add some first")
     corpus = corpora.build(chosen)

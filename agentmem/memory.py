@@ -457,11 +457,13 @@ class Parametric:
         seed: int = 0,
         epochs: int = 16,
         activate: bool = True,
+        approve: Sequence[str | Record] = (),
     ) -> LoraVersion:
         """Teach records (default: all of the scope) to a LoRA and store it as a version; about a minute for ten facts.
 
         A version that passes its gate is activated for the scope unless ``activate=False``; one that fails stays
-        inactive, with the report in ``.gate``. Interrupted, nothing is stored. Raises `ConfigError` for a model without
+        inactive, with the report in ``.gate``. Untrusted records are left out but for those in ``approve``, which you
+        have looked at. Interrupted, nothing is stored. Raises `ConfigError` for a model without
         weights, `TrainingError` where nothing can be learnt from these records.
         """
         return run(
@@ -473,6 +475,7 @@ class Parametric:
                 seed=seed,
                 epochs=epochs,
                 activate=activate,
+                approve=approve,
             )
         )
 

@@ -97,13 +97,27 @@ VERBS: dict[str, dict[str, Any]] = {
     "activation.swap_in": {"keys": None},
     "activation.save": {"path": "PATH"},
     "activation.restore": {"path": "PATH"},
-    "parametric.train": {"scope": None, "records": None, "seed": 0, "epochs": 1, "activate": True},
+    "parametric.train": {"scope": None, "records": None, "seed": 0, "epochs": 1, "activate": True, "approve": ()},
+    "plaintext.extract": {"kinds": ("fact",), "limit": None, "retry": False},
+    "plaintext.reconcile": {"where": None, "limit": None},
     "parametric.activate": {"version": None, "force": False},
     "parametric.export": {"version": "x", "path": "PATH"},
 }
 CASES = [(verb, parameter) for verb, given in VERBS.items() for parameter in given]
 #: What has no harmful value, only a true or a false one.
-FLAGS = {"dry_run", "vectors", "explain", "everything", "stream", "recall", "remember", "pinned", "activate", "force"}
+FLAGS = {
+    "retry",
+    "dry_run",
+    "vectors",
+    "explain",
+    "everything",
+    "stream",
+    "recall",
+    "remember",
+    "pinned",
+    "activate",
+    "force",
+}
 
 
 @pytest.fixture

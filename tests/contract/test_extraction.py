@@ -112,7 +112,7 @@ def test_forgetting_a_turn_forgets_what_was_written_from_it(memory: Memory, answ
     memory.plaintext.extract()  # the other turn is read again
     assert answers.asked == asked + 1
     assert len(noted(memory)) == 2
-    assert memory.forget(second.id)
+    assert memory.forget(second.id).records
     assert memory._engine.database.query("SELECT count(*) FROM jobs")[0][0] == 0
 
 

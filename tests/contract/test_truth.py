@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from agentmem import AsyncMemory, Memory
-from agentmem.errors import InvalidInput, NotFound, ScopeError
-from agentmem.testing import FakeClock
+from agentmem.errors import ConfigError, InvalidInput, NotFound, ScopeError
+from agentmem.provider import Capabilities
+from agentmem.testing import FakeClock, ScriptedProvider
 
 
 @pytest.fixture
@@ -132,3 +133,19 @@ async def test_the_async_face_has_them_too() -> None:
         [new] = await memory.add("I live in Porto", at="2024-01-01", supersedes=old.id)
         assert [record.id for record in await memory.history(old.id)] == [old.id, new.id]
         assert [change.new and change.new.id for change in await memory.history(about="live")] == [old.id, new.id]
+
+
+def test_no_lora_learns_from_a_stranger_unless_it_is_approved() -> None:
+    model = ScriptedProvider(capabilities=Capabilities(chat=True, trains=True))
+    with Memory(":memory:", model=model, embedder="none") as memory:
+        [stranger] = memory.add("My dog is called Rex.", trust="untrusted")
+        [other] = memory.add("Who knows?")
+        with pytest.raises(InvalidInput, match="not trusted"):
+            memory.parametric.train()
+        with pytest.raises(ConfigError, match="no weights"):  # the corpus is made: it is the model that can't
+            memory.parametric.train(approve=[stranger.id])
+        with pytest.raises(InvalidInput, match="not among"):
+            memory.parametric.train(records=[other], approve=[stranger])
+        with pytest.raises(NotFound):
+            memory.parametric.train(approve=["0" * 32])
+        assert memory.get(stranger.id).trust == "untrusted"
