@@ -31,7 +31,7 @@ BUSY_S = 30.0
 #: A backup of the file as it was before an upgrade, with its format.
 BACKUP = "memory.db.format-"
 #: Room that is kept free for erasing on a full disk: what a forgotten record's pages take in the log, many times over.
-RESERVE = 512 * 1024
+RESERVE = 1024 * 1024
 #: How far the database has come: it grows with every record, change and use, and never falls.
 NUMBER = "SELECT coalesce(sum(seq), 0) FROM sqlite_sequence"
 #: Steps of SQLite's machine between two looks at Ctrl-C, in work that takes long.
@@ -250,16 +250,32 @@ class Database:
             if reserve is None or not reserve.exists():
                 raise
             reserve.unlink(missing_ok=True)
+            _log.warning("the disk is full: erasing in the room that was set aside for it")
+            with self._lock, _mapped(self.path):
+                self._empty_log(self._live())
             return erase()
+
+    def _empty_log(self, connection: sqlite3.Connection) -> None:
+        """Move the log into the file, where the file has room to grow by what is new in it: that gives the log's back.
+
+        Trying it without enough room would use up what there is for nothing.
+        """
+        file = Path(self.path)
+        if self.path == ":memory:" or not file.with_name(f"{file.name}-wal").stat().st_size:
+            return
+        grown = _pragma(connection, "page_count") * _pragma(connection, "page_size") - file.stat().st_size
+        if grown < shutil.disk_usage(file.parent).free:
+            with contextlib.suppress(sqlite3.OperationalError):
+                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
 
     def _reserve(self) -> Path | None:
         return None if self.path == ":memory:" else Path(self.path).with_name("memory.reserve")
 
-    def _keep_reserve(self) -> None:
-        """Set room aside, unless the disk is as good as full: then it is for the records."""
+    def _keep_reserve(self, over: int = 3 * RESERVE) -> None:
+        """Set room aside if ``over`` bytes are left besides: on a disk that is nearly full it is for the records."""
         reserve = self._reserve()
         try:
-            if reserve is None or reserve.exists() or shutil.disk_usage(reserve.parent).free < 4 * RESERVE:
+            if reserve is None or reserve.exists() or shutil.disk_usage(reserve.parent).free < RESERVE + over:
                 return
             handle = os.open(reserve, os.O_CREAT | os.O_WRONLY, 0o600)
             try:
@@ -289,8 +305,12 @@ class Database:
         """
         with self._lock, _mapped(self.path):
             connection = self._live()
-            connection.execute("INSERT INTO records_fts (records_fts) VALUES ('optimize')")
-            busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            try:
+                connection.execute("INSERT INTO records_fts (records_fts) VALUES ('optimize')")
+                busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+            finally:
+                self._empty_log(connection)
+                self._keep_reserve(RESERVE // 4)
             return not busy
 
     def compact(self) -> bool:

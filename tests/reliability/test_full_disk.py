@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import shutil
@@ -39,10 +38,13 @@ while len(said["errors"]) < 10:
         said["stored"][made[0].id] = made[0].text
 said["read"] = len(memory.list(limit=10**6))
 said["found"] = len(memory.search("fact 3", k=3))
-for id_ in list(said["stored"])[:3]:
+for id_ in list(said["stored"])[:9]:
     if tried("refused", memory.forget, id_):
         said["erased"].append(id_)
         del said["stored"][id_]
+    made = tried("errors", memory.add, "something in between " * 200)
+    if made:
+        said["stored"][made[0].id] = made[0].text
 tried("refused", memory.close)
 sys.stdout.write(json.dumps(said))
 """
@@ -75,7 +77,7 @@ def check(folder: Path, said: dict[str, object], errors: set[str]) -> None:
 def small_disk(tmp_path: Path) -> Iterator[Path]:
     folder = tmp_path / "disk"
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", "size=6m", "tmpfs", str(folder)]
     if shutil.which("mount") is None or subprocess.run(mount, capture_output=True, check=False).returncode:
         pytest.skip("no file system can be mounted here")
     try:
@@ -86,7 +88,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
 
 def test_on_a_full_disk_everything_stored_can_be_read_and_erased(small_disk: Path) -> None:
     said = fill(small_disk / "memory")
-    assert len(said["erased"]) == 3, said["refused"]  # type: ignore[arg-type]
+    assert len(said["erased"]) == 9, said["refused"]  # type: ignore[arg-type]
     (small_disk / "memory").rename(small_disk / "moved")
     subprocess.run(["mount", "-o", "remount,size=30m", str(small_disk)], check=True)
     check(small_disk / "moved", said, {"Full"})
@@ -96,22 +98,10 @@ def test_a_file_size_limit_is_a_typed_error_and_loses_nothing(tmp_path: Path) ->
     check(tmp_path / "memory", fill(tmp_path / "memory", limit=700_000), {"Full", "StoreError"})
 
 
-@pytest.mark.parametrize("call", ["fdatasync", "fsync"])
-def test_a_sync_that_fails_is_a_typed_error_and_loses_nothing(tmp_path: Path, call: str) -> None:
-    if shutil.which("strace") is None:
-        pytest.skip("needs strace")
-    with contextlib.suppress(FileNotFoundError):
-        os.remove(tmp_path / "none")
-    with Memory(tmp_path / "memory", embedder="hash") as memory:
-        memory.add(["fact 0", "fact 1", "fact 2", "fact 3"])
-    inject = ("strace", "-f", "-qq", "-o", os.devnull, "-e", f"inject={call}:error=EIO:when=20+", "-e", f"trace={call}")
-    said = fill(tmp_path / "memory", under=inject) if call == "fdatasync" else None
-    if said is None:
-        pytest.skip("nothing but closing syncs by fsync")
-    said["stored"].update({})  # type: ignore[attr-defined]
-    assert set(said["errors"]) == {"StoreError"}  # type: ignore[call-overload]
+@pytest.mark.skipif(shutil.which("strace") is None, reason="needs strace")
+def test_a_sync_that_fails_is_a_typed_error_and_loses_nothing(tmp_path: Path) -> None:
+    faults = ("-e", "trace=fdatasync,fsync", "-e", "inject=fdatasync,fsync:error=EIO:when=20+")
+    said = fill(tmp_path / "memory", under=("strace", "-f", "-qq", "-o", os.devnull, *faults))
     assert len(said["stored"]) > 5  # type: ignore[arg-type]
-    with Memory(tmp_path / "memory", embedder="hash") as memory:
-        there = {record.id: record.text for record in memory.list(limit=10**6)}
-        assert said["stored"].items() <= there.items()  # type: ignore[attr-defined]
-        assert memory.verify().problems == []
+    assert len(said["refused"]) > 0  # type: ignore[arg-type]
+    check(tmp_path / "memory", said, {"StoreError"})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import multiprocessing
 import os
+from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
 from typing import cast
@@ -50,17 +51,21 @@ def test_four_writers_and_two_readers(tmp_path: Path) -> None:
     acknowledged: dict[str, str] = {}
     started = []
     with Memory(folder, embedder="hash") as watching:
-        hearing, listening = [], []
-        for ends, target, arguments in [
-            *((hearing, add, (folder, user, ADDS)) for user in WRITERS),
-            *((listening, read, (folder, stop)) for _ in range(2)),
-        ]:
+        hearing: list[Connection] = []
+        listening: list[Connection] = []
+
+        def start(ends: list[Connection], target: Callable[..., None], *arguments: str | int) -> None:
             ours, theirs = processes.Pipe(duplex=False)
             process = processes.Process(target=target, args=(theirs, *arguments))
             process.start()
             theirs.close()
             ends.append(ours)
             started.append(process)
+
+        for user in WRITERS:
+            start(hearing, add, folder, user, ADDS)
+        for _ in range(2):
+            start(listening, read, folder, stop)
         while hearing:
             for end in cast(list[Connection], wait(hearing, timeout=120)):
                 try:
