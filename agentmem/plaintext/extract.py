@@ -33,14 +33,15 @@ SYSTEM_SUMMARY = (
     "Answer with at most three lines. Each line starts with '- summary: ' and holds one sentence that names who did or "
     "said what, in the language of the conversation. If nothing happened, answer '- none'."
 )
-#: (question, answer) pairs that show the form, in the shape in which records are quoted.
+#: (question, answer) pairs that show the form, in the shape in which records are quoted. The one that finds something
+#: comes last: a model of 135M parameters says "none" to everything where that was the last answer.
 EXAMPLES: tuple[tuple[str, str], ...] = (
+    ('<memories>\n- Jon: "Thanks, see you later!"\n</memories>', "- none"),
     (
         '<memories>\n- 2021-02-03 Marta: "I moved to Oslo for my job at the harbour, but I can\'t stand the cold."\n'
         "</memories>",
         "- fact: Marta moved to Oslo.\n- fact: Marta works at the harbour.\n- preference: Marta dislikes the cold.",
     ),
-    ('<memories>\n- Jon: "Thanks, see you later!"\n</memories>', "- none"),
 )
 
 _LINE = re.compile(

