@@ -337,7 +337,9 @@ class Database:
                 try:
                     connection.execute("INSERT INTO records_fts (records_fts, rank) VALUES ('integrity-check', 1)")
                     connection.execute("INSERT INTO records_fts (records_fts) VALUES ('optimize')")
-                except sqlite3.DatabaseError:
+                except sqlite3.DatabaseError as error:
+                    if not _corrupt(error):
+                        raise
                     connection.execute("INSERT INTO records_fts (records_fts) VALUES ('rebuild')")
                 # In RAM while it is small: a file of the system's temporary folder would hold the texts for a while.
                 connection.execute(f"PRAGMA temp_store = {'MEMORY' if size < 256 << 20 else 'FILE'}")
@@ -443,16 +445,16 @@ def _sync(path: Path) -> None:
 @contextlib.contextmanager
 def _interruptible(connection: sqlite3.Connection) -> Generator[None]:
     """Let Ctrl-C end a statement that takes long; it then leaves as `KeyboardInterrupt`, the file as it was."""
-    # Python's signal handlers run inside the callback; what they raise there makes SQLite stop.
+    # Python's signal handlers run inside the callback; what they raise there makes SQLite stop (see `_mapped`).
     connection.set_progress_handler(lambda: 0, STEPS)
     try:
         yield
-    except sqlite3.OperationalError as error:
-        if getattr(error, "sqlite_errorname", "") == "SQLITE_INTERRUPT":
-            raise KeyboardInterrupt from error
-        raise
     finally:
         connection.set_progress_handler(None, 0)
+
+
+def _corrupt(error: sqlite3.Error) -> bool:
+    return (getattr(error, "sqlite_errorname", "") or "").startswith("SQLITE_CORRUPT")
 
 
 def _statements(script: str) -> Iterator[str]:
@@ -476,6 +478,8 @@ def _mapped(path: str, database: Database | None = None) -> Generator[None]:
         name = getattr(error, "sqlite_errorname", "") or ""
         text = str(error)
         where = Path(path).name if path != ":memory:" else path
+        if name == "SQLITE_INTERRUPT":
+            raise KeyboardInterrupt from error
         if name.startswith("SQLITE_FULL"):
             raise Full(f"no room to write {where}: free some disk space; what was stored before is intact") from error
         if name.startswith(("SQLITE_BUSY", "SQLITE_LOCKED")):

@@ -108,7 +108,9 @@ class Stored:
 
     def _arrays(self, rows: list[Any]) -> tuple[Rows, Parts, Vectors]:
         size = 4 * self._dimension
-        good = [row for row in rows if len(row[2]) == size and zlib.crc32(row[2]) == row[3]]
+        good = [
+            row for row in rows if isinstance(row[2], bytes) and len(row[2]) == size and zlib.crc32(row[2]) == row[3]
+        ]
         if len(good) < len(rows):
             log.warning("%d vectors are damaged and left out of the index: run verify()", len(rows) - len(good))
         vectors = np.frombuffer(b"".join([row[2] for row in good]), "<f4").reshape(-1, self._dimension)
