@@ -100,13 +100,14 @@ static uint16_t encode(const float *row, uint32_t dimensions, const float *signs
         power += (int64_t)whole[at] * whole[at];
     }
     memset(codes, 0, quarter);
-    for (uint32_t at = 0; at < width; at++) {
-        int64_t square = (int64_t)whole[at] * whole[at];
-        /* The step is 0.9956 times the root mean square (1015 / 1024 is its square). */
-        int outer = square * 1024 * width > 1015 * power, below = whole[at] < 0;
-        product += (int64_t)(below ? -whole[at] : whole[at]) * (outer ? 3 : 1);
-        codes[at % quarter] |= (uint8_t)((below ? 1 - outer : 2 + outer) << 2 * (at / quarter));
-    }
+    for (uint32_t part = 0; part < 4; part++)
+        for (uint32_t at = 0; at < quarter; at++) {
+            int64_t number = whole[part * quarter + at];
+            /* The step is 0.9956 times the root mean square (1015 / 1024 is its square). */
+            int outer = number * number * 1024 * width > 1015 * power, below = number < 0;
+            product += (below ? -number : number) * (outer ? 3 : 1);
+            codes[at] |= (uint8_t)((below ? 1 - outer : 2 + outer) << 2 * part);
+        }
     int64_t scale = (8 * power + product) / (product ? 2 * product : 1);
     return (uint16_t)(scale > 65535 ? 65535 : scale);
 }
