@@ -129,10 +129,10 @@ class Engine:
     @property
     def index(self) -> VectorIndex | None:
         """The FAISS index over the current embedder's vectors, or None without an embedder."""
+        served = self.serving.now()
+        if served is None:
+            return None
         with self._lock:
-            served = self.serving.now()
-            if served is None:
-                return None
             if self._index is None or self._indexed != served.space:
                 from .plaintext.index import VectorIndex
 
@@ -143,10 +143,10 @@ class Engine:
     @property
     def tokens(self) -> TokenStore | None:
         """The token vectors of the current embedder's space, or None without an embedder."""
+        space = self.space
+        if space is None:
+            return None
         with self._lock:
-            space = self.space
-            if space is None:
-                return None
             if self._tokens is None or self._tokenized != space:
                 from .plaintext.late import TokenStore
 

@@ -59,16 +59,16 @@ class Serving:
 
         Raises `Incompatible` where the folder holds another embedder's vectors and ``reembed`` is off.
         """
-        with self._lock:
-            chosen = self.chosen
-            if chosen is None:
-                return None
-            serving = self._marked()
-            if serving not in self._served:
-                found = self._find(chosen, serving)
-                self._served[self._marked()] = found
-                return found
-            return self._served[serving]
+        # No lock is held while the database is asked: a thread inside a transaction asks this too.
+        chosen = self.chosen
+        if chosen is None:
+            return None
+        serving = self._marked()
+        served = self._served.get(serving)
+        if served is None:
+            served = self._find(chosen, serving)
+            self._served[self._marked()] = served
+        return served
 
     def target(self) -> Served | None:
         """The embedder of the settings and its space, made if it is new."""
