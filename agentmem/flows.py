@@ -432,6 +432,7 @@ def compact(engine: Engine) -> Compaction:
     engine.database.drop_backups()
     emptied = engine.database.compact()
     if engine.index is not None:
+        engine.index.compact()
         engine.index.rewrite()
     return Compaction(before=before, after=engine.bytes_held(), emptied=emptied)
 
