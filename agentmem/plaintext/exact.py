@@ -20,32 +20,46 @@ if TYPE_CHECKING:
     Places = npt.NDArray[np.int32]
     Bools = npt.NDArray[np.bool_]
 
-__all__ = ["Exact", "Owners"]
+__all__ = ["Exact", "Owners", "best_of", "grouped"]
 
 
 class Owners:
     """Where the records of growing rows are in views: what is known of a view stays true while it grows."""
 
     def __init__(self) -> None:
-        self._known: dict[int, tuple[Places, int]] = {}
+        self._known: dict[int, tuple[Places, int, bool]] = {}
 
-    def of(self, seq: Rows, view: View) -> Places:
-        """The place of each row's record in the view, int32, -1 for none."""
-        places, done = self._known.get(view.generation, (np.empty(0, np.int32), 0))
+    def of(self, seq: Rows, view: View) -> tuple[Places, bool]:
+        """The place of each row's record in the view, int32, -1 for none; and whether row i is at place i, each."""
+        places, done, straight = self._known.get(view.generation, (np.empty(0, np.int32), 0, True))
         if done == len(seq):
-            return places[:done]
+            return places[:done], straight
         if len(seq) > len(places):
             larger = np.empty(max(len(seq), 2 * len(places)), np.int32)
             larger[:done] = places[:done]
             places = larger
         places[done : len(seq)] = view.places(seq[done:])
+        rising = straight and np.array_equal(places[done : len(seq)], np.arange(done, len(seq)))
         # A record that is newer than the view will have a place in the next one.
         newer = seq[done:] > (view.seq[-1] if view.n else 0)
-        done = done + int(np.argmax(newer)) if newer.any() else len(seq)
+        known = done + int(np.argmax(newer)) if newer.any() else len(seq)
         if len(self._known) > 8:
             self._known.clear()
-        self._known[view.generation] = places, done
-        return places[: len(seq)]
+        if known == len(seq) or not straight:
+            self._known[view.generation] = places, known, rising
+        else:
+            self._known[view.generation] = places, known, np.array_equal(places[:known], np.arange(known))
+        return places[: len(seq)], rising
+
+    def seen(self, seq: Rows, gone: Bools | None, view: View, allowed: Bools) -> tuple[Places, Bools]:
+        """The place of each row's record, and whether it is allowed (and not ``gone``)."""
+        owner, straight = self.of(seq, view)
+        if straight and len(owner) <= view.n:
+            found = allowed[: len(owner)]
+        else:
+            found = (owner >= 0) & (owner < view.n)
+            found &= allowed[np.where(found, owner, 0)] if view.n else False
+        return owner, found if gone is None else found & ~gone
 
 
 class Exact:
@@ -116,25 +130,26 @@ class Exact:
         """All rows, by record and passage."""
         return self.rows(np.unique(self._seq[: self._count]))
 
-    def score(self, query: Vectors, view: View, allowed: Bools, best: Vectors) -> None:
-        """Raise ``best`` (float32 [view.n], NaN for none) to the scores of the allowed records' passages, at least."""
+    def score(self, query: Vectors, view: View, allowed: Bools) -> tuple[Places, Vectors]:
+        """The allowed records (int32 places) and the scores of their best passages (float32)."""
         count = self._count
         if not count:
-            return
-        owner = self._owners.of(self._seq[:count], view)
-        found = (owner >= 0) & self._live[:count]
-        if owner.max(initial=-1) >= view.n:
-            found &= owner < view.n
-        if not found.all() or not allowed.all():
-            found &= allowed[np.where(found, owner, 0)] if view.n else False
+            return np.empty(0, np.int32), np.empty(0, np.float32)
+        gone = ~self._live[:count] if self._gone else None
+        owner, found = self._owners.seen(self._seq[:count], gone, view, allowed)
         rows = np.flatnonzero(found)
         # A matrix times a vector runs at the memory's speed, but only over rows that lie together.
         few = 8 * len(rows) < count
         scores = self._matrix[rows] @ query if few else (self._matrix[:count] @ query)[rows]
-        if self._single:
-            best[owner[rows]] = scores
-        else:
-            np.fmax.at(best, owner[rows], scores)
+        return (owner[rows], scores) if self._single else best_of(owner[rows], scores)
+
+
+def best_of(places: Places, scores: Vectors) -> tuple[Places, Vectors]:
+    """Each place once, with its best score."""
+    once, at = np.unique(places, return_inverse=True)
+    best = np.full(len(once), -np.inf, np.float32)
+    np.maximum.at(best, at, scores)
+    return once, best
 
 
 def grouped(query: Any, seq: Rows, vectors: Vectors, wanted: Rows) -> Vectors:

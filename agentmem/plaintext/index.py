@@ -20,7 +20,7 @@ from agentmem.errors import Incompatible, InvalidInput, StoreError
 
 from . import ivf
 from .catalog import View, changes_since, last_change
-from .exact import Owners, grouped
+from .exact import best_of, grouped
 from .shards import Shard, Stored, pieces
 
 if TYPE_CHECKING:
@@ -41,8 +41,10 @@ log = logging.getLogger("agentmem")
 EXACT = 131_072
 #: The share of a base that may be newer than it before it is made anew.
 SHARE = 4
-#: Allowed vectors of a base up to which reading them beats looking into lists.
-FEW = 512
+#: Allowed vectors of a base up to which they are read and compared one by one.
+FEW = 256
+#: Of a base's best records, how many get the scores of their stored vectors instead of those of their codes.
+DECIDED = 32
 #: Changes after which the manifests are written without waiting for `VectorIndex.close`.
 MANY = 20_000
 
@@ -64,10 +66,11 @@ def open_space(database: Database, name: str, digest: str, dimension: int) -> in
 class VectorIndex:
     """Nearest vectors by inner product: exact below `EXACT` vectors of a tenant, above by FAISS's inverted lists.
 
-    Scores are always those of the stored vectors. Every call first catches up with what any process has committed, so
-    a deleted vector is never returned and an added one is found at once. Files lie in ``folder`` (None: none are
-    kept); a missing, damaged or foreign one is made anew from the database and that is logged. Must not be called
-    inside a `Database.write` block: it would learn what may be undone.
+    Scores are those of the stored vectors; in a base only of the best (`DECIDED`), for the others those of 8-bit codes,
+    off by a thousandth. Every call first catches up with what any process has committed, so a deleted vector is never
+    returned and an added one is found at once. Files lie in ``folder`` (None: none are kept); a missing, damaged or
+    foreign one is made anew from the database and that is logged. Must not be called inside a `Database.write` block:
+    it would learn what may be undone.
     """
 
     def __init__(self, database: Database, folder: str | os.PathLike[str] | None, space: int, dimension: int) -> None:
@@ -80,7 +83,7 @@ class VectorIndex:
         self._change = (0, 0)  # the number and nonce of the last change that is in every loaded shard
         self._state = 0  # counts what changed in RAM
         self._unsaved = 0
-        self._last: tuple[Any, Vectors] | None = None  # the last query's scores over a view
+        self._last: tuple[Any, Places, Vectors] | None = None  # the last query's scores over a view
         self._building: threading.Thread | None = None
         self._refused: dict[str, int] = {}
         self._stop = threading.Event()
@@ -92,21 +95,20 @@ class VectorIndex:
         query = self._query(vector)
         with self._lock:
             self._catch_up()
-            best = np.full(view.n, np.nan, np.float32)
+            parts = [(np.empty(0, np.int32), np.empty(0, np.float32))]
             for tenant in view.tenants:
                 shard = self._shard(tenant)
-                shard.exact.score(query, view, allowed, best)
+                parts.append(shard.exact.score(query, view, allowed))
                 if shard.base is not None:
-                    self._look(shard.base, shard.owners, query, k, (view, allowed, best))
-            self._last = (query.tobytes(), view.generation, view.version, self._state), best
-        found = np.flatnonzero(~np.isnan(best))
-        scores = best[found]
+                    parts.append(self._look(shard, query, k, view, allowed))
+            found, scores = (np.concatenate(some) for some in zip(*parts, strict=True))
+            self._last = (query.tobytes(), view.generation, view.version, self._state), found, scores
         if k < len(found):
             some = np.argpartition(scores, len(found) - k)[len(found) - k :]
             found, scores = found[some], scores[some]
         order = np.argsort(-scores, kind="stable")
         self._tend(view.tenants)
-        return found[order].astype(np.int32), scores[order]
+        return found[order], scores[order]
 
     def scores(self, vector: Vectors, view: View, places: Places) -> Vectors:
         """The score of the best passage of each of these records, float32, NaN for one without vectors."""
@@ -115,8 +117,10 @@ class VectorIndex:
             self._catch_up()
             found = np.full(len(places), np.nan, np.float32)
             key = query.tobytes(), view.generation, view.version, self._state
-            if self._last is not None and self._last[0] == key:
-                found = self._last[1][places]
+            if self._last is not None and self._last[0] == key and len(self._last[1]):
+                self._last = (key, *_rising(*self._last[1:]))
+                at = np.minimum(np.searchsorted(self._last[1], places), len(self._last[1]) - 1)
+                found[:] = np.where(self._last[1][at] == places, self._last[2][at], np.nan)
             missing = np.flatnonzero(np.isnan(found))
             if len(missing):
                 wanted = view.seq[places[missing]]
@@ -151,22 +155,30 @@ class VectorIndex:
             )
         return query
 
-    def _look(self, base: ivf.Base, owners: Owners, query: Vectors, k: int, sees: tuple[View, Bools, Vectors]) -> None:
-        """Raise the scores (of `Exact.score`) of about the ``k`` best allowed records of a base."""
-        view, allowed, best = sees
-        owner = owners.of(base.seq, view)
-        found = (owner >= 0) & (owner < view.n) & ~base.gone
-        found &= allowed[np.where(found, owner, 0)]
+    def _look(self, shard: Shard, query: Vectors, k: int, view: View, allowed: Bools) -> tuple[Places, Vectors]:
+        """About the ``k`` best allowed records of a shard's base (int32 places) and their scores."""
+        base = shard.base
+        assert base is not None
+        owner, found = shard.owners.seen(base.seq, base.gone, view, allowed)
         some = int(np.count_nonzero(found))
-        # As many as would be compared one by one if they were alone are looked for in every list.
-        rows = np.flatnonzero(found) if some <= FEW else base.search(query, k, found, everywhere=some <= EXACT)
-        # The codes choose, the vectors decide.
-        seqs = np.unique(base.seq[rows])
+        if some <= FEW:
+            seqs = np.unique(base.seq[found])
+            seq, _, vectors = self._stored.read(seqs)
+            scores = grouped(query, seq, vectors, seqs)
+            held = ~np.isnan(scores)
+            return view.places(seqs[held]), scores[held]
+        # As many as would be compared one by one if they were alone are looked for in every list. A record may have
+        # several passages among the nearest: only so many more are looked for as there are passages to a record.
+        several = -(-max(k, DECIDED) * len(base) // base.records)
+        rows, scores = base.search(query, several, found, everywhere=some <= EXACT)
+        places, scores = best_of(owner[rows], scores)
+        # The codes choose, the vectors decide who is first.
+        first = np.argsort(-scores)[:DECIDED]
+        seqs = np.sort(view.seq[places[first]])
         seq, _, vectors = self._stored.read(seqs)
-        scores = grouped(query, seq, vectors, seqs)
-        places = view.places(seqs)
-        here = places >= 0
-        best[places[here]] = np.fmax(best[places[here]], scores[here])
+        decided = grouped(query, seq, vectors, view.seq[places[first]])
+        scores[first] = np.where(np.isnan(decided), scores[first], decided)
+        return places, scores
 
     def _vectors(self, view: View, seqs: Rows) -> tuple[Rows, Vectors]:
         """(seq, vector) of all passages of these records that have any."""
@@ -178,10 +190,8 @@ class VectorIndex:
             vectors.append(held[2])
             if shard.base is not None:
                 rows = shard.base.rows(seqs)
-                if len(rows):
-                    read = self._stored.read(np.unique(shard.base.seq[rows]))
-                    found.append(read[0])
-                    vectors.append(read[2])
+                found.append(shard.base.seq[rows])
+                vectors.append(shard.base.vectors(rows))
         return np.concatenate(found), np.concatenate(vectors)
 
     # ---- following the database --------------------------------------------------------------------------------
@@ -423,3 +433,10 @@ class VectorIndex:
                 except (OSError, ValueError, KeyError, TypeError, RuntimeError) as error:
                     problems.append(f"the index file of tenant {tenant!r} is damaged: {error}")
         return problems
+
+
+def _rising(places: Places, scores: Vectors) -> tuple[Places, Vectors]:
+    if (places[1:] > places[:-1]).all():
+        return places, scores
+    order = np.argsort(places)
+    return places[order], scores[order]

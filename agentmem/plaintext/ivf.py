@@ -41,8 +41,6 @@ RECALL = 0.98
 SAMPLE = 100
 #: Vectors a list's centre is trained from, and how often all centres are moved.
 TRAINING, ROUNDS = 40, 6
-#: More vectors are taken from the lists than asked for: 8-bit codes may swap near equals, exact scores then decide.
-SPARE, SPARE_MORE = 2, 32
 
 
 @cache
@@ -76,18 +74,20 @@ class Base:
         self._faiss: Any = importlib.import_module("faiss")
         self._index = index
         self.seq, self.part, self.facts, self.gone = seq, part, facts, gone
+        self.records = len(np.unique(seq))
+        self._where: tuple[Parts, Parts] | None = None
 
     def __len__(self) -> int:
         return len(self.seq)
 
-    def search(self, query: Vectors, k: int, allowed: Bools, *, everywhere: bool) -> Rows:
-        """At least ``k`` of the nearest of the allowed vectors, int64: from every list, or from the likely ones.
+    def search(self, query: Vectors, k: int, allowed: Bools, *, everywhere: bool) -> tuple[Rows, Vectors]:
+        """The ``k`` nearest of the allowed vectors (int64) and their scores: from all lists, or from the likely ones.
 
         The fewer are allowed, the more lists are likely ones, so that a filter does not cost what is found.
         """
         some = int(np.count_nonzero(allowed))
         if not some:
-            return np.empty(0, np.int64)
+            return np.empty(0, np.int64), np.empty(0, np.float32)
         likely = min(self.facts.lists, -(-self.facts.probes * len(self) // some))
         options = {"nprobe": self.facts.lists if everywhere else likely}
         if some < len(self):
@@ -95,9 +95,27 @@ class Base:
             bits = np.packbits(allowed, bitorder="little")
             options["sel"] = self._faiss.IDSelectorBitmap(bits)
         parameters = self._faiss.SearchParametersIVF(**options)
-        _, rows = self._index.search(query[None], min(SPARE * k + SPARE_MORE, some), params=parameters)
-        found: Rows = rows[0][rows[0] >= 0]
+        scores, rows = self._index.search(query[None], min(k, some), params=parameters)
+        found = rows[0] >= 0
+        return rows[0][found], scores[0][found]
+
+    def vectors(self, rows: Rows) -> Vectors:
+        """These vectors as their codes have them, float32: off by a thousandth in a score."""
+        found = np.empty((len(rows), self._index.d), np.float32)
+        if self._where is None:
+            self._where = self._places()
+        lists, offsets = self._where[0][rows].tolist(), self._where[1][rows].tolist()
+        for row, one, offset in zip(found, lists, offsets, strict=True):
+            self._index.reconstruct_from_offset(one, offset, self._faiss.swig_ptr(row))
         return found
+
+    def _places(self) -> tuple[Parts, Parts]:
+        """The list of each vector, and its place there."""
+        lists, offsets = np.zeros(len(self), np.int32), np.zeros(len(self), np.int32)
+        for number in range(self._index.nlist):
+            ids = _ids(self._faiss, self._index.invlists, number)
+            lists[ids], offsets[ids] = number, np.arange(len(ids))
+        return lists, offsets
 
     def remove(self, seqs: Rows) -> None:
         """These records' vectors are not to be found any more."""
@@ -183,7 +201,7 @@ class Builder:
         probes, recall = 1, 0.0
         while True:
             self._index.nprobe = probes
-            _, found = self._index.search(self._queries, 10 * SPARE + SPARE_MORE)
+            _, found = self._index.search(self._queries, 20)
             # A query is a stored vector: that it finds itself is left out.
             pairs = zip(found.tolist(), self._best_rows.tolist(), strict=True)
             hits = [len(set(got) & set(right[1:])) for got, right in pairs]
