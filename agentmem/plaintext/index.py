@@ -10,6 +10,7 @@ import contextlib
 import logging
 import os
 import threading
+import weakref
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -78,6 +79,11 @@ class VectorIndex:
         self._stored = Stored(database, space, dimension)
         self._folder = None if folder is None or database.path == ":memory:" else Path(folder)
         self._dimension = dimension
+        self.start()
+        _ALL.add(self)
+
+    def start(self) -> None:
+        """Begin with nothing in RAM and a free lock, as a forked child has to: no thread came with it."""
         self._lock = threading.RLock()
         self._shards: dict[str, Shard] = {}
         self._change = (0, 0)  # the number and nonce of the last change that is in every loaded shard
@@ -440,3 +446,16 @@ def _rising(places: Places, scores: Vectors) -> tuple[Places, Vectors]:
         return places, scores
     order = np.argsort(places)
     return places[order], scores[order]
+
+
+#: The indexes whose locks a forked child must not find held.
+_ALL: weakref.WeakSet[VectorIndex] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for index in _ALL:
+        index.start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -670,3 +670,20 @@ def test_threads_search_while_others_add_and_delete(store: Store) -> None:
     assert failures == []
     assert (index.count(), index.verify()) == (90, [])
     index.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_starts_with_a_free_lock(store: Store) -> None:
+    store.add(5)
+    index = store.index()
+    index.count()
+    with index._lock:
+        child = os.fork()
+        if child == 0:
+            done: list[int] = []
+            thread = threading.Thread(target=lambda: done.append(index.count()), daemon=True)
+            thread.start()
+            thread.join(20)
+            os._exit(0 if done == [5] else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
