@@ -266,7 +266,7 @@ class Database:
         grown = _pragma(connection, "page_count") * _pragma(connection, "page_size") - file.stat().st_size
         if grown < shutil.disk_usage(file.parent).free:
             with contextlib.suppress(sqlite3.OperationalError):
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+                _truncate_log(connection)
 
     def _reserve(self) -> Path | None:
         return None if self.path == ":memory:" else Path(self.path).with_name("memory.reserve")
@@ -307,11 +307,11 @@ class Database:
             connection = self._live()
             try:
                 connection.execute("INSERT INTO records_fts (records_fts) VALUES ('optimize')")
-                busy = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                emptied = _truncate_log(connection)
             finally:
                 self._empty_log(connection)
                 self._keep_reserve(RESERVE // 4)
-            return not busy
+            return emptied
 
     def compact(self) -> bool:
         """Rewrite the file without the room and the bytes of what was deleted, and repair what is derived in it.
@@ -347,7 +347,7 @@ class Database:
                     connection.execute("VACUUM")
                 finally:
                     connection.execute("PRAGMA temp_store = MEMORY")
-                return not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+                return _truncate_log(connection)
 
     def integrity(self) -> list[str]:
         """What SQLite finds wrong in the file, its tables and indexes, one line each; and tables that were altered."""
@@ -432,6 +432,15 @@ def _schema_digest(connection: sqlite3.Connection) -> str:
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _truncate_log(connection: sqlite3.Connection) -> bool:
+    """Move the log into the file and empty it; False if somebody went on reading from it for a second."""
+    connection.execute("PRAGMA busy_timeout = 1000")
+    try:
+        return not connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()[0]
+    finally:
+        connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
 
 
 def _sync(path: Path) -> None:

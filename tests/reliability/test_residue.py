@@ -32,12 +32,12 @@ def residue(folder: Path, wanted: list[bytes]) -> Iterator[tuple[str, bytes]]:
 def test_no_byte_is_left_of_what_was_forgotten(tmp_path: Path) -> None:
     chance = random.Random(3)
     with Memory(tmp_path, embedder="hash") as memory:
-        for number in range(60):
+        for number in range(40):
             memory.add([f"fact {number} {'padding ' * chance.randrange(300)}" for _ in range(3)])
         secret: list[bytes] = []
         gone = []
-        for number in range(40):
-            text = f"The {CANARY}{number} phrase " + f"{CANARY}long{number} " * chance.choice([1, 600])
+        for number in range(24):
+            text = f"The {CANARY}{number} phrase " + f"{CANARY}long{number} " * chance.choice([1, 250])
             [record] = memory.scope(user="ana").add(text, metadata={"k": f"{CANARY}meta{number}"})
             memory.add(f"something else {number} " * chance.randrange(1, 200))
             secret += needles(memory, record.id, text)
@@ -55,7 +55,7 @@ def test_no_byte_is_left_of_what_was_forgotten(tmp_path: Path) -> None:
         assert compaction.emptied
         assert list(residue(tmp_path, [CANARY.encode(), *secret])) == []
         assert memory.verify().problems == []
-        assert len(memory.list(limit=1_000)) == 220
+        assert len(memory.list(limit=1_000)) == 144
     assert list(residue(tmp_path, [CANARY.encode(), *secret])) == []
 
 
@@ -68,7 +68,7 @@ def test_a_backup_from_before_an_upgrade_goes_with_the_compaction(tmp_path: Path
         assert len(memory.list()) == 4
 
 
-def test_a_compaction_waits_for_no_reader_and_says_that_its_log_is_read(tmp_path: Path) -> None:
+def test_a_compaction_beside_a_reader_says_that_its_log_is_still_read(tmp_path: Path) -> None:
     with Memory(tmp_path, embedder="none") as memory, Memory(tmp_path, embedder="none") as other:
         memory.add([f"fact {number}" for number in range(50)])
         reading = other._engine.database

@@ -28,7 +28,7 @@ users = st.sampled_from([None, "ana", "ben"])
 
 
 class AgainstADict(RuleBasedStateMachine):
-    """``held``: the versions of each record, the current one last; ``owner``: whose it is; ``ended``: the superseded."""
+    """``held``: the versions of each record, the current one last; ``owner``: whose it is; ``ended``: superseded."""
 
     @initialize()
     def start(self) -> None:
