@@ -66,7 +66,7 @@ def options_of(values: Mapping[str, Any]) -> Options:
     if not isinstance(extra, Mapping):
         raise InvalidInput(f"extra is a {type(extra).__name__}: give a mapping of the vendor's own options")
     extra = {**extra, **{name: value for name, value in values.items() if name not in known and name != "extra"}}
-    stop = mine.get("stop") or ()
+    stop = () if mine.get("stop") is None else mine["stop"]
     mine["stop"] = (stop,) if isinstance(stop, str) else tuple(stop) if isinstance(stop, (list, tuple)) else (stop,)
     if not all(isinstance(text, str) and text for text in mine["stop"]):
         raise InvalidInput(f"stop is {shown(stop)}: give a str or a list of them")
