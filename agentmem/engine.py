@@ -132,20 +132,22 @@ class Engine:
         served = self.serving.now()
         if served is None:
             return None
+        space, dimension = served.space, served.embedder.dimension
         with self._lock:
-            if self._index is None or self._indexed != served.space:
+            if self._index is None or self._indexed != space:
                 from .plaintext.index import VectorIndex
 
-                self._index = VectorIndex(self.database, self.folder / "index", served.space, served.embedder.dimension)
-                self._indexed = served.space
+                self._index = VectorIndex(self.database, self.folder / "index", space, dimension)
+                self._indexed = space
             return self._index
 
     @property
     def tokens(self) -> TokenStore | None:
         """The token vectors of the current embedder's space, or None without an embedder."""
-        space = self.space
-        if space is None:
+        served = self.serving.now()
+        if served is None:
             return None
+        space = served.space
         with self._lock:
             if self._tokens is None or self._tokenized != space:
                 from .plaintext.late import TokenStore

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import logging
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from .config import Settings
 from .database import Database
@@ -24,11 +25,23 @@ _log = logging.getLogger("agentmem")
 _KEY = "serving_space"
 
 
-class Served(NamedTuple):
-    """An embedder and the number of its vector space in this folder (``spaces``)."""
+@dataclass(frozen=True)
+class Served:
+    """An embedder and its vector space in this folder."""
 
     embedder: Embedder
-    space: int
+    _serving: Serving
+    _adopt: bool = False
+    _seen: int | None = None
+
+    @property
+    def space(self) -> int:
+        """The number of the space (``spaces``), made if it is new. Asked late: a hosted embedder knows how long its
+        vectors are only by its first answer."""
+        space = self._serving.opened(self.embedder)
+        if self._adopt and space != self._seen:
+            self._serving.mark(space, instead_of=self._seen)
+        return space
 
 
 class Serving:
@@ -67,13 +80,13 @@ class Serving:
         served = self._served.get(serving)
         if served is None:
             served = self._find(chosen, serving)
-            self._served[self._marked()] = served
+            self._served[serving] = served
         return served
 
     def target(self) -> Served | None:
         """The embedder of the settings and its space, made if it is new."""
         chosen = self.chosen
-        return None if chosen is None else Served(chosen, self._opened(chosen))
+        return None if chosen is None else Served(chosen, self)
 
     def turn_over(self, space: int) -> None:
         """Let this space answer from now on, in the caller's transaction, and drop the vectors of all others."""
@@ -97,11 +110,7 @@ class Serving:
         )
         # A folder from before there was a mark: whoever opens it with the embedder of its vectors goes on with them.
         if not others or (mine and (mine[0]["id"] == serving or (serving is None and mine[0]["used"]))):
-            served = Served(chosen, self._opened(chosen))
-            if serving != served.space:
-                with self._database.write() as connection:
-                    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_KEY, str(served.space)))
-            return served
+            return Served(chosen, self, _adopt=True, _seen=serving)
         if not self._settings.reembed:
             raise Incompatible(
                 f"{self._database.path} was embedded by {others[0]['name']!r}, not {chosen.name!r}: open it with that "
@@ -109,7 +118,7 @@ class Serving:
             )
         old = self._loaded(others[0]["name"], others[0]["digest"])
         if old is None:
-            return Served(chosen, self._opened(chosen))
+            return Served(chosen, self)
         if not self._told:
             _log.warning(
                 "%s was embedded by %s, which goes on answering: call plaintext.reembed() to turn to %s",
@@ -118,7 +127,7 @@ class Serving:
                 chosen.name,
             )
             self._told = True
-        return Served(old, int(others[0]["id"]))
+        return Served(old, self)
 
     def _loaded(self, name: str, digest: str) -> Embedder | None:
         """The embedder of this name if it is still the one with this digest."""
@@ -131,10 +140,18 @@ class Serving:
             return None
         return found if found is not None and found.digest == digest else None
 
-    def _opened(self, embedder: Embedder) -> int:
+    def opened(self, embedder: Embedder) -> int:
+        """The number of this embedder's space, made if it is new."""
         found = self._database.query("SELECT id FROM spaces WHERE digest = ?", (embedder.digest,))
         if found:
             return int(found[0]["id"])
         from .plaintext.index import open_space
 
         return open_space(self._database, embedder.name, embedder.digest, embedder.dimension)
+
+    def mark(self, space: int, *, instead_of: int | None) -> None:
+        """Let this space answer from now on, unless another process said something else meanwhile."""
+        if self._marked() == instead_of:
+            with self._database.write() as connection:
+                if self._marked() == instead_of:
+                    connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (_KEY, str(space)))
