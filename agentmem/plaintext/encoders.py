@@ -186,10 +186,10 @@ class _LocalTokens(_Local):
         # A character has at most a few tokens: most texts need not be counted.
         if 4 * (len(text) + len(name or "")) <= whole:
             return [(0, len(text))]
-        with self._lock:
-            if name:
-                whole = max(whole - len(self._ends(f"{name}: ")), whole // 4)
-            return by_tokens(text, self._ends(text), whole=whole, aim=min(AIM, whole))
+        # Without the lock: counting a long text must not keep a query waiting, and a tokenizer may be shared.
+        if name:
+            whole = max(whole - len(self._ends(f"{name}: ")), whole // 4)
+        return by_tokens(text, self._ends(text), whole=whole, aim=min(AIM, whole))
 
     def _ends(self, text: str) -> list[int]:
         """Where the tokens of ``text`` end. A word on the edge of a slice may count as two."""
