@@ -120,13 +120,15 @@ class VectorIndex:
         """The score of the best passage of each of these records, float32, NaN for one without vectors."""
         query = self._query(vector)
         with self._lock:
-            self._catch_up()
             found = np.full(len(places), np.nan, np.float32)
             key = query.tobytes(), view.generation, view.version, self._state
             if self._last is not None and self._last[0] == key and len(self._last[1]):
+                # Right behind a search for the same: its scores are there, and hold for that moment.
                 self._last = (key, *_rising(*self._last[1:]))
                 at = np.minimum(np.searchsorted(self._last[1], places), len(self._last[1]) - 1)
                 found[:] = np.where(self._last[1][at] == places, self._last[2][at], np.nan)
+            else:
+                self._catch_up()
             missing = np.flatnonzero(np.isnan(found))
             if len(missing):
                 wanted = view.seq[places[missing]]
