@@ -113,9 +113,12 @@ class ScopedMemory:
     ) -> builtins.list[Hit]:
         """The ``k`` records that best answer ``query``, best first; fewer if there are fewer.
 
-        Words (FTS5) and meaning (vectors) in one pass, with one embedder call. ``where`` holds equalities on metadata,
-        ``role``, ``name``, ``source``; ``at`` searches what was valid then (default: now).
-        ``explain`` adds the raw signals to `Hit.why`. Scores order the hits of one search and mean nothing beyond it.
+        Words and meaning in one pass, with one embedder call. ``at`` searches what was valid then (default: now).
+        ``where`` narrows it inside the search: ``{"topic": "food"}`` equals in the metadata's top level or in ``id``,
+        ``role``, ``name``, ``source``, ``trust``, ``at``, ``created``, ``valid_from``, ``valid_until``; tests are
+        ``{"price": {"gte": 5, "lt": 9}}``, ``{"in": [...]}``, ``{"prefix": "a"}``, ``{"not": ...}``; conditions combine
+        as ``{"and": [...]}``, ``{"or": [...]}``, ``{"not": {...}}``. Types count. `Hit.score` is the probability that
+        the record is evidence for the query; ``explain`` adds the raw signals to `Hit.why`.
         """
         return run(flows.search(self._engine, self._scope, query, k=k, where=where, at=at, explain=explain))
 
@@ -126,7 +129,7 @@ class ScopedMemory:
     def list(
         self, where: Mapping[str, Any] | None = None, limit: int = 100, after: str | None = None
     ) -> builtins.list[Record]:
-        """Records in order of arrival, at most ``limit``, those behind the id ``after`` if it is given."""
+        """Records in order of arrival, at most ``limit``, those behind the id ``after``; ``where`` as in `search`."""
         return run(local(self._engine.records.list, self._scope, where, limit, after))
 
     def update(self, id: str, text: str | None = None, metadata: Mapping[str, Any] | None = None) -> Record:

@@ -104,9 +104,11 @@ def _build(name: str, stack: list[Any]) -> None:
     if name in ("DICT", "LIST", "TUPLE", "FROZENSET"):
         items = _marked(stack)
         if name == "DICT":
-            stack.append(dict(zip(items[::2], items[1::2], strict=True)))
+            stack.append(dict(zip(_scalars(items[::2]), items[1::2], strict=True)))
+        elif name == "FROZENSET":
+            stack.append(frozenset(_scalars(items)))
         else:
-            stack.append({"LIST": list, "TUPLE": tuple, "FROZENSET": frozenset}[name](items))
+            stack.append((list if name == "LIST" else tuple)(items))
     elif name in ("TUPLE1", "TUPLE2", "TUPLE3"):
         size = int(name[-1])
         items = [_plain(stack.pop()) for _ in range(size)]
@@ -120,10 +122,10 @@ def _build(name: str, stack: list[Any]) -> None:
             items = [key, value]
         else:
             items = _marked(stack)
-        _of(stack[-1], dict).update(zip(items[::2], items[1::2], strict=True))
+        _of(stack[-1], dict).update(zip(_scalars(items[::2]), items[1::2], strict=True))
     elif name == "ADDITEMS":
         items = _marked(stack)
-        _of(stack[-1], set).update(items)
+        _of(stack[-1], set).update(_scalars(items))
     elif name == "NEWOBJ":
         arguments, cls = stack.pop(), stack.pop()
         if not isinstance(cls, _Class) or arguments != ():
@@ -143,6 +145,14 @@ def _of(value: Any, kind: type) -> Any:
     if type(value) is not kind:
         _refuse(f"a {type(value).__name__} stands where a {kind.__name__} must")
     return value
+
+
+def _scalars(items: list[Any]) -> list[Any]:
+    """Keys and members, where they are plain: hashing nested tuples that share their parts can take for ever."""
+    for item in items:
+        if not isinstance(item, (str, bytes, int, float, type(None))):
+            _refuse(f"a {type(item).__name__} is a key or a member of a set")
+    return items
 
 
 def _marked(stack: list[Any]) -> list[Any]:

@@ -13,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from agentmem import Memory
 from agentmem.errors import InvalidInput, ScopeError
@@ -298,6 +300,29 @@ def test_a_damaged_pickle_is_a_named_error(damage: Any) -> None:
     data = damage(pickle.dumps({"a": [1, 2, 3]}))
     with contextlib.suppress(InvalidInput):
         assert read_pickle(data) == {"a": [1, 2, 3]}  # what follows the end is not read
+
+
+@given(st.binary(max_size=60), st.integers(0, 200), st.integers(0, 200))
+def test_any_bytes_are_data_or_a_named_error(junk: bytes, start: int, length: int) -> None:
+    data = pickle.dumps({"docstore": {"a": {"data": "x", "n": [1, 2.5, (3, {4})]}}}, protocol=4)
+    with contextlib.suppress(InvalidInput):
+        read_pickle(data[:start] + junk + data[start + length :])
+
+
+def test_a_pickle_that_grows_when_it_is_read_stays_small(tmp_path: Path, memory: Memory) -> None:
+    bomb: Any = ["lol"] * 10
+    for _ in range(60):
+        bomb = [bomb] * 10
+    path = tmp_path / "bomb.pkl"
+    path.write_bytes(pickle.dumps({"docstore": {"a": {"data": "x", "more": bomb}}}))
+    with pytest.raises(InvalidInput):
+        memory.load(path)
+    nested: Any = ()
+    for _ in range(60):
+        nested = (nested, nested)
+    keyed = b"\x80\x04}(" + pickle.dumps(nested, protocol=4)[2:-1] + b"K\x01u."
+    with pytest.raises(InvalidInput, match="key"):
+        read_pickle(keyed)
 
 
 @pytest.mark.parametrize("name", ["history.db", "store/collection/mem0/storage.sqlite"])
