@@ -398,22 +398,25 @@ class VectorIndex:
     # ---- what it says of itself --------------------------------------------------------------------------------
 
     def facts(self) -> list[str]:
-        """How each tenant's vectors are searched and what that costs in recall, one line each."""
-        lines = []
+        """How vectors are searched and what that costs in recall: a line for each tenant with a base, one for the rest."""
+        lines, exact = [], 0
         with self._lock:
             self._catch_up()
             for (tenant,) in self._database.query("SELECT DISTINCT tenant FROM records ORDER BY tenant"):
-                shard = self._shard(tenant)
-                whose = f"the vectors of tenant {tenant!r}" if tenant else "the vectors of no tenant"
-                if shard.base is None:
-                    lines.append(f"{whose}: {shard.count():,}, all compared (exact)")
+                manifest = self._folder and self._folder / f"{self._stored.name(tenant)}.json"
+                # Only for a base is it worth reading what is not in RAM.
+                shard = self._shard(tenant) if manifest and manifest.exists() else self._shards.get(tenant)
+                if shard is None or shard.base is None:
+                    exact += 1
                     continue
                 facts = shard.base.facts
                 lines.append(
-                    f"{whose}: {shard.count():,}, of which {len(shard.exact):,} are compared one by one; the others "
-                    f"lie in {facts.lists:,} lists, {facts.probes:,} of them looked into: {facts.recall:.1%} of the "
-                    "ten nearest are found"
+                    f"the vectors of {f'tenant {tenant!r}' if tenant else 'no tenant'}: {shard.count():,}, of which "
+                    f"{len(shard.exact):,} are compared one by one; the others lie in {facts.lists:,} lists, "
+                    f"{facts.probes:,} of them looked into: {facts.recall:.1%} of the ten nearest are found"
                 )
+        if exact:
+            lines.append(f"the vectors of {exact:,} {'tenant' if exact == 1 else 'tenants'}: all compared (exact)")
         return lines
 
     def verify(self) -> list[str]:

@@ -116,11 +116,14 @@ def based(index: VectorIndex, tenant: str = "") -> int:
 @pytest.mark.usefixtures("lists")
 def test_small_is_exact_and_large_has_lists(store: Store) -> None:
     store.add(300)
-    store.add(10, tenant="other")
+    for tenant in ("other", "third"):
+        store.add(10, tenant=tenant)
     index = built(store)
     assert (index.count(), index.count("other")) == (300, 10)
     assert (based(index), based(index, "other")) == (300, 0)
-    assert ["all compared" in line for line in index.facts()] == [False, True]
+    [large, small] = index.facts()
+    assert "100.0% of the ten nearest" in large
+    assert "2 tenants: all compared" in small
 
 
 @pytest.mark.parametrize("parts", [1, 3])
