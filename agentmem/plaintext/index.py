@@ -398,7 +398,7 @@ class VectorIndex:
     # ---- what it says of itself --------------------------------------------------------------------------------
 
     def facts(self) -> list[str]:
-        """How vectors are searched and what that costs in recall: a line for each tenant with a base, one for the rest."""
+        """How vectors are searched and what that costs in recall: a line per tenant with a base, one for all others."""
         lines, exact = [], 0
         with self._lock:
             self._catch_up()
