@@ -54,6 +54,9 @@ class Settings(BaseSettings):
     )
     recall_k: int = Field(default=6, ge=0, description="records recalled for a turn at most")
     recall_tokens: int = Field(default=500, ge=0, description="tokens of recalled records in a turn at most")
+    search_ram: int = Field(
+        default=256 << 20, ge=0, description="bytes of token vectors that searches keep in this process's RAM"
+    )
     core_tokens: int = Field(default=512, ge=0, description="tokens of the core block at most; 0 for none")
     history_tokens: int = Field(default=3000, ge=0, description="tokens of the running conversation kept in the prompt")
     page_tokens: int = Field(

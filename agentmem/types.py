@@ -353,7 +353,9 @@ class Reconciliation(Value):
     left: int = 0
 
     def __str__(self) -> str:
-        return f"{self.asked} pairs asked about, {len(self.conflicts)} conflicts ({self.failed} failed, {self.left} left)"
+        return (
+            f"{self.asked} pairs asked about, {len(self.conflicts)} conflicts ({self.failed} failed, {self.left} left)"
+        )
 
 
 class Verification(Value):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from agentmem.database import Database
 from agentmem.errors import AgentMemError, NotFound, ScopeError
 from agentmem.plaintext.records import Records, draft_of, drafts
-from agentmem.plaintext.search import search
+from agentmem.plaintext.search import Searcher
 from agentmem.types import LEVELS, Scope
 
 # Values that other systems trimmed, folded, widened or took for a wildcard or for SQL.
@@ -61,7 +61,7 @@ def test_a_handle_reads_exactly_what_the_rule_says(owners: list[Scope], handle: 
         assert {record.id for record in records.list(handle)} == expected
         assert {record.id for record in records.newest(handle)} == expected
         assert records.count(handle) == len(expected)
-        found = search(records._database, records, None, None, "common words", scope=handle, k=100, now=0.0)
+        found = Searcher(records._database, records).search("common words", scope=handle, k=100, now=0.0)
         assert {hit.record.id for hit in found} == expected
         for record in stored:
             if record.id in expected:
@@ -133,7 +133,7 @@ def test_any_query_is_answered_or_refused_by_name(query: str, others: list[str])
             except AgentMemError:
                 continue
         try:
-            hits = search(records._database, records, None, None, query, scope=Scope(), k=3, now=0.0)
+            hits = Searcher(records._database, records).search(query, scope=Scope(), k=3, now=0.0)
         except AgentMemError:
             return
         assert len(hits) <= 3

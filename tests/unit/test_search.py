@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
+import math
 import threading
 from collections.abc import Iterator
 from typing import Any
@@ -12,10 +13,15 @@ import pytest
 
 from agentmem.database import Database
 from agentmem.errors import AgentMemError, InvalidInput
+from agentmem.plaintext.drafts import passage
 from agentmem.plaintext.embed import HashEmbedder
+from agentmem.plaintext.encoded import encode_with, passages_with
 from agentmem.plaintext.index import VectorIndex, open_space
+from agentmem.plaintext.late import TokenStore, pack_all
+from agentmem.plaintext.postings import terms
 from agentmem.plaintext.records import Records, drafts
-from agentmem.plaintext.search import search, terms
+from agentmem.plaintext.rows import Passages
+from agentmem.plaintext.search import Searcher
 from agentmem.types import Hit, Record, Scope
 
 ROOT, ANA, BOB = Scope(), Scope(user="ana"), Scope(user="bob")
@@ -23,27 +29,37 @@ NOW = dt.datetime(2026, 6, 1, tzinfo=dt.UTC).timestamp()
 
 
 class Store:
-    """Records with the hash embedder's vectors, or with words only."""
+    """Records that are searched by the hash embedder's vectors and token vectors, by its vectors, or by words only."""
 
-    def __init__(self, *, dense: bool = True) -> None:
+    def __init__(self, kind: str = "tokens") -> None:
+        self.kind = kind
         self.database = Database(":memory:")
         self.records = Records(self.database)
+        self.searcher = Searcher(self.database, self.records)
         self.embedder = HashEmbedder()
         self.space = open_space(self.database, "hash", self.embedder.digest, self.embedder.dimension)
-        self.index = VectorIndex(self.database, None, self.space, self.embedder.dimension) if dense else None
+        self.index = VectorIndex(self.database, None, self.space, self.embedder.dimension)
+        self.tokens = TokenStore(self.database, self.space)
 
     def add(self, content: Any, scope: Scope = ANA, **options: Any) -> list[Record]:
         new = drafts(content, scope=scope, **options)
-        return self.records.insert(new, self.embedder.embed([draft.passage for draft in new]), self.space)
+        spans = [passages_with(self.embedder, draft.text, draft.name) for draft in new]
+        texts = [
+            passage(draft.text[start:stop], draft.name)
+            for draft, pieces in zip(new, spans, strict=True)
+            for start, stop in pieces
+        ]
+        encoded = encode_with(self.embedder, texts)
+        assert encoded.tokens is not None
+        return self.records.insert(new, Passages(spans, encoded.vectors, pack_all(encoded.tokens)), self.space)
 
     def search(self, query: str, scope: Scope = ANA, k: int = 10, **options: Any) -> list[Hit]:
-        vector = self.embedder.embed([query], query=True)[0] if self.index and query.strip() else None
-        return search(
-            self.database,
-            self.records,
-            self.index,
-            vector,
+        words = self.kind == "words" or not query.strip()
+        return self.searcher.search(
             query,
+            None if words else encode_with(self.embedder, [query], query=True),
+            index=None if words else self.index,
+            tokens=self.tokens if self.kind == "tokens" and not words else None,
             scope=scope,
             k=k,
             now=options.pop("now", NOW),
@@ -54,9 +70,9 @@ class Store:
         return [hit.record.text for hit in self.search(query, scope, k, **options)]
 
 
-@pytest.fixture(params=[True, False], ids=["dense", "words"])
+@pytest.fixture(params=["tokens", "vectors", "words"])
 def store(request: pytest.FixtureRequest) -> Iterator[Store]:
-    made = Store(dense=request.param)
+    made = Store(request.param)
     with contextlib.closing(made.database):
         yield made
 
@@ -90,7 +106,7 @@ def test_a_bad_k_is_refused(k: Any, store: Store) -> None:
 def test_a_bad_query_is_refused(query: Any, store: Store) -> None:
     store.add("x")
     with pytest.raises(InvalidInput):
-        search(store.database, store.records, None, None, query, scope=ROOT, k=1, now=NOW)
+        store.searcher.search(query, scope=ROOT, k=1, now=NOW)
 
 
 HOSTILE = [
@@ -120,7 +136,7 @@ def test_no_query_is_full_text_syntax(query: str, store: Store) -> None:
 
 def test_symbols_alone_are_answered_by_meaning_or_not_at_all(store: Store) -> None:
     store.add(["hello", "?!"])
-    assert len(store.search("?!")) == (2 if store.index else 0)
+    assert len(store.search("?!")) == (0 if store.kind == "words" else 2)
 
 
 def test_stop_words_count_only_where_there_is_nothing_else() -> None:
@@ -155,7 +171,7 @@ def test_a_small_neighbour_beside_a_noisy_one_finds_its_own(level: str, store: S
 
 
 def test_scores_do_not_tell_of_foreign_texts() -> None:
-    store = Store(dense=False)
+    store = Store("words")
     store.add(["apples and pears", "pears and plums", "plums only"])
     before = [(hit.record.id, round(hit.score, 9)) for hit in store.search("apples plums")]
     store.add(["apples apples here"] * 40, BOB)  # the same length, so that only rarity could change
@@ -199,7 +215,8 @@ def test_neighbours_of_other_sessions_and_scopes_have_no_say(store: Store) -> No
     store.add("Forty-two.", Scope(user="ana", session="s"))
     store.add("What is the secret number?", Scope(user="bob", session="s"))
     for hit in store.search("secret number", explain=True):
-        assert (hit.record.text, hit.why["bm25_window"], hit.why["bm25_raw"]) == ("Forty-two.", 0.0, 0.0)
+        said = hit.record.text, hit.why["signal.window"], hit.why["signal.turn"], hit.why["signal.answer"]
+        assert said == ("Forty-two.", 0.0, 0.0, 0.0)
 
 
 def test_the_named_speaker_comes_first(store: Store) -> None:
@@ -207,17 +224,25 @@ def test_the_named_speaker_comes_first(store: Store) -> None:
     assert store.search("What does Ana like?")[0].record.name == "Ana"
 
 
-def test_the_parts_add_up_to_the_score(store: Store) -> None:
+def test_the_parts_add_up_to_the_odds(store: Store) -> None:
     store.add(FACTS)
-    hits = store.search("What is my sister allergic to?", explain=True)
-    parts = {"bm25", "bm25_window", "dense", "dense_window", "assistant", "question", "speaker"}
+    hits = store.search("What is my sister allergic to?")
+    parts = {"words", "speaker", "time", "form", "query"}
+    parts |= {"words": set(), "vectors": {"meaning"}, "tokens": {"meaning", "tokens"}}[store.kind]
     assert hits
     for hit in hits:
-        assert hit.score == pytest.approx(sum(hit.why[name] for name in parts), abs=1e-6)
-        assert set(hit.why) == parts | {"bm25_raw", "cosine", "evidence"}
-        assert 0 <= hit.why["evidence"] <= 1
-        assert -1.001 <= hit.why["cosine"] <= 1.001
+        assert set(hit.why) == parts
+        assert hit.score == pytest.approx(1 / (1 + math.exp(-sum(hit.why.values()))), abs=1e-5)
     assert [hit.score for hit in hits] == sorted((hit.score for hit in hits), reverse=True)
+
+
+def test_an_explained_hit_tells_each_signal_and_what_the_query_is_like(store: Store) -> None:
+    store.add(FACTS)
+    [hit] = store.search("What is my sister allergic to?", k=1, explain=True)
+    assert 0 <= hit.why["query.evidence"] <= 1
+    assert hit.why["signal.length"] == pytest.approx(math.log1p(5))
+    assert ("signal.cosine" in hit.why) == (store.kind != "words")
+    assert ("signal.tokens" in hit.why) == (store.kind == "tokens")
 
 
 def test_a_deleted_record_is_gone_at_once_and_a_new_one_is_there(store: Store) -> None:
