@@ -95,7 +95,7 @@ def _checked_tools(tools: Any) -> tuple[Mapping[str, Any], ...]:
 
 def _system(engine: Engine, system: Any) -> str | None:
     text = engine.settings.system if system is None else system
-    return check_text(text, "the system text") if text else None
+    return None if text is None or (isinstance(text, str) and not text) else check_text(text, "the system text")
 
 
 def chat(
