@@ -11,7 +11,9 @@ Every round runs each way once, medians over the rounds, the first two are not c
 - "store": `TokenStore.match` of 400 of 1,000 records, all in RAM.
 
 Recall: the turns and questions of LoCoMo's development split (skipped where ``shared`` has no data), scored by late
-interaction alone, sum over the query's words weighted by their idf, stop words left out; float32 and codes alike.
+interaction alone, sum over the query's words weighted by their idf, stop words left out; float32 and codes alike. Then the whole
+search in its default configuration, on LoCoMo and PrefEval, with the store's scores computed from what the encoder gave
+instead of the codes ("exact").
 
 Results go to tests/benchmarks/results/maxsim.json.
 """
@@ -32,11 +34,13 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 
 from agentmem import _native
+from agentmem._pure.late import tokens_shape
 from agentmem.database import Database
-from agentmem.plaintext import embed
+from agentmem.plaintext import embed, late
 from agentmem.plaintext.late import TokenStore, pack_all
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -190,6 +194,50 @@ def recall(shared: Path) -> dict[str, Any]:
     return {"data": "LoCoMo, development split", "questions": len(found["2 bits"][1]), **means, "change": change}
 
 
+def exactly(held: dict[bytes, Any]) -> Callable[[Any, Any, Any], Any]:
+    """Instead of `late._score`: the scores by the vectors that the codes were made from."""
+
+    def score(query: Any, data: Any, starts: Any) -> Any:
+        found = np.zeros((len(starts), len(query)), np.float32)
+        for row, start in enumerate(starts.tolist()):
+            rows = held[data[start : start + tokens_shape(data, start)[2]].tobytes()]
+            if len(rows):
+                found[row] = (query @ rows.T).max(axis=1)
+        return found
+
+    return score
+
+
+def whole_search(shared: Path, data: str, exact: bool) -> dict[str, float]:
+    sys.path.insert(0, str(shared / "eval"))
+    from datasets_io import LOADERS
+    from retrieval_system import AgentMem  # type: ignore[import-not-found]
+
+    held: dict[bytes, Any] = {}
+    pack = late.pack_all
+
+    def kept(tokens: Any) -> list[bytes]:
+        packed = pack(tokens)
+        held.update(zip(packed, (one.astype(np.float32) for one in tokens), strict=True))
+        return packed
+
+    found: dict[int, list[float]] = {1: [], 5: [], 10: [], 20: []}
+    with pytest.MonkeyPatch.context() as patch:
+        if exact:
+            patch.setattr(late, "pack_all", kept)
+            patch.setattr(late, "_score", exactly(held))
+        system = AgentMem()
+        for case in LOADERS[data](str(shared / "data")):
+            system.reset()
+            system.add(case["items"])
+            for question in case["questions"]:
+                ids = [hit["ids"][0] for hit in system.search(question["text"], 20)]
+                for k, shares in found.items():
+                    shares.append(len(question["gold"].intersection(ids[:k])) / len(question["gold"]))
+        system.reset()
+    return {f"@{k}": 100 * statistics.mean(shares) for k, shares in found.items()}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--rounds", type=int, default=15)
@@ -208,6 +256,11 @@ def main() -> None:
     result["store"] = store(options.rounds)
     if (options.shared / "data" / "locomo").is_dir() and not options.short:
         result["recall"] = recall(options.shared)
+        result["whole_search"] = {
+            f"{data}, {'exact' if exact else '2 bits'}": whole_search(options.shared, data, exact)
+            for data in ("locomo", "prefeval")
+            for exact in (True, False)
+        }
     text = json.dumps(result, indent=1)
     if not options.short:
         RESULTS.write_text(text + "\n", encoding="utf-8")
