@@ -153,8 +153,9 @@ def load(engine: Engine, scope: Scope, path: str | os.PathLike[str], format: str
     else:
         items = importers.read(source, scope, chosen, engine.redact)
         lines = [_Line(id=item.id, draft=item.draft, older=item.older) for item in items]
+    # Asked ahead of the transaction: a new space may cost a request to its embedder.
+    space = engine.space if any(line.passages is not None for line in lines) else None
     with engine.database.write() as connection:
-        space = engine.space
         known = _known(engine, [line.id for line in lines])
         new = [line for line in lines if line.id not in known]
         # In the order of the file: it is the order of arrival that everything else goes by.
