@@ -5,7 +5,7 @@ SQL only: what the rows mean is known where they are written and read, how the f
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "GUARDS", "SCHEMA", "UPGRADES"]
+__all__ = ["FORMAT", "GUARDS", "SCHEMA", "TABLES", "UPGRADES"]
 
 #: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
 #: place.
@@ -73,7 +73,7 @@ CREATE INDEX jobs_record ON jobs (record, kind);
     + GUARDS,
 }
 
-SCHEMA = """
+TABLES = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
 
 -- Records: the verbatim memory. An unset scope level is '' (which no scope value can be).
@@ -179,4 +179,5 @@ CREATE TABLE shown (
     PRIMARY KEY (record, model)
 ) WITHOUT ROWID;
 """
-SCHEMA += GUARDS
+#: All that a new file has.
+SCHEMA = TABLES + GUARDS

@@ -181,6 +181,9 @@ def events(trace: Path, folder: str) -> Iterator[tuple[Disk, Said | str]]:
         elif name == "write":
             file.pending.append((offsets[number], texts[0][:result]))
             offsets[number] += result
+        elif name == "fallocate":
+            _, _, offset, length = (int(part) for part in arguments.split(","))
+            file.pending.append(max(len(file.now()), offset + length))
         elif name == "ftruncate":
             file.pending.append(int(arguments.rsplit(",", 1)[1]))
         else:

@@ -40,6 +40,7 @@ def test_both_sides_of_a_fork_go_on(tmp_path: Path) -> None:
         memory.add("before")
         child = os.fork()
         if child == 0:
+            good = False
             try:
                 memory.add("in the child")
                 good = len(memory.list()) >= 2
