@@ -89,7 +89,7 @@ class Engine:
                 undo.callback(self.provider.close)
             self.folder = Path(settings.path) if self._kept else self._passing_folder()
             try:
-                self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                _make(self.folder)
             except OSError as error:
                 raise StoreError(f"can't make the memory folder {self.folder}: {error.strerror}") from error
             self.database = Database(self.folder / "memory.db" if self._kept else ":memory:")
@@ -371,6 +371,20 @@ def _cipher(settings: Settings) -> PageCipher | None:
     from .activation.cipher import PageCipher
 
     return PageCipher.parse(settings.page_key.get_secret_value())
+
+
+def _make(folder: Path) -> None:
+    """The folder, so that a power cut right after does not take it away with all that was synced in it."""
+    if folder.is_dir():
+        return
+    _make(folder.parent)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    with contextlib.suppress(OSError):  # a parent that may not be read
+        handle = os.open(folder.parent, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def _remove(folder: Path, owner: int) -> None:
