@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Protocol, TypeGuard, runtime_checkable
 
 from agentmem.errors import InvalidInput, ProviderError
 
@@ -101,23 +101,29 @@ class TokenEmbedder(Embedder, Protocol):
 
 def encode_with(embedder: Embedder, texts: Sequence[str], *, query: bool = False) -> Encoded:
     """`TokenEmbedder.encode` where the embedder has it, else its `embed` alone. Checked: `ProviderError` if it lies."""
-    if isinstance(embedder, TokenEmbedder):
+    if _has_tokens(embedder):
         return _consistent(embedder.encode(texts, query=query), len(texts), embedder)
     return Encoded(checked(embedder.embed(texts, query=query), len(texts), embedder.dimension, embedder.name))
 
 
 async def aencode_with(embedder: Embedder, texts: Sequence[str], *, query: bool = False) -> Encoded:
     """The same as `encode_with`, without blocking the event loop."""
-    if isinstance(embedder, TokenEmbedder):
+    if _has_tokens(embedder):
         return _consistent(await embedder.aencode(texts, query=query), len(texts), embedder)
     return Encoded(checked(await embedder.aembed(texts, query=query), len(texts), embedder.dimension, embedder.name))
 
 
 def passages_with(embedder: Embedder | None, text: str, name: str | None = None) -> list[tuple[int, int]]:
     """Pieces [start, stop) of ``text`` for this embedder: by its tokens where it can count them, else by characters."""
-    if isinstance(embedder, TokenEmbedder):
+    if _has_tokens(embedder):
         return embedder.passages(text, name)
     return by_characters(text)
+
+
+def _has_tokens(embedder: Embedder | None) -> TypeGuard[TokenEmbedder]:
+    """Looks at the methods alone: ``isinstance`` reads the properties too, and a hosted embedder's dimension costs a
+    request."""
+    return all(callable(getattr(embedder, name, None)) for name in ("encode", "aencode", "passages"))
 
 
 def checked(vectors: object, count: int, dimension: int | None, name: str) -> Vectors:
