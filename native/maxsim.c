@@ -207,6 +207,17 @@ static float whole(const float *turned, uint32_t width, int8_t *to)
     return largest * (float)(0x1p-18 / 127);
 }
 
+/* Asks for what is likely the next passage; any start is allowed. */
+static void fetch(const uint8_t *data, uint64_t length, int64_t start)
+{
+    enum { BYTES = 4096 };
+    if (start < 0 || (uint64_t)start >= length)
+        return;
+    uint64_t left = length - (uint64_t)start, some = left < BYTES ? left : BYTES;
+    for (uint64_t at = 0; at < some; at += 64)
+        __builtin_prefetch(data + start + at);
+}
+
 int am_maxsim(const float *query, uint32_t queries, uint32_t dimensions, const uint8_t *data, uint64_t length,
               const int64_t *starts, size_t count, float *out, size_t *failed)
 {
@@ -244,6 +255,8 @@ int am_maxsim(const float *query, uint32_t queries, uint32_t dimensions, const u
             result = AM_TOKENS_QUERY;
         if (result)
             break;
+        if (passage + 1 < count) /* somewhere else: fetched while this one is scored */
+            fetch(data, length, starts[passage + 1]);
         float best[AM_TILE];
         for (uint32_t tile = 0, done = 0; tile < made; tile++) {
             if (tokens.count)

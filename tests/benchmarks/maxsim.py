@@ -11,9 +11,9 @@ Every round runs each way once, medians over the rounds, the first two are not c
 - "store": `TokenStore.match` of 400 of 1,000 records, all in RAM.
 
 Recall: the turns and questions of LoCoMo's development split (skipped where ``shared`` has no data), scored by late
-interaction alone, sum over the query's words weighted by their idf, stop words left out; float32 and codes alike. Then the whole
-search in its default configuration, on LoCoMo and PrefEval, with the store's scores computed from what the encoder gave
-instead of the codes ("exact").
+interaction alone, sum over the query's words weighted by their idf, stop words left out; float32 and codes alike. Then
+the whole search in its default configuration, on LoCoMo and PrefEval, with the store's scores computed from what the
+encoder gave instead of the codes ("exact").
 
 Results go to tests/benchmarks/results/maxsim.json.
 """
