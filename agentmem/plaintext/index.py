@@ -42,6 +42,8 @@ log = logging.getLogger("agentmem")
 EXACT = 131_072
 #: The share of a base that may be newer than it before it is made anew.
 SHARE = 4
+#: The same where `VectorIndex.compact` was asked for: less is not worth training a million vectors' lists again.
+WORTH = 64
 #: Allowed vectors of a base up to which they are read and compared one by one.
 FEW = 256
 #: Of a base's best records, how many get the scores of their stored vectors instead of those of their codes.
@@ -362,7 +364,7 @@ class VectorIndex:
             self._state += 1
 
     def compact(self) -> None:
-        """Fold what is newer than a base, and what is gone from it, into a new one; bring files up to date."""
+        """Fold what is newer than a base, and what is gone from it, into a new one, unless it is very little."""
         if self._folder is None or not ivf.faiss_works():
             return
         self._halt()
@@ -372,7 +374,8 @@ class VectorIndex:
             stale = []
             for tenant in tenants:
                 shard = self._shard(tenant)
-                if shard.wants_base(EXACT, SHARE) or (shard.base is not None and (len(shard.exact) or shard.touched)):
+                newer = 0 if shard.base is None else max(len(shard.exact), len(shard.touched))
+                if shard.wants_base(EXACT, SHARE) or newer > len(shard.base or ()) // WORTH:
                     stale.append(tenant)
         self._stop.clear()
         for tenant in stale:

@@ -6,8 +6,9 @@ Both get the same texts and, by an embedder that only looks them up, the same ve
 ``infer=False`` (verbatim, no language model), its ``history.db`` and its local Qdrant or FAISS store in a folder;
 telemetry is off. Each side runs in a process of its own with all texts in one call ("batch") and with a call for each
 ("single"); a side that needs longer than ``--seconds`` is stopped there, between two calls of up to a hundred texts,
-and its rate is that of what it did. Measured is the time of the calls until the data is on disk as the side leaves it:
-agentmem syncs at each commit, mem0 does not. Needs mem0ai (and faiss) for the comparison; agentmem alone runs without.
+and its rate is that of what it did. Measured is the time of the calls; each side makes its data durable as it does by
+itself (agentmem syncs the disk once a call, mem0 4 to 9 times a record), so that "single" is about how often a side
+waits for the disk. Needs mem0ai (and faiss) for the comparison; agentmem alone runs without.
 """
 
 from __future__ import annotations
