@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from . import config as configuration
 from .engine import Engine
@@ -19,6 +19,7 @@ from .provider import Provider
 from .types import Scope
 
 if TYPE_CHECKING:
+    from .plaintext.drafts import Redact
     from .plaintext.embed import Embedder
 
 __all__ = ["NOT_GIVEN", "narrowed", "opened"]
@@ -67,9 +68,11 @@ def opened(
     except InvalidInput as error:
         raise ConfigError(str(error)) from error
     chosen = dict(settings)
-    redact = chosen.pop("redact", None)
-    hook = redact if callable(redact) else None
-    if redact is not None and hook is None:
+    redact: Any = chosen.pop("redact", None)
+    hook: Redact | None = None
+    if callable(redact):
+        hook = cast("Redact", redact)
+    elif redact is not None:
         redactor(redact)
         chosen["redact"] = (redact,) if isinstance(redact, str) else tuple(redact)
     read = configuration.read(

@@ -135,7 +135,7 @@ def drafts(
                 metadata=dump_metadata(told),
                 source=source,
                 # What a tool returned was written by a stranger; everything else by the application or its user.
-                trust=cast(Trust, trust or ("untrusted" if role == "tool" else "trusted")),
+                trust="untrusted" if trust == "untrusted" or (trust is None and role == "tool") else "trusted",
             )
         )
     return found

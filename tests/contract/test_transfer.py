@@ -259,7 +259,7 @@ def test_an_old_pickled_docstore_is_read_without_unpickling(tmp_path: Path, memo
 
 class Evil:
     def __reduce__(self) -> Any:
-        return os.system, ("touch pwned",)
+        return os.mkdir, ("pwned",)
 
 
 def test_a_pickle_that_is_a_program_is_refused_and_never_run(

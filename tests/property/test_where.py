@@ -185,9 +185,13 @@ def test_what_is_within_the_limits_is_answered() -> None:
         assert isinstance(records.list(ROOT, nested(MAX_DEPTH - 2, {"a": 1})), list)
 
 
-BALANCED: Any = {"a": 1}
-for _ in range(9):
-    BALANCED = {"or": [{"and": [BALANCED, {"b": 1}]}, {"not": BALANCED}]}
+def balanced(depth: int) -> dict[str, Any]:
+    if depth == 0:
+        return {"a": 1}
+    inner = balanced(depth - 1)
+    return {"or": [{"and": [inner, {"b": 1}]}, {"not": inner}]}
+
+
 ITSELF: dict[str, Any] = {}
 ITSELF["and"] = [ITSELF, ITSELF]
 
@@ -227,7 +231,7 @@ ITSELF["and"] = [ITSELF, ITSELF]
         nested(MAX_DEPTH + 1, {"a": 1}),
         {"or": [{"a": n} for n in range(MAX_CONDITIONS + 1)]},
         {"a": {"in": list(range(MAX_CONDITIONS + 1))}},
-        BALANCED,
+        balanced(9),
         ITSELF,
     ],
     ids=range(34),
