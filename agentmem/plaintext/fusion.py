@@ -10,7 +10,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,17 +48,15 @@ class Fused:
     #: Float64 [p], 0 to 1: how likely each is evidence for the query. In the order of ``score``.
     probability: npt.NDArray[np.float64]
     _parts: Numbers
-    _names: Sequence[str]
+    _groups: tuple[tuple[str, ...], Numbers]
     _slope: float
     _constant: float
 
-    def why(self, row: int) -> dict[str, float]:
-        """The parts of the log-odds of a record's probability, by name; ``query`` is the same for all records."""
-        parts = dict.fromkeys(PARTS[_group(name)] for name in self._names)
-        found: dict[str, float] = dict.fromkeys(parts, 0.0)
-        for name, value in zip(self._names, self._parts[:, row].tolist(), strict=True):
-            found[PARTS[_group(name)]] += self._slope * value
-        return {**found, "query": self._constant}
+    def why(self, rows: Sequence[int]) -> list[dict[str, float]]:
+        """Of each row the parts of its probability's log-odds, by name; ``query`` is the same for all records."""
+        names, members = self._groups
+        values = (members @ self._parts[:, rows] * np.float32(self._slope)).T.tolist()
+        return [{**dict(zip(names, row, strict=True)), "query": self._constant} for row in values]
 
 
 @dataclass(frozen=True, eq=False)
@@ -82,6 +80,13 @@ class Fusion:
     told_scale: Numbers
     told: Numbers
 
+    @cached_property
+    def _groups(self) -> tuple[tuple[str, ...], Numbers]:
+        """The names of the parts, and float32 [parts, signals]: 1 where a signal belongs to a part."""
+        owners = [PARTS[name if name in PARTS else name.split("_")[0]] for name in self.signals]
+        names = tuple(dict.fromkeys(owners))
+        return names, np.array([[owner == name for owner in owners] for name in names], np.float32)
+
     def fuse(self, signals: Signals) -> Fused:
         """Weigh a pool's signals."""
         values = matrix(signals, self.signals, self.spread)
@@ -92,7 +97,7 @@ class Fusion:
         constant = self.constant + float(self.told @ told) - self.share * log_sum(score)
         slope = self.slope + self.share
         odds = np.clip(slope * score.astype(np.float64) + constant, -60, 60)
-        return Fused(score, 1 / (1 + np.exp(-odds)), parts, self.signals, slope, constant)
+        return Fused(score, 1 / (1 + np.exp(-odds)), parts, self._groups, slope, constant)
 
 
 def matrix(signals: Signals, names: Sequence[str], spread: Numbers) -> Numbers:
@@ -123,10 +128,6 @@ def log_sum(score: Numbers) -> float:
     """The logarithm of the sum of exp(score): a score less this is the logarithm of its share of the pool."""
     most = float(score.max(initial=0.0))
     return most + math.log(float(np.exp(score - most).sum()) + 1e-12)
-
-
-def _group(name: str) -> str:
-    return name if name in PARTS else name.split("_", maxsplit=1)[0]
 
 
 @cache

@@ -43,7 +43,7 @@ if TYPE_CHECKING:
 __all__ = ["Measured", "Searcher", "check_query"]
 
 #: Candidates of each kind (words, vectors) that are weighed against each other, at least; their neighbours come on top.
-POOL = 100
+POOL = 60
 
 
 def check_query(query: object) -> str:
@@ -107,10 +107,9 @@ class Searcher:
         kept = self._records.at_rows(seqs, scope)
         spans = _spans(found, best, seqs, tokens)
         hits = []
-        for place, seq in zip(best.tolist(), seqs, strict=True):
+        for place, seq, why in zip(best.tolist(), seqs, fused.why(best), strict=True):
             if seq not in kept:
                 continue  # forgotten by another process this very moment
-            why = fused.why(place)
             if explain:
                 why |= {f"signal.{name}": float(row[place]) for name, row in signals.rows.items()}
                 why |= {f"query.{name}": value for name, value in signals.query.items()}

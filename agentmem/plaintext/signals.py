@@ -118,8 +118,12 @@ def _spans(encoded: Encoded) -> Sequence[tuple[int, int]]:
     return encoded.spans[0][:count] if encoded.spans else [(-1, -1)] * count
 
 
-#: Words that speak of the one who asks, or of what was said before.
-PERSONAL = frozenset(["i", "m", "ve", "my", "me", "mine", "myself", "we", "our", "us", "remember", "remind", "told"])
+#: Words that speak of the one who asks, of someone both know, or of what was said before.
+PERSONAL = frozenset(
+    """
+    i m ve my me mine myself we our us he him his she her hers they their them remember remind told
+    """.split()  # noqa: SIM905 - read as prose
+)
 
 
 @lru_cache(maxsize=65_536)
@@ -201,7 +205,7 @@ def measure(
     if cosines is not None and matches is not None and len(matches.owner) and query.word_of:
         kind = "tokens"
         asked["best_match"], part = _matches(rows, query, pool, lexical, matches)
-    _structure(rows, query, pool)
+    asked["named"] = float(_structure(rows, query, pool))
     asked["assistants"] = float(rows["assistant"].mean()) if count else 0.0
     return Signals(kind, rows, asked, part)
 
@@ -331,11 +335,12 @@ def _token_weights(query: Query, lexical: Lexical) -> Numbers:
     return np.asarray(weights / weights.sum(), np.float32)
 
 
-def _structure(rows: dict[str, Numbers], query: Query, pool: Pool) -> None:
-    """Who said it, when, and whether it asks or answers."""
+def _structure(rows: dict[str, Numbers], query: Query, pool: Pool) -> bool:
+    """Who said it, when, and whether it asks or answers. Returns whether the query names anyone of the pool."""
     view, places = pool.view, pool.places
     role, name = view.role[places], view.name[places]
-    said = _named(query, view.names, name)
+    named = _named(query, view.names, name)
+    said = named[0] if len(named) == 1 else -1
     rows["speaker"] = np.asarray(name == said, np.float32) if said >= 0 else np.zeros(len(places), np.float32)
     for signal, row in zip(("year", "month", "day"), _dates(query, view.at_s[places]), strict=True):
         rows[signal] = row
@@ -344,17 +349,18 @@ def _structure(rows: dict[str, Numbers], query: Query, pool: Pool) -> None:
     rows["assistant"] = np.asarray((role == _ASSISTANT) | (role == _TOOL), np.float32)
     rows["answer"] = np.asarray(pool.answers, np.float32)
     rows["length"] = np.log1p(view.length[places], dtype=np.float32)
+    return bool(named)
 
 
-def _named(query: Query, names: Sequence[str], codes: Any) -> int:
-    """The code of the one speaker among ``codes`` whom the query names by the first word of the name; else -1."""
+def _named(query: Query, names: Sequence[str], codes: Any) -> list[int]:
+    """The codes of the speakers among ``codes`` whom the query names by the first word of the name."""
     words, text = set(query.words), query.text.lower()
     found = []
     for code in np.unique(codes[codes >= 0]).tolist():
         parts = _WORD.findall(names[code].lower())
         if parts and (parts[0] in words if len(parts[0]) > 2 else names[code].lower() in text.split()):
             found.append(code)
-    return found[0] if len(found) == 1 else -1
+    return found
 
 
 def _dates(query: Query, at_s: Any) -> tuple[Numbers, Numbers, Numbers]:

@@ -51,7 +51,7 @@ GATES = {
     "vectors": ["evidence", "assistants", "stems", "rarity", "best_cosine"],
     "tokens": ["evidence", "assistants", "stems", "rarity", "best_cosine"],
 }
-TOLD = ["evidence", "rarity", "unknown", "stems", "contents", "chatter", "personal"]
+TOLD = ["evidence", "rarity", "unknown", "stems", "contents", "chatter", "personal", "named"]
 TOLD_BY = {"words": TOLD, "vectors": [*TOLD, "best_cosine"], "tokens": [*TOLD, "best_cosine", "best_match"]}
 #: What each data set weighs in the fit, however many questions it has.
 SHARES = {"locomo": 0.6, "prefeval": 0.25, "beam": 0.15, "foreign": 0.3, "abstention": 0.05, "small talk": 0.3}
