@@ -126,12 +126,15 @@ def test_readme_runs(tmp_path: Path) -> None:
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", readme, re.DOTALL)
     assert blocks
+    said = ""
     for block in blocks:
         done = subprocess.run(
             [sys.executable, "-c", block], cwd=tmp_path, capture_output=True, text=True, timeout=300, check=False
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        assert "forgot 1 records" in done.stdout
+        said += done.stdout
+    assert "forgot 1 records" in said
+    assert "Ana lives in Porto. (before: Ana lives in Lisbon.)" in said
 
 
 def test_readme_settings_are_real(tmp_path: Path) -> None:
