@@ -8,7 +8,6 @@ Knows SQLite; knows nothing of what the rows mean. A write is one transaction un
 from __future__ import annotations
 
 import contextlib
-import datetime as dt
 import hashlib
 import itertools
 import logging
@@ -22,7 +21,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from .errors import Corrupt, Full, Incompatible, InvalidInput, Locked, StoreError
-from .schema import FORMAT, SCHEMA, UPGRADES
+from .schema import FORMAT, SCHEMA, UPGRADES, RowDigest, unix_seconds
 from .watermark import Watermark
 
 __all__ = ["FORMAT", "Database"]
@@ -34,6 +33,8 @@ BACKUP = "memory.db.format-"
 RESERVE = 1024 * 1024
 #: How far the database has come: it grows with every record, change and use, and never falls.
 NUMBER = "SELECT coalesce(sum(seq), 0) FROM sqlite_sequence"
+#: Levels of the full-text index from which on it is made anew.
+MOST_LEVELS = 1_000
 #: Steps of SQLite's machine between two looks at Ctrl-C, in work that takes long.
 STEPS = 100_000
 
@@ -84,8 +85,8 @@ class Database:
     def _opened(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False)
         connection.row_factory = sqlite3.Row
-        connection.create_function("unix_seconds", 1, _unix_seconds, deterministic=True)
-        connection.create_aggregate("row_digest", 2, _RowDigest)
+        connection.create_function("unix_seconds", 1, unix_seconds, deterministic=True)
+        connection.create_aggregate("row_digest", 2, RowDigest)
         connection.execute(f"PRAGMA busy_timeout = {BUSY_S * 1000:.0f}")
         return connection
 
@@ -306,7 +307,7 @@ class Database:
         with self._lock, _mapped(self.path):
             connection = self._live()
             try:
-                connection.execute("INSERT INTO records_fts (records_fts) VALUES ('optimize')")
+                _merge_words(connection)
                 emptied = _truncate_log(connection)
             finally:
                 self._empty_log(connection)
@@ -336,7 +337,7 @@ class Database:
                     connection.execute("REINDEX")
                 try:
                     connection.execute("INSERT INTO records_fts (records_fts, rank) VALUES ('integrity-check', 1)")
-                    connection.execute("INSERT INTO records_fts (records_fts) VALUES ('optimize')")
+                    _merge_words(connection)
                 except sqlite3.DatabaseError as error:
                     if not _corrupt(error):
                         raise
@@ -401,29 +402,6 @@ if hasattr(os, "register_at_fork"):
     )
 
 
-def _unix_seconds(moment: str | None) -> float | None:
-    """An ISO time as seconds since 1970, by exact arithmetic: for upgrades of tables that hold only the text."""
-    if moment is None:
-        return None
-    when = dt.datetime.fromisoformat(moment)
-    when = when if when.tzinfo else when.replace(tzinfo=dt.UTC)
-    return (when - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) / dt.timedelta(seconds=1)
-
-
-class _RowDigest:
-    """The sum that the triggers of ``totals`` keep, over rows of (checksum, place)."""
-
-    def __init__(self) -> None:
-        self._sum = 0
-
-    def step(self, *row: int) -> None:
-        checksum, place = row
-        self._sum += checksum * (place % 1048573 + 1)
-
-    def finalize(self) -> int:
-        return self._sum & 4611686018427387903
-
-
 def _schema_digest(connection: sqlite3.Connection) -> str:
     """A digest over the definitions of all tables, indexes and triggers."""
     rows = connection.execute("SELECT type, name, tbl_name, sql FROM sqlite_schema ORDER BY type, name").fetchall()
@@ -432,6 +410,22 @@ def _schema_digest(connection: sqlite3.Connection) -> str:
 
 def _pragma(connection: sqlite3.Connection, name: str) -> int:
     return int(connection.execute(f"PRAGMA {name}").fetchone()[0])
+
+
+def _merge_words(connection: sqlite3.Connection) -> None:
+    """Merge the full-text index into one segment: no deleted word is left in it.
+
+    Each merge adds one or two levels to the index's structure, and at 2,000 SQLite takes it for damaged
+    (`FTS5_MAX_SEGMENT` in fts5_index.c): the index is made anew in time. The structure is row 10: four bytes, then the
+    number of its levels in seven bits a byte.
+    """
+    levels = 0
+    for byte in connection.execute("SELECT block FROM records_fts_data WHERE id = 10").fetchone()[0][4:]:
+        levels = levels << 7 | byte & 127
+        if byte < 128:
+            break
+    command = "rebuild" if levels > MOST_LEVELS else "optimize"
+    connection.execute("INSERT INTO records_fts (records_fts) VALUES (?)", (command,))
 
 
 def _truncate_log(connection: sqlite3.Connection) -> bool:

@@ -1,11 +1,14 @@
 """The tables of ``memory.db``, and what makes of each older format the next.
 
-SQL only: what the rows mean is known where they are written and read, how the file is kept safe in database.py.
+SQL and the functions that it calls: what the rows mean is known where they are written and read, how the file is kept
+safe in database.py.
 """
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "GUARDS", "SCHEMA", "TABLES", "UPGRADES"]
+import datetime as dt
+
+__all__ = ["FORMAT", "GUARDS", "SCHEMA", "TABLES", "UPGRADES", "RowDigest", "unix_seconds"]
 
 #: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
 #: place.
@@ -181,3 +184,28 @@ CREATE TABLE shown (
 """
 #: All that a new file has.
 SCHEMA = TABLES + GUARDS
+
+
+def unix_seconds(moment: str | None) -> float | None:
+    """An ISO time as seconds since 1970, by exact arithmetic: for upgrades of tables that hold only the text."""
+    if moment is None:
+        return None
+    when = dt.datetime.fromisoformat(moment)
+    when = when if when.tzinfo else when.replace(tzinfo=dt.UTC)
+    return (when - dt.datetime(1970, 1, 1, tzinfo=dt.UTC)) / dt.timedelta(seconds=1)
+
+
+class RowDigest:
+    """The sum that the triggers of ``totals`` keep, over rows of (checksum, place)."""
+
+    def __init__(self) -> None:
+        self._sum = 0
+
+    def step(self, *row: int) -> None:
+        """Add a row."""
+        checksum, place = row
+        self._sum += checksum * (place % 1048573 + 1)
+
+    def finalize(self) -> int:
+        """The sum, modulo 2^62."""
+        return self._sum & 4611686018427387903

@@ -9,6 +9,7 @@ import fractions
 import functools
 import os
 import random
+import sys
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,10 @@ import pytest
 
 from agentmem import AgentMemError, Memory
 from agentmem.testing import ScriptedProvider
-from tests.contract.test_bad_arguments import CASES, FLAGS, VERBS, arguments, call
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "contract"))  # tests/ is no package
+
+from test_bad_arguments import CASES, FLAGS, VERBS, arguments, call
 
 pytestmark = pytest.mark.slow
 
@@ -106,11 +110,8 @@ def bad() -> list[Any]:
     said = [{"role": "user", "content": value} for value in rest[:40]] + [
         {"role": value, "content": "x"} for value in rest[:15]
     ]
-    asked = [
-        {"a": {op: value}}
-        for op in ("gt", "in", "prefix", "not", "and")
-        for value in (None, [], {}, "\0", float("nan"))
-    ]
+    nothing: list[Any] = [None, [], {}, "\0", float("nan")]
+    asked = [{"a": {op: value}} for op in ("gt", "in", "prefix", "not", "and") for value in nothing]
     return [*single, *inside, *keyed, *said, *asked]
 
 

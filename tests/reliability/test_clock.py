@@ -55,7 +55,7 @@ def test_both_sides_of_a_fork_go_on(tmp_path: Path) -> None:
 def test_threads_that_write_at_once_lose_nothing(tmp_path: Path) -> None:
     with Memory(tmp_path, embedder="none") as memory:
         threads = [
-            threading.Thread(target=lambda n=n: [memory.add(f"thread {n} fact {i}") for i in range(25)])  # type: ignore[misc]
+            threading.Thread(target=lambda n=n: [memory.add(f"thread {n} fact {i}") for i in range(25)])
             for n in range(8)
         ]
         for thread in threads:

@@ -49,7 +49,7 @@ def killed(folder: Path, *, calls: int = 0, steps: int = 0) -> bool:
             return connection
 
         try:
-            Database._opened = watched  # type: ignore[method-assign]
+            Database._opened = watched  # type: ignore[method-assign, assignment]
             if calls:
                 sys.setprofile(called)
             Database(folder / "memory.db")

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 
 from agentmem import Memory, Record
-from agentmem.database import FORMAT, Database
+from agentmem.database import FORMAT, Database, _merge_words
 from agentmem.errors import Corrupt, Full, Incompatible, StoreError
 from agentmem.types import Scope
 from agentmem.watermark import Watermark
@@ -201,6 +201,17 @@ def test_compaction_repairs_a_damaged_index(tmp_path: Path) -> None:
         assert memory._engine.database.compact()
         assert memory.verify().problems == []
         assert len(memory.scope(user="anastasia").list()) == 1
+
+
+def test_the_word_index_outlives_any_number_of_erasures() -> None:
+    """SQLite takes it for damaged after about 1,000 merges with changes between them."""
+    database = Database(":memory:")
+    for number in range(1_300):
+        with database.write() as connection:
+            connection.execute("INSERT INTO records_fts (rowid, text) VALUES (?, 'word')", (number,))
+            _merge_words(connection)
+    assert len(database.query("SELECT rowid FROM records_fts WHERE records_fts MATCH 'word'")) in range(1, 1_301)
+    database.close()
 
 
 def test_compaction_without_room_is_refused_before_anything_is_done(
