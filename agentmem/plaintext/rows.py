@@ -11,6 +11,8 @@ import sqlite3
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import Corrupt
@@ -48,6 +50,10 @@ CONTENT = (
     *("metadata", "source", "trust", "created", "version"),
 )
 VERSION = ("id", "version", "text", "metadata", "created")
+# Every hit of every search is checked and built, so the columns are picked in C.
+_CONTENT_OF, _VERSION_OF, _LEVELS_OF = itemgetter(*CONTENT), itemgetter(*VERSION), itemgetter(*LEVELS)
+_PARSED_OF = itemgetter("at", "valid_from", "valid_until", "metadata")
+_ENCODE = json.JSONEncoder(ensure_ascii=False, default=repr).encode
 #: How many rows of ``changes`` are kept: an index that is further behind is rebuilt.
 KEPT_CHANGES = 65_536
 
@@ -180,21 +186,26 @@ def note_changes(connection: sqlite3.Connection, changes: Sequence[tuple[str, in
 
 def checksum(row: sqlite3.Row | Mapping[str, Any]) -> int:
     """CRC-32 over what a row of ``records`` says."""
-    return _crc([row[key] for key in CONTENT])
+    return _crc(_CONTENT_OF(row))
 
 
 def version_checksum(row: sqlite3.Row | Mapping[str, Any]) -> int:
     """CRC-32 over what a row of ``versions`` says."""
-    return _crc([row[key] for key in VERSION])
+    return _crc(_VERSION_OF(row))
 
 
-def _crc(values: list[Any]) -> int:
-    return zlib.crc32(json.dumps(values, ensure_ascii=False, default=repr).encode(errors="surrogatepass"))
+def _crc(values: tuple[Any, ...]) -> int:
+    return zlib.crc32(_ENCODE(values).encode(errors="surrogatepass"))
 
 
 def scope_of(row: sqlite3.Row | Mapping[str, Any]) -> Scope:
     """Whose row it is."""
-    return Scope(**{level: row[level] or None for level in LEVELS})
+    return _scope(*_LEVELS_OF(row))
+
+
+@lru_cache(maxsize=4096)
+def _scope(*values: str) -> Scope:
+    return Scope(**{level: value or None for level, value in zip(LEVELS, values, strict=True)})
 
 
 def record_of(row: sqlite3.Row | Mapping[str, Any]) -> Record:
@@ -208,17 +219,17 @@ def record_of(row: sqlite3.Row | Mapping[str, Any]) -> Record:
 
 def build(row: sqlite3.Row | Mapping[str, Any]) -> Record:
     """The record of a row whose checksum was looked at already."""
-    times = {
-        key: dt.datetime.fromisoformat(row[key]) if row[key] else None for key in ("at", "valid_from", "valid_until")
-    }
+    at, start, end, metadata = _PARSED_OF(row)
     return Record(
         id=row["id"],
         text=row["text"],
         role=row["role"],
         name=row["name"],
-        **times,
+        at=dt.datetime.fromisoformat(at) if at else None,
+        valid_from=dt.datetime.fromisoformat(start) if start else None,
+        valid_until=dt.datetime.fromisoformat(end) if end else None,
         scope=scope_of(row),
-        metadata=json.loads(row["metadata"]),
+        metadata={} if metadata == "{}" else json.loads(metadata),
         source=row["source"],
         trust=row["trust"],
         created=dt.datetime.fromtimestamp(row["created"], dt.UTC),
