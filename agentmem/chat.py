@@ -127,7 +127,7 @@ def chat(
             present = {record for said in history for record in said.records}
             hits = yield from _recall(engine, conversation.scope, turn[0].content, present, noted)
     in_core = {record.id for record in core}
-    recalled = [hit.record for hit in hits if hit.record.id not in in_core]
+    recalled = [prompt.shown(hit) for hit in hits if hit.record.id not in in_core]
     segments = prompt.lay_out(
         system=_system(engine, system),
         core=prompt.quote(core) if core else None,
@@ -289,7 +289,12 @@ def _within(engine: Engine, tokens: int, share: float) -> int:
 
 
 def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: list[Usage]) -> Flow[list[Hit]]:
-    """The best records for this turn that are not in the conversation already, within the budget."""
+    """The records that this turn needs and that are not in the conversation already, within the budget.
+
+    None where nothing is likely to be evidence: what is recalled is most of what a turn costs.
+    """
+    from .plaintext.fusion import taken
+
     settings = engine.settings
     if settings.recall_k == 0 or settings.recall_tokens == 0:
         return []
@@ -303,8 +308,9 @@ def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: 
         words_if_down=True,
     )
     fresh = [hit for hit in found if hit.record.id not in present][: settings.recall_k]
-    fitting = {record.id for record in prompt.fit([h.record for h in fresh], budget, engine.count)}
-    return [hit for hit in fresh if hit.record.id in fitting]
+    likely = fresh[: taken([hit.score for hit in fresh])]
+    fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), budget, engine.count)}
+    return [hit for hit in likely if hit.record.id in fitting]
 
 
 def _core(engine: Engine, scope: Scope, *, new_session: bool) -> list[Record]:

@@ -49,6 +49,8 @@ __all__ = [
 
 #: Texts embedded at once when records of another embedder are embedded again.
 BATCH = 256
+#: Records that `context` shows at most.
+CONTEXT_K = 50
 
 When = dt.datetime | str | None
 _log = logging.getLogger("agentmem")
@@ -383,17 +385,24 @@ def _drop_derived(engine: Engine, records: Sequence[str], *, pages: bool, vector
 
 
 def context(engine: Engine, scope: Scope, query: str | None = None, *, max_tokens: int = 500) -> Flow[Context]:
-    """The records for a query (or the newest ones) as a fenced block of at most ``max_tokens`` tokens."""
+    """The records that a query needs (or the newest ones) as a fenced block of at most ``max_tokens`` tokens.
+
+    As many as are likely to be evidence, none for small talk; a long one is shown by its best passage.
+    """
+    from .plaintext.fusion import taken
+
     check_k(max_tokens, "max_tokens")
     if query is None:
         newest = engine.records.newest(scope, limit=200, at=engine.clock())
         hits = [Hit(record=record, score=0.0) for record in newest]
     else:
-        hits = yield from search(engine, scope, query, k=50)
+        hits = yield from search(engine, scope, query, k=CONTEXT_K)
+        hits = hits[: taken([hit.score for hit in hits])]
     overhead = engine.count(prompt.quote([]))
-    chosen = {record.id for record in prompt.fit([hit.record for hit in hits], max_tokens - overhead, engine.count)}
+    fitting = prompt.fit(map(prompt.shown, hits), max_tokens - overhead, engine.count)
+    chosen = {record.id for record in fitting}
     hits = [hit for hit in hits if hit.record.id in chosen]
-    text = prompt.quote(hit.record for hit in hits) if hits else ""
+    text = prompt.quote(fitting) if hits else ""
     return Context(text=text, tokens=engine.count(text) if text else 0, hits=hits)
 
 

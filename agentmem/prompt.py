@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from pydantic import ValidationError
 
-from .types import Message, Record, Segment, ToolCall
+from .types import Hit, Message, Record, Segment, ToolCall
 
 __all__ = [
     "MEMORY_NOTE",
@@ -32,6 +32,7 @@ __all__ = [
     "quote",
     "recent",
     "record_line",
+    "shown",
 ]
 
 Count = Callable[[str], int]
@@ -84,6 +85,15 @@ def _escape(match: re.Match[str]) -> str:
 def quote(records: Iterable[Record]) -> str:
     """Records as a fenced block, one line each, in the order given."""
     return "\n".join(["<memories>", *(record_line(record) for record in records), "</memories>"])
+
+
+def shown(hit: Hit) -> Record:
+    """The record as a prompt shows it: of a long text the best passage only, with marks where text was left out."""
+    if hit.stop is None:
+        return hit.record
+    before = "\u2026 " if hit.start else ""
+    after = " \u2026" if hit.stop < len(hit.record.text) else ""
+    return hit.record.model_copy(update={"text": f"{before}{hit.passage.strip()}{after}"})
 
 
 def made_up(said: Iterable[tuple[str, str, str]], text: str) -> tuple[tuple[Segment, ...], tuple[str, ...]]:

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
     Numbers = npt.NDArray[np.float32]
 
-__all__ = ["Fused", "Fusion", "build", "load", "log_sum", "matrix", "query_numbers", "threshold"]
+__all__ = ["Fused", "Fusion", "build", "load", "log_sum", "matrix", "query_numbers", "taken"]
 
 #: Signals and numbers of the query are cut at so many standard deviations: outliers must not decide alone.
 FARTHEST, FARTHEST_QUERY = 8.0, 3.0
@@ -156,7 +156,19 @@ def build(numbers: Mapping[str, Any]) -> Fusion:
     return Fusion(**values)
 
 
-@cache
-def threshold() -> float:
-    """The probability from which on a record is worth its tokens in a prompt."""
-    return float(_file()["threshold"])
+def taken(probabilities: Sequence[float], rule: Mapping[str, float] | None = None) -> int:
+    """How many of the best records a prompt should take, of their probabilities in descending order.
+
+    None where the best `TOGETHER` of them aren't expected to hold as much evidence as their tokens are worth (small
+    talk); else those that are likely enough, by themselves and beside the best one. ``rule`` says what is enough, by
+    default the one of fusion.json.
+    """
+    rule = rule or _file()["taken"]
+    if not probabilities or sum(probabilities[:TOGETHER]) < rule["evidence"]:
+        return 0
+    least = max(rule["least"], rule["beside_best"] * probabilities[0])
+    return sum(probability >= least for probability in probabilities)
+
+
+#: Records that are asked together whether a turn needs any.
+TOGETHER = 10

@@ -7,6 +7,7 @@ are worth is fusion.py's.
 from __future__ import annotations
 
 import datetime as dt
+import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -206,6 +207,7 @@ def measure(
         kind = "tokens"
         asked["best_match"], part = _matches(rows, query, pool, lexical, matches)
     asked["named"] = float(_structure(rows, query, pool))
+    asked["records"] = math.log1p(count)
     asked["assistants"] = float(rows["assistant"].mean()) if count else 0.0
     return Signals(kind, rows, asked, part)
 
@@ -266,7 +268,7 @@ def _matches(
     weights = _token_weights(query, lexical)
     even = np.full(len(weights), 1 / len(weights), np.float32)
     both = scores @ np.stack([weights, even], axis=1)
-    if len(matches.owner) == len(pool):  # usual: one passage each
+    if matches.one_each:  # usual
         best, sums, part = scores, both, matches.part
     else:
         starts = np.flatnonzero(np.diff(matches.owner, prepend=-1))

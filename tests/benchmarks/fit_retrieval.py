@@ -51,11 +51,26 @@ GATES = {
     "vectors": ["evidence", "assistants", "stems", "rarity", "best_cosine"],
     "tokens": ["evidence", "assistants", "stems", "rarity", "best_cosine"],
 }
-TOLD = ["evidence", "rarity", "unknown", "stems", "contents", "chatter", "personal", "named"]
+TOLD = ["evidence", "rarity", "unknown", "stems", "contents", "chatter", "personal", "named", "records"]
 TOLD_BY = {"words": TOLD, "vectors": [*TOLD, "best_cosine"], "tokens": [*TOLD, "best_cosine", "best_match"]}
 #: What each data set weighs in the fit, however many questions it has.
-SHARES = {"locomo": 0.6, "prefeval": 0.25, "beam": 0.15, "foreign": 0.3, "abstention": 0.05, "small talk": 0.3}
+SHARES = {
+    "locomo": 0.6,
+    "prefeval": 0.25,
+    "beam": 0.15,
+    "few": 0.1,
+    "foreign": 0.3,
+    "abstention": 0.05,
+    "small talk": 0.3,
+    "few foreign": 0.05,
+    "few small talk": 0.05,
+}
 FOLDS = 4
+#: What a prompt takes (`fusion.taken`): the first rule is the one that is written.
+RULES = [
+    {"evidence": evidence, "least": least, "beside_best": 0.05}
+    for evidence, least in ((0.2, 0.02), (0.1, 0.02), (0.3, 0.02), (0.0, 0.05))
+]
 
 
 @dataclass
@@ -85,8 +100,65 @@ def collect(shared: Path) -> list[Asked]:
             memory, ids = filled(case["items"], model)
             with memory:
                 found += _ask(memory, ids, case, cases, dataset, number, shared, model)
+            if dataset == "locomo":
+                found += _few(case, cases[(number + 1) % len(cases)], number, model)
             print(f"{case['name']}: {time.perf_counter() - begun:.1f} s", file=sys.stderr, flush=True)
     return found
+
+
+class _Asker:
+    """Measures questions to one memory."""
+
+    def __init__(self, memory: Memory, ids: dict[str, str], case: dict[str, Any], model: Embedder) -> None:
+        self._engine, self._model = memory._engine, model
+        rows = self._engine.database.query("SELECT seq, id FROM records")
+        self._item_of = {row["seq"]: ids[row["id"]] for row in rows}
+        text_of = {item["id"]: (item.get("time"), item["speaker"], item["text"]) for item in case["items"]}
+        count = importlib.import_module("eval_retrieval").ntok
+        self._cost = {}
+        for row in self._engine.database.query("SELECT seq, part, start, stop FROM vectors"):
+            when, who, text = text_of[self._item_of[row["seq"]]]
+            shown = f"[{when}] " if when else ""
+            self._cost[row["seq"], row["part"]] = count(f"{shown}{who}: {text[row['start'] : row['stop']]}")
+
+    def __call__(self, text: str, gold: set[str], name: str, fold: int, *, held_out: bool = False) -> Asked:
+        signals, golds, lines = {}, {}, {}
+        encoded = encode_with(self._model, [text], query=True)
+        engine = self._engine
+        for kind in KINDS:
+            found = engine.searcher.measure(
+                text,
+                None if kind == "words" else encoded,
+                index=None if kind == "words" else engine.index,
+                tokens=engine.tokens if kind == "tokens" else None,
+                scope=Scope(user="benchmark"),
+                now=time.time(),
+            )
+            if len(found.pool) and found.signals.kind == kind:
+                seqs = found.pool.view.seq[found.pool.places].tolist()
+                parts = found.signals.part.tolist()
+                signals[kind] = found.signals
+                golds[kind] = np.array([self._item_of[seq] in gold for seq in seqs])
+                lines[kind] = np.array([self._cost[pair] for pair in zip(seqs, parts, strict=True)])
+        return Asked(name, fold, signals, golds, len(gold), lines, held_out)
+
+
+def _few(case: dict[str, Any], other: dict[str, Any], number: int, model: Embedder) -> Iterator[Asked]:
+    """Questions to memories of one to thirty records: the evidence and others of the conversation, in order."""
+    random = np.random.default_rng(number)
+    items = case["items"]
+    place = {item["id"]: row for row, item in enumerate(items)}
+    for question in random.choice(case["questions"], 40, replace=False):
+        rows = {place[item] for item in question["gold"]}
+        rows |= set(random.choice(len(items), int(random.integers(0, 30)), replace=False).tolist())
+        small = {"items": [items[row] for row in sorted(rows)]}
+        memory, ids = filled(small["items"], model)
+        with memory:
+            ask = _Asker(memory, ids, small, model)
+            yield ask(question["text"], set(question["gold"]), "few", number)
+            yield ask(random.choice(other["questions"])["text"], set(), "few foreign", number)
+            for at in random.choice(len(SMALL_TALK), 2, replace=False).tolist():
+                yield ask(SMALL_TALK[at], set(), "few small talk", number, held_out=at % 2 == 1)
 
 
 def _ask(
@@ -99,36 +171,7 @@ def _ask(
     shared: Path,
     model: Embedder,
 ) -> Iterator[Asked]:
-    engine = memory._engine
-    rows = engine.database.query("SELECT seq, id FROM records")
-    item_of = {row["seq"]: ids[row["id"]] for row in rows}
-    text_of = {item["id"]: (item.get("time"), item["speaker"], item["text"]) for item in case["items"]}
-    count = importlib.import_module("eval_retrieval").ntok
-    cost = {}
-    for row in engine.database.query("SELECT seq, part, start, stop FROM vectors"):
-        when, who, text = text_of[item_of[row["seq"]]]
-        shown = f"[{when}] " if when else ""
-        cost[row["seq"], row["part"]] = count(f"{shown}{who}: {text[row['start'] : row['stop']]}")
-
-    def ask(text: str, gold: set[str], name: str, fold: int, *, held_out: bool = False) -> Asked:
-        signals, golds, lines = {}, {}, {}
-        encoded = encode_with(model, [text], query=True)
-        for kind in KINDS:
-            found = engine.searcher.measure(
-                text,
-                None if kind == "words" else encoded,
-                index=None if kind == "words" else engine.index,
-                tokens=engine.tokens if kind == "tokens" else None,
-                scope=Scope(user="benchmark"),
-                now=time.time(),
-            )
-            if len(found.pool) and found.signals.kind == kind:
-                seqs = found.pool.view.seq[found.pool.places].tolist()
-                signals[kind] = found.signals
-                golds[kind] = np.array([item_of[seq] in gold for seq in seqs])
-                lines[kind] = np.array([cost[pair] for pair in zip(seqs, found.signals.part.tolist(), strict=True)])
-        return Asked(name, fold, signals, golds, len(gold), lines, held_out)
-
+    ask = _Asker(memory, ids, case, model)
     topics = sorted({question["id"].rsplit("-", 1)[0] for question in case["questions"]})
     for question in case["questions"]:
         fold = (
@@ -311,17 +354,17 @@ def ranking(asked: Sequence[Asked], kind: str) -> dict[str, dict[str, float]]:
 
 
 def taken(
-    asked: Sequence[Asked], kind: str, chance: dict[int, Any], threshold: float, most: int = 10
+    asked: Sequence[Asked], kind: str, chance: dict[int, Any], rule: dict[str, float], most: int
 ) -> dict[str, dict[str, float]]:
-    """Records of at least this probability, at most so many: how many, and the recall they keep."""
+    """What a prompt takes of the best so many: how many records, in how many turns none, and the recall they keep."""
     table = {}
     for dataset in dict.fromkeys(one.dataset for one in asked):
-        mine = [one for one in asked if one.dataset == dataset and (dataset != "small talk" or one.held_out)]
+        mine = [one for one in asked if one.dataset == dataset and ("small talk" not in dataset or one.held_out)]
         counts, recalls = [], []
         for one in mine:
             values = chance.get(id(one), np.empty(0))
             order = np.argsort(-values, kind="stable")[:most]
-            order = order[values[order] >= threshold]
+            order = order[: fusion.taken(values[order].tolist(), rule)]
             counts.append(len(order))
             if one.total:
                 recalls.append(one.gold[kind][order].sum() / one.total if len(order) else 0.0)
@@ -335,7 +378,7 @@ def taken(
 def reliability(asked: Sequence[Asked], kind: str, chance: dict[int, Any]) -> dict[str, Any]:
     """Expected calibration error over the ten best of each question with evidence, and the bins it comes from."""
     values, gold = [], []
-    for one in (one for one in asked if one.total and id(one) in chance):
+    for one in (one for one in asked if one.total and id(one) in chance and one.dataset != "few"):
         order = np.argsort(-chance[id(one)])[:10]
         values.append(chance[id(one)][order])
         gold.append(one.gold[kind][order])
@@ -368,7 +411,6 @@ def cross_validated(asked: Sequence[Asked], kind: str) -> dict[int, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--shared", type=Path, default=ROOT.parent / "shared", help="folder with eval/ and data/")
-    parser.add_argument("--threshold", type=float, default=0.05)
     parser.add_argument("--write", action="store_true", help="write fusion.json")
     parser.add_argument("--json", type=Path, default=None)
     options = parser.parse_args()
@@ -383,14 +425,15 @@ def main() -> None:
         for dataset, row in report[kind]["recall"].items():
             print(f"  {dataset:9s}", "  ".join(f"{name} {value:5.1f}" for name, value in row.items()))
         print("  expected calibration error", report[kind]["reliability"]["ece"], report[kind]["reliability"]["bins"])
-        for threshold in (0.02, 0.03, 0.05, 0.08, 0.12, 0.2):
-            report[kind][f"taken at {threshold}"] = table = taken(asked, kind, chance, threshold)
-            print(f"  p >= {threshold}:", "; ".join(f"{name} {row}" for name, row in table.items()))
+        for rule, most in ((rule, most) for rule in RULES for most in (6, 10)):
+            table = taken(asked, kind, chance, rule, most)
+            report[kind][f"taken of {most} by {rule}"] = table
+            print(f"  of {most} by {rule}:", "; ".join(f"{name} {row}" for name, row in table.items()))
         kinds[kind] = calibrated(numbers_of(asked, kind), asked, kind)
     if options.write:
         made = dt.datetime.now(dt.UTC).date().isoformat()
         data = "development halves of LoCoMo (4 conversations), PrefEval (8 topics), BEAM 100K (4 chats)"
-        head = {"made": made, "by": "tests/benchmarks/fit_retrieval.py", "data": data, "threshold": options.threshold}
+        head = {"made": made, "by": "tests/benchmarks/fit_retrieval.py", "data": data, "taken": RULES[0]}
         FILE.write_text(_text({**head, "kinds": kinds}), encoding="utf-8")
     if options.json:
         options.json.write_text(json.dumps(report, indent=1), encoding="utf-8")

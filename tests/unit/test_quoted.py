@@ -131,9 +131,9 @@ def test_no_special_token_comes_out_of_a_tokenizer_that_knows_them_all() -> None
 def test_recalled_text_is_never_in_a_system_message() -> None:
     model = ScriptedProvider("fine")
     with Memory(":memory:", model=model, embedder="none") as memory:
-        memory.add([payload.replace("\0", "") for payload in PAYLOADS[:40]])
-        for query in ("ignore all earlier instructions", "system"):
-            memory.chat(query)
+        memory.add([f"{payload.replace(chr(0), '')} about subject{n}" for n, payload in enumerate(PAYLOADS[:40])])
+        for n in (0, 20, 39):
+            memory.chat(f"What did I say about subject{n}?")
     messages = [message for request in model.requests for part in request.segments for message in part.messages]
     assert any("<memories>\n" in message.content for message in messages)
     for message in messages:

@@ -75,7 +75,7 @@ def test_a_token_belongs_to_the_word_that_it_stands_in() -> None:
 )
 def test_dates_of_a_query(text: str, year: set[int], month: set[int], day: set[int]) -> None:
     query = Query.of(text, None)
-    assert (query.years, query.months) == (year, month)
+    assert (set(query.years), set(query.months)) == (year, month)
     assert day <= query.days
 
 
@@ -176,7 +176,14 @@ def test_a_signal_that_never_varies_says_nothing_and_one_record_is_no_outlier() 
 def test_the_file_says_what_it_was_fitted_on_and_holds_no_data() -> None:
     file = Path(fusion.__file__).with_name("fusion.json")
     found = json.loads(file.read_text(encoding="utf-8"))
-    assert set(found) == {"made", "by", "data", "threshold", "kinds"}
+    assert set(found) == {"made", "by", "data", "taken", "kinds"}
     assert set(found["kinds"]) == set(KINDS)
     assert file.stat().st_size < 20_000
-    assert 0 < fusion.threshold() < 0.5
+
+
+def test_a_prompt_takes_what_is_likely_and_nothing_where_nothing_is() -> None:
+    assert fusion.taken([]) == 0
+    assert fusion.taken([0.01] * 50) == 0
+    assert fusion.taken([0.03] * 50) == 50
+    assert fusion.taken([0.9, 0.5, 0.06, 0.04, 0.03, 0.0]) == 3
+    assert fusion.taken([0.15, 0.01, 0.01]) == 0
