@@ -127,7 +127,8 @@ class View:
     @property
     def tenants(self) -> list[str]:
         """The tenants that have records here, '' for those of none."""
-        return [tenant for tenant in self._table.codes[0] if tenant or self._table.shared]
+        # A copy first: a newer view's table adds to the same dict, in another thread.
+        return [tenant for tenant in list(self._table.codes[0]) if tenant or self._table.shared]
 
     def level(self, name: str) -> Codes:
         """The code of each record's scope level: int32 [n], 0 where it is not set."""
@@ -218,8 +219,12 @@ class Catalog:
             found = {row[0] for row in rows}
             # A view that a search holds is not written to: this one goes on with a copy.
             table = self._tables[table.tenant] = table.unshared()
-            if not table.apply(rows, [seq for seq in final if seq not in found]):
-                return False
+            try:
+                if not table.apply(rows, [seq for seq in final if seq not in found]):
+                    return False
+            except BaseException:  # Ctrl-C, no memory: what is half applied must not be gone on with
+                del self._tables[table.tenant]
+                raise
         table.change = changes[-1][0], changes[-1][4]
         return True
 
@@ -336,11 +341,11 @@ class _Table:
         self._link(first)
         self._changed()
 
-    def index(self, rows: Sequence[Any]) -> None:
-        """Give these rows' words to the postings."""
+    def index(self, rows: Sequence[Any], changed: Sequence[int] = ()) -> None:
+        """Give these rows' words to the postings; ``changed`` are the places of those that were here already."""
         places = np.searchsorted(self.columns["seq"][: self.n], [row[0] for row in rows]).tolist()
         words = [(_text(row[7]), None if row[6] is None else _text(row[6])) for row in rows]
-        self.postings.add([(place, *texts) for place, texts in zip(places, words, strict=True)], self.n)
+        self.postings.add([(place, *texts) for place, texts in zip(places, words, strict=True)], self.n, changed)
 
     def apply(self, rows: Sequence[Any], gone: Iterable[int]) -> bool:
         """Rows that came or changed, as they are now, and rows that are gone. False where only reading all helps."""
@@ -348,18 +353,17 @@ class _Table:
         last = int(seq[-1]) if self.n else 0
         new = [row for row in rows if row[0] > last]
         old = [row for row in rows if row[0] <= last]
+        places = np.searchsorted(seq, [row[0] for row in old])
         if old:
-            places = np.searchsorted(seq, [row[0] for row in old])
             if (seq[places] != [row[0] for row in old]).any() or not self.columns["live"][places].all():
                 return False
             before = self.columns["group"][places].copy()
             self._write(places, old)
             if (before != self.columns["group"][places]).any():
                 return False
-            self.postings.remove(places.tolist())
         self.append(new)
         if old or new:
-            self.index([*old, *new])
+            self.index([*old, *new], places.tolist())
         for number in gone:
             self._remove(number)
         self._changed()

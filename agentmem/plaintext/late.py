@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 import threading
+import weakref
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -105,13 +107,18 @@ class Matches:
     #: Int32 [passages]: the passage's number in its record.
     part: npt.NDArray[np.int32]
 
+    @property
+    def one_each(self) -> bool:
+        """Whether each record has one passage: a row per record, in their order."""
+        return len(self.owner) == self.records and bool((self.owner[1:] > self.owner[:-1]).all())
+
     def best(self, weights: Scores) -> tuple[Scores, npt.NDArray[np.int32]]:
         """Per record the largest ``scores @ weights`` of its passages, float32 [records], and the passage's number.
 
         NaN and -1 for a record without codes.
         """
         sums = self.scores @ np.asarray(weights, np.float32)
-        if len(self.owner) == self.records:  # usual: one passage each
+        if self.one_each:
             return sums, self.part
         best = np.full(self.records, np.nan, np.float32)
         part = np.full(self.records, -1, np.int32)
@@ -132,6 +139,11 @@ class TokenStore:
         self._database = database
         self._space = space
         self._budget = budget
+        self.start()
+        _ALL.add(self)
+
+    def start(self) -> None:
+        """Begin with nothing in RAM and a free lock, as a forked child has to: no thread came with it."""
         self._lock = threading.Lock()
         self._clear()
 
@@ -286,3 +298,16 @@ class TokenStore:
         self._arena = np.concatenate(pieces) if pieces else np.empty(0, np.uint8)
         self._used, self._waste = len(self._arena), 0
         self._starts, self._parts, self._firsts = np.cumsum(lengths) - lengths, self._parts[passages], before
+
+
+#: The stores whose locks a forked child must not find held.
+_ALL: weakref.WeakSet[TokenStore] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for store in _ALL:
+        store.start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

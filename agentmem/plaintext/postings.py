@@ -41,11 +41,13 @@ MOST_TERMS = 64
 TOKENIZER = "porter unicode61"
 #: Words whose stems are remembered.
 KNOWN = 65_536
+#: A word with the accents that are characters of their own: FTS5 takes them for parts of it and then drops them.
+_WORD = re.compile("[^\\W_]+(?:[\u0300-\u036f]+[^\\W_]*)*")
 
 
 def terms(query: str) -> list[str]:
     """The words of a query to look up: letters and digits only, without those that say nothing."""
-    words = list(dict.fromkeys(re.findall(r"[^\W_]+", query.lower())))
+    words = list(dict.fromkeys(_WORD.findall(query.lower())))
     return ([word for word in words if word not in STOP_WORDS] or words)[:MOST_TERMS]
 
 
@@ -72,16 +74,17 @@ class _Tokenizer:
 
     def stems(self, words: Sequence[str]) -> list[str]:
         """The stems of these words, each once, in their order. A word may be several tokens to FTS5, or none."""
-        new = [word for word in words if word not in self._known]
+        known = self._known
+        new = [word for word in words if word not in known]
         if new:
             found: dict[int, list[str]] = {}
             for stem, row in self.index((row, word, None) for row, word in enumerate(new)):
                 found.setdefault(row, []).append(stem)
-            if len(self._known) > KNOWN:
-                self._known = {}
+            if len(known) > KNOWN:  # another thread goes on with the dict it began with
+                known = self._known = {word: known[word] for word in words if word in known}
             for row, word in enumerate(new):
-                self._known[word] = tuple(found.get(row, ()))
-        return list(dict.fromkeys(stem for word in words for stem in self._known.get(word, ())))
+                known[word] = tuple(found.get(row, ()))
+        return list(dict.fromkeys(stem for word in words for stem in known[word]))
 
 
 @cache
@@ -100,25 +103,42 @@ def stems(query: str) -> list[str]:
 
 
 class _Held:
-    """The postings of one stem. What lies behind ``count`` is room to grow: a reader's slices never change."""
+    """The postings of one stem. What lies behind ``count`` is room to grow: a reader's slices never change.
 
-    __slots__ = ("count", "places", "times")
+    ``since`` is how many of the places that were taken out (`Postings.add`) are out of these.
+    """
 
-    def __init__(self, places: Places, times: Places) -> None:
-        self.places, self.times, self.count = places, times, len(places)
+    __slots__ = ("count", "places", "since", "times")
 
-    def append(self, places: Places, times: Places) -> int:
-        """Add postings behind all others; returns how many bytes that took."""
-        count, grown = self.count + len(places), 0
+    def __init__(self, places: Places, times: Places, since: int) -> None:
+        self.places, self.times, self.count, self.since = places, times, len(places), since
+
+    def add(self, places: Places, times: Places) -> None:
+        """Add postings that are not here, behind all others or between them."""
+        here, often = self.slices()
+        if len(here) and here[-1] >= places[0]:
+            at = np.searchsorted(here, places)
+            self.places, self.times = np.insert(here, at, places), np.insert(often, at, times)
+            self.count = len(self.places)
+            return
+        count = self.count + len(places)
         if count > len(self.places):
             room = max(count, 2 * len(self.places))
-            grown = 8 * (room - len(self.places))
-            larger = np.empty(room, np.int32), np.empty(room, np.int32)
-            larger[0][: self.count], larger[1][: self.count] = self.slices()
-            self.places, self.times = larger
+            self.places, self.times = np.empty(room, np.int32), np.empty(room, np.int32)
+            self.places[: self.count], self.times[: self.count] = here, often
         self.places[self.count : count], self.times[self.count : count] = places, times
         self.count = count
-        return grown
+
+    def remove(self, gone: Places) -> None:
+        """Take out those of these places that are here."""
+        here, often = self.slices()
+        if not len(here):
+            return
+        at = np.minimum(np.searchsorted(here, gone), len(here) - 1)
+        at = at[here[at] == gone]
+        if len(at):
+            self.places, self.times = np.delete(here, at), np.delete(often, at)
+            self.count = len(self.places)
 
     def slices(self) -> tuple[Places, Places]:
         return self.places[: self.count], self.times[: self.count]
@@ -144,6 +164,7 @@ class Postings:
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._bytes = 0
         self._covered = 0  # places whose words have come by `add`: an older view's reading would lack some
+        self._gone: list[int] = []  # places whose old words are taken out of a word's postings when it is next used
 
     def get(self, words: Sequence[str], seqs: npt.NDArray[np.int64]) -> list[tuple[Places, Places]]:
         """For each stem (places ascending, occurrences), int32; ``seqs`` are the row numbers of the view's places."""
@@ -161,6 +182,7 @@ class Postings:
                     continue
                 if not self.complete and word in self._held:
                     self._held.move_to_end(word)
+                self._settle(held)
                 places, times = held.slices()
                 # Postings run ahead of a view that a search still holds.
                 if len(places) and places[-1] >= len(seqs):
@@ -172,48 +194,49 @@ class Postings:
                 self._bytes -= 8 * len(self._held.popitem(last=False)[1].places)
             return found
 
-    def add(self, rows: Sequence[tuple[int, str, str | None]], count: int) -> None:
-        """Index (place, text, name) of records that are new or whose places were taken out by `remove`.
+    def add(self, rows: Sequence[tuple[int, str, str | None]], count: int, changed: Sequence[int] = ()) -> None:
+        """Index (place, text, name) of records. ``changed``: those of the places that were here with other words.
 
-        ``count`` is the number of places that the view has now.
+        ``count`` is the number of places that the view has now. A search at the same time finds the old words of a
+        record or the new ones.
         """
         with self._lock:
             self._covered = count
             if len(rows) > (self.SMALL if self.complete else self.FEW):
                 self._forget()
                 return
-            for word, places, times in _grouped(_tokenizer().index(rows)):
+            words = [*_grouped(_tokenizer().index(rows))]
+            self._gone += changed
+            for word, places, times in words:
                 held = self._held.get(word)
                 if held is None:
-                    if self.complete:
-                        self._held[word] = _Held(places, times)
-                        self._bytes += 8 * len(places)
-                elif not held.count or held.places[held.count - 1] < places[0]:
-                    self._bytes += held.append(places, times)
-                else:
-                    all_places, all_times = held.slices()
-                    at = np.searchsorted(all_places, places)
-                    self._held[word] = _Held(np.insert(all_places, at, places), np.insert(all_times, at, times))
-                    self._bytes += 8 * len(places)
+                    if not self.complete:
+                        continue
+                    held = self._held[word] = _Held(_NONE, _NONE, len(self._gone))
+                self._settle(held)
+                before = len(held.places)
+                held.add(places, times)
+                self._bytes += 8 * (len(held.places) - before)
+            if len(self._gone) > self.SMALL:
+                for held in self._held.values():
+                    self._settle(held)
+                    held.since = 0
+                self._gone = []
 
-    def remove(self, places: Sequence[int]) -> None:
-        """Take these places out of every word's postings."""
-        gone = np.array(sorted(places), np.int32)
-        with self._lock:
-            if len(gone) > self.FEW:
-                self._forget()
-            for word, held in self._held.items():
-                here, times = held.slices()
-                at = np.searchsorted(here, gone)
-                at = at[at < len(here)]
-                at = at[np.isin(here[at], gone)]
-                if len(at):
-                    self._held[word] = _Held(np.delete(here, at), np.delete(times, at))
+    def _settle(self, held: _Held) -> None:
+        """Take out of a word's postings what `add` said is gone since they were last used."""
+        if held.since == len(self._gone):
+            return
+        before = len(held.places)
+        held.remove(np.unique(np.array(self._gone[held.since :], np.int32)))
+        held.since = len(self._gone)
+        self._bytes -= 8 * (before - len(held.places))
 
     def _forget(self) -> None:
         """Drop all words: they are read again when they are asked for."""
         self.complete, self._bytes = False, 0
         self._held.clear()
+        self._gone = []
 
     def _read(self, words: Sequence[str], seqs: npt.NDArray[np.int64]) -> dict[str, _Held]:
         rows = self._database.query(
@@ -222,7 +245,7 @@ class Postings:
         )
         found = {}
         for word, text in rows:
-            held = _Held(_NONE, _NONE)
+            held = _Held(_NONE, _NONE, len(self._gone))
             if text is not None and len(seqs):
                 docs = np.fromstring(text, np.int64, sep=",")
                 first, last = int(seqs[0]), int(seqs[-1])
@@ -231,7 +254,7 @@ class Postings:
                 else:
                     at = np.minimum(np.searchsorted(seqs, docs), len(seqs) - 1)
                     at = at[seqs[at] == docs]
-                held = _Held(*_counted(at.astype(np.int32)))
+                held = _Held(*_counted(at.astype(np.int32)), len(self._gone))
             found[word] = held
         return found
 

@@ -8,6 +8,7 @@ a score. Knows nothing of embedders: the query comes in encoded.
 from __future__ import annotations
 
 import json
+import os
 import threading
 import weakref
 from collections.abc import Mapping, Sequence
@@ -70,6 +71,11 @@ class Searcher:
     def __init__(self, database: Database, records: Records) -> None:
         self._database = database
         self._records = records
+        self.start()
+        _ALL.add(self)
+
+    def start(self) -> None:
+        """Begin with nothing in RAM and a free lock, as a forked child has to: no thread came with it."""
         self._lock = threading.Lock()
         self._parts: tuple[Catalog, Words] | None = None
         self._followed: weakref.WeakKeyDictionary[TokenStore, tuple[int, int]] = weakref.WeakKeyDictionary()
@@ -255,3 +261,16 @@ def _by_words(record: Record, query: Query) -> tuple[int, int | None]:
     if len(lower) != len(record.text):  # a letter whose small form is two: the offsets would be off
         lower = record.text
     return max(spans, key=lambda span: sum(word in lower[slice(*span)] for word in wanted))
+
+
+#: The searchers whose locks a forked child must not find held.
+_ALL: weakref.WeakSet[Searcher] = weakref.WeakSet()
+
+
+def _after_fork() -> None:
+    for searcher in _ALL:
+        searcher.start()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork)

@@ -16,7 +16,7 @@ from agentmem import _pure
 from agentmem._pure import late as pure
 from agentmem.database import Database
 from agentmem.errors import Corrupt, InvalidInput, ProviderError
-from agentmem.plaintext.late import MOST_PARTS, TokenStore, pack, pack_all, scores
+from agentmem.plaintext.late import MOST_PARTS, Matches, TokenStore, pack, pack_all, scores
 
 native = pytest.importorskip("agentmem._native", reason="built without a C compiler")
 
@@ -322,3 +322,16 @@ class TestStore:
         for thread in threads:
             thread.join()
         assert wrong == []
+
+
+class TestMatches:
+    def test_as_many_passages_as_records_are_not_always_one_each(self) -> None:
+        found = Matches(
+            3, np.array([[0.1], [0.2], [0.9]], np.float32), np.array([1, 2, 2]), np.array([0, 0, 1], np.int32)
+        )
+        assert not found.one_each
+        best, part = found.best(np.ones(1, np.float32))
+        assert np.isnan(best[0])
+        assert best[1:].tolist() == pytest.approx([0.1, 0.9])
+        assert part.tolist() == [-1, 0, 1]
+        assert Matches(3, found.scores, np.arange(3), found.part).one_each

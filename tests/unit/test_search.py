@@ -5,8 +5,10 @@ from __future__ import annotations
 import contextlib
 import datetime as dt
 import math
+import os
 import threading
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -31,9 +33,9 @@ NOW = dt.datetime(2026, 6, 1, tzinfo=dt.UTC).timestamp()
 class Store:
     """Records that are searched by the hash embedder's vectors and token vectors, by its vectors, or by words only."""
 
-    def __init__(self, kind: str = "tokens") -> None:
+    def __init__(self, kind: str = "tokens", path: str | Path = ":memory:") -> None:
         self.kind = kind
-        self.database = Database(":memory:")
+        self.database = Database(path)
         self.records = Records(self.database)
         self.searcher = Searcher(self.database, self.records)
         self.embedder = HashEmbedder()
@@ -293,3 +295,48 @@ def test_threads_search_one_memory() -> None:
         thread.join()
     assert failures == []
     store.database.close()
+
+
+@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_searches_though_another_thread_was_searching(tmp_path: Path) -> None:
+    store = Store(path=tmp_path / "memory.db")
+    store.add("Ana keeps bees")
+    store.texts("bees")
+    with store.searcher._lock, store.tokens._lock:
+        child = os.fork()
+        if child == 0:
+            found: list[str] = []
+            thread = threading.Thread(target=lambda: found.extend(store.texts("bees")), daemon=True)
+            thread.start()
+            thread.join(20)
+            os._exit(0 if found == ["Ana keeps bees"] else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    store.database.close()
+
+
+def test_a_record_without_token_vectors_beside_one_of_two_passages_gets_none_of_theirs() -> None:
+    """Three records with two passages, one and none: as many passages as records."""
+    store = Store()
+    long = "Nothing to see. " * 50 + "\n\n" + "the lighthouse keeper paints. " * 20
+    store.add(long)
+    store.add("the harbour is quiet")
+    store.records.insert(drafts("the harbour crane is red", scope=ANA))
+    hits = store.search("lighthouse keeper harbour")
+    assert {hit.record.text: (hit.start, hit.stop) for hit in hits} == {
+        "the harbour crane is red": (0, None),
+        "the harbour is quiet": (0, None),
+        long: (long.index("the lighthouse"), len(long)),
+    }
+    found = store.searcher.measure(
+        "lighthouse keeper harbour",
+        encode_with(store.embedder, ["lighthouse keeper harbour"], query=True),
+        index=store.index,
+        tokens=store.tokens,
+        scope=ANA,
+        now=NOW,
+    )
+    assert found.matches is not None
+    assert len(found.matches.owner) == len(found.pool) == 3
+    part = found.signals.part.tolist()
+    assert part == [1, 0, 0]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from agentmem.database import Database
+from agentmem.plaintext import postings
 from agentmem.plaintext.catalog import Catalog, View
 from agentmem.plaintext.postings import MOST_TERMS, Postings, stems
 from agentmem.plaintext.records import Records, drafts
@@ -26,6 +27,13 @@ class Store:
         self.records = Records(self.database)
         self.catalog = Catalog(self.database)
         self.words = Words()
+
+    @classmethod
+    def of(cls, database: Database) -> Store:
+        """Another view of the same database, made anew."""
+        store = cls()
+        store.database, store.records, store.catalog = database, Records(database), Catalog(database)
+        return store
 
     def add(self, *content: Any, **levels: Any) -> list[Record]:
         return self.records.insert(drafts(list(content), scope=Scope(**levels)))
@@ -184,3 +192,70 @@ def test_postings_stay_within_their_budget(monkeypatch: pytest.MonkeyPatch) -> N
         view, found = store.score(word)
         assert found.turn.any()
         assert view.postings._bytes <= 200 or len(view.postings._held) == 1
+
+
+def test_a_word_is_found_whichever_way_its_accents_are_written() -> None:
+    assert stems("nai\u0308ve cafe\u0301") == stems("na\u00efve caf\u00e9") == ["naiv", "cafe"]
+    assert stems("\u0130stanbul") == ["istanbul"]  # its small form is an i and a dot of its own
+
+
+def test_what_is_known_of_a_word_stays_known_while_the_memory_of_words_is_emptied(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(postings, "KNOWN", 2)
+    tokenizer = postings._Tokenizer()
+    assert tokenizer.stems(["ants", "bread", "cats"]) == ["ant", "bread", "cat"]
+    assert tokenizer.stems(["ants", "dogs"]) == ["ant", "dog"]
+
+
+def test_a_word_read_while_a_record_changes_counts_it_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A search that still holds the older view reads a word whose postings the newer view is about to extend."""
+    monkeypatch.setattr(Postings, "SMALL", 0)
+    store = Store()
+    first, *_ = store.add("ant", "bread", "cat")
+    older, _ = store.score("bread")
+    store.records.update(first.id, Scope(), text="goat")
+    add = Postings.add
+
+    def between(self: Postings, *arguments: Any) -> None:
+        self.get(["goat"], older.seq)
+        add(self, *arguments)
+
+    monkeypatch.setattr(Postings, "add", between)
+    view, found = store.score("goat")
+    assert found.times(np.array([0], np.int32)).tolist() == [[1]]
+    ((places, _),) = view.postings.get(["goat"], view.seq)
+    assert places.tolist() == [0]
+
+
+def test_a_changed_record_costs_its_own_words_not_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    store = Store()
+    first, *_ = store.add(*(f"word{number} ant" for number in range(500)))
+    store.score("ant")
+    removed: list[Any] = []
+    remove = postings._Held.remove
+
+    def counted(held: Any, gone: Any) -> None:
+        removed.append(gone)
+        remove(held, gone)
+
+    monkeypatch.setattr(postings._Held, "remove", counted)
+    store.records.update(first.id, Scope(), text="bread")
+    _, found = store.score("ant word0 bread")
+    assert found.times(np.array([0, 1], np.int32)).tolist() == [[0, 1], [0, 0], [1, 0]]
+    assert 0 < len(removed) < 5
+
+
+def test_many_changes_leave_the_postings_as_fresh_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Postings, "SMALL", 8)
+    store, draw = Store(), random.Random(5)
+    ids = [record.id for record in store.add(*VOCABULARY)]
+    held = store.score("ant")[0].postings
+    for _ in range(60):
+        store.records.update(draw.choice(ids), Scope(), text=" ".join(draw.choices(VOCABULARY, k=3)))
+        view, found = store.score(" ".join(VOCABULARY))
+        assert view.postings is held
+        _, fresh = Store.of(store.database).score(" ".join(VOCABULARY))
+        assert np.array_equal(found.turn, fresh.turn)
+    assert held.complete
+    assert held._bytes == sum(8 * len(one.places) for one in held._held.values())
