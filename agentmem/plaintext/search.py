@@ -149,8 +149,9 @@ class Searcher:
         allowed = view.allowed(scope, now if when is None else utc_seconds(when))
         if where:
             allowed = self._holding(view, allowed, condition)
+        stems = words.stems(query)  # first: it asks FTS5 for all words that are new at once
         asked = Query.of(query, encoded)
-        lexical = words.score(view, words.stems(query), allowed)
+        lexical = words.score(view, stems, allowed)
         near = None if encoded is None or index is None else (index, encoded.vectors[0])
         pool, cosines = _pool(view, allowed, lexical, near, max(POOL, k))
         matches = None
@@ -195,11 +196,14 @@ class Searcher:
             last = self._followed.get(tokens)
             changes = None if last is None else changes_since(self._database, last)
             if changes is None:
-                self._followed[tokens] = last_change(self._database)
+                last = last_change(self._database)
                 tokens.clear()
             elif changes:
-                self._followed[tokens] = changes[-1][0], changes[-1][4]
+                last = changes[-1][0], changes[-1][4]
                 tokens.drop(np.array(sorted({row[2] for row in changes}), np.int64))
+            else:
+                return
+            self._followed[tokens] = last  # only now: what Ctrl-C kept from being dropped is dropped the next time
 
 
 def _pool(

@@ -154,8 +154,8 @@ class Pool:
         """
         beside = np.concatenate([found, view.previous[found], view.next[found]])
         beside = beside[beside >= 0]
-        places = np.unique(beside[allowed[beside]]).astype(np.int32)
-        row_of = _rows_of(places, view.previous[places]), _rows_of(places, view.next[places])
+        places = _distinct(beside[allowed[beside]], view.n)
+        row_of = _rows_of(places, view.previous[places], view.n), _rows_of(places, view.next[places], view.n)
         before = row_of[0]
         asker = places[np.maximum(before, 0)]
         other = (view.name[asker] != view.name[places]) | (view.role[asker] != view.role[places])
@@ -166,8 +166,25 @@ class Pool:
         return len(self.places)
 
 
-def _rows_of(places: Places, wanted: Places) -> Rows:
-    """Where ``wanted`` are in the ascending ``places``, -1 for those that are not."""
+#: Records of a view up to which a table of all of them is quicker than sorting some.
+SMALL = 65_536
+
+
+def _distinct(places: Places, count: int) -> Places:
+    """These places below ``count``, each once, ascending."""
+    if count > SMALL:
+        return np.unique(places).astype(np.int32)
+    here = np.zeros(count, bool)
+    here[places] = True
+    return np.flatnonzero(here).astype(np.int32)
+
+
+def _rows_of(places: Places, wanted: Places, count: int) -> Rows:
+    """Where ``wanted`` are in the ascending ``places`` below ``count``, -1 for those that are not (-1 is not)."""
+    if count <= SMALL:
+        rows = np.full(count + 1, -1, np.int64)  # the last one is what -1 finds
+        rows[places] = np.arange(len(places))
+        return np.asarray(rows[wanted], np.int64)
     if not len(places):
         return np.empty(0, np.int64)
     at = np.minimum(np.searchsorted(places, wanted), len(places) - 1)
@@ -300,10 +317,12 @@ def _matches(
     around = _padded(wide.T, last=-1)
     wide = np.maximum(wide, np.maximum(around[:, pool.before], around[:, pool.after]).T)
     rows["tokens_wide"] = wide @ weights
-    document = np.unique(pool.view.document[pool.places], return_inverse=True)[1]
+    document = pool.view.document[pool.places]
     order = np.argsort(document, kind="stable")
-    starts = np.flatnonzero(np.diff(document[order], prepend=-1))
-    rows["tokens_session"] = (np.maximum.reduceat(best[order], starts, axis=0) @ weights)[document]
+    new = np.diff(document[order], prepend=-1) != 0
+    sessions = np.maximum.reduceat(best[order], np.flatnonzero(new), axis=0) @ weights
+    rows["tokens_session"] = np.empty(len(pool), np.float32)
+    rows["tokens_session"][order] = sessions[np.cumsum(new) - 1]
     return float(rows["tokens"].max()), part
 
 
