@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import datetime as dt
 import itertools
-import re
 
 from .engine import Engine
 from .errors import InvalidInput
@@ -23,7 +22,8 @@ __all__ = ["history"]
 
 #: How many records a matter is looked for in, among those that hold and among those that ended.
 FOUND = 20
-WORDS = 32
+#: Those that hold are of the matter if they are this likely beside the likeliest one.
+BESIDE = 0.1
 
 
 def history(
@@ -38,7 +38,8 @@ def history(
         return [version for versions in _chain(engine, scope, id) for version in versions]
     check_text(about, "about")
     hits = yield from search(engine, scope, about, k=FOUND)
-    found = dict.fromkeys([hit.record.id for hit in hits] + _ended(engine, scope, about))
+    near = [hit.record.id for hit in hits if hit.score >= BESIDE * hits[0].score]
+    found = dict.fromkeys(near + _ended(engine, scope, about))
     changes: list[Change] = []
     seen: set[str] = set()
     for id_ in found:
@@ -85,7 +86,9 @@ def _past(engine: Engine, moment: dt.datetime) -> bool:
 
 def _ended(engine: Engine, scope: Scope, about: str) -> list[str]:
     """Records that hold no longer and share words with ``about``, the best first: a search finds what holds."""
-    words = list(dict.fromkeys(re.findall(r"\w+", about)))[:WORDS]
+    from .plaintext.postings import terms
+
+    words = terms(about)
     if not words:
         return []
     sql, values = visible(scope)

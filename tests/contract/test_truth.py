@@ -56,6 +56,27 @@ def test_the_history_of_any_link_is_the_whole_chain(memory: Memory) -> None:
         assert [record.text for record in memory.history(link.id)] == ["a", "a, corrected", "b", "c"]
 
 
+@pytest.mark.parametrize("embedder", ["default", "hash", "none"])
+@pytest.mark.parametrize(
+    ("about", "now"),
+    [("where I live", "I live in Porto."), ("my dog", "My dog is called Bello."), ("work", "I work as")],
+)
+def test_other_matters_are_not_told(about: str, now: str, embedder: str) -> None:
+    with Memory(":memory:", embedder=embedder) as memory:
+        for before, after in (
+            ("I live in Lisbon.", "I live in Porto."),
+            ("I work as a nurse.", "I work as a teacher."),
+            ("My favourite drink is tea.", "My favourite drink is mate."),
+            ("My dog is called Rex.", "My dog is called Bello."),
+        ):
+            [old] = memory.add(before, at="2026-01-01")
+            memory.add(after, at="2026-05-05", supersedes=old.id)
+        changes = memory.history(about=about)
+        assert [change.old is None for change in changes] == [True, False]
+        assert changes[-1].new
+        assert changes[-1].new.text.startswith(now)
+
+
 def test_what_changed_about_a_matter(memory: Memory) -> None:
     [old] = memory.add("My favourite drink is tea", at="2020-01-01")
     [new] = memory.add("My favourite drink is coffee", at="2023-01-01", supersedes=old.id)
