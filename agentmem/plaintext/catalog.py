@@ -457,6 +457,7 @@ class _Table:
             columns["next"][before] = after
         if after >= 0:
             columns["previous"][after] = before
+        columns["previous"][place] = columns["next"][place] = -1
         group = columns["group"][place]
         if self.tails[group] == place:
             self.tails[group] = before

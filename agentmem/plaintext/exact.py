@@ -82,18 +82,19 @@ class Exact:
         """Vectors of records that have none here."""
         if not len(seq):
             return
-        first, self._count = self._count, self._count + len(seq)
-        if self._count > len(self._seq):
-            room = max(self._count, 2 * first)
+        first, count = self._count, self._count + len(seq)
+        if count > len(self._seq):
+            room = max(count, 2 * first)
             for name in ("_seq", "_part", "_matrix", "_live"):
                 old = getattr(self, name)
                 new = np.empty((room, *old.shape[1:]), old.dtype)
                 new[:first] = old[:first]
                 setattr(self, name, new)
-        self._seq[first : self._count], self._part[first : self._count] = seq, part
-        self._matrix[first : self._count], self._live[first : self._count] = vectors, True
+        self._seq[first:count], self._part[first:count] = seq, part
+        self._matrix[first:count], self._live[first:count] = vectors, True
         self._single = self._single and not part.any()
         self._order = None
+        self._count = count  # last: where memory ends above, nothing was added
 
     def remove(self, seqs: Rows) -> None:
         """Take these records' vectors out."""

@@ -6,13 +6,14 @@ codes, where those of a record are and what of them is in RAM; knows nothing of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
 import threading
 import weakref
 import zlib
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -156,7 +157,7 @@ class TokenStore:
         tokens = np.ascontiguousarray(query, np.float32)
         if tokens.ndim != 2:
             raise InvalidInput(f"query tokens are [tokens, dimension], not the shape {tokens.shape}")
-        with self._lock:
+        with self._lock, self._whole():
             entries = self._entries(wanted)
             counts, firsts = self._counts[entries], self._firsts[entries]
             if len(counts) and counts.min() == counts.max() == 1:
@@ -187,7 +188,7 @@ class TokenStore:
 
     def drop(self, seqs: Rows) -> None:
         """Forget what is in RAM of these rows: they changed, or are gone."""
-        with self._lock:
+        with self._lock, self._whole():
             gone = np.isin(self._seqs, np.asarray(seqs, np.int64))
             if not gone.any():
                 return
@@ -195,6 +196,17 @@ class TokenStore:
             self._keep(~gone)
             if self._waste > self._used // 2:
                 self._compact()
+
+    @contextlib.contextmanager
+    def _whole(self) -> Generator[None]:
+        """Where Ctrl-C or the end of memory comes between two steps, nothing half done is gone on with."""
+        try:
+            yield
+        except InvalidInput:
+            raise
+        except BaseException:
+            self._clear()
+            raise
 
     def clear(self) -> None:
         """Forget all that is in RAM."""

@@ -239,6 +239,39 @@ def test_threads_see_whole_views(store: Store) -> None:
     assert not failures
 
 
+def test_what_is_gone_has_no_neighbours_and_is_none(store: Store) -> None:
+    [first] = store.add("one", session="s")
+    store.catalog.view(None)
+    store.add("two", "three", session="s")  # seen together with what follows
+    store.records.delete([first.id])
+    view = store.catalog.view(None)
+    assert view.live.tolist() == [False, True, True]
+    assert view.next.tolist() == [-1, 2, -1]
+    assert view.previous.tolist() == [-1, -1, 1]
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_what_ctrl_c_left_half_applied_is_not_gone_on_with(
+    held: bool, store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store.add("one", "two", session="s")
+    before = store.catalog.view(None)
+    if not held:
+        del before
+    store.add("three", "four", session="s")
+
+    def interrupted(table: Any, first: int) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Table, "_link", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            store.catalog.view(None)
+    view = store.catalog.view(None)
+    assert view.previous.tolist() == [-1, 0, 1, 2]
+    assert len(set(view.document.tolist())) == 1
+
+
 @pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_starts_with_a_free_lock(tmp_path: Path) -> None:

@@ -237,6 +237,28 @@ class TestStore:
         store.match(units(0, 2), np.arange(1, 60))
         assert len(asked) == 2
 
+    def test_what_was_half_read_when_memory_ended_is_not_gone_on_with(
+        self, database: Database, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        write(database, range(1, 6), units(0, 3))
+        store, query = TokenStore(database, 1), units(2, 1)
+        wanted = np.array([1, 2, 5])
+        expected = store.match(query, wanted).scores.tobytes()
+        store.drop(np.array([2]))
+        insert, left = np.insert, [2]
+
+        def failing(*rest: Any) -> Any:
+            left[0] -= 1
+            if left[0] < 0:
+                raise MemoryError
+            return insert(*rest)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(np, "insert", failing)
+            with pytest.raises(MemoryError):
+                store.match(query, wanted)
+        assert store.match(query, wanted).scores.tobytes() == expected
+
     def test_a_dropped_row_is_read_again(self, database: Database) -> None:
         write(database, [1, 2], units(1, 3))
         store, query = TokenStore(database, 1), units(2, 1)
