@@ -126,6 +126,28 @@ def test_the_best_passage_of_a_record_stands_for_it(talk: Case) -> None:
     assert signals.rows["cosine"][2] == pytest.approx(0.15)
 
 
+def test_what_a_question_matches_counts_for_its_answer_and_its_neighbours(talk: Case) -> None:
+    query = Query.of("moussaka dish", encoded("", [(0, 8), (9, 13)]))
+    found = matches([[0.1, 0.9], [0.7, 0.2], [0.3, 0.1]], [0, 1, 2], [0, 0, 0])
+    rows = talk.measure(query, cosines=np.array([0.8, 0.2, 0.2], np.float32), matches=found).rows
+    weights = np.linalg.solve([[0.1, 0.9], [0.7, 0.2]], rows["tokens"][:2])
+    assert weights.sum() == pytest.approx(1)
+    assert rows["cosine_question"].tolist() == pytest.approx([0.0, 0.4, 0.0])
+    assert rows["tokens_answer"].tolist() == pytest.approx([rows["tokens"][0], weights @ [0.7, 0.9], rows["tokens"][2]])
+    assert rows["tokens_window"][2] == pytest.approx(weights @ [0.85 * 0.7, 0.85 * 0.2])
+
+
+def test_who_answers_for_a_model_and_what_tells_of_time_are_known() -> None:
+    said = [("user", "We met yesterday."), ("assistant", "How nice."), ("tool", "12:00"), ("user", "She likes tea.")]
+    case = Case([{"role": role, "content": text} for role, text in said])
+    with contextlib.closing(case.database):
+        rows = case.measure(Query.of("When did they meet?", None)).rows
+        assert rows["assistant"].tolist() == [0.0, 1.0, 1.0, 0.0]
+        assert rows["when"][0] == 1.0
+        assert rows["when"][3] == 0.0
+        assert not case.measure(Query.of("Who likes tea?", None)).rows["when"].any()
+
+
 def test_records_without_token_vectors_are_judged_by_their_words(talk: Case) -> None:
     query = Query.of("moussaka", encoded("", [(0, 8)]))
     found = matches([[0.3], [0.2]], [0, 2], [0, 0])
