@@ -7,6 +7,7 @@ answer came: a turn that fails or is cancelled leaves nothing half-done.
 from __future__ import annotations
 
 import dataclasses
+import datetime as dt
 import json
 import logging
 import math
@@ -20,7 +21,7 @@ from .errors import ConfigError, InvalidInput, ProviderError, StoreError
 from .flow import Flow, Generate
 from .flows import embedded, note_embeddings, search
 from .ledger import price
-from .plaintext.drafts import Draft, Redact, check_text, drafts, shown, utc_seconds
+from .plaintext.drafts import Draft, check_text, drafts, shown, utc_seconds
 from .plaintext.records import TURN, new_id
 from .provider import Generation, LoraRef, Options, Provider, RecalledLine, Request
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
@@ -115,7 +116,7 @@ def chat(
     if known_tools and not provider.capabilities.tools:
         raise ConfigError(f"{provider.name} takes no tools: leave tools out, or choose a model that takes them")
     session = conversation.session
-    asked = _asked(message, session, engine.redact)
+    asked = _asked(engine, message, session)
     turn = [said for _, said in asked]
     history = _history(engine, session, answers=turn)
     noted: list[Usage] = []
@@ -150,7 +151,7 @@ def chat(
     kept: tuple[str, ...] = ()
     vectors: Any = None
     if remember:
-        new = [*(draft for draft, _ in asked), *_reply_drafts(generation, session, engine.redact)]
+        new = [*(draft for draft, _ in asked), *_reply_drafts(engine, generation, session)]
         kept = (*(said.records[0] for said in turn), new_id())[: len(new)]
         try:
             vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
@@ -238,19 +239,19 @@ def _shown(engine: Engine, provider: Provider, segments: Sequence[Segment]) -> l
     return []
 
 
-def _asked(message: Any, session: Scope, redact: Redact | None) -> list[tuple[Draft, Message]]:
+def _asked(engine: Engine, message: Any, session: Scope) -> list[tuple[Draft, Message]]:
     """The new message (or the results of several tools), as what will be remembered and as what enters the prompt.
 
     A tool's result names its call in ``tool_call_id``, which is kept in the metadata.
     """
-    asked = [_said(part, session, redact) for part in (message if isinstance(message, (list, tuple)) else [message])]
+    asked = [_said(engine, part, session) for part in (message if isinstance(message, (list, tuple)) else [message])]
     roles = [said.role for _, said in asked]
     if roles != ["user"] and (not roles or set(roles) != {"tool"}):
         raise InvalidInput("chat takes one message of the user, or the results of tools; store others with add")
     return asked
 
 
-def _said(message: Any, session: Scope, redact: Redact | None) -> tuple[Draft, Message]:
+def _said(engine: Engine, message: Any, session: Scope) -> tuple[Draft, Message]:
     call_id = None
     if isinstance(message, Message):
         call_id = message.tool_call_id
@@ -261,7 +262,7 @@ def _said(message: Any, session: Scope, redact: Redact | None) -> tuple[Draft, M
         check_text(call_id, "tool_call_id")
     metadata = {"tool_call_id": call_id} if call_id is not None else None
     # The model reads what will be remembered: the next turn's prompt then begins with the very same text.
-    [draft] = drafts([message], scope=session, metadata=metadata, source=TURN, redact=redact)
+    [draft] = _drafts(engine, [message], session, metadata)
     records = (new_id(),)
     return draft, Message(role=draft.role, content=draft.text, name=draft.name, tool_call_id=call_id, records=records)
 
@@ -432,7 +433,7 @@ def _observe(engine: Engine, conversation: Conversation, request: Request, gener
     )
 
 
-def _reply_drafts(generation: Generation, session: Scope, redact: Redact | None) -> list[Draft]:
+def _reply_drafts(engine: Engine, generation: Generation, session: Scope) -> list[Draft]:
     """What the model said, as a draft; none if it said nothing that can be stored."""
     calls: Any = _storable([call.model_dump() for call in generation.tool_calls])
     text = _storable(generation.text) if generation.text.strip() else prompt.calls_text(generation.tool_calls)
@@ -441,10 +442,16 @@ def _reply_drafts(generation: Generation, session: Scope, redact: Redact | None)
     said = {"role": "assistant", "content": text}
     try:
         metadata = {"tool_calls": calls} if calls else None
-        return drafts(said, scope=session, metadata=metadata, source=TURN, redact=redact)
+        return _drafts(engine, said, session, metadata)
     except InvalidInput as error:  # a model may write anything: the answer has come and must not be lost for it
         _log.warning("the answer's tool calls are not remembered: %s", error)
-        return drafts(said, scope=session, source=TURN, redact=redact)
+        return _drafts(engine, said, session)
+
+
+def _drafts(engine: Engine, said: Any, session: Scope, metadata: Mapping[str, Any] | None = None) -> list[Draft]:
+    """What is said in this moment, unless the message itself says when: a later turn must know how old it is."""
+    now = dt.datetime.fromtimestamp(engine.clock(), dt.UTC)
+    return drafts(said, scope=session, metadata=metadata, at=now, source=TURN, redact=engine.redact)
 
 
 def _storable(value: Any) -> Any:

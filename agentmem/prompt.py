@@ -63,9 +63,11 @@ def record_line(record: Record) -> str:
 
     The text is a JSON string in which whatever a fence or a chat template may begin with is escaped: no record can
     close the fence, begin a line of its own or become a token of the template, and the line can be parsed back to the
-    same text. The first ``: "`` ends what stands before the text.
+    same text. The first ``: "`` ends what stands before the text. The day is when it was said, else from when on it
+    holds.
     """
-    said = record.at.date().isoformat() + " " if record.at else ""
+    moment = record.at or record.valid_from
+    said = moment.date().isoformat() + " " if moment else ""
     origin = f", from {record.source[:80]}" if record.source and record.source != CHAT else ""
     trust = ", untrusted" if record.trust != "trusted" else ""
     return f"- {_escaped(said + (record.name or record.role) + origin + trust)[1:-1]}: {_escaped(record.text)}"

@@ -1,7 +1,8 @@
-"""What reaches a prompt of what is found: the best passage of a long text; and that all its token vectors are used."""
+"""What reaches a prompt of what is found: the best passage of a long text, when it was said; token vectors are used."""
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from agentmem import Memory
 from agentmem.plaintext.embed import HashEmbedder
 from agentmem.plaintext.encoded import Encoded
 from agentmem.plaintext.passages import by_characters
-from agentmem.testing import ScriptedProvider
+from agentmem.testing import FakeClock, ScriptedProvider
 
 FILLER = ["The meeting about budgets took hours.", "Nobody agreed on the colour of chairs.", "Lunch was mild."]
 NEEDLE = "The password of the old safe is heliotrope."
@@ -82,3 +83,16 @@ def test_every_passage_has_its_token_vectors_and_a_search_weighs_them() -> None:
         assert NEEDLE in best.passage
         assert best.why["signal.tokens"] > other.why["signal.tokens"]
         assert np.isfinite(list(best.why.values())).all()
+
+
+def test_a_recalled_line_says_when_it_was_said_or_since_when_it_holds() -> None:
+    clock = FakeClock(dt.datetime(2026, 3, 1, 9, tzinfo=dt.UTC).timestamp())
+    model = ScriptedProvider(lambda _: "Noted.")
+    with Memory(":memory:", model=model, embedder="hash", clock=clock) as memory:
+        memory.scope(session="one").chat("My flight to Oslo leaves tomorrow.")
+        memory.scope(session="two").chat({"role": "user", "content": "I packed a red hat.", "at": "2026-02-02"})
+        memory.add("Ana lives in Porto.", valid_from="2025-09-01")
+        lines = memory.context("When does the flight leave? Who packed a hat? Where does Ana live?").text
+    assert '- 2026-03-01 user: "My flight to Oslo leaves tomorrow."' in lines
+    assert '- 2026-02-02 user: "I packed a red hat."' in lines
+    assert '- 2025-09-01 user: "Ana lives in Porto."' in lines
