@@ -131,7 +131,7 @@ def tokens_unpack(data: Any, start: int = 0) -> npt.NDArray[np.float32]:
     import numpy as np
 
     codes, scales, _ = _codes(np.frombuffer(data, np.uint8), start)
-    return codes * (scales * np.float32(UNIT))[:, None]
+    return np.asarray(codes * (scales * np.float32(UNIT))[:, None], np.float32)
 
 
 def _codes(data: npt.NDArray[np.uint8], start: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], int]:

@@ -255,14 +255,14 @@ class _Table:
         self.tenant = tenant
         self.generation = generation
         self.version = 0
-        self.change = (0, 0)
+        self.change: tuple[int, int] = (0, 0)
         self.n = self.groups = self.documents = self.dead = 0
-        self.columns = {name: np.empty(0, kind) for name, (kind, _) in COLUMNS.items()}
+        self.columns: dict[str, Any] = {name: np.empty(0, kind) for name, (kind, _) in COLUMNS.items()}
         self.codes: list[dict[str, int]] = [{"": 0} for _ in LEVELS]
         self.group_codes: dict[tuple[str, ...], int] = {}
-        self.scopes = np.empty((0, len(LEVELS)), np.int32)
-        self.tails = np.empty(0, np.int32)  # the last place of each group that has a session
-        self.document_of = np.empty(0, np.int32)  # the document of each group that has a session
+        self.scopes: Any = np.empty((0, len(LEVELS)), np.int32)
+        self.tails: Any = np.empty(0, np.int32)  # the last place of each group that has a session
+        self.document_of: Any = np.empty(0, np.int32)  # the document of each group that has a session
         self.names: list[str] = []
         self.name_codes: dict[str, int] = {}
         self.shared = False

@@ -151,7 +151,7 @@ class _Local(abc.ABC):
 class _LocalTokens(_Local):
     """A local embedder that has a vector for each token, and a tokenizer to count with."""
 
-    @property
+    @cached_property
     @abc.abstractmethod
     def _whole(self) -> int:
         """Tokens of the longest text that is read whole, without the special ones."""
@@ -289,7 +289,7 @@ class StaticEmbedder(_LocalTokens):
 
         return Tokenizer.from_file(str(self._tokenizer))
 
-    @property
+    @cached_property
     def _whole(self) -> int:
         return 256  # It has no window, but the mean of more words says little of each.
 

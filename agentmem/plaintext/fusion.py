@@ -91,7 +91,7 @@ class Fusion:
         """Weigh a pool's signals."""
         values = matrix(signals, self.signals, self.spread)
         gates = query_numbers(signals.query, self.gates, self.centre, self.scale)
-        parts = values * (self.weights + self.by_query @ gates)[:, None]
+        parts = np.asarray(values * (self.weights + self.by_query @ gates)[:, None], np.float32)
         score = parts.sum(axis=0)
         told = query_numbers(signals.query, self.told_by, self.told_centre, self.told_scale)
         constant = self.constant + float(self.told @ told) - self.share * log_sum(score)
@@ -163,10 +163,10 @@ def taken(probabilities: Sequence[float], rule: Mapping[str, float] | None = Non
     talk); else those that are likely enough, by themselves and beside the best one. ``rule`` says what is enough, by
     default the one of fusion.json.
     """
-    rule = rule or _file()["taken"]
-    if not probabilities or sum(probabilities[:TOGETHER]) < rule["evidence"]:
+    wanted: Mapping[str, float] = rule or _file()["taken"]
+    if not probabilities or sum(probabilities[:TOGETHER]) < wanted["evidence"]:
         return 0
-    least = max(rule["least"], rule["beside_best"] * probabilities[0])
+    least = max(wanted["least"], wanted["beside_best"] * probabilities[0])
     return sum(probability >= least for probability in probabilities)
 
 

@@ -12,7 +12,7 @@ import json
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -330,7 +330,7 @@ def _file_crc(path: Path) -> int:
 
 
 @contextlib.contextmanager
-def _temporary(path: Path) -> Iterator[Path]:
+def _temporary(path: Path) -> Generator[Path]:
     """A path to write to; what was written is put at ``path``, whole or not at all, and durable."""
     temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
     try:

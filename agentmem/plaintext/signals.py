@@ -378,8 +378,9 @@ def _named(query: Query, names: Sequence[str], codes: Any) -> list[int]:
     words, text = set(query.words), query.text.lower()
     found = []
     for code in np.unique(codes[codes >= 0]).tolist():
-        parts = _WORD.findall(names[code].lower())
-        if parts and (parts[0] in words if len(parts[0]) > 2 else names[code].lower() in text.split()):
+        name = names[int(code)].lower()
+        parts = _WORD.findall(name)
+        if parts and (parts[0] in words if len(parts[0]) > 2 else name in text.split()):
             found.append(code)
     return found
 

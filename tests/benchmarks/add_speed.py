@@ -30,8 +30,10 @@ import numpy as np
 RESULTS = Path(__file__).parent / "results" / "add_speed.json"
 DIMENSION = 384
 #: Texts of one call. mem0 takes those of a list one by one, so that the clock can be looked at in between.
-TOGETHER = {"agentmem": {"batch": 10_000, "single": 1}}
-TOGETHER |= {f"mem0-{store}": {"batch": 100, "single": 1} for store in ("qdrant", "faiss")}
+TOGETHER = {
+    "agentmem": {"batch": 10_000, "single": 1},
+    **{f"mem0-{store}": {"batch": 100, "single": 1} for store in ("qdrant", "faiss")},
+}
 WARM_UP = "a first record, before the clock runs"
 
 

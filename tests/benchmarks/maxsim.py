@@ -21,6 +21,7 @@ Results go to tests/benchmarks/results/maxsim.json.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import math
 import statistics
@@ -210,7 +211,7 @@ def exactly(held: dict[bytes, Any]) -> Callable[[Any, Any, Any], Any]:
 
 def whole_search(shared: Path, data: str, exact: bool) -> dict[str, float]:
     sys.path.insert(0, str(shared / "eval"))
-    from datasets_io import LOADERS
+    LOADERS = importlib.import_module("datasets_io").LOADERS
     from retrieval_system import AgentMem  # type: ignore[import-not-found]
 
     held: dict[bytes, Any] = {}

@@ -12,12 +12,14 @@ in neither side. Queries alternate between the two, in one process; times are me
   indexes take (view, mask, BM25, vectors).
 Times are by the clock; ``work`` is the time of the process itself, which other processes of the machine disturb less.
 ``first`` is the first search of a fresh process, which reads the catalog. ``after add`` is a search that follows a
-commit. A folder that is given is kept and used again.
+commit. A folder that is given is kept and used again. Last, where ``--shared`` has the data, a real conversation and
+the questions about it: common words have long postings, made-up rare ones have short ones.
 """
 
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import shutil
@@ -31,15 +33,17 @@ from typing import Any
 
 import faiss
 import numpy as np
+from retrieval_system import filled as filled_memory  # type: ignore[import-not-found]
 
 from agentmem._pure.late import HEADER, VERSION, row_bytes
 from agentmem.database import Database
 from agentmem.plaintext import index as indexes
 from agentmem.plaintext.catalog import Catalog
 from agentmem.plaintext.drafts import drafts
-from agentmem.plaintext.encoded import Encoded
+from agentmem.plaintext.encoded import Encoded, encode_with
 from agentmem.plaintext.index import VectorIndex, open_space
 from agentmem.plaintext.late import TokenStore
+from agentmem.plaintext.postings import terms
 from agentmem.plaintext.records import Records
 from agentmem.plaintext.rows import Passages
 from agentmem.plaintext.search import Searcher
@@ -269,11 +273,58 @@ def measured(folder: Path, count: int, number: int) -> dict[str, Any]:
     return result
 
 
+def conversation(shared: Path, number: int) -> dict[str, Any]:
+    """The same of a real conversation: the longest of LoCoMo's development split and the questions about it."""
+    sys.path.insert(0, str(shared / "eval"))
+    cases = importlib.import_module("datasets_io").LOADERS["locomo"](str(shared / "data"))
+    case = max(cases, key=lambda one: len(one["items"]))
+    memory, _ = filled_memory(case["items"])
+    with memory:
+        engine = memory._engine
+        assert engine.embedder is not None
+        assert engine.space is not None
+        count = len(case["items"])
+        baseline = Baseline(engine.database, engine.space, count, engine.folder)
+        clock = Clock()
+        for at, question in enumerate(case["questions"][: number + 5]):
+            encoded = encode_with(engine.embedder, [question["text"]], query=True)
+            words = " ".join(terms(question["text"]))
+
+            def ours(text: str = question["text"], encoded: Encoded = encoded) -> int:
+                found = engine.searcher.search(
+                    text,
+                    encoded,
+                    index=engine.index,
+                    tokens=engine.tokens,
+                    scope=Scope(user="benchmark"),
+                    k=10,
+                    now=time.time(),
+                )
+                return len(found)
+
+            for _ in range(3):
+                clock.time("baseline" if at >= 5 else "warming", baseline.search, words, encoded.vectors[0])
+                clock.time("agentmem" if at >= 5 else "warming", ours)
+    row = {name: 1000 * statistics.median(values) for name, values in clock.wall.items() if name != "warming"}
+    work = {f"{name} work": 1000 * statistics.median(clock.work[name]) for name in row}
+    ratios = {
+        "ratio": row["agentmem"] / row["baseline"],
+        "ratio of work": work["agentmem work"] / work["baseline work"],
+    }
+    return {"records": f"{count} turns of LoCoMo", **row, **work, **ratios}
+
+
+def show(row: dict[str, Any]) -> None:
+    """One size's numbers in one line."""
+    print({key: round(value, 3) if isinstance(value, float) else value for key, value in row.items()})
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=int, nargs="+", default=[1000, 100_000, 1_000_000])
     parser.add_argument("--queries", type=int, default=200)
     parser.add_argument("--folder", type=Path)
+    parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[3] / "shared")
     parser.add_argument("--json", type=Path, default=RESULTS)
     options = parser.parse_args()
     folder = options.folder or Path(tempfile.mkdtemp(prefix="agentmem-scale-"))
@@ -281,7 +332,10 @@ def main() -> None:
     try:
         for count in options.sizes:
             rows.append(measured(folder / str(count), count, options.queries))
-            print({key: round(value, 3) if isinstance(value, float) else value for key, value in rows[-1].items()})
+            show(rows[-1])
+        if options.shared.is_dir():
+            rows.append(conversation(options.shared, options.queries))
+            show(rows[-1])
     finally:
         if options.folder is None:
             shutil.rmtree(folder, ignore_errors=True)

@@ -43,9 +43,9 @@ def golden(folder: Path, format: int) -> dict[str, Any]:
 def test_a_folder_of_an_older_format_is_upgraded_after_a_backup(tmp_path: Path, format: int) -> None:
     expected = golden(tmp_path, format)
     before = (tmp_path / "memory.db").read_bytes()
+    records = [Record.model_validate(record) for record in expected["records"]]
     for _ in range(2):
         with Memory(tmp_path, embedder="hash") as memory:
-            records = [Record.model_validate(record) for record in expected["records"]]
             assert memory.list() == records
             assert memory.history(records[0].id) == [Record.model_validate(past) for past in expected["history"]]
             assert memory.search("Zoë Oslo", at="2025-01-01")[0].record == records[2]
