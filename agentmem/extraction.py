@@ -271,7 +271,9 @@ def _read(engine: Engine, provider: Provider, unit: _Unit, kinds: tuple[str, ...
     except Rejected:
         return Reading("refused", why="the provider rejected the request")
     notes = ("summary",) if summary else tuple(kind for kind in kinds if kind != "summary")
-    return read_reply(generation.text, shown=text, finish=generation.finish_reason, kinds=notes)
+    # A date that we wrote before a text is no ground for anything.
+    said = "\n".join(f"{record.name or record.role}: {record.text}" for record in unit.records)
+    return read_reply(generation.text, shown=said, finish=generation.finish_reason, kinds=notes)
 
 
 def ask(

@@ -135,6 +135,13 @@ def test_a_corrected_turn_ends_its_facts_and_is_read_again(memory: Memory, answe
     assert all(hit.record.text != "The user moved to Oslo." for hit in memory.search("where did the user move"))
 
 
+def test_the_date_of_a_turn_is_no_ground_for_a_finding(memory: Memory, answers: Answers) -> None:
+    answers.now = "- fact: Ana is a 2024 robot."
+    memory.add({"role": "user", "name": "Ana", "content": TURN, "at": "2024-05-01"})
+    done = memory.plaintext.extract()
+    assert (done.read, done.records) == (1, [])
+
+
 def test_a_strangers_words_are_no_context_for_what_is_trusted(memory: Memory, answers: Answers) -> None:
     session = memory.scope(user="ana", session="s")
     session.add("My name is Ana and I live in Rome", at="2024-05-01")
