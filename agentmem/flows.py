@@ -450,6 +450,7 @@ def verify(engine: Engine) -> Verification:
     """Check every record, vector, page, saved slot and LoRA version against its checksum, and what the database says
     against its own totals."""
     problems: list[str] = []
+    facts: list[str] = []
     counts = {"records": 0, "pages": 0, "loras": 0, "slots": 0}
 
     def slots() -> list[str]:
@@ -462,11 +463,15 @@ def verify(engine: Engine) -> Verification:
         return []
 
     def index() -> list[str]:
-        return [] if engine.index is None else engine.index.verify()
+        if engine.index is None:
+            return []
+        found = engine.index.verify()
+        facts.extend(engine.index.facts())
+        return found
 
     for check in (engine.records.verify, index, engine.pages.verify, slots, engine.registry.verify, count):
         try:
             problems += check()
         except StoreError as error:  # damage that keeps one check from being made is itself a finding
             problems.append(str(error))
-    return Verification(**counts, problems=list(dict.fromkeys(problems)))
+    return Verification(**counts, problems=list(dict.fromkeys(problems)), facts=facts)

@@ -359,13 +359,17 @@ class Reconciliation(Value):
 
 
 class Verification(Value):
-    """What ``verify`` found. Each problem names the damaged thing. ``slots`` are the saved slots of servers."""
+    """What ``verify`` found. Each problem names the damaged thing. ``slots`` are the saved slots of servers.
+
+    ``facts`` are no problems: how vectors are searched, and the recall that an index too large to be exact costs.
+    """
 
     records: int
     pages: int
     loras: int
     slots: int = 0
     problems: list[str] = []
+    facts: list[str] = []
 
     @property
     def ok(self) -> bool:
@@ -375,4 +379,5 @@ class Verification(Value):
     def __str__(self) -> str:
         held = f"{self.records} records, {self.pages} KV pages, {self.loras} LoRA versions"
         held += f", {self.slots} saved slots" if self.slots else ""
-        return "\n".join([f"{held}: " + ("all sound" if self.ok else f"{len(self.problems)} problems"), *self.problems])
+        state = "all sound" if self.ok else f"{len(self.problems)} problems"
+        return "\n".join([f"{held}: {state}", *self.problems, *self.facts])

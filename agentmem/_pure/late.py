@@ -22,7 +22,6 @@ __all__ = [
     "row_bytes",
     "tokens_encode",
     "tokens_shape",
-    "tokens_unpack",
 ]
 
 HEADER = struct.Struct("<BBHI")
@@ -124,14 +123,6 @@ def tokens_shape(data: Any, start: int = 0) -> tuple[int, int, int]:
     if size > length - start:
         raise ValueError(f"the codes at {start} need {size} bytes, there are {length - start}")
     return count, dimensions, size
-
-
-def tokens_unpack(data: Any, start: int = 0) -> npt.NDArray[np.float32]:
-    """Float32 [tokens, dimensions up to a multiple of 64]: what the codes at ``start`` stand for, still rotated."""
-    import numpy as np
-
-    codes, scales, _ = _codes(np.frombuffer(data, np.uint8), start)
-    return np.asarray(codes * (scales * np.float32(UNIT))[:, None], np.float32)
 
 
 def _codes(data: npt.NDArray[np.uint8], start: int) -> tuple[npt.NDArray[np.float32], npt.NDArray[np.float32], int]:

@@ -127,10 +127,6 @@ class Exact:
         """(seq, part, vector) of rows."""
         return self._seq[rows], self._part[rows], self._matrix[rows]
 
-    def all_rows(self) -> Rows:
-        """All rows, by record and passage."""
-        return self.rows(np.unique(self._seq[: self._count]))
-
     def score(self, query: Vectors, view: View, allowed: Bools) -> tuple[Places, Vectors]:
         """The allowed records (int32 places) and the scores of their best passages (float32)."""
         count = self._count

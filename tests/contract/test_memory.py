@@ -115,6 +115,7 @@ def test_verify_finds_all_sound(memory: Memory) -> None:
     memory.add(["a", "b"])
     assert memory.verify().ok
     assert memory.verify().records == 2
+    assert "exact" in str(memory.verify())  # how vectors are searched
 
 
 # ---- scopes --------------------------------------------------------------------------------------------------------
