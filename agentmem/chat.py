@@ -294,7 +294,7 @@ def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: 
 
     None where nothing is likely to be evidence: what is recalled is most of what a turn costs.
     """
-    from .plaintext.fusion import taken
+    from .plaintext.fusion import TOGETHER, taken
 
     settings = engine.settings
     if settings.recall_k == 0 or settings.recall_tokens == 0:
@@ -304,12 +304,12 @@ def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: 
         engine,
         scope,
         query.strip()[:QUERY_CHARACTERS],
-        k=settings.recall_k + len(present),
+        k=max(settings.recall_k, TOGETHER),
         noted=noted,
         words_if_down=True,
+        without=present,  # what the model reads anyway must not make anything else look less likely
     )
-    fresh = [hit for hit in found if hit.record.id not in present][: settings.recall_k]
-    likely = fresh[: taken([hit.score for hit in fresh])]
+    likely = found[: min(taken([hit.score for hit in found]), settings.recall_k)]
     fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), budget, engine.count)}
     return [hit for hit in likely if hit.record.id in fitting]
 

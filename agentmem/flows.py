@@ -11,7 +11,7 @@ import datetime as dt
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -211,9 +211,11 @@ def search(
     explain: bool = False,
     noted: list[Usage] | None = None,
     words_if_down: bool = False,
+    without: Collection[str] = (),
 ) -> Flow[list[Hit]]:
     """One embedding, one pass over both indexes, scope and validity inside the search.
 
+    Records whose ids are in ``without`` are left out before anything is scored.
     A caller that gives ``noted`` writes the embedder's use down itself, in a transaction of its own. With
     ``words_if_down`` a failing embedder leaves a search by words, and a warning in the log.
     """
@@ -246,6 +248,7 @@ def search(
         at=at,
         now=engine.clock(),
         explain=explain,
+        without=without,
     )
 
 

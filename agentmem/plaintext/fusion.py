@@ -23,12 +23,14 @@ if TYPE_CHECKING:
 
     Numbers = npt.NDArray[np.float32]
 
-__all__ = ["Fused", "Fusion", "build", "load", "log_sum", "matrix", "query_numbers", "taken"]
+__all__ = ["TOGETHER", "Fused", "Fusion", "build", "load", "log_sum", "matrix", "query_numbers", "taken"]
 
 #: Signals and numbers of the query are cut at so many standard deviations: outliers must not decide alone.
 FARTHEST, FARTHEST_QUERY = 8.0, 3.0
 #: How many records of a pool the usual spread of a signal counts as.
 USUAL = 20
+#: Records that are asked together whether a turn needs any.
+TOGETHER = 10
 #: The parts of a score that a hit tells of, by the first word of a signal's name.
 PARTS = {
     **dict.fromkeys(["turn", "window", "session", "answer_share", "rarest"], "words"),
@@ -168,7 +170,3 @@ def taken(probabilities: Sequence[float], rule: Mapping[str, float] | None = Non
         return 0
     least = max(wanted["least"], wanted["beside_best"] * probabilities[0])
     return sum(probability >= least for probability in probabilities)
-
-
-#: Records that are asked together whether a turn needs any.
-TOGETHER = 10

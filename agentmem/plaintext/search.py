@@ -11,7 +11,7 @@ import json
 import os
 import threading
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -93,17 +93,30 @@ class Searcher:
         at: dt.datetime | str | None = None,
         now: float,
         explain: bool = False,
+        without: Collection[str] = (),
     ) -> list[Hit]:
         """The best ``k`` records that ``scope`` sees, that hold at ``at`` (default: ``now``, UTC seconds), best first.
 
         ``encoded`` is the query in the space of ``index`` and ``tokens``; without it or ``index``, by words alone.
         `Hit.score` is the probability that the record is evidence for the query, `Hit.why` the parts of its log-odds;
-        with ``explain`` also each signal (``signal.*``) and what the query is like (``query.*``).
+        with ``explain`` also each signal (``signal.*``) and what the query is like (``query.*``). Records with an id
+        in ``without`` count as not there.
         """
         from . import fusion
 
         k = check_k(k)
-        found = self.measure(query, encoded, index=index, tokens=tokens, scope=scope, k=k, where=where, at=at, now=now)
+        found = self.measure(
+            query,
+            encoded,
+            index=index,
+            tokens=tokens,
+            scope=scope,
+            k=k,
+            where=where,
+            at=at,
+            now=now,
+            without=without,
+        )
         pool, signals = found.pool, found.signals
         if not len(pool):
             return []
@@ -135,6 +148,7 @@ class Searcher:
         where: Mapping[str, Any] | None = None,
         at: dt.datetime | str | None = None,
         now: float,
+        without: Collection[str] = (),
     ) -> Measured:
         """The candidates for `search` and their signals; the arguments are those of `search`."""
         from .signals import MOST_TOKENS, Query, measure
@@ -149,6 +163,8 @@ class Searcher:
         allowed = view.allowed(scope, now if when is None else utc_seconds(when))
         if where:
             allowed = self._holding(view, allowed, condition)
+        if without:
+            allowed = self._less(view, allowed, without)
         stems = words.stems(query)  # first: it asks FTS5 for all words that are new at once
         asked = Query.of(query, encoded)
         lexical = words.score(view, stems, allowed)
@@ -185,6 +201,19 @@ class Searcher:
         held &= allowed
         held.flags.writeable = False
         return held
+
+    def _less(self, view: View, allowed: Bools, without: Collection[str]) -> Bools:
+        """The allowed rows but for those of these records."""
+        import numpy as np
+
+        rows = self._database.query(
+            "SELECT seq FROM records WHERE id IN (SELECT value FROM json_each(?))", (json.dumps(list(without)),)
+        )
+        places = view.places(np.array([row[0] for row in rows], np.int64))
+        kept = allowed.copy()
+        kept[places[places >= 0]] = False
+        kept.flags.writeable = False
+        return kept
 
     def _follow(self, tokens: TokenStore) -> None:
         """Have the store let go of what has changed since the last search."""

@@ -50,7 +50,7 @@ CHATTER = frozenset(
     goodnight great haha happy hello hey hi hiya hmm joke just later lol lovely luck morning much nice night nope ok
     okay perfect please really right see sorry sounds sure thank thanks thing things today tomorrow totally understood
     very wait weekend welcome well whatever wonderful wow yeah yep yes yo yup go got it get make helps help helpful
-    amazing appreciate assistance bot chat chatting exactly gotcha greetings interesting continue
+    amazing appreciate assistance bot chat chatting exactly gotcha greetings interesting continue tell
     """.split()  # noqa: SIM905 - read as prose
 )
 #: Tokens of a query that are matched one by one: what follows adds cost, not sense.

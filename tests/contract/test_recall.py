@@ -9,11 +9,13 @@ from typing import Any
 import numpy as np
 import pytest
 
-from agentmem import Memory
+from agentmem import Memory, flows
+from agentmem.flow import run
 from agentmem.plaintext.embed import HashEmbedder
 from agentmem.plaintext.encoded import Encoded
 from agentmem.plaintext.passages import by_characters
 from agentmem.testing import FakeClock, ScriptedProvider
+from agentmem.types import Scope
 
 FILLER = ["The meeting about budgets took hours.", "Nobody agreed on the colour of chairs.", "Lunch was mild."]
 NEEDLE = "The password of the old safe is heliotrope."
@@ -96,3 +98,17 @@ def test_a_recalled_line_says_when_it_was_said_or_since_when_it_holds() -> None:
     assert '- 2026-03-01 user: "My flight to Oslo leaves tomorrow."' in lines
     assert '- 2026-02-02 user: "I packed a red hat."' in lines
     assert '- 2025-09-01 user: "Ana lives in Porto."' in lines
+
+
+def test_what_the_model_reads_anyway_has_no_say_in_what_is_recalled() -> None:
+    facts = ["My sister lives in Porto.", "I am allergic to peanuts.", "I run on Sundays."]
+    said = ["Hi, where does the day go?", "Where does my sister live, I asked.", "My sister, my sister!"]
+    with Memory(":memory:", embedder=tokened()) as alone, Memory(":memory:", embedder=tokened()) as talked:
+        alone.add(facts)
+        talked.add(facts)
+        turns = talked.add(said)
+        expected = alone.search("Where does my sister live?")
+        engine = talked._engine
+        ids = {turn.id for turn in turns}
+        found = run(flows.search(engine, Scope(), "Where does my sister live?", without=ids))
+        assert [(hit.record.text, hit.score) for hit in found] == [(hit.record.text, hit.score) for hit in expected]
