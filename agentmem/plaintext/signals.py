@@ -236,8 +236,10 @@ def _words(rows: dict[str, Numbers], query: Query, pool: Pool, lexical: Lexical)
     rows["session"] = lexical.session_at(places)
     rarity = np.array([lexical.idf[stem] for stem in lexical.stems], np.float32)
     total = float(rarity.sum())
-    times = _padded(lexical.times(places).astype(np.float32), last=0)
-    lengths = _padded(pool.view.length[places].astype(np.float32), last=0)
+    times = np.zeros((len(rarity), len(places) + 1), np.float32)  # the last one is what -1 finds
+    times[:, :-1] = lexical.times(places)
+    lengths = np.zeros(len(places) + 1, np.float32)
+    lengths[:-1] = pool.view.length[places]
     asked = np.where(pool.answers, pool.before, -1)
     rows["turn_answer"] = _bm25(rarity, times[:, :-1] + times[:, asked], lengths[:-1] + lengths[asked])
     has = times > 0
@@ -302,21 +304,22 @@ def _matches(
             sums[without] = best[without] @ np.stack([weights, even], axis=1)
         order = np.lexsort((both.sum(axis=1), matches.owner))
         part[matches.owner[order]] = matches.part[order]  # the last one of a record is its best
-    around = _padded(best.T, last=-1)
-    before, after = around[:, pool.before].T, around[:, pool.after].T
-    rows["tokens_plain_window"] = np.maximum(np.maximum(before, after), best) @ even
-    heavy = weights > 0  # stop words have no say in what follows
-    best, before, after, weights = best[:, heavy], before[:, heavy], after[:, heavy], weights[heavy]
-    deviation = best - best.mean(axis=0) - best.std(axis=0)
+    # Row by row, and with one row more at the end, which is what -1 finds. A stop word's weight is 0 in what follows.
+    around = np.full((len(pool) + 1, len(weights)), -1, np.float32)
+    around[:-1] = best
+    before = around[pool.before]
+    beside = np.maximum(before, around[pool.after])
+    wide = np.maximum(best, beside)
+    rows["tokens_plain_window"] = wide @ even
+    deviation = best - best.sum(axis=0) / np.float32(len(pool))
+    deviation -= np.sqrt(np.einsum("ij,ij->j", deviation, deviation) / len(pool))
     rows["tokens"], rows["tokens_plain"] = sums[:, 0], sums[:, 1]
     rows["tokens_rare"] = np.maximum(deviation, 0) @ weights
-    rows["tokens_answer"] = np.maximum(best, np.where(pool.answers[:, None], before, -1)) @ weights
-    beside = np.maximum(before, after)
+    before[~pool.answers] = -1
+    rows["tokens_answer"] = np.maximum(best, before) @ weights
     rows["tokens_window"] = np.maximum(best, NEAR * beside) @ weights
-    wide = np.maximum(best, beside)
-    around = _padded(wide.T, last=-1)
-    wide = np.maximum(wide, np.maximum(around[:, pool.before], around[:, pool.after]).T)
-    rows["tokens_wide"] = wide @ weights
+    around[:-1] = wide
+    rows["tokens_wide"] = np.maximum(np.maximum(wide, around[pool.before]), around[pool.after]) @ weights
     document = pool.view.document[pool.places]
     order = np.argsort(document, kind="stable")
     new = np.diff(document[order], prepend=-1) != 0
