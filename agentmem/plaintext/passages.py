@@ -27,7 +27,7 @@ def by_characters(text: str, whole: int = WHOLE, aim: int = AIM) -> list[tuple[i
     length = len(text)
     if length <= whole:
         return [(0, length)]
-    aim = max(aim, _stretched(length))
+    aim = max(2, aim, _stretched(length))
 
     def window(start: int) -> tuple[int, int]:
         return (length, length) if length - start <= max(whole, aim) else (start + aim // 2, start + aim)

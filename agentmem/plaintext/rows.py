@@ -52,7 +52,6 @@ CONTENT = (
 VERSION = ("id", "version", "text", "metadata", "created")
 # Every hit of every search is checked and built, so the columns are picked in C.
 _CONTENT_OF, _VERSION_OF, _LEVELS_OF = itemgetter(*CONTENT), itemgetter(*VERSION), itemgetter(*LEVELS)
-_PARSED_OF = itemgetter("at", "valid_from", "valid_until", "metadata")
 _ENCODE = json.JSONEncoder(ensure_ascii=False, default=repr).encode
 #: How many rows of ``changes`` are kept: an index that is further behind is rebuilt.
 KEPT_CHANGES = 65_536
@@ -210,28 +209,35 @@ def _scope(*values: str) -> Scope:
 
 def record_of(row: sqlite3.Row | Mapping[str, Any]) -> Record:
     """The record of a row that passes its checksum, else `Corrupt`: never a text that was not given."""
-    if row["checksum"] != checksum(row):
+    content = _CONTENT_OF(row)
+    if row["checksum"] != _crc(content):
         raise Corrupt(
             f"record {row['id']} fails its checksum: forget it, or restore memory.db from an export or a backup"
         )
-    return build(row)
+    return _built(content)
 
 
-def build(row: sqlite3.Row | Mapping[str, Any]) -> Record:
+def build(row: Mapping[str, Any]) -> Record:
     """The record of a row whose checksum was looked at already."""
-    at, start, end, metadata = _PARSED_OF(row)
+    return _built(_CONTENT_OF(row))
+
+
+def _built(content: tuple[Any, ...]) -> Record:
+    """The record that these columns say, in the order of `CONTENT`."""
+    id_, text, role, name, at, start, end, _, _, tenant, user, agent, session = content[:13]
+    metadata, source, trust, created, version = content[13:]
     return Record(
-        id=row["id"],
-        text=row["text"],
-        role=row["role"],
-        name=row["name"],
+        id=id_,
+        text=text,
+        role=role,
+        name=name,
         at=dt.datetime.fromisoformat(at) if at else None,
         valid_from=dt.datetime.fromisoformat(start) if start else None,
         valid_until=dt.datetime.fromisoformat(end) if end else None,
-        scope=scope_of(row),
+        scope=_scope(tenant, user, agent, session),
         metadata={} if metadata == "{}" else json.loads(metadata),
-        source=row["source"],
-        trust=row["trust"],
-        created=dt.datetime.fromtimestamp(row["created"], dt.UTC),
-        version=row["version"],
+        source=source,
+        trust=trust,
+        created=dt.datetime.fromtimestamp(created, dt.UTC),
+        version=version,
     )
