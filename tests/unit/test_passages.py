@@ -39,6 +39,12 @@ def test_text_without_any_place_to_cut_is_cut_at_the_limit() -> None:
     assert [stop - start for start, stop in pieces] == [AIM, AIM, 401]
 
 
+def test_the_least_size_ends_too() -> None:
+    pieces = by_characters("ab. cd\n" * 20, 1, 1)
+    assert [start for start, _ in pieces[1:]] == [stop for _, stop in pieces[:-1]]
+    assert pieces[-1][1] == 140
+
+
 def test_chinese_sentences_end_pieces() -> None:
     text = "\u6211\u559c\u6b22\u82b1\u751f\u3002" * 400
     assert all(text[stop - 1] == "\u3002" for _, stop in by_characters(text))
