@@ -4,6 +4,7 @@ The extension is ``optional``: without a C compiler the package installs all the
 Free-threaded builds have no stable ABI, so there the extension is built for that very version.
 """
 
+import os
 import sysconfig
 from pathlib import Path
 
@@ -19,6 +20,7 @@ setup(
             sources=sources,
             depends=sorted(str(path) for path in Path("native").glob("*.h")),
             define_macros=[("Py_LIMITED_API", "0x030B0000")] if limited else [],
+            libraries=[] if os.name == "nt" else ["m"],
             # No contraction to fused multiply-adds: every instruction set has to give the same bits.
             extra_compile_args=["-O3", "-fvisibility=hidden", "-ffp-contract=off"],
             py_limited_api=limited,

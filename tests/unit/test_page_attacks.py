@@ -212,7 +212,7 @@ def replayed(target: str, inputs: list[Any], folder: Path) -> None:
     sources = [str(NATIVE / name) for name in (f"fuzz/fuzz_{target}.c", "fuzz/replay.c", *PAGE_SOURCES)]
     flags = ["-g", "-O1", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
     program = folder / f"fuzz_{target}"
-    command = [compiler, *flags, "-I", str(NATIVE), *sources, "-o", str(program)]
+    command = [compiler, *flags, "-I", str(NATIVE), *sources, "-o", str(program), "-lm"]
     built = subprocess.run(command, capture_output=True, text=True, check=False)
     if built.returncode and "sanitize" in built.stderr:
         pytest.skip("this compiler has no sanitizers")
