@@ -301,6 +301,9 @@ class AsyncPlaintext:
     async def count(self) -> int:
         return await arun(local(self._engine.records.count, self._scope))
 
+    async def around(self, id: str, *, before: int = 2, after: int = 2) -> builtins.list[Record]:
+        return await arun(local(self._engine.records.around, id, self._scope, before=before, after=after))
+
     async def embed(self) -> int:
         return await arun(flows.catch_up(self._engine))
 

@@ -358,6 +358,10 @@ class Plaintext:
         """How many records this scope sees."""
         return run(local(self._engine.records.count, self._scope))
 
+    def around(self, id: str, *, before: int = 2, after: int = 2) -> builtins.list[Record]:
+        """A record, such as that of a hit, amid its neighbours in its session, in order of arrival."""
+        return run(local(self._engine.records.around, id, self._scope, before=before, after=after))
+
     def embed(self) -> int:
         """Embed the records that have no vector of the current embedder yet; returns how many. Can be interrupted."""
         return run(flows.catch_up(self._engine))

@@ -368,10 +368,10 @@ def check_path(path: object, what: str = "the path") -> Path:
     return Path(_line(name, what, MAX_SOURCE_BYTES))
 
 
-def check_k(k: object, what: str = "k") -> int:
-    """``k`` if it is an int of at least 1, else `InvalidInput`. How many there are bounds it from above."""
+def check_k(k: object, what: str = "k", *, least: int = 1) -> int:
+    """``k`` if it is an int of at least ``least``, else `InvalidInput`. How many there are bounds it from above."""
     if isinstance(k, bool) or not isinstance(k, int):
-        raise InvalidInput(f"{what} is {shown(k)}: give an int of at least 1")
-    if k < 1:
-        raise InvalidInput(f"{what} is {max(k, -(2**63))}: give an int of at least 1")
+        raise InvalidInput(f"{what} is {shown(k)}: give an int of at least {least}")
+    if k < least:
+        raise InvalidInput(f"{what} is {max(k, -(2**63))}: give an int of at least {least}")
     return min(int(k), 2**62)

@@ -222,6 +222,19 @@ class Records:
             self._database.query(f"SELECT count(*) FROM records WHERE {TURNS}{older}", [*levels(scope), *values])[0][0]
         )
 
+    def around(self, id: str, scope: Scope, *, before: int, after: int) -> builtins.list[Record]:
+        """A record amid up to ``before`` and ``after`` others of its session, in order; alone if it has no session."""
+        before, after = check_k(before, "before", least=0), check_k(after, "after", least=0)
+        row = self._row(id, scope)
+        own = record_of(row)
+        if own.scope.session is None:
+            return [own]
+        beside = "SELECT * FROM records WHERE tenant = ? AND user = ? AND agent = ? AND session = ? AND seq"
+        values = [*levels(own.scope), row["seq"]]
+        earlier = self._database.query(f"{beside} < ? ORDER BY seq DESC LIMIT ?", [*values, before])
+        later = self._database.query(f"{beside} > ? ORDER BY seq LIMIT ?", [*values, after])
+        return [*map(record_of, earlier[::-1]), own, *map(record_of, later)]
+
     def count(self, scope: Scope) -> int:
         """How many records this scope can see."""
         sql, values = visible(scope)

@@ -98,6 +98,7 @@ VERBS: dict[str, dict[str, Any]] = {
     "activation.save": {"path": "PATH"},
     "activation.restore": {"path": "PATH"},
     "parametric.train": {"scope": None, "records": None, "seed": 0, "epochs": 1, "activate": True, "approve": ()},
+    "plaintext.around": {"id": "ID", "before": 1, "after": 0},
     "plaintext.extract": {"kinds": ("fact",), "limit": None, "retry": False},
     "plaintext.reconcile": {"where": None, "limit": None},
     "parametric.activate": {"version": None, "force": False},

@@ -170,3 +170,17 @@ def test_no_lora_learns_from_a_stranger_unless_it_is_approved() -> None:
         with pytest.raises(NotFound):
             memory.parametric.train(approve=["0" * 32])
         assert memory.get(stranger.id).trust == "untrusted"
+
+
+def test_a_hit_is_shown_amid_its_neighbours() -> None:
+    with Memory(":memory:", embedder="none") as memory:
+        ana = memory.scope(user="ana")
+        said = ana.scope(session="one").add([f"turn {number}" for number in range(6)])
+        ana.scope(session="two").add("another session")
+        [note] = ana.add("a note of no session")
+        texts = [record.text for record in ana.plaintext.around(said[2].id, before=1, after=2)]
+        assert texts == ["turn 1", "turn 2", "turn 3", "turn 4"]
+        assert ana.plaintext.around(said[0].id, before=9, after=0) == [said[0]]
+        assert ana.plaintext.around(note.id) == [note]
+        with pytest.raises(NotFound):
+            memory.scope(user="ben").plaintext.around(said[2].id)
