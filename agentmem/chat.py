@@ -32,6 +32,8 @@ _log = logging.getLogger("agentmem")
 
 #: The newest records that a core is chosen from.
 CORE_CANDIDATES = 2000
+#: Tokens of the running conversation in a prompt, where nothing is known of what they cost.
+HISTORY_TOKENS = 3000
 #: Turns read at once, from the newest back, until the history's budget is full.
 TURNS_READ = 64
 #: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
@@ -270,7 +272,8 @@ def _said(engine: Engine, message: Any, session: Scope) -> tuple[Draft, Message]
 def _history(engine: Engine, session: Scope, *, answers: Sequence[Message] = ()) -> list[Message]:
     """The end of the session's own turns, within the budget. The cost is that of what is kept, however long the
     session is; records added by hand are no part of it."""
-    budget = _within(engine, engine.settings.history_tokens, 0.4)
+    tokens = engine.settings.history_tokens
+    budget = _within(engine, HISTORY_TOKENS if tokens is None else tokens, 0.4)
     turns: list[Record] = []
     messages: list[Message] = []
     while prompt.cost(messages, engine.count) <= budget:

@@ -58,7 +58,26 @@ class Settings(BaseSettings):
         default=256 << 20, ge=0, description="bytes of token vectors that searches keep in this process's RAM"
     )
     core_tokens: int = Field(default=512, ge=0, description="tokens of the core block at most; 0 for none")
-    history_tokens: int = Field(default=3000, ge=0, description="tokens of the running conversation kept in the prompt")
+    history_tokens: int | None = Field(
+        default=None,
+        ge=0,
+        description="tokens of the running conversation kept in the prompt at most; by default what costs least, or 3000 "
+        "where no prices are known",
+    )
+    cache: Literal["auto", "fixed", "off"] = Field(
+        default="auto",
+        description="prompt caches of hosts: auto lays prompts out and marks them by what that costs, fixed marks the end "
+        "of every stable segment, off asks for no caching",
+    )
+    rules: dict[str, dict[str, Any]] = Field(
+        default={}, description='what you know better about a prompt cache: {"anthropic:claude-…": {"minimum": 1024}}'
+    )
+    costs: dict[str, float] = Field(
+        default={}, description="what this machine costs: watts, kwh_price, device_price, device_years, gb_month_price"
+    )
+    day_budget: float | None = Field(
+        default=None, ge=0, description="dollars a day for the whole folder; then chat stops"
+    )
     page_tokens: int = Field(
         default=256, description="the token grid: tokens per KV page; 16, 32, 48 or a multiple of 64 up to 65536"
     )

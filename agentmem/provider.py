@@ -16,18 +16,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
+from .cache_rules import CacheRules
 from .errors import ConfigError, InvalidInput, MissingDependency
-from .types import Attended, Segment, ToolCall, Usage
+from .types import Attended, Segment, TokenCount, ToolCall, Usage
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 __all__ = [
+    "CachePlan",
     "Capabilities",
+    "CountsRequests",
     "Generation",
     "HoldsSlots",
     "LoraRef",
+    "Mark",
     "Options",
     "Pages",
     "Provider",
@@ -60,8 +64,16 @@ class Capabilities:
     loras: bool = False
     #: Gives its weights for training (`Provider.tensors` works).
     trains: bool = False
+    #: Reads images that stand beside a message's text.
+    images: bool = False
+    #: Answers by a JSON schema (`Options.schema`).
+    schemas: bool = False
     #: The model's window in tokens, prompt and answer together; None if unknown.
     context_tokens: int | None = None
+    #: ``count_tokens`` is the model's own tokenizer.
+    exact_tokens: bool = False
+    #: What the host's prompt cache does and costs; None where there is none, or nothing is known of it.
+    cache: CacheRules | None = None
     #: Seconds after its last use for which a provider outside this machine may hold a prompt's prefix; None if it holds
     #: none.
     holds_prefix_s: float | None = None
@@ -71,8 +83,8 @@ class Capabilities:
 class Options:
     """Sampling options, in the field's usual words. ``None`` leaves a value to the provider's default.
 
-    ``max_tokens=0`` asks for prefill only: fill the cache, generate nothing. ``extra`` goes to the vendor's request as
-    it is.
+    ``max_tokens=0`` asks for prefill only: fill the cache, generate nothing. ``schema`` is a JSON schema that the answer
+    has to follow. ``extra`` goes to the vendor's request as it is.
     """
 
     max_tokens: int | None = None
@@ -80,6 +92,7 @@ class Options:
     top_p: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] = ()
+    schema: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -319,8 +332,34 @@ class RecordPages(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
+class Mark:
+    """The end of a prefix that a host is asked to keep: the first ``messages`` messages of the request (over all
+    segments; the tools stand before them all), for the lifetime of this name (`CacheRules.lifetimes`), the host's
+    shortest if None."""
+
+    messages: int
+    lifetime: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class CachePlan:
+    """What is asked of a host's prompt cache for one request.
+
+    ``marks`` in the order of the prompt; with none nothing is to be written where that costs money. ``previous`` is the
+    host's id of the answer that this request follows, for its diagnosis of a miss; ``diagnose`` asks for one.
+    """
+
+    marks: tuple[Mark, ...] = ()
+    previous: str | None = None
+    diagnose: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
 class Request:
     """One request, laid out by rate of change (prompt.py). Adapters flatten ``segments`` to the vendor's format.
+
+    ``cache`` is what a host's cache is asked for; None leaves it to the adapter: the end of every stable segment, for
+    the shortest time.
 
     ``cache_key`` is an opaque string, equal for requests that share a prefix (scope names don't leak into it).
     ``tenant`` is opaque too, can't be guessed, and separates tenants in caches that others keep. ``pages`` is set only
@@ -332,6 +371,7 @@ class Request:
     segments: tuple[Segment, ...]
     options: Options = Options()
     tools: tuple[Mapping[str, Any], ...] = ()
+    cache: CachePlan | None = None
     cache_key: str = ""
     tenant: str = ""
     pages: Pages | None = None
@@ -344,7 +384,8 @@ class Request:
 @dataclass(frozen=True, kw_only=True)
 class Generation:
     """The whole answer to a request. ``miss`` is the provider's own reason for a cache miss, where it gives one;
-    ``attended`` says what was attended to in place, where anything was."""
+    ``attended`` says what was attended to in place, where anything was. ``id`` is the host's name of this answer.
+    ``blocks`` are the vendor's own parts that must go back to it with the results of tools (`Message.blocks`)."""
 
     text: str
     usage: Usage
@@ -352,6 +393,8 @@ class Generation:
     finish_reason: str | None = None
     miss: str | None = None
     attended: Attended | None = None
+    id: str | None = None
+    blocks: tuple[dict[str, Any], ...] = ()
 
 
 @runtime_checkable
@@ -377,6 +420,14 @@ class Provider(Protocol):
         ...
 
     def close(self) -> None: ...
+
+
+@runtime_checkable
+class CountsRequests(Protocol):
+    """A provider that can count a whole request's tokens as its model will (an endpoint, or its own template)."""
+
+    def count_request(self, request: Request) -> TokenCount: ...
+    async def acount_request(self, request: Request) -> TokenCount: ...
 
 
 #: What to install when a provider's package is missing, by scheme. Also lists the schemes in error messages.

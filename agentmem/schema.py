@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 
-__all__ = ["FORMAT", "GUARDS", "SCHEMA", "TABLES", "UPGRADES", "RowDigest", "unix_seconds"]
+__all__ = ["FORMAT", "GUARDS", "PLANS", "SCHEMA", "TABLES", "UPGRADES", "RowDigest", "unix_seconds"]
 
 #: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
 #: place.
@@ -40,10 +40,41 @@ CREATE INDEX cores_whole ON cores (tenant, user, agent, session, ids, built, rec
 CREATE INDEX activations_whole ON activations (id, at, digest, tenant, user, agent, session);
 CREATE INDEX uses_whole ON uses (
     id, at, verb, model, tenant, user, agent, session, input, cached, written, output, first_s, total_s, bytes,
-    expected, reason, money, uncached_money, attended
+    expected, reason, money, uncached_money, attended, long_written, turn
 );
+CREATE INDEX uses_scope ON uses (tenant, user, agent, session, at);
+CREATE INDEX layouts_whole ON layouts (model, tenant, user, agent, session, at, state);
+CREATE INDEX kept_whole ON kept (turn, place, record, start, stop);
+CREATE INDEX budgets_whole ON budgets (tenant, user, agent, session, per, dollars, action, at);
+CREATE INDEX counts_whole ON counts (model, uses, estimated, counted, squares);
 CREATE INDEX shown_whole ON shown (record, model, at, times, holds_s);
 INSERT OR IGNORE INTO meta VALUES ('identity', lower(hex(randomblob(8))));
+"""
+
+#: What plans and counts need to outlive a process.
+PLANS = """
+-- How a scope's prompts are laid out for a model (JSON of activation/layouts.py): it must outlive the process, or a
+-- cached prefix would be rebuilt.
+CREATE TABLE layouts (
+    model TEXT NOT NULL, tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL,
+    at REAL NOT NULL, state TEXT NOT NULL, PRIMARY KEY (model, tenant, user, agent, session)
+) WITHOUT ROWID;
+-- Recalled records that stay in the history of a conversation, before the turn that they were recalled for.
+CREATE TABLE kept (
+    turn TEXT NOT NULL, place INTEGER NOT NULL, record TEXT NOT NULL, start INTEGER NOT NULL, stop INTEGER,
+    PRIMARY KEY (turn, place)
+) WITHOUT ROWID;
+CREATE INDEX kept_record ON kept (record);
+-- What may be spent in a scope and beneath it: dollars per day, month or ever; action is stop or warn.
+CREATE TABLE budgets (
+    tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL, per TEXT NOT NULL,
+    dollars REAL NOT NULL, action TEXT NOT NULL, at REAL NOT NULL, PRIMARY KEY (tenant, user, agent, session, per)
+) WITHOUT ROWID;
+-- How far estimates of a prompt's tokens were from what the host then counted, by model.
+CREATE TABLE counts (
+    model TEXT PRIMARY KEY, uses INTEGER NOT NULL, estimated REAL NOT NULL, counted REAL NOT NULL,
+    squares REAL NOT NULL                       -- of the relative errors that the estimates had
+) WITHOUT ROWID;
 """
 
 #: What makes of a file of each format one of the next, in one transaction.
@@ -72,7 +103,10 @@ CREATE TABLE jobs (
     tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
 );
 CREATE INDEX jobs_record ON jobs (record, kind);
+ALTER TABLE uses ADD COLUMN long_written INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE uses ADD COLUMN turn TEXT;
 """
+    + PLANS
     + GUARDS,
 }
 
@@ -174,7 +208,9 @@ CREATE TABLE uses (
     input INTEGER NOT NULL, cached INTEGER NOT NULL, written INTEGER NOT NULL, output INTEGER NOT NULL,
     first_s REAL, total_s REAL NOT NULL, bytes INTEGER NOT NULL,
     expected INTEGER NOT NULL, reason TEXT, money REAL, uncached_money REAL,
-    attended TEXT                               -- JSON of `types.Attended`: what attention read in place
+    attended TEXT,                              -- JSON of `types.Attended`: what attention read in place
+    long_written INTEGER NOT NULL DEFAULT 0,    -- of written, those kept for the longer time
+    turn TEXT                                   -- JSON of `layouts.Turn`: what the request was made of, in tokens
 );
 -- When a record was last put into a prompt, how often, and for which model: salience, and what a host may still hold.
 CREATE TABLE shown (
@@ -183,7 +219,7 @@ CREATE TABLE shown (
 ) WITHOUT ROWID;
 """
 #: All that a new file has.
-SCHEMA = TABLES + GUARDS
+SCHEMA = TABLES + PLANS + GUARDS
 
 
 def unix_seconds(moment: str | None) -> float | None:

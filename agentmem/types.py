@@ -22,6 +22,7 @@ __all__ = [
     "Erasure",
     "Extraction",
     "Hit",
+    "Image",
     "Message",
     "Reconciliation",
     "Record",
@@ -29,6 +30,7 @@ __all__ = [
     "Role",
     "Scope",
     "Segment",
+    "TokenCount",
     "ToolCall",
     "Usage",
     "Value",
@@ -146,14 +148,30 @@ class ToolCall(Value):
     arguments: dict[str, Any] = {}
 
 
+class Image(Value):
+    """An image that stands beside a message's text: its bytes as base64 with their media type, or where it lies."""
+
+    data: str | None = Field(default=None, repr=False, description="base64")
+    media_type: str | None = None
+    url: str | None = None
+
+
 class Message(Value):
-    """One message of a prompt. ``records`` are the ids of the records that its text was made from (lineage)."""
+    """One message of a prompt. ``records`` are the ids of the records that its text was made from (lineage).
+
+    ``images`` stand before the text. ``blocks`` are a vendor's own parts of an answer that has to get them back with
+    the results of its tools (thinking, reasoning), as it sent them; ``blocks_of`` names the model that wrote them, and
+    only that one's adapter sends them.
+    """
 
     role: Role
     content: str
     name: str | None = None
+    images: tuple[Image, ...] = ()
     tool_calls: tuple[ToolCall, ...] = ()
     tool_call_id: str | None = None
+    blocks: tuple[dict[str, Any], ...] = ()
+    blocks_of: str | None = None
     records: tuple[str, ...] = ()
 
 
@@ -173,7 +191,8 @@ class Usage(Value):
     """What one request used. ``input_tokens`` counts the whole prompt, cached tokens included, on every provider.
 
     ``cached_tokens`` were read from a cache, ``written_tokens`` were newly put into one (where the provider says so, or
-    the KV pages that were sealed, or the slots that were saved). ``estimated_cached_tokens`` is set, and
+    the KV pages that were sealed, or the slots that were saved); ``written_long_tokens`` are those of them that the
+    host keeps for a longer, dearer time than its shortest (an hour at Anthropic, twelve at OpenAI). ``estimated_cached_tokens`` is set, and
     ``cached_tokens`` 0, where the provider counts none and reuse could only be inferred from its times. Seconds are
     wall time: to the first piece of text, and in all.
     """
@@ -181,6 +200,7 @@ class Usage(Value):
     input_tokens: int = 0
     cached_tokens: int = 0
     written_tokens: int = 0
+    written_long_tokens: int = 0
     output_tokens: int = 0
     estimated_cached_tokens: int | None = None
     first_token_s: float | None = None
@@ -244,8 +264,26 @@ class CacheUse(Value):
         return "; ".join(parts)
 
 
+class TokenCount(Value):
+    """How many tokens something has for a model. ``exact`` says whether the model's own tokenizer (or its vendor's
+    counting endpoint) counted; else ``error`` is the relative error that earlier estimates for this model had, as the
+    root of their mean square, None where none was seen yet."""
+
+    tokens: int
+    exact: bool
+    error: float | None = None
+
+    def __str__(self) -> str:
+        if self.exact:
+            return f"{self.tokens} tokens"
+        return f"about {self.tokens} tokens" + ("" if self.error is None else f" (within {self.error:.0%})")
+
+
 class Reply(Value):
-    """What ``chat`` returns. ``records`` are the ids under which this turn was remembered (empty if it was not)."""
+    """What ``chat`` returns. ``records`` are the ids under which this turn was remembered (empty if it was not).
+
+    ``parsed`` is the answer as the ``schema`` that was asked for says: an object of its class, or JSON values.
+    """
 
     text: str
     usage: Usage = Usage()
@@ -255,6 +293,7 @@ class Reply(Value):
     finish_reason: str | None = None
     model: str = ""
     records: tuple[str, ...] = ()
+    parsed: Any = None
 
     def __str__(self) -> str:
         return self.text

@@ -30,6 +30,7 @@ ORDER = [
     ["prompt", "ledger", "flow"],
     ["plaintext", "activation", "parametric"],
     ["provider", "database", "config", "tokens", "progress", "pickles"],
+    ["cache_rules"],
     ["schema", "watermark"],
     ["_pure"],
     ["_native"],
