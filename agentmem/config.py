@@ -61,13 +61,13 @@ class Settings(BaseSettings):
     history_tokens: int | None = Field(
         default=None,
         ge=0,
-        description="tokens of the running conversation kept in the prompt at most; by default what costs least, or 3000 "
-        "where no prices are known",
+        description="tokens of the running conversation kept in the prompt at most; by default what costs least, or "
+        "3000 where no prices are known",
     )
     cache: Literal["auto", "fixed", "off"] = Field(
         default="auto",
-        description="prompt caches of hosts: auto lays prompts out and marks them by what that costs, fixed marks the end "
-        "of every stable segment, off asks for no caching",
+        description="prompt caches of hosts: auto lays prompts out and marks them by what that costs, fixed marks the "
+        "end of every stable segment, off asks for no caching",
     )
     rules: dict[str, dict[str, Any]] = Field(
         default={}, description='what you know better about a prompt cache: {"anthropic:claude-…": {"minimum": 1024}}'

@@ -83,8 +83,8 @@ class Capabilities:
 class Options:
     """Sampling options, in the field's usual words. ``None`` leaves a value to the provider's default.
 
-    ``max_tokens=0`` asks for prefill only: fill the cache, generate nothing. ``schema`` is a JSON schema that the answer
-    has to follow. ``extra`` goes to the vendor's request as it is.
+    ``max_tokens=0`` asks for prefill only: fill the cache, generate nothing. ``schema`` is a JSON schema that the
+    answer has to follow. ``extra`` goes to the vendor's request as it is.
     """
 
     max_tokens: int | None = None

@@ -192,9 +192,9 @@ class Usage(Value):
 
     ``cached_tokens`` were read from a cache, ``written_tokens`` were newly put into one (where the provider says so, or
     the KV pages that were sealed, or the slots that were saved); ``written_long_tokens`` are those of them that the
-    host keeps for a longer, dearer time than its shortest (an hour at Anthropic, twelve at OpenAI). ``estimated_cached_tokens`` is set, and
-    ``cached_tokens`` 0, where the provider counts none and reuse could only be inferred from its times. Seconds are
-    wall time: to the first piece of text, and in all.
+    host keeps for a longer, dearer time than its shortest (an hour at Anthropic, twelve at OpenAI).
+    ``estimated_cached_tokens`` is set, and ``cached_tokens`` 0, where the provider counts none and reuse could only be
+    inferred from its times. Seconds are wall time: to the first piece of text, and in all.
     """
 
     input_tokens: int = 0
