@@ -12,11 +12,12 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import extraction, flows, histories, kinds, reconciling, reembedding, transfer
+from . import flows, histories, transfer
 from .chat import Conversation
 from .engine import Engine
 from .flow import local, run
 from .flows import When
+from .handles import Activation, Parametric, Plaintext
 from .ledger import Report
 from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
@@ -26,20 +27,15 @@ from .types import (
     Compaction,
     Context,
     Erasure,
-    Extraction,
     Hit,
     Message,
-    Reconciliation,
     Record,
     Reply,
     Scope,
-    Usage,
     Verification,
 )
 
 if TYPE_CHECKING:
-    from .activation.store import PageEntry, Swapped
-    from .parametric.registry import LoraVersion
     from .plaintext.embed import Embedder
 
 __all__ = ["Activation", "Memory", "Parametric", "Plaintext", "ScopedMemory"]
@@ -345,166 +341,3 @@ class Memory(ScopedMemory):
 
     def __exit__(self, *_: object) -> None:
         self.close()
-
-
-class Plaintext:
-    """Direct handle: records and their index."""
-
-    def __init__(self, engine: Engine, scope: Scope) -> None:
-        self._engine = engine
-        self._scope = scope
-
-    def count(self) -> int:
-        """How many records this scope sees."""
-        return run(local(self._engine.records.count, self._scope))
-
-    def around(self, id: str, *, before: int = 2, after: int = 2) -> builtins.list[Record]:
-        """A record, such as that of a hit, amid its neighbours in its session, in order of arrival."""
-        return run(local(self._engine.records.around, id, self._scope, before=before, after=after))
-
-    def embed(self) -> int:
-        """Embed the records that have no vector of the current embedder yet; returns how many. Can be interrupted."""
-        return run(flows.catch_up(self._engine))
-
-    def reembed(self) -> int:
-        """Embed every record by the embedder in the settings and turn to it; returns how many records that were.
-
-        A folder that another embedder filled is searched with that one until this is done. Can be interrupted and
-        goes on where it stopped; other processes work on meanwhile and turn over with this one.
-        """
-        return run(reembedding.reembed(self._engine))
-
-    def extract(
-        self,
-        *,
-        kinds: Sequence[Literal["fact", "preference", "summary"]] = ("fact", "preference"),
-        limit: int | None = None,
-        retry: bool = False,
-    ) -> Extraction:
-        """Let the model note facts and preferences of what users said, and summaries of sessions, as new records.
-
-        They have ``metadata["kind"]``, the source "extracted", the scope of the turns they were written from and
-        lineage to them; what an untrusted turn says stays untrusted. A turn is read once per model, at most ``limit``
-        turns in one call; failed ones are tried again later, ``retry`` also reads refused ones again. Nothing that was
-        said is changed. Can be interrupted. Forgetting a turn forgets what was extracted from it.
-        """
-        return run(extraction.extract(self._engine, self._scope, kinds=kinds, limit=limit, retry=bool(retry)))
-
-    def reconcile(self, *, where: Mapping[str, Any] | None = None, limit: int | None = None) -> Reconciliation:
-        """Ask the model which facts of one subject can't both hold; each such pair becomes a record that names both.
-
-        Facts are records with ``metadata["kind"]`` "fact" or "preference", or those that match ``where``. Neither is
-        changed: say which one holds by ``add(..., supersedes=...)``. Each pair is asked about once.
-        """
-        return run(reconciling.reconcile(self._engine, self._scope, where=where, limit=limit))
-
-
-class Activation:
-    """Direct handle: KV pages. A page holds the model's states of one step of the token grid."""
-
-    def __init__(self, engine: Engine, scope: Scope, conversation: Conversation) -> None:
-        self._engine = engine
-        self._scope = scope
-        self._conversation = conversation
-
-    def prime(self, *, system: str | None = None) -> Usage:
-        """Prefill what the next ``chat`` of this handle begins with (system, core, history), ahead of the turn."""
-        return run(chats.prime(self._engine, self._conversation, system=system))
-
-    def entries(self) -> builtins.list[PageEntry]:
-        """The pages made from this scope's records; on the root handle all of them."""
-        return run(local(kinds.entries, self._engine, self._scope))
-
-    def pin(self, keys: Sequence[str] | None = None, *, pinned: bool = True) -> int:
-        """Keep these pages (default: all of the scope) from being evicted; returns how many."""
-        return run(local(kinds.pin, self._engine, self._scope, keys, pinned=pinned))
-
-    def evict(self, keys: Sequence[str] | None = None) -> int:
-        """Delete these pages (default: all of the scope); returns how many. They are computed again when needed."""
-        return run(local(kinds.evict, self._engine, self._scope, keys))
-
-    def swap_out(self, keys: Sequence[str] | None = None) -> Swapped:
-        """Let these pages (default: all of the scope) leave the RAM, and say what that took; their files stay."""
-        return run(local(kinds.swap_out, self._engine, self._scope, keys))
-
-    def swap_in(self, keys: Sequence[str] | None = None) -> Swapped:
-        """Bring these pages (default: all of the scope), and the pages before them, into RAM ahead of use, checked.
-
-        Call it on the handle that speaks next, while another one answers: its first token then waits for no disk. Says
-        what is there afterwards. The last used come first, up to ``ram_budget``. Damaged pages are put aside; a file
-        that was written this very moment is left for its first use.
-        """
-        return run(local(kinds.swap_in, self._engine, self._scope, keys))
-
-    def save(self, path: str | os.PathLike[str]) -> int:
-        """Copy all pages with their lineage into a new folder; returns how many. As private as the transcript.
-
-        On the root handle only: the pages of a prompt's head serve many scopes. What is forgotten later stays in that
-        folder: the receipt of `forget` names it while it is there, and deleting it is yours.
-        """
-        return run(local(kinds.save, self._engine, self._scope, path))
-
-    def restore(self, path: str | os.PathLike[str]) -> int:
-        """Bring saved pages back; returns how many. Damaged ones and those of forgotten records are passed over."""
-        return run(local(kinds.restore, self._engine, self._scope, path))
-
-
-class Parametric:
-    """Direct handle: LoRA versions trained from records. Local models only."""
-
-    def __init__(self, engine: Engine, scope: Scope) -> None:
-        self._engine = engine
-        self._scope = scope
-
-    def train(
-        self,
-        scope: Scope | ScopedMemory | None = None,
-        records: Sequence[str | Record] | None = None,
-        *,
-        seed: int = 0,
-        epochs: int = 16,
-        activate: bool = True,
-        approve: Sequence[str | Record] = (),
-    ) -> LoraVersion:
-        """Teach records (default: all of the scope) to a LoRA and store it as a version; about a minute for ten facts.
-
-        A version that passes its gate is activated for the scope unless ``activate=False``; one that fails stays
-        inactive, with the report in ``.gate``. Untrusted records are left out but for those in ``approve``, which you
-        have looked at. Interrupted, nothing is stored. Raises `ConfigError` for a model without
-        weights, `TrainingError` where nothing can be learnt from these records.
-        """
-        return run(
-            local(
-                kinds.train,
-                self._engine,
-                kinds.beneath(self._scope, scope),
-                records,
-                seed=seed,
-                epochs=epochs,
-                activate=activate,
-                approve=approve,
-            )
-        )
-
-    def versions(self) -> builtins.list[LoraVersion]:
-        """The versions of this scope, beneath it and of the levels above it, newest first."""
-        return run(local(self._engine.registry.versions, self._scope))
-
-    def active(self) -> LoraVersion | None:
-        """The version that answers in this scope; None for the base model."""
-        return run(local(self._engine.registry.active, self._scope))
-
-    def activate(self, version: str | LoraVersion | None, *, force: bool = False) -> LoraVersion | None:
-        """Answer with this version from the next request on; None for the base model.
-
-        Raises `TrainingError` for a retired version, and for one that failed its gate unless ``force``.
-        """
-        return run(local(kinds.activate, self._engine, self._scope, version, force=force))
-
-    def rollback(self) -> LoraVersion | None:
-        """Go back to what was active before; returns it, or None for the base model."""
-        return run(local(kinds.rollback, self._engine, self._scope))
-
-    def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
-        """Write a version as a PEFT folder."""
-        return run(local(kinds.export, self._engine, self._scope, version, path))

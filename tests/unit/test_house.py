@@ -21,6 +21,7 @@ ORDER = [
     ["testing"],
     ["async_memory"],
     ["memory"],
+    ["handles"],
     ["reply_stream", "opening"],
     ["kinds", "chat", "transfer", "histories", "reconciling", "reembedding"],
     ["extraction"],
