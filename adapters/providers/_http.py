@@ -8,8 +8,10 @@ from __future__ import annotations
 import contextlib
 import email.utils
 import json
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import zlib
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import replace
 from typing import Any, NamedTuple, TypeVar
@@ -24,12 +26,13 @@ __all__ = [
     "clean",
     "connection_failed",
     "from_status",
+    "guard",
     "is_host",
     "is_loopback",
     "read_settings",
     "scrub",
     "sdk_failure",
-    "watched",
+    "whole",
 ]
 
 T = TypeVar("T")
@@ -45,6 +48,12 @@ class Failure(NamedTuple):
 
 #: Seconds to wait for a connection; a host that is up answers far sooner.
 CONNECT_S = 10.0
+#: Bytes of the largest reply that is read; 128 embeddings of 4,096 numbers as text are a sixth of it.
+LARGEST = 1 << 26
+#: No prompt has more tokens than this.
+LARGEST_COUNT = 1 << 40
+#: The libraries that SDKs send with; they have the same classes.
+LIBRARIES = ("httpx", "httpx2")
 
 #: The settings that every provider behind HTTP takes.
 SETTINGS: Mapping[str, type] = {
@@ -129,7 +138,7 @@ class Clock:
         return replace(generation, usage=generation.usage.model_copy(update=times))
 
     def run(self, call: Callable[[], T]) -> T:
-        """Call with this clock as the one that `watched` clients of this thread obey."""
+        """Call with this clock as the one that guarded clients (`guard`) of this thread obey."""
         token = _clock.set(self)
         try:
             return call()
@@ -140,25 +149,27 @@ class Clock:
 _clock: ContextVar[Clock | None] = ContextVar("agentmem_clock", default=None)
 
 
-def watched(http: Any) -> dict[str, list[Callable[[Any], None]]]:
-    """Event hooks for a sync client of ``http`` (httpx or httpx2) that hold it to the deadline of the current `Clock`.
+def guard(client: Any) -> None:
+    """Hold an SDK's client, or httpx's own, to what every provider behind HTTP must keep to.
 
-    The library's own time-outs are per read, so a server that drips a byte now and then would never end. This looks at
-    every read; a server that falls silent is left no later than the call's whole time after its last byte.
+    Redirects are not followed: they would carry the prompt, and keys in headers that httpx does not know, to another
+    host. A reply may take `LARGEST` bytes, unpacked. A sync client keeps to the deadline of the current `Clock` at
+    every read and write: the library's own time-outs are per read, so a server that drips a byte now and then would
+    never end. (Async calls are cancelled at their deadline.)
     """
+    inner = getattr(client, "_client", client)
+    http = next(
+        sys.modules[top] for kind in type(inner).__mro__ if (top := kind.__module__.partition(".")[0]) in LIBRARIES
+    )
+    inner.follow_redirects = False
+    inner.headers["accept-encoding"] = "gzip, deflate"  # what is unpacked here, within bounds
+    if isinstance(inner, http.AsyncClient):
 
-    class Watched(http.SyncByteStream):  # type: ignore[misc]
-        def __init__(self, response: Any, clock: Clock) -> None:
-            self._stream, self._request, self._clock = response.stream, response.request, clock
+        async def bound(response: Any) -> None:
+            response.stream = _bounded(http, response, http.AsyncByteStream)
 
-        def __iter__(self) -> Iterator[bytes]:
-            for chunk in self._stream:
-                if not self._clock.left():
-                    raise http.ReadTimeout("the deadline passed while reading", request=self._request)
-                yield chunk
-
-        def close(self) -> None:
-            self._stream.close()
+        inner.event_hooks = {"request": [], "response": [bound]}
+        return
 
     def before(request: Any) -> None:
         if (clock := _clock.get()) is not None:
@@ -166,10 +177,92 @@ def watched(http: Any) -> dict[str, list[Callable[[Any], None]]]:
             request.extensions["timeout"] = {"connect": min(left, CONNECT_S), "read": left, "write": left, "pool": left}
 
     def after(response: Any) -> None:
-        if (clock := _clock.get()) is not None:
-            response.stream = Watched(response, clock)
+        response.stream = _bounded(http, response, http.SyncByteStream)
 
-    return {"request": [before], "response": [after]}
+    inner.event_hooks = {"request": [before], "response": [after]}
+    for transport in [inner._transport, *inner._mounts.values()]:  # the library has no public way to its sockets
+        pool = getattr(transport, "_pool", None)
+        if (backend := getattr(pool, "_network_backend", None)) is not None:
+            pool._network_backend = _Punctual(backend)
+
+
+class _Punctual:
+    """A sync network backend of httpcore, or a connection it made, that obeys the `Clock` of the calling thread."""
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+    def connect_tcp(self, *args: Any, **options: Any) -> _Punctual:
+        return _Punctual(self._inner.connect_tcp(*args, **options))
+
+    def connect_unix_socket(self, *args: Any, **options: Any) -> _Punctual:
+        return _Punctual(self._inner.connect_unix_socket(*args, **options))
+
+    def start_tls(self, context: Any, server_hostname: str | None = None, timeout: float | None = None) -> _Punctual:
+        return _Punctual(self._inner.start_tls(context, server_hostname, _at_most(timeout)))
+
+    def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
+        return self._inner.read(max_bytes, _at_most(timeout))  # type: ignore[no-any-return]
+
+    def write(self, buffer: bytes, timeout: float | None = None) -> None:
+        self._inner.write(buffer, _at_most(timeout))
+
+
+def _at_most(timeout: float | None) -> float | None:
+    clock = _clock.get()
+    if clock is None:
+        return timeout
+    if not (left := clock.left()):
+        raise TimeoutError("the deadline passed")
+    return left if timeout is None else min(left, timeout)
+
+
+def _bounded(http: Any, response: Any, kind: type) -> Any:
+    """The response's bytes, unpacked if they are packed, up to `LARGEST` of them."""
+    packed = response.headers.get("content-encoding", "identity").strip().lower()
+    if packed not in ("identity", "", "gzip", "deflate"):
+        raise http.DecodingError(f"the reply is packed as {packed[:20]!r}, which was not asked for")
+    unpack = zlib.decompressobj(wbits=47) if packed in ("gzip", "deflate") else None  # 47: either header
+    if unpack is not None:
+        del response.headers["content-encoding"]
+    seen, stream = 0, response.stream
+
+    def take(chunk: bytes) -> bytes:
+        nonlocal seen
+        try:
+            content = chunk if unpack is None else unpack.decompress(chunk, LARGEST + 1 - seen)
+        except zlib.error as error:
+            raise http.DecodingError(f"the reply can't be unpacked: {error}") from error
+        seen += len(content)
+        if seen > LARGEST:
+            raise http.DecodingError(f"the reply is larger than {LARGEST} bytes")
+        return content
+
+    class Bounded(kind):  # type: ignore[misc, valid-type]
+        def __iter__(self) -> Iterator[bytes]:
+            for chunk in stream:
+                yield take(chunk)
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            async for chunk in stream:
+                yield take(chunk)
+
+        def close(self) -> None:
+            stream.close()
+
+        async def aclose(self) -> None:
+            await stream.aclose()
+
+    return Bounded()
+
+
+def whole(value: Any) -> int:
+    """A count of tokens as a vendor sent it; 0 for what is none: null, text, NaN, a negative number."""
+    sound = isinstance(value, (int, float)) and not isinstance(value, bool) and 0 <= value < LARGEST_COUNT
+    return int(value) if sound else 0
 
 
 def from_status(
@@ -187,6 +280,9 @@ def from_status(
     hint = {401: "check its key", 403: "the key may not do this", **(hints or {})}.get(status, "")
     message = f"{name} answered {status}: {str(detail)[:500]}" + (f" ({hint})" if hint else "")
     facts: dict[str, Any] = {"status": status, "request_id": request_id, "body": body}
+    if 300 <= status < 400:
+        where = urlsplit(headers.get("location", "")).hostname or "another path"
+        message = f"{name} answered {status}, a redirect to {where}; none is followed: correct base_url"
     told, wait_s = headers.get("x-should-retry"), _retry_after(headers)
     if status == 429:
         again = told != "false" and "insufficient_quota" not in str(body)
@@ -211,7 +307,7 @@ def sdk_failure(sdk: Any, error: Any, *, name: str, model: str, advice: str) -> 
     if isinstance(error, sdk.APIError):
         response = getattr(error, "response", None)
         status = 200 if response is None else response.status_code
-        if status < 400:  # an error event inside a stream that had begun well
+        if status < 300:  # an error event inside a stream that had begun well
             words = str(error.body)
             status = 429 if "rate_limit" in words else 400 if "invalid_request" in words else 500
         return from_status(
@@ -229,13 +325,23 @@ def sdk_failure(sdk: Any, error: Any, *, name: str, model: str, advice: str) -> 
 
 
 def _retry_after(headers: Mapping[str, str]) -> float | None:
+    """Seconds that the server asks to wait; a date is read against the server's own clock. None for nonsense."""
     for header, scale in (("retry-after-ms", 0.001), ("retry-after", 1.0)):
         try:
-            return max(0.0, float(headers[header]) * scale)
+            told = float(headers[header]) * scale
         except (KeyError, ValueError):
             continue
-    date = email.utils.parsedate_tz(headers.get("retry-after", ""))
-    return max(0.0, email.utils.mktime_tz(date) - time.time()) if date else None
+        return told if told >= 0 else None
+    until = _moment(headers.get("retry-after", ""))
+    now = _moment(headers.get("date", ""))
+    return None if until is None else max(0.0, until - (time.time() if now is None else now))
+
+
+def _moment(text: str) -> float | None:
+    with contextlib.suppress(ValueError, OverflowError, IndexError, TypeError):
+        if (date := email.utils.parsedate_tz(text)) is not None:
+            return float(email.utils.mktime_tz(date))
+    return None
 
 
 #: A shorter word is no key (local servers are given "none") and might stand in any sentence.

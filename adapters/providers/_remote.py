@@ -24,7 +24,8 @@ from agentmem.errors import AgentMemError, ConfigError, InvalidInput, ProviderEr
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
 
-from ._http import Clock, Failure, clean, scrub
+from ._http import Clock, Failure, clean, connection_failed, guard, scrub
+from ._single_flight import Flights
 
 if TYPE_CHECKING:
     import numpy as np
@@ -36,6 +37,8 @@ T = TypeVar("T")
 
 #: Seconds to wait for another thread's event loop to close its connections.
 CLOSE_S = 2.0
+#: What the vendor's SDK or an adapter's parser may raise for a reply that is not what it should be.
+NONSENSE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 #: Texts per embedding request: below every vendor's limit, and small enough to keep one request short.
 EMBED_BATCH = 128
 
@@ -63,6 +66,7 @@ class Remote(ABC):
         self.capabilities = capabilities
         self._timeout_s: float = settings["timeout_s"]
         self._max_retries: int = settings["max_retries"]
+        self._flights = Flights(capabilities.cache)
         self._secrets = tuple(s for s in (settings.get("api_key"),) if s)
         self._lock = threading.RLock()  # a stream that is left may be closed by the collector at any point
         self._client: tuple[int, Any] | None = None
@@ -120,7 +124,8 @@ class Remote(ABC):
 
     def _answer(self, request: Request, clock: Clock) -> Generation:
         body = self._checked(request, stream=False)
-        reply = self._sync(clock, lambda: self._chat(self._sync_client(), body))
+        with self._flights.alone(request, clock):
+            reply = self._sync(clock, lambda: self._chat(self._sync_client(), body))
         return self._finished(request, clock, self._understood(lambda: self._parse(self._plain(reply))))
 
     async def agenerate(self, request: Request) -> Generation:
@@ -129,7 +134,8 @@ class Remote(ABC):
 
     async def _aanswer(self, request: Request, clock: Clock) -> Generation:
         body = self._checked(request, stream=False)
-        reply = await self._async(clock, lambda: self._chat(self._async_client(), body))
+        async with self._flights.aalone(request, clock):
+            reply = await self._async(clock, lambda: self._chat(self._async_client(), body))
         return self._finished(request, clock, self._understood(lambda: self._parse(self._plain(reply))))
 
     def stream(self, request: Request) -> Iterator[str | Generation]:
@@ -141,7 +147,8 @@ class Remote(ABC):
 
     def _pieces(self, request: Request, clock: Clock) -> Generator[str | Generation, None, None]:
         body, reader = self._checked(request, stream=True), self._reader()
-        source, event = self._sync(clock, lambda: _opened(self._chat(self._sync_client(), body)))
+        with self._flights.alone(request, clock):
+            source, event = self._sync(clock, lambda: _opened(self._chat(self._sync_client(), body)))
         try:
             while event is not None:
                 if piece := self._piece(reader, event, clock):
@@ -164,7 +171,8 @@ class Remote(ABC):
 
     async def _apieces(self, request: Request, clock: Clock) -> AsyncGenerator[str | Generation, None]:
         body, reader = self._checked(request, stream=True), self._reader()
-        source, event = await self._async(clock, lambda: _aopened(self._chat(self._async_client(), body)))
+        async with self._flights.aalone(request, clock):
+            source, event = await self._async(clock, lambda: _aopened(self._chat(self._async_client(), body)))
         try:
             while event is not None:
                 if piece := self._piece(reader, event, clock):
@@ -225,6 +233,17 @@ class Remote(ABC):
 
     # How.
 
+    def _ask(self, call: Callable[[Any], Any], parse: Callable[[Mapping[str, Any]], T]) -> T:
+        """A request beside the chat (a count, a model's facts): ``call`` sends it with the client it is given, and what
+        ``parse`` makes of the reply is returned. Deadline, retries and errors are those of every other request."""
+        reply = self._sync(Clock(self._timeout_s), lambda: call(self._sync_client()))
+        return self._understood(lambda: parse(self._plain(reply)))
+
+    async def _aask(self, call: Callable[[Any], Any], parse: Callable[[Mapping[str, Any]], T]) -> T:
+        """`_ask`, awaited."""
+        reply = await self._async(Clock(self._timeout_s), lambda: call(self._async_client()))
+        return self._understood(lambda: parse(self._plain(reply)))
+
     def _checked(self, request: Request, *, stream: bool) -> dict[str, Any]:
         if request.loras and not self.capabilities.loras:
             raise ConfigError(f"{self.name} can't serve LoRA versions; deactivate them or use model='local'")
@@ -242,7 +261,7 @@ class Remote(ABC):
     def _understood(self, parse: Callable[[], T]) -> T:
         try:
             return parse()
-        except (AttributeError, IndexError, KeyError, TypeError, ValueError) as error:
+        except NONSENSE as error:
             if isinstance(error, AgentMemError):
                 raise
             raise Unavailable(f"{self.name} sent a reply that can't be understood ({type(error).__name__})") from error
@@ -311,22 +330,24 @@ class Remote(ABC):
     def _failure(self, error: Exception, clock: Clock) -> Failure:
         if isinstance(error, TimeoutError) or not clock.left():
             return Failure(Unavailable(f"{self.name} did not finish within timeout_s={self._timeout_s:g}"))
-        if isinstance(error, UnicodeError):
+        if isinstance(error, UnicodeEncodeError):
             return Failure(InvalidInput(f"a text can't be encoded as UTF-8: {error}"))
         if (failure := self._map(error)) is not None:
             failure.error.args = clean(failure.error.args, self._secrets)
             if isinstance(failure.error, ProviderError):
                 failure.error.body = clean(failure.error.body, self._secrets)
             return failure
-        if isinstance(error, (TypeError, ValueError)):
+        if isinstance(error, NONSENSE):
             return Failure(Unavailable(f"{self.name} sent a reply that can't be understood ({type(error).__name__})"))
+        if isinstance(error, OSError):
+            return connection_failed(self.name, error, self.advice)
         raise error
 
     def _sync_client(self) -> Any:
         with self._lock:
             self._open()
             if self._client is None or self._client[0] != os.getpid():  # a forked child must not share sockets
-                self._client = os.getpid(), self._connect(asynchronous=False)
+                self._client = os.getpid(), self._connected(asynchronous=False)
             return self._client[1]
 
     def _async_client(self) -> Any:
@@ -334,8 +355,13 @@ class Remote(ABC):
         with self._lock:
             self._open()
             if loop not in self._async_clients:  # a connection belongs to the loop it was made in
-                self._async_clients[loop] = self._connect(asynchronous=True)
+                self._async_clients[loop] = self._connected(asynchronous=True)
             return self._async_clients[loop]
+
+    def _connected(self, *, asynchronous: bool) -> Any:
+        client = self._connect(asynchronous=asynchronous)
+        guard(client)
+        return client
 
     def _open(self) -> None:
         if self._closed:

@@ -19,7 +19,7 @@ from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
 from agentmem.types import Message, Usage
 
-from ._http import Failure, is_host, is_loopback, read_settings, sdk_failure, watched
+from ._http import Failure, is_host, is_loopback, read_settings, sdk_failure
 from ._remote import Remote
 from ._tools import tool_call, tool_parts
 
@@ -246,9 +246,7 @@ class Anthropic(Remote):
         if asynchronous:
             http = anthropic.DefaultAsyncHttpxClient(timeout=self._timeout_s)
             return anthropic.AsyncAnthropic(**common, max_retries=0, timeout=self._timeout_s, http_client=http)
-        import httpx2
-
-        client = anthropic.DefaultHttpxClient(timeout=self._timeout_s, event_hooks=watched(httpx2))
+        client = anthropic.DefaultHttpxClient(timeout=self._timeout_s)
         return anthropic.Anthropic(**common, max_retries=0, timeout=self._timeout_s, http_client=client)
 
     def _build(self, request: Request, *, stream: bool) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from agentmem.errors import AgentMemError, ConfigError
 from agentmem.provider import Capabilities, Generation, Request
 
 from . import openai as _openai
-from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, watched
+from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings
 from ._llamacpp_slots import Call, End, SlotPlanner, Turn, advance, digest_cache
 from ._remote import Remote
 
@@ -277,7 +277,7 @@ class LlamaCpp(Remote):
         }
         if asynchronous:
             return httpx.AsyncClient(**common)
-        return httpx.Client(**common, event_hooks=watched(httpx))
+        return httpx.Client(**common)
 
     def _build(self, request: Request, *, stream: bool) -> dict[str, Any]:
         return build_request(request, model=self._model, stream=stream, id_slot=self._values.get("id_slot"))

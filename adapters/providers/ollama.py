@@ -23,7 +23,7 @@ from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
 from agentmem.types import Message, Usage
 
-from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, watched
+from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings
 from ._ollama_estimates import AUTO, KeepAlive, Reuse, seconds, sent
 from ._remote import Remote
 from ._tools import tool_call, tool_parts
@@ -234,7 +234,6 @@ class Ollama(Remote):
         return counter_for(self._model).count(text)
 
     def _connect(self, *, asynchronous: bool) -> Any:
-        import httpx
         import ollama
 
         key = self._values["api_key"]
@@ -242,7 +241,7 @@ class Ollama(Remote):
         common["headers"] = {"Authorization": f"Bearer {key}"} if key else None
         if asynchronous:
             return ollama.AsyncClient(**common)
-        return ollama.Client(**common, event_hooks=watched(httpx))
+        return ollama.Client(**common)
 
     # The faces, with what is inferred of reuse.
 
