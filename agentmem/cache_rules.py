@@ -216,7 +216,9 @@ def _lifetimes(pattern: str, value: Any) -> tuple[Lifetime, ...]:
         raise ConfigError(f"rules.{pattern!r}: lifetimes is {value!r}; give {wanted}")
     found: list[Lifetime] = []
     for item in value:
-        told = {"name": item.name, "seconds": item.seconds, "write": item.write} if isinstance(item, Lifetime) else item
+        told: Any = (
+            {"name": item.name, "seconds": item.seconds, "write": item.write} if isinstance(item, Lifetime) else item
+        )
         if not isinstance(told, Mapping) or set(told) != {"name", "seconds", "write"}:
             raise ConfigError(f"rules.{pattern!r}: a lifetime is {item!r}; give {wanted}")
         name, seconds, write = told["name"], told["seconds"], told["write"]
