@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import importlib
+import json
 from typing import Any
 
 import pytest
 
-from agentmem.errors import ConfigError
-from agentmem.provider import Options, Request, load
+from agentmem.errors import ConfigError, InvalidInput
+from agentmem.provider import CachePlan, Mark, Options, Request, load
 from agentmem.testing import chat_request
-from agentmem.types import Message, Segment, ToolCall
+from agentmem.types import Image, Message, Segment, TokenCount, ToolCall
 
 adapter = importlib.import_module("agentmem.adapters.providers.anthropic")
 
@@ -52,6 +53,172 @@ def test_there_are_never_more_markers_than_the_api_takes() -> None:
     body = adapter.build_request(Request(segments=(one,) * 7), model="claude")
     marked = ["cache_control" in message["content"][-1] for message in body["messages"]]
     assert marked == [False] * 3 + [True] * 4
+
+
+# Plans for the cache.
+
+TOOL = {"name": "f", "input_schema": {"type": "object"}}
+
+
+def planned(*marks: Mark, **fields: Any) -> dict[str, Any]:
+    body: dict[str, Any] = adapter.build_request(four_segments(cache=CachePlan(marks=marks), **fields), model="claude")
+    return body
+
+
+def controls(body: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """The marked blocks in the order of the prompt: their text or name, and the marker."""
+    blocks = [*body.get("tools", ()), *body.get("system", ()), *(b for m in body["messages"] for b in m["content"])]
+    return [(b.get("text") or b["name"], b["cache_control"]) for b in blocks if "cache_control" in b]
+
+
+def test_a_plans_marks_stand_on_the_last_block_of_their_prefix() -> None:
+    marks = (
+        Mark(messages=0, lifetime="1h"),
+        Mark(messages=1, lifetime="1h"),
+        Mark(messages=3),
+        Mark(messages=5, lifetime="5m"),
+    )
+    hour = {"type": "ephemeral", "ttl": "1h"}
+    assert controls(planned(*marks, tools=(TOOL,))) == [
+        ("f", hour),
+        ("Be kind.", hour),
+        ("Noted.", MARK),
+        ("Hello", MARK),
+    ]
+
+
+def test_a_plan_without_marks_marks_nothing() -> None:
+    assert controls(planned()) == []
+    assert controls(planned(Mark(messages=0))) == []  # no tools stand there
+
+
+def test_a_longer_lifetime_behind_a_shorter_is_asked_for_as_the_shorter() -> None:
+    body = planned(Mark(messages=1, lifetime="5m"), Mark(messages=3, lifetime="1h"))
+    assert controls(body) == [("Be kind.", MARK), ("Noted.", MARK)]
+
+
+def test_what_the_caller_marks_himself_counts_among_the_four() -> None:
+    marks = [Mark(messages=n) for n in (1, 2, 3, 4)]
+    top = planned(*marks, options=Options(extra={"cache_control": MARK}))
+    assert [what for what, _ in controls(top)] == ["Facts.", "Noted.", "Ana: Hi"]
+    tool = planned(*marks, tools=({**TOOL, "cache_control": MARK},))
+    assert [what for what, _ in controls(tool)] == ["f", "Facts.", "Noted.", "Ana: Hi"]
+    assert len(controls(planned(*marks, Mark(messages=5)))) == 4
+
+
+def test_two_marks_on_one_block_are_one() -> None:
+    assert len(controls(planned(Mark(messages=3, lifetime="1h"), Mark(messages=3)))) == 1
+
+
+def test_a_mark_behind_the_last_message_is_refused() -> None:
+    with pytest.raises(InvalidInput, match="9 messages"):
+        planned(Mark(messages=9))
+
+
+def test_a_diagnosis_is_asked_for_from_the_first_request_on() -> None:
+    def asked(plan: CachePlan) -> Any:
+        return adapter.build_request(four_segments(cache=plan), model="claude").get("diagnostics")
+
+    assert asked(CachePlan(previous="msg_1")) is None
+    assert asked(CachePlan(diagnose=True)) == {"previous_message_id": None}
+    assert asked(CachePlan(diagnose=True, previous="msg_1")) == {"previous_message_id": "msg_1"}
+
+
+def test_filling_the_cache_goes_without_what_is_refused_beside_it() -> None:
+    extra = {
+        "thinking": {"type": "enabled", "budget_tokens": 2048},
+        "tool_choice": {"type": "any"},
+        "output_config": {"effort": "low"},
+    }
+    options = Options(max_tokens=0, schema={"type": "object"}, extra=extra)
+    body = adapter.build_request(four_segments(options=options), model="claude", stream=True)
+    assert body.keys() == {"model", "max_tokens", "messages", "system", "output_config"}
+    assert body["output_config"] == {"effort": "low"}
+    free = Options(max_tokens=0, schema={"type": "object"}, extra={"tool_choice": {"type": "auto"}})
+    body = adapter.build_request(four_segments(options=free), model="claude")
+    assert body["tool_choice"] == {"type": "auto"}
+    assert "output_config" not in body
+
+
+# What a request holds beside text.
+
+
+def test_images_stand_before_the_text_and_in_a_tools_result() -> None:
+    held, linked = Image(data="aGk=", media_type="image/png"), Image(url="https://example.com/a.png")
+    messages = (
+        Message(role="user", content="What is it?", images=(held, linked)),
+        Message(role="assistant", content="", tool_calls=(ToolCall(id="a", name="f"),)),
+        Message(role="tool", content="a cat", tool_call_id="a", images=(held,)),
+    )
+    request = Request(segments=(Segment(name="turn", messages=messages, stable=False),))
+    asked, _, answered = adapter.build_request(request, model="claude")["messages"]
+    first = {"type": "image", "source": {"type": "base64", "media_type": "image/png", "data": "aGk="}}
+    second = {"type": "image", "source": {"type": "url", "url": "https://example.com/a.png"}}
+    assert asked["content"] == [first, second, text("What is it?")]
+    assert answered["content"] == [{"type": "tool_result", "tool_use_id": "a", "content": [first, text("a cat")]}]
+
+
+def test_a_schema_is_the_form_of_the_answer_and_keeps_the_effort() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
+    options = Options(schema=schema, extra={"output_config": {"effort": "low"}})
+    body = adapter.build_request(four_segments(options=options), model="claude")
+    assert body["output_config"] == {"effort": "low", "format": {"type": "json_schema", "schema": schema}}
+
+
+def test_a_schema_is_written_as_the_api_takes_it() -> None:
+    provider: Any = load("anthropic:claude", {"api_key": "k"})
+    body = provider._build(
+        chat_request("Hi", schema={"type": "object", "properties": {"n": {"type": "integer"}}}), stream=False
+    )
+    assert body["output_config"]["format"]["schema"]["additionalProperties"] is False
+    with pytest.raises(InvalidInput, match="schema"):
+        provider._build(chat_request("Hi", schema={"properties": {}}), stream=False)
+
+
+def test_the_limit_leaves_room_for_an_answer_behind_the_thoughts() -> None:
+    thinking = {"thinking": {"type": "enabled", "budget_tokens": 4096}}
+    assert adapter.build_request(chat_request("Hi", extra=thinking), model="claude")["max_tokens"] == 4096 + 1024
+    assert (
+        adapter.build_request(chat_request("Hi", extra=thinking, max_tokens=5000), model="claude")["max_tokens"] == 5000
+    )
+
+
+THOUGHT = {"type": "thinking", "thinking": "hm", "signature": "c2ln"}
+HIDDEN = {"type": "redacted_thinking", "data": "eA=="}
+CALL = {"type": "tool_use", "id": "a", "name": "f", "input": {"n": 1}}
+
+
+def after_a_call(blocks: tuple[dict[str, Any], ...], of: str = "anthropic:claude") -> Any:
+    call = ToolCall(id="a", name="f", arguments={"n": 1})
+    said = Message(role="assistant", content="Wait.", tool_calls=(call,), blocks=blocks, blocks_of=of)
+    result = Message(role="tool", content="one", tool_call_id="a")
+    request = Request(segments=(Segment(name="turn", messages=(said, result), stable=False),))
+    return adapter.build_request(request, model="claude")["messages"][0]["content"]
+
+
+def test_thoughts_go_back_before_what_they_led_to_but_only_to_their_own_model() -> None:
+    assert after_a_call((THOUGHT, HIDDEN)) == [THOUGHT, HIDDEN, text("Wait."), CALL]
+    assert after_a_call((THOUGHT, HIDDEN), of="anthropic:other") == [text("Wait."), CALL]
+
+
+def test_thoughts_between_the_parts_go_back_in_their_places() -> None:
+    whole = (THOUGHT, text("Wait."), HIDDEN, CALL)
+    assert after_a_call(whole) == list(whole)
+    unanswered = {**CALL, "id": "b"}
+    assert after_a_call((*whole, unanswered)) == list(whole)
+
+
+def test_a_marker_never_stands_on_a_thought() -> None:
+    said = Message(
+        role="assistant",
+        content="",
+        tool_calls=(ToolCall(id="a", name="f"),),
+        blocks=(text("x"), THOUGHT),
+        blocks_of="anthropic:claude",
+    )
+    request = Request(segments=(Segment(name="history", messages=(said,), stable=True),))
+    assert controls(adapter.build_request(request, model="claude")) == [("x", MARK)]
+    assert "cache_control" not in said.blocks[0]
 
 
 def test_options_are_mapped_and_extra_comes_last() -> None:
@@ -113,75 +280,23 @@ def test_tools_are_translated() -> None:
     assert body["tools"] == [{"name": "f", "description": "d", "input_schema": {"type": "object"}}, own]
 
 
-def test_usage_counts_the_whole_prompt() -> None:
-    usage = adapter.parse_usage(
-        {"input_tokens": 5, "cache_read_input_tokens": 100, "cache_creation_input_tokens": 20, "output_tokens": 3}
+def test_tools_in_the_vendors_own_form_go_as_they_are() -> None:
+    tool = {"name": "f", "input_schema": {"type": "object"}, "strict": True, "defer_loading": False}
+    assert adapter.build_request(four_segments(tools=(tool,)), model="claude")["tools"] == [tool]
+
+
+def test_the_same_tools_and_arguments_are_the_same_bytes_in_any_order() -> None:
+    def body(*tools: dict[str, Any], arguments: dict[str, Any]) -> str:
+        asked = Message(role="assistant", content="", tool_calls=(ToolCall(id="a", name="f", arguments=arguments),))
+        answered = Message(role="tool", content="one", tool_call_id="a")
+        turn = Segment(name="turn", messages=(asked, answered), stable=False)
+        return json.dumps(adapter.build_request(Request(segments=(turn,), tools=tools), model="claude"))
+
+    f, g = {"name": "f", "parameters": {"type": "object", "title": "F"}}, {"name": "g"}
+    turned = {"name": "f", "parameters": {"title": "F", "type": "object"}}
+    assert body(f, g, arguments={"x": 1, "y": {"b": 1, "a": 2}}) == body(
+        g, turned, arguments={"y": {"a": 2, "b": 1}, "x": 1}
     )
-    assert usage.input_tokens == 125
-    assert (usage.cached_tokens, usage.written_tokens, usage.output_tokens) == (100, 20, 3)
-
-
-def test_a_reply_with_a_call_and_a_miss_reason() -> None:
-    reply = adapter.parse_reply(
-        {
-            "content": [
-                {"type": "thinking", "thinking": "hm"},
-                {"type": "text", "text": "Wait."},
-                {"type": "tool_use", "id": "a", "name": "f", "input": {"n": 1}},
-            ],
-            "stop_reason": "tool_use",
-            "usage": {"input_tokens": 1, "output_tokens": 1},
-            "diagnostics": {"cache_miss_reason": {"type": "tools_changed", "cache_missed_input_tokens": 9}},
-        }
-    )
-    assert (reply.text, reply.finish_reason, reply.miss) == ("Wait.", "tool_calls", "tools_changed")
-    assert reply.tool_calls == (ToolCall(id="a", name="f", arguments={"n": 1}),)
-
-
-STREAM: list[dict[str, Any]] = [
-    {
-        "type": "message_start",
-        "message": {"usage": {"input_tokens": 2, "cache_read_input_tokens": 8, "output_tokens": 1}},
-    },
-    {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": ""}},
-    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "Wa"}},
-    {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "it"}},
-    {"type": "content_block_stop", "index": 0},
-    {
-        "type": "content_block_start",
-        "index": 1,
-        "content_block": {"type": "tool_use", "id": "a", "name": "f", "input": {}},
-    },
-    {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": '{"n"'}},
-    {"type": "content_block_delta", "index": 1, "delta": {"type": "input_json_delta", "partial_json": ": 1}"}},
-    {
-        "type": "content_block_start",
-        "index": 2,
-        "content_block": {"type": "tool_use", "id": "b", "name": "g", "input": {}},
-    },
-    {
-        "type": "message_delta",
-        "delta": {"stop_reason": "tool_use"},
-        "usage": {"output_tokens": 30, "input_tokens": None},
-    },
-    {"type": "message_stop"},
-]
-
-
-def test_a_stream_gives_what_the_whole_reply_would() -> None:
-    reader = adapter.Reader()
-    assert "".join(reader.add(event) for event in STREAM) == "Wait"
-    whole = reader.end()
-    assert (whole.text, whole.finish_reason) == ("Wait", "tool_calls")
-    assert [(c.id, c.name, c.arguments) for c in whole.tool_calls] == [("a", "f", {"n": 1}), ("b", "g", {})]
-    assert (whole.usage.input_tokens, whole.usage.cached_tokens, whole.usage.output_tokens) == (10, 8, 30)
-
-
-def test_a_stream_without_its_last_event_was_cut() -> None:
-    reader = adapter.Reader()
-    for event in STREAM[:-1]:
-        reader.add(event)
-    assert reader.end() is None
 
 
 def test_a_missing_key_names_the_way_without_one(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -194,8 +309,45 @@ def test_a_missing_key_names_the_way_without_one(monkeypatch: pytest.MonkeyPatch
 def test_it_has_no_embeddings_and_says_so() -> None:
     provider = load("anthropic:claude", {"api_key": "k"})
     assert provider.capabilities.kv == "breakpoints"
-    assert provider.capabilities.holds_prefix_s == 300
+    assert provider.capabilities.holds_prefix_s == 3600  # a plan may ask for an hour
     with pytest.raises(ConfigError, match="embeddings"):
         provider.embed(["a"])
     with pytest.raises(ConfigError, match="embeddings"):
         provider.embed([])
+
+
+@pytest.mark.parametrize(
+    ("model", "settings", "kv", "can", "window"),
+    [
+        ("claude-sonnet-4-5", {}, "breakpoints", True, 200_000),
+        ("claude-sonnet-4-5", {"base_url": "http://127.0.0.1:9"}, "breakpoints", True, 200_000),
+        ("smollm2", {"base_url": "http://127.0.0.1:9"}, "auto", False, None),
+        ("smollm2", {"base_url": "http://127.0.0.1:9", "schemas": True, "images": "true"}, "auto", True, None),
+        ("claude-sonnet-4-5", {"context_tokens": 5000}, "breakpoints", True, 5000),
+    ],
+)
+def test_capabilities_are_those_of_the_model_and_its_host(
+    model: str, settings: dict[str, Any], kv: str, can: bool, window: int | None
+) -> None:
+    able = load(f"anthropic:{model}", {"api_key": "k", **settings}).capabilities
+    assert (able.kv, able.images, able.schemas, able.context_tokens) == (kv, can, can, window)
+    assert (able.cache is not None) == (kv == "breakpoints")
+    assert not able.exact_tokens
+
+
+def test_a_whole_request_is_counted_by_the_vendor() -> None:
+    anthropic, httpx2 = pytest.importorskip("anthropic"), pytest.importorskip("httpx2")
+    seen: list[tuple[str, dict[str, Any]]] = []
+
+    def answer(request: Any) -> Any:
+        seen.append((request.url.path, json.loads(request.content)))
+        return httpx2.Response(200, json={"input_tokens": 2095})
+
+    provider: Any = load("anthropic:claude", {"api_key": "k"})
+    http = httpx2.Client(transport=httpx2.MockTransport(answer))
+    provider._connect = lambda asynchronous: anthropic.Anthropic(api_key="k", http_client=http, max_retries=0)
+    asked = four_segments(tools=(TOOL,), options=Options(max_tokens=5, temperature=0.5))
+    assert provider.count_request(asked) == TokenCount(tokens=2095, exact=True)
+    [(path, body)] = seen
+    assert path == "/v1/messages/count_tokens"
+    assert body.keys() == {"model", "messages", "system", "tools"}
