@@ -30,9 +30,10 @@ from typing import Any, TypeVar
 from agentmem.errors import AgentMemError, ConfigError
 from agentmem.provider import Capabilities, Generation, Request
 
-from . import openai as _openai
+from . import _openai_chat as _openai
 from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings
 from ._llamacpp_slots import Call, End, SlotPlanner, Turn, advance, digest_cache
+from ._openai_hosts import HOLDS_S, Served
 from ._remote import Remote
 
 __all__ = ["build_request", "create", "parse_reply"]
@@ -92,7 +93,7 @@ def build_request(
     request: Request, *, model: str = "default", stream: bool = False, id_slot: int | None = None
 ) -> dict[str, Any]:
     """The JSON body of ``POST /v1/chat/completions``. Pure."""
-    body = _openai.build_request(request, model=model, stream=stream, official=False)
+    body = _openai.build_request(request, Served(model=model), stream=stream)
     own: dict[str, Any] = {"cache_prompt": True}
     if id_slot is not None:
         own["id_slot"] = id_slot
@@ -111,7 +112,7 @@ class LlamaCpp(Remote):
             tools=True,
             kv="slots" if values.get("slot_dir") else "auto",
             context_tokens=values.get("context_tokens"),
-            holds_prefix_s=None if is_loopback(values["base_url"]) else _openai.HOLDS_S,
+            holds_prefix_s=None if is_loopback(values["base_url"]) else HOLDS_S,
         )
         super().__init__(name, capabilities, values)
         self._model = model

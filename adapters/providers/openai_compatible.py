@@ -1,7 +1,8 @@
 """``openai_compatible:model``: a server that speaks OpenAI's Chat Completions (vLLM, SGLang, DeepSeek, ...).
 
 Knows only what differs from `openai.py`: the address is required, a key is optional and never taken from
-OPENAI_API_KEY, and fields that only OpenAI's host knows are left out, since such servers may answer 400 to them.
+OPENAI_API_KEY, and one prefix cache for all of a server's users may be salted. What each host takes is in
+`_openai_hosts.py`: others may answer 400 to fields that only OpenAI knows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from agentmem.provider import Request
 
 from . import openai as _openai
 from ._http import read_settings
+from ._openai_hosts import host_for
 
 __all__ = ["create", "salt_fields"]
 
@@ -32,35 +34,37 @@ def create(model: str, settings: Mapping[str, Any]) -> _openai.OpenAI:
     """The provider for ``"openai_compatible:<model>"``. ``base_url`` is required, with its ``/v1``.
 
     Other settings as of ``openai:``; ``api_key`` is also read from OPENAI_COMPATIBLE_API_KEY, ``base_url`` from
-    OPENAI_COMPATIBLE_BASE_URL. ``cache_fields=True`` sends ``prompt_cache_key`` where the server is known to take it.
+    OPENAI_COMPATIBLE_BASE_URL. ``host`` says what runs there where the address does not: vllm, sglang, lmstudio,
+    llamacpp, deepseek, gemini or azure. ``cache_fields=True`` sends ``prompt_cache_key`` where the server is known to
+    take it, ``images=True`` says that its model reads images.
 
     ``cache_salt=True`` sends a salt with every request that keeps tenants, models and LoRAs apart in the server's
-    prefix cache (vLLM, SGLang); ``"extra_key"`` sends it as SGLang's extra_key, ``"lmcache"`` to LMCache behind vLLM
-    too. ``model_identity`` is any text that says which weights answer, such as the digest of a LoRA that the server
-    knows by a name of yours; it goes into the salt. `agentmem.provider.served_name` makes names that say it already.
+    prefix cache (vLLM, SGLang), in the form that its host takes; ``"extra_key"`` sends it as SGLang's extra_key,
+    ``"lmcache"`` to LMCache behind vLLM too. ``model_identity`` is any text that says which weights answer, such as
+    the digest of a LoRA that the server knows by a name of yours; it goes into the salt.
+    `agentmem.provider.served_name` makes names that say it already.
     """
     importlib.import_module("openai")  # a missing package is told here, not at the first request
 
     values = read_settings("openai_compatible", settings, SETTINGS)
-    form = _form(values.get("cache_salt"))
     values["base_url"] = values.get("base_url") or os.environ.get("OPENAI_COMPATIBLE_BASE_URL")
     values["api_key"] = values.get("api_key") or os.environ.get("OPENAI_COMPATIBLE_API_KEY") or "none"
-    values["official"] = False
     if not values["base_url"]:
         raise ConfigError(
             "openai_compatible: set [providers.openai_compatible] base_url, such as http://127.0.0.1:8000/v1"
         )
     if not model:
         raise ConfigError("name a model: 'openai_compatible:<model>', as the server lists it at /v1/models")
+    form = _form(values.get("cache_salt"), host_for(values["base_url"], values.get("host")).salt)
     if form is not None:
         identity = values.get("model_identity", "")
         values["salt"] = partial(salt_fields, form=form, model=model, base_url=values["base_url"], identity=identity)
     return _openai.OpenAI(f"openai_compatible:{model}", model, values)
 
 
-def _form(value: Any) -> str | None:
+def _form(value: Any, usual: str | None) -> str | None:
     if value is True or str(value).lower() in ("true", "1"):
-        return FORMS[0]
+        return usual or FORMS[0]
     if value in (None, False) or str(value).lower() in ("false", "0"):
         return None
     if value not in FORMS:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -14,7 +15,12 @@ from agentmem.provider import Options, Request, load
 from agentmem.testing import chat_request
 from agentmem.types import Message, Segment, ToolCall
 
-adapter = importlib.import_module("agentmem.adapters.providers.openai")
+adapter = importlib.import_module("agentmem.adapters.providers._openai_chat")
+fields = importlib.import_module("agentmem.adapters.providers._openai_fields")
+hosts = importlib.import_module("agentmem.adapters.providers._openai_hosts")
+
+OLD = hosts.Served(model="gpt-4o", name="openai:gpt-4o", host=hosts.OPENAI)
+OTHER = hosts.Served(model="m", name="openai_compatible:m")
 
 CALL = ToolCall(id="c1", name="look_up", arguments={"city": "Zürich"})
 
@@ -28,7 +34,7 @@ def reply(**message: Any) -> dict[str, Any]:
 
 
 def test_segments_become_messages_in_order() -> None:
-    body = adapter.build_request(chat_request("Hi", system="Be kind."), model="gpt-4o")
+    body = adapter.build_request(chat_request("Hi", system="Be kind."), OLD)
     assert body == {
         "model": "gpt-4o",
         "messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}],
@@ -39,7 +45,7 @@ def test_options_are_mapped_and_extra_comes_last() -> None:
     options = Options(
         max_tokens=5, temperature=0.0, top_p=0.5, seed=0, stop=("END",), extra={"temperature": 0.3, "logprobs": True}
     )
-    body = adapter.build_request(turn(Message(role="user", content="Hi"), options=options), model="m")
+    body = adapter.build_request(turn(Message(role="user", content="Hi"), options=options), OLD)
     expected = {
         "max_completion_tokens": 5,
         "temperature": 0.3,
@@ -53,9 +59,9 @@ def test_options_are_mapped_and_extra_comes_last() -> None:
 
 def test_other_hosts_get_only_fields_that_every_server_knows() -> None:
     request = chat_request("Hi", cache_key="k", max_tokens=5)
-    official = adapter.build_request(request, model="m")
-    other = adapter.build_request(request, model="m", official=False)
-    opted_in = adapter.build_request(request, model="m", official=False, cache_fields=True)
+    official = adapter.build_request(request, OLD)
+    other = adapter.build_request(request, OTHER)
+    opted_in = adapter.build_request(request, replace(OTHER, cache_fields=True))
     assert (official["prompt_cache_key"], official["max_completion_tokens"]) == ("k", 5)
     assert "prompt_cache_key" not in other
     assert other["max_tokens"] == 5
@@ -63,16 +69,16 @@ def test_other_hosts_get_only_fields_that_every_server_knows() -> None:
 
 
 def test_a_long_cache_key_is_shortened_to_what_the_host_takes() -> None:
-    key = adapter.build_request(chat_request("Hi", cache_key="k" * 100), model="m")["prompt_cache_key"]
+    key = adapter.build_request(chat_request("Hi", cache_key="k" * 100), OLD)["prompt_cache_key"]
     assert len(key) == 64
 
 
 def test_prefill_asks_for_one_token() -> None:
-    assert adapter.build_request(chat_request("Hi", max_tokens=0), model="m")["max_completion_tokens"] == 1
+    assert adapter.build_request(chat_request("Hi", max_tokens=0), OLD)["max_completion_tokens"] == 1
 
 
 def test_streams_ask_for_usage() -> None:
-    body = adapter.build_request(chat_request("Hi"), model="m", stream=True)
+    body = adapter.build_request(chat_request("Hi"), OLD, stream=True)
     assert (body["stream"], body["stream_options"]) == (True, {"include_usage": True})
 
 
@@ -82,7 +88,7 @@ def test_calls_and_results_go_there_and_back() -> None:
         Message(role="assistant", content="", tool_calls=(CALL,)),
         Message(role="tool", content="rain", tool_call_id="c1", name="look_up"),
     )
-    user, asked, answered = adapter.build_request(request, model="m")["messages"]
+    user, asked, answered = adapter.build_request(request, OLD)["messages"]
     assert user["name"] == "Ana_Maria"
     assert answered == {"role": "tool", "content": "rain", "tool_call_id": "c1"}
     assert asked["content"] is None
@@ -91,7 +97,7 @@ def test_calls_and_results_go_there_and_back() -> None:
 
 def test_other_hosts_get_a_users_name_in_the_text() -> None:
     message = Message(role="user", content="Hi", name="Ana")
-    sent = adapter.build_request(turn(message), model="m", official=False)["messages"]
+    sent = adapter.build_request(turn(message), OTHER)["messages"]
     assert sent == [{"role": "user", "content": "Ana: Hi"}]
 
 
@@ -100,7 +106,7 @@ def test_broken_arguments_are_kept_and_go_back_unchanged(raw: str) -> None:
     call = {"id": "c", "type": "function", "function": {"name": "f", "arguments": raw}}
     parsed = adapter.parse_reply(reply(content=None, tool_calls=[call])).tool_calls
     assert parsed[0].arguments == {"_raw": raw}
-    again = adapter.build_request(turn(Message(role="assistant", content="", tool_calls=parsed)), model="m")
+    again = adapter.build_request(turn(Message(role="assistant", content="", tool_calls=parsed)), OLD)
     assert again["messages"][0]["tool_calls"] == [call]
 
 
@@ -115,12 +121,12 @@ def test_broken_arguments_are_kept_and_go_back_unchanged(raw: str) -> None:
 def test_tools_may_be_given_in_any_spelling(tool: dict[str, Any]) -> None:
     request = turn(Message(role="user", content="Hi"), tools=(tool,))
     function = {"name": "f", "description": "d", "parameters": {"type": "object"}}
-    assert adapter.build_request(request, model="m")["tools"] == [{"type": "function", "function": function}]
+    assert adapter.build_request(request, OLD)["tools"] == [{"type": "function", "function": function}]
 
 
 def test_a_tool_without_a_name_is_refused() -> None:
     with pytest.raises(InvalidInput, match="name"):
-        adapter.build_request(turn(Message(role="user", content="Hi"), tools=({"description": "d"},)), model="m")
+        adapter.build_request(turn(Message(role="user", content="Hi"), tools=({"description": "d"},)), OLD)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +142,7 @@ def test_a_tool_without_a_name_is_refused() -> None:
 def test_cached_tokens_are_found_wherever_a_vendor_puts_them(
     payload: dict[str, Any], cached: int, written: int
 ) -> None:
-    usage = adapter.parse_usage(payload)
+    usage = fields.parse_usage(payload)
     assert (usage.input_tokens, usage.cached_tokens, usage.written_tokens) == (9, cached, written)
 
 
@@ -240,6 +246,6 @@ def test_a_scheme_alone_asks_for_a_model(scheme: str) -> None:
 def test_other_servers_get_alternating_roles_and_openai_gets_what_was_laid_out() -> None:
     said = (Message(role="user", content="core"), Message(role="user", content="question"))
     segments = tuple(Segment(name="turn", messages=(message,), stable=False) for message in said)
-    theirs = adapter.build_request(Request(segments=segments), model="m", official=False)["messages"]
+    theirs = adapter.build_request(Request(segments=segments), OTHER)["messages"]
     assert theirs == [{"role": "user", "content": "core\n\nquestion"}]
-    assert len(adapter.build_request(Request(segments=segments), model="m")["messages"]) == 2
+    assert len(adapter.build_request(Request(segments=segments), OLD)["messages"]) == 2
