@@ -5,6 +5,7 @@
     ├── ScopeError               a scope is malformed, or reaches outside its handle
     ├── NotFound (LookupError)   no such record, version or page in this scope
     ├── InvalidInput (ValueError) an argument can't be stored or understood; nothing was written
+    ├── BudgetExceeded           a budget with action "stop" is spent; .limit .spent .frees_at
     ├── StoreError
     │   ├── Corrupt              a file fails its checksum
     │   ├── Full                 the disk or a quota is full; earlier data is intact
@@ -25,6 +26,7 @@ from __future__ import annotations
 
 __all__ = [
     "AgentMemError",
+    "BudgetExceeded",
     "ConfigError",
     "Corrupt",
     "Full",
@@ -61,6 +63,17 @@ class NotFound(AgentMemError, LookupError):
 
 class InvalidInput(AgentMemError, ValueError):
     """An argument can't be stored or understood. Raised before anything is written."""
+
+
+class BudgetExceeded(AgentMemError):
+    """A budget that stops is spent, so the model was not asked. ``limit`` and ``spent`` are in dollars; at ``frees_at``
+    (Unix seconds) its day or month is over, None where it never is."""
+
+    def __init__(self, message: str, *, limit: float, spent: float, frees_at: float | None = None) -> None:
+        super().__init__(message)
+        self.limit = limit
+        self.spent = spent
+        self.frees_at = frees_at
 
 
 class StoreError(AgentMemError):

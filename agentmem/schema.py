@@ -42,7 +42,9 @@ CREATE INDEX uses_whole ON uses (
     id, at, verb, model, tenant, user, agent, session, input, cached, written, output, first_s, total_s, bytes,
     expected, reason, money, uncached_money, attended, long_written, turn
 );
-CREATE INDEX uses_scope ON uses (tenant, user, agent, session, at);
+-- With the money, so that a budget's sum reads no rows; the second is for handles that set a user but no tenant.
+CREATE INDEX uses_scope ON uses (tenant, user, agent, session, at, money);
+CREATE INDEX uses_user ON uses (user, tenant, agent, session, at, money);
 CREATE INDEX layouts_whole ON layouts (model, tenant, user, agent, session, at, state);
 CREATE INDEX kept_whole ON kept (turn, place, record, start, stop);
 CREATE INDEX budgets_whole ON budgets (tenant, user, agent, session, per, dollars, action, at);

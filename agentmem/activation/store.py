@@ -47,9 +47,11 @@ Key = bytes
 
 class PageEntry(Value):
     """One stored page. ``tokens`` is its length in tokens, ``bytes`` its file's, ``records`` the ids of the records it
-    was made from, ``codec`` how its states are stored (a block that this codec does not take is stored raw)."""
+    was made from, ``codec`` how its states are stored (a block that this codec does not take is stored raw). ``parent``
+    is the key of the page before it; no page has a first one's."""
 
     key: str
+    parent: str
     identity: str
     number: int
     tokens: int
@@ -276,6 +278,7 @@ class PageStore:
         return [
             PageEntry(
                 key=row.key.hex(),
+                parent=row.parent.hex(),
                 identity=row.identity.hex(),
                 number=row.number,
                 tokens=row.grid or self.grid,
