@@ -181,7 +181,7 @@ def guard(client: Any) -> None:
 
     inner.event_hooks = {"request": [before], "response": [after]}
     for transport in [inner._transport, *inner._mounts.values()]:  # the library has no public way to its sockets
-        pool = getattr(transport, "_pool", None)
+        pool: Any = getattr(transport, "_pool", None)
         if (backend := getattr(pool, "_network_backend", None)) is not None:
             pool._network_backend = _Punctual(backend)
 
@@ -241,7 +241,7 @@ def _bounded(http: Any, response: Any, kind: type) -> Any:
             raise http.DecodingError(f"the reply is larger than {LARGEST} bytes")
         return content
 
-    class Bounded(kind):  # type: ignore[misc, valid-type]
+    class Bounded(kind):  # type: ignore[misc]
         def __iter__(self) -> Iterator[bytes]:
             for chunk in stream:
                 yield take(chunk)

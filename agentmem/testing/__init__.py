@@ -5,12 +5,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .doubles import FakeClock, ScriptedProvider, chat_request
+from .hosts import HostRequest, HostServer
 from .suite import ProviderSuite
 
 if TYPE_CHECKING:
     from ..plaintext.embed import HashEmbedder
 
-__all__ = ["FakeClock", "HashEmbedder", "ProviderSuite", "ScriptedProvider", "chat_request"]
+__all__ = [
+    "FakeClock",
+    "HashEmbedder",
+    "HostRequest",
+    "HostServer",
+    "ProviderSuite",
+    "ScriptedProvider",
+    "chat_request",
+]
 
 
 def __getattr__(name: str) -> Any:
