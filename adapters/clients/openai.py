@@ -1,0 +1,266 @@
+"""Clients of the ``openai`` package: Chat Completions and Responses, with memory around them.
+
+Knows how a caller writes those requests (adapters/providers/ knows how agentmem does, and how answers are read).
+Requests of other endpoints, and calls without an answer of their own (``background``), pass by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from agentmem.cache_rules import rules_for
+from agentmem.provider import Generation
+from agentmem.types import Message
+from agentmem.wrapped_turns import Asked, Ready, Recollection
+
+from ..providers import _openai_chat, _openai_responses
+from ..providers._http import is_loopback
+from ..providers._openai_hosts import HOLDS_S, Served, host_for
+from ..providers._tools import tool_call
+from ._sdk import Reads, Routes, bound
+
+__all__ = ["bind"]
+
+#: Ends of prefixes that one request may have written.
+MARKS = 4
+HEAD = ("system", "developer")
+BREAKPOINT = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+
+Json = dict[str, Any]
+
+
+def bind(client: Any, memory: Recollection) -> tuple[Any, bool] | None:
+    """A copy of the client whose chats go through memory, and whether it is asynchronous; None for another class."""
+    import openai
+
+    routes: Routes = {"/chat/completions": Chat, "/responses": Responses}
+    for cls, asynchronous in ((openai.OpenAI, False), (openai.AsyncOpenAI, True)):
+        if isinstance(client, cls):
+            return bound(client, memory, routes, asynchronous=asynchronous), asynchronous
+    return None
+
+
+class _OpenAIRoute:
+    """What both endpoints share: whose model it is, what its cache wants."""
+
+    def __init__(self, body: Mapping[str, Any], client: Any) -> None:
+        self.body = body
+        self._address = str(client.base_url)
+        host = host_for(self._address, None)
+        scheme = "openai" if host.vendor == "openai" else "openai_compatible"
+        model = str(body.get("model") or "")
+        rules = rules_for(f"{host.vendor}:{model}") if host.vendor else None
+        self.served = Served(model=model, name=f"{scheme}:{model}", host=host, rules=rules)
+        self._marks = False
+
+    def _asked(self, messages: Sequence[Message], previous: str | None = None) -> Asked:
+        return Asked(
+            model=self.served.name,
+            messages=tuple(messages),
+            kv="breakpoints" if self.served.marked else "auto",
+            holds_s=None if is_loopback(self._address) else HOLDS_S,
+            previous=previous,
+            marked=self._marks,
+        )
+
+    def _cached(self, body: Json, memory: Recollection) -> bool:
+        """Give the request the scope's routing key where it has none; whether its prefixes are ours to mark."""
+        if not memory.cache:
+            return False
+        if self.served.keyed and not body.get("prompt_cache_key"):
+            body["prompt_cache_key"] = memory.cache_key
+        return self.served.marked and not self._marks and not body.get("prompt_cache_options")
+
+
+class Chat(_OpenAIRoute):
+    """A request of ``POST /chat/completions``."""
+
+    def __init__(self, body: Mapping[str, Any], client: Any) -> None:
+        super().__init__(body, client)
+        self._messages: list[Any] = list(body["messages"])
+        # The system part stands at the head; whatever else the caller wrote is conversation.
+        self._head = next((i for i, m in enumerate(self._messages) if m["role"] not in HEAD), len(self._messages))
+        self._marks = _marked(self._messages, "content")
+        self.asked = self._asked([_chat_message(message) for message in self._messages[self._head :]])
+        # Without a count of tokens the ledger knows nothing of a stream: the vendor is asked for one, unseen.
+        counted = self.served.host.vendor == "openai" or is_loopback(self._address)
+        self._counts = bool(body.get("stream")) and counted and not body.get("stream_options")
+
+    def placed(self, ready: Ready, memory: Recollection) -> Json:
+        """The body with the note, the recalled block, marks and the routing key."""
+        body = {**self.body, "messages": list(self._messages)}
+        messages = body["messages"]
+        if ready.place is not None:
+            at = self._head + ready.place
+            messages[at] = _with_block(messages[at], ready, "text")
+        if ready.note and self._head:
+            messages[self._head - 1] = _with_note(messages[self._head - 1], ready.note, "text")
+        if self._cached(body, memory):
+            body["prompt_cache_options"] = {"mode": "explicit"}
+            own = [self._head - 1] if self._head else []
+            for at in (*own, *(self._head + at for at in _ends(self.asked)))[-MARKS:]:
+                messages[at] = _ended(messages[at], "content", "text")
+        if ready.note and not self._head:
+            messages.insert(0, {"role": "system", "content": ready.note})
+        if self._counts:
+            body["stream_options"] = {"include_usage": True}
+        return body
+
+    def whole(self, payload: Mapping[str, Any]) -> Generation | None:
+        """The first choice."""
+        return _openai_chat.parse_reply(payload)
+
+    def reader(self) -> Reads:
+        """For the chunks of a stream."""
+        return _openai_chat.Reader()
+
+    def hides(self, event: Mapping[str, Any], /) -> bool:
+        """The chunk that brings the count which only we asked for."""
+        return self._counts and not event.get("choices") and bool(event.get("usage"))
+
+
+class Responses(_OpenAIRoute):
+    """A request of ``POST /responses``. Where the host holds the conversation, only what is new is seen."""
+
+    def __init__(self, body: Mapping[str, Any], client: Any) -> None:
+        super().__init__(body, client)
+        given = body.get("input")
+        self._items: list[Any] = [{"role": "user", "content": given}] if isinstance(given, str) else list(given or ())
+        told = [(at, message) for at, item in enumerate(self._items) if (message := _item_message(item)) is not None]
+        self._places = [at for at, _ in told]
+        conversation = body.get("conversation")
+        held = conversation.get("id") if isinstance(conversation, Mapping) else conversation
+        self._held = body.get("previous_response_id") or held
+        self._marks = _marked(self._items, "content", "output")
+        self.asked = self._asked([message for _, message in told], self._held)
+
+    def placed(self, ready: Ready, memory: Recollection) -> Json:
+        """The body with the note, the recalled block, marks and the routing key."""
+        body = {**self.body, "input": list(self._items)}
+        items = body["input"]
+        if ready.place is not None:
+            at = self._places[ready.place]
+            items[at] = _with_block(items[at], ready, "input_text")
+        if ready.note:
+            told = body.get("instructions")
+            body["instructions"] = f"{told}\n\n{ready.note}" if told else ready.note
+        # What the host holds it has with its blocks, so its own breakpoints find it again.
+        if self._cached(body, memory) and not self._held and (ends := _ends(self.asked)):
+            body["prompt_cache_options"] = {"mode": "explicit"}
+            for at in [self._places[end] for end in ends]:
+                part = "output" if items[at].get("type") == "function_call_output" else "content"
+                items[at] = _ended(items[at], part, "input_text")
+        return body
+
+    def whole(self, payload: Mapping[str, Any]) -> Generation | None:
+        """The response, once it has ended."""
+        if payload.get("status") not in (None, "completed", "incomplete"):
+            return None  # in the background, or failed
+        return _openai_responses.parse_reply(payload)
+
+    def reader(self) -> Reads:
+        """For the events of a stream."""
+        return _openai_responses.Reader()
+
+    def hides(self, _: Mapping[str, Any], /) -> bool:
+        """Nothing: every stream of this endpoint tells its usage."""
+        return False
+
+
+# Reading what the caller wrote.
+
+
+def _text(content: Any) -> str:
+    """The text of a message's content: a str, or parts of which some are text."""
+    if isinstance(content, str):
+        return content
+    parts = content or ()
+    return "\n".join(part["text"] for part in parts if isinstance(part, Mapping) and isinstance(part.get("text"), str))
+
+
+def _chat_message(message: Mapping[str, Any]) -> Message:
+    role = message["role"]
+    calls = [
+        tool_call(call.get("id"), call["function"]["name"], call["function"].get("arguments"))
+        for call in message.get("tool_calls") or ()
+        if call.get("function")
+    ]
+    return Message(
+        role="tool" if role == "function" else "system" if role in HEAD else role,
+        content=_text(message.get("content")),
+        name=message.get("name") if role == "user" else None,
+        tool_calls=tuple(calls),
+        tool_call_id=message.get("tool_call_id"),
+    )
+
+
+def _item_message(item: Mapping[str, Any]) -> Message | None:
+    kind = item.get("type") or "message"
+    if kind == "function_call":
+        call = tool_call(item.get("call_id"), item["name"], item.get("arguments"))
+        return Message(role="assistant", content="", tool_calls=(call,))
+    if kind == "function_call_output":
+        return Message(role="tool", content=_text(item.get("output")), tool_call_id=item.get("call_id"))
+    if kind != "message":
+        return None  # reasoning, references to items that the host holds, its own tools
+    role = item["role"]
+    return Message(role="system" if role in HEAD else role, content=_text(item.get("content")))
+
+
+# Writing into copies of it.
+
+
+def _ends(asked: Asked) -> list[int]:
+    """The messages whose end will stand as it is in the next request, the last ones that can hold a breakpoint: two of
+    the history, so that the last request's end is found again, and in a run of tools two of that."""
+    found: list[int] = []
+    for first, end in ((0, asked.turn), (asked.turn, len(asked.messages) if asked.in_tools else 0)):
+        can = [at for at in range(first, end) if asked.messages[at].role != "assistant" and asked.messages[at].content]
+        found += can[-MARKS // 2 :]
+    return found
+
+
+def _marked(messages: Sequence[Mapping[str, Any]], *names: str) -> bool:
+    """Whether the caller marks prefixes itself."""
+    contents = (message.get(name) for message in messages for name in names)
+    return any(
+        isinstance(part, Mapping) and "prompt_cache_breakpoint" in part
+        for content in contents
+        if isinstance(content, list)
+        for part in content
+    )
+
+
+def _parts(content: Any, kind: str) -> list[Any]:
+    return [{"type": kind, "text": content}] if isinstance(content, str) else list(content or ())
+
+
+def _ended(message: Mapping[str, Any], name: str, kind: str) -> Json:
+    """The message with a breakpoint at its end."""
+    parts = _parts(message.get(name), kind)
+    parts[-1] = {**parts[-1], **BREAKPOINT}
+    return {**message, name: parts}
+
+
+def _with_note(message: Mapping[str, Any], note: str, kind: str) -> Json:
+    content = message.get("content")
+    if isinstance(content, str):
+        return {**message, "content": f"{content}\n\n{note}" if content else note}
+    parts = _parts(content, kind)
+    mark = {name: parts[-1][name] for name in BREAKPOINT if parts and name in parts[-1]}
+    if mark:  # it ends the system part, and the note is one more piece of that
+        parts[-1] = {name: value for name, value in parts[-1].items() if name not in mark}
+    return {**message, "content": [*parts, {"type": kind, "text": note, **mark}]}
+
+
+def _with_block(message: Mapping[str, Any], ready: Ready, kind: str) -> Json:
+    """The message with the recalled block before its text, or behind it where the caller marks prefixes."""
+    content = message.get("content")
+    if isinstance(content, str):
+        texts = (content, ready.block) if ready.behind else (ready.block, content)
+        return {**message, "content": "\n\n".join(texts)}
+    parts = _parts(content, kind)
+    first = next((i for i, part in enumerate(parts) if isinstance(part, Mapping) and "text" in part), len(parts))
+    at = len(parts) if ready.behind else first
+    return {**message, "content": [*parts[:at], {"type": kind, "text": ready.block}, *parts[at:]]}
