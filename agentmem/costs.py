@@ -21,6 +21,8 @@ __all__ = ["LocalCosts", "input_price", "price"]
 
 #: A year as the Gregorian calendar has it on the average, in seconds.
 YEAR_S = 365.2425 * 86_400
+#: Sellers that genai-prices calls otherwise than cache_rules.toml does.
+SELLERS = {"gemini": "google", "xai": "x-ai", "moonshot": "moonshotai"}
 #: The settings that `LocalCosts` reads.
 NAMES = ("watts", "kwh_price", "device_price", "device_years", "gb_month_price")
 
@@ -129,7 +131,7 @@ class _Table:
     @classmethod
     def of(cls, model: str, vendor: str | None, at: float | None) -> _Table | None:
         scheme, name = split_name(model)
-        seller = vendor or scheme
+        seller = SELLERS.get(vendor or scheme, vendor or scheme)
         if not seller or not name:
             return None
         when = dt.datetime.now(dt.UTC) if at is None else dt.datetime.fromtimestamp(at, dt.UTC)
