@@ -31,13 +31,14 @@ TURN_S, QUESTION_S, BUSY_S, AGENT_S = 30.0, 60.0, 1200.0, 20.0
 #: Records searched for each request.
 DEPTH = 40
 #: Of this layout; a change makes kept traces worthless.
-FORM = 3
+FORM = 5
 
 
 @dataclass(frozen=True, slots=True)
 class Asked:
     """One request: tokens of its message and reply (each with what the format adds), the records that the search
-    found in earlier sessions (id, tokens of its line, probability), best first, and the ids of the evidence."""
+    found in earlier sessions (id, tokens of its line, probability), best first, the ids of the evidence, and whether the
+    message surely asks for nothing."""
 
     id: str
     at: float
@@ -46,6 +47,7 @@ class Asked:
     reply: int
     hits: tuple[tuple[str, int, float], ...] = ()
     evidence: tuple[str, ...] = ()
+    tells: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,8 +105,8 @@ def _as_json(trace: Trace) -> dict[str, Any]:
 
 def _from_json(case: dict[str, Any]) -> Trace:
     requests = tuple(
-        Asked(*plain, tuple((i, t, p) for i, t, p in hits), tuple(evidence))
-        for *plain, hits, evidence in case["requests"]
+        Asked(*plain, tuple((i, t, p) for i, t, p in hits), tuple(evidence), tells)
+        for *plain, hits, evidence, tells in case["requests"]
     )
     return Trace(case["name"], requests, case["home"])
 
@@ -120,7 +122,9 @@ def _count(text: str) -> int:
     return counter_for("gpt-4o").count(text)
 
 
-def _exchanges(turns: list[dict[str, Any]], speaker: str) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
+def _exchanges(
+    turns: list[dict[str, Any]], speaker: str
+) -> Iterator[tuple[list[dict[str, Any]], list[dict[str, Any]]]]:
     """Each turn of the speaker with what is said after it; what is said before the first goes with it."""
     asked: list[dict[str, Any]] = []
     answered: list[dict[str, Any]] = []
@@ -140,6 +144,7 @@ def _exchanges(turns: list[dict[str, Any]], speaker: str) -> Iterator[tuple[list
 
 def _trace(case: dict[str, Any]) -> Trace:
     from agentmem import Memory
+    from agentmem.plaintext.asking import tells
 
     talk = case["conversation"]
     numbers = sorted(int(key.split("_")[1]) for key in talk if re.fullmatch(r"session_\d+", key))
@@ -167,7 +172,7 @@ def _trace(case: dict[str, Any]) -> Trace:
                 id_ = f"{number}:{place}"
                 tokens = [sum(_count(_text(turn)) + PER_MESSAGE for turn in part) for part in (message, reply)]
                 query = _text(message[-1])
-                requests.append(Asked(id_, clock, name, *tokens, found(query)))
+                requests.append(Asked(id_, clock, name, *tokens, found(query), tells=tells(query)))
                 home |= {turn["dia_id"]: id_ for turn in (*message, *reply)}
                 clock += TURN_S
             for place, item in enumerate(asked_in.get(number, [])):
@@ -180,7 +185,7 @@ def _trace(case: dict[str, Any]) -> Trace:
             if said:
                 messages = [
                     {
-                        "role": "user" if turn["speaker"] == talk["speaker_a"] else "assistant",
+                        "role": "user",  # two people: what either says of themselves is worth as much
                         "name": turn["speaker"],
                         "content": _text(turn),
                         "at": dates[number],

@@ -1,0 +1,55 @@
+"""What one request of a conversation was made of, in tokens, and how the next one is to be laid out.
+
+Values only: `layouts` decides, `replays` bills.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ..types import Value
+
+__all__ = ["Coming", "Layout", "Turn"]
+
+
+class Turn(Value):
+    """A request that was sent and answered. All sizes are tokens, with what the chat format adds to each message.
+
+    ``id`` is the turn's own, ``at`` Unix seconds. ``system`` counts tools and everything else that never changes;
+    ``core`` is the core block that was sent, ``reply`` what the answer adds to the history. ``recalled``: the records
+    that the search gave for this turn beside what the history holds, as (record id, tokens).
+    """
+
+    id: str
+    at: float
+    session: str
+    system: int
+    core: int
+    message: int
+    reply: int
+    recalled: tuple[tuple[str, int], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Coming:
+    """A request that is about to be laid out. ``recalled`` is None while the search has not been made."""
+
+    at: float
+    session: str
+    system: int
+    message: int
+    recalled: tuple[tuple[str, int], ...] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """How to lay a request out.
+
+    ``start``: the id of the turn at which the verbatim history begins (None: nothing of earlier turns). ``core``: how
+    many tokens of core block are wanted, 0 for none. ``keep``: what was recalled for this turn stays in the history,
+    before the turn.
+    """
+
+    start: str | None
+    core: int = 0
+    keep: bool = False
