@@ -1,9 +1,10 @@
 """``ollama:model``: an Ollama server through the official client.
 
-Knows the client's calls and replies. Ollama keeps the last prompt's KV states by itself (``kv="auto"``): requests keep
-the prefix byte-equal, the model's options constant (another ``num_ctx`` reloads the model) and ``keep_alive`` set or
-planned. It reports no cached tokens, so ``cached_tokens`` stays 0; reuse shows only in ``prompt_eval_duration``, and
-what that says is an estimate and called so (`_ollama_estimates.py`).
+Knows the server's routes, the client's calls and errors; the format is `_ollama_chat.py`'s. Ollama keeps the last
+prompt's KV states by itself (``kv="auto"``): requests keep the prefix byte-equal, the model's options constant (another
+``num_ctx`` reloads the model) and ``keep_alive`` set or planned. It reports no cached tokens, so ``cached_tokens``
+stays 0; reuse shows only in ``prompt_eval_duration``, and what that says is an estimate and called so
+(`_ollama_estimates.py`).
 
 Tested with the real client against a shim of Ollama's API over llama.cpp's server, not against Ollama itself.
 """
@@ -14,28 +15,30 @@ import contextlib
 import importlib
 import json
 import os
+import re
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from typing import Any
 
-from agentmem.errors import ConfigError
+from agentmem.cache_rules import rules_for
+from agentmem.errors import AgentMemError, ConfigError
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
-from agentmem.types import Message, Usage
 
-from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings
+from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, whole
+from ._ollama_chat import Reader, Timed, build_request, parse_reply, parse_usage
 from ._ollama_estimates import AUTO, KeepAlive, Reuse, seconds, sent
 from ._remote import Remote
-from ._tools import tool_call, tool_parts
 
 __all__ = ["Reader", "Timed", "build_request", "create", "parse_reply", "parse_usage"]
 
 DEFAULT = "http://127.0.0.1:11434"
-#: Names in `Options.extra` that are fields of a chat request; every other one is an option of the model.
-FIELDS = ("format", "think", "logprobs", "top_logprobs")
-
+#: Seconds that the questions for the model's facts may take when the provider is made.
+PROBE_S = 2.0
 #: What "for ever" is told as: a server that never unloads is still started again some day.
 FOREVER_S = 30 * 86400.0
+#: Tokens of the smallest window that a server gives a model by itself (OLLAMA_CONTEXT_LENGTH).
+SERVED = 4096
 
 SETTINGS: Mapping[str, type] = {
     "keep_alive": str,
@@ -44,6 +47,7 @@ SETTINGS: Mapping[str, type] = {
     "options": dict,
     "embedding_model": str,
     "think": bool,
+    "images": bool,
 }
 
 
@@ -52,7 +56,8 @@ def create(model: str, settings: Mapping[str, Any]) -> Ollama:
 
     Settings: ``base_url`` (else OLLAMA_HOST), ``api_key`` (else OLLAMA_API_KEY), ``timeout_s`` (120, over all
     attempts), ``max_retries`` (2), ``keep_alive`` ("5m"), ``num_ctx`` (also the window that prompts are laid out for),
-    ``options`` (a table of model options, constant over all requests), ``think``, ``embedding_model`` (else the model).
+    ``options`` (a table of model options, constant over all requests), ``think``, ``embedding_model`` (else the model),
+    ``context_tokens`` and ``images`` (else asked of the server, once, here; nothing is asked if the former is given).
 
     ``keep_alive="auto"`` plans for how long the model stays loaded from the gaps between this provider's requests: at
     least 5 minutes, at most ``keep_alive_max`` ("1h"), never shorter than it was.
@@ -69,138 +74,6 @@ def create(model: str, settings: Mapping[str, Any]) -> Ollama:
     if not model:
         raise ConfigError("name a model: 'ollama:<model>', as `ollama list` shows it; model='local' needs no server")
     return Ollama(f"ollama:{model}", model, values)
-
-
-# Requests.
-
-
-def build_request(
-    request: Request,
-    *,
-    model: str,
-    stream: bool = False,
-    keep_alive: str = "5m",
-    options: Mapping[str, Any] | None = None,
-    think: bool | None = None,
-) -> dict[str, Any]:
-    """The JSON body of ``POST /api/chat``. Pure. ``options`` are the constant ones; sampling options are added to them.
-
-    Prefill alone is not possible, so ``max_tokens=0`` asks for one token. A user's ``name`` is written before the text:
-    the API has no field for it.
-    """
-    wanted = request.options
-    extra = dict(wanted.extra)
-    tuned: dict[str, Any] = dict(options or {})
-    for name, value in (("temperature", wanted.temperature), ("top_p", wanted.top_p), ("seed", wanted.seed)):
-        if value is not None:
-            tuned[name] = value
-    if wanted.max_tokens is not None:
-        tuned["num_predict"] = max(1, wanted.max_tokens)
-    if wanted.stop:
-        tuned["stop"] = list(wanted.stop)
-    body: dict[str, Any] = {
-        "model": model,
-        "messages": _messages(request),
-        "stream": stream,
-        "keep_alive": sent(extra.pop("keep_alive", keep_alive)),
-    }
-    if think is not None:
-        body["think"] = think
-    if request.tools:
-        body["tools"] = [_tool(tool) for tool in request.tools]
-    body.update({name: extra.pop(name) for name in FIELDS if name in extra})
-    body["options"] = {**tuned, **extra.pop("options", {}), **extra}
-    return body
-
-
-def _messages(request: Request) -> list[dict[str, Any]]:
-    names: dict[str, str] = {}  # of the tools, by call: a result names its tool here, not its call
-    messages: list[dict[str, Any]] = []
-    for segment in request.segments:
-        for message in segment.messages:
-            names.update({call.id: call.name for call in message.tool_calls})
-            messages.append(_message(message, names))
-    return messages
-
-
-def _message(message: Message, names: Mapping[str, str]) -> dict[str, Any]:
-    text = message.content
-    if message.role == "user" and message.name:
-        text = f"{message.name}: {text}"
-    body: dict[str, Any] = {"role": message.role, "content": text}
-    if message.tool_calls:
-        body["tool_calls"] = [{"function": {"name": c.name, "arguments": c.arguments}} for c in message.tool_calls]
-    if message.role == "tool":
-        body["tool_name"] = message.name or names.get(message.tool_call_id or "", "tool")
-    return body
-
-
-def _tool(tool: Mapping[str, Any]) -> dict[str, Any]:
-    name, description, parameters = tool_parts(tool)
-    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
-
-
-# Replies.
-
-
-@dataclass(frozen=True, kw_only=True)
-class Timed(Generation):
-    """A generation with the seconds that the server says it took to read the prompt; 0 if it did not say."""
-
-    prompt_s: float = 0.0
-
-
-def parse_reply(payload: Mapping[str, Any]) -> Timed:
-    """A chat reply as a `Generation`. Raises KeyError or TypeError for what is none."""
-    message = payload["message"]
-    calls = tuple(
-        tool_call(None, call["function"]["name"], call["function"].get("arguments"))
-        for call in message.get("tool_calls") or ()
-    )
-    reason = payload.get("done_reason")
-    return Timed(
-        text=message.get("content") or "",
-        usage=parse_usage(payload),
-        tool_calls=calls,
-        finish_reason="tool_calls" if calls else reason,
-        prompt_s=(payload.get("prompt_eval_duration") or 0) / 1e9,
-    )
-
-
-def parse_usage(payload: Mapping[str, Any]) -> Usage:
-    """The usage: the whole prompt, no cached tokens (Ollama does not tell), the time it took to read the prompt."""
-    nanoseconds = (payload.get("load_duration") or 0) + (payload.get("prompt_eval_duration") or 0)
-    return Usage(
-        input_tokens=int(payload.get("prompt_eval_count") or 0),
-        output_tokens=int(payload.get("eval_count") or 0),
-        first_token_s=nanoseconds / 1e9 if nanoseconds else None,
-    )
-
-
-class Reader:
-    """Puts the lines of a streamed chat together."""
-
-    def __init__(self) -> None:
-        self._text: list[str] = []
-        self._calls: list[Any] = []
-        self._last: Mapping[str, Any] = {}
-
-    def add(self, line: Mapping[str, Any]) -> str:
-        """The text in this line."""
-        message = line.get("message") or {}
-        self._calls += message.get("tool_calls") or ()
-        self._last = line
-        piece: str = message.get("content") or ""
-        if piece:
-            self._text.append(piece)
-        return piece
-
-    def end(self) -> Generation | None:
-        """The whole, or None if no line said ``done``: then the stream was cut."""
-        if not self._last.get("done"):
-            return None
-        message = {"content": "".join(self._text), "tool_calls": self._calls}
-        return parse_reply({**self._last, "message": message})
 
 
 # Sending.
@@ -220,7 +93,10 @@ class Ollama(Remote):
             embeds=True,
             tools=True,
             kv="auto",
+            images=values.get("images", False),
+            schemas=True,
             context_tokens=values.get("context_tokens") or self._options.get("num_ctx"),
+            cache=rules_for(name),
             holds_prefix_s=None if is_loopback(values["base_url"]) else _holds(values),
         )
         super().__init__(name, capabilities, values)
@@ -228,6 +104,33 @@ class Ollama(Remote):
         self._values = values
         self._keep_alive = KeepAlive(values.get("keep_alive", "5m"), values.get("keep_alive_max", "1h"))
         self._reuse = Reuse()
+        if values.get("context_tokens") is None:
+            self.capabilities = self._told(capabilities)
+
+    def _told(self, capabilities: Capabilities) -> Capabilities:
+        """The capabilities with what the server says of the model; as they are while it can't say."""
+        try:
+            show = self._quick("show", self._model)
+            able = {str(word) for word in show.get("capabilities") or ()}
+            window = capabilities.context_tokens or self._loaded_window() or _written_window(show.get("parameters"))
+            longest = _longest_window(show.get("modelinfo") or {})
+        except (AgentMemError, AttributeError, LookupError, TypeError, ValueError):
+            return capabilities
+        if able:  # older servers do not say
+            images = self._values.get("images", "vision" in able)
+            capabilities = replace(capabilities, chat="completion" in able, tools="tools" in able, images=images)
+        if window is None and longest is not None and longest <= SERVED:
+            window = longest  # else the server chooses by its memory, and does not say before the model is loaded
+        return replace(capabilities, context_tokens=window and min(window, longest or window))
+
+    def _loaded_window(self) -> int | None:
+        running = self._quick("ps").get("models") or ()
+        names = (self._model, f"{self._model}:latest")
+        return next((whole(one.get("context_length")) or None for one in running if one.get("model") in names), None)
+
+    def _quick(self, verb: str, *arguments: str) -> Mapping[str, Any]:
+        client = self._sync_client()
+        return self._plain(self._sync(Clock(PROBE_S), lambda: getattr(client, verb)(*arguments), retries=0))
 
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` alone, an estimate: Ollama has no route that counts."""
@@ -263,15 +166,17 @@ class Ollama(Remote):
 
     def _inferred(self, request: Request, generation: Generation) -> Generation:
         usage = generation.usage
-        prompt_s = generation.prompt_s if isinstance(generation, Timed) else 0.0
-        prompt = json.dumps([request.tools and list(map(dict, request.tools)), _messages(request)], default=str)
-        estimate = self._reuse.estimate(prompt, usage.input_tokens, prompt_s)
+        timed = generation if isinstance(generation, Timed) else Timed(text="", usage=usage)
+        body = build_request(request, model=self._model)
+        prompt = json.dumps([body.get("tools"), body["messages"]], default=str)
+        estimate = self._reuse.estimate(prompt, usage.input_tokens if timed.counted else 0, timed.prompt_s)
         return Generation(
             text=generation.text,
             usage=usage.model_copy(update={"estimated_cached_tokens": estimate}),
             tool_calls=generation.tool_calls,
             finish_reason=generation.finish_reason,
             miss=generation.miss,
+            blocks=generation.blocks,
         )
 
     def _build(self, request: Request, *, stream: bool) -> dict[str, Any]:
@@ -285,7 +190,11 @@ class Ollama(Remote):
         )
 
     def _chat(self, client: Any, body: dict[str, Any]) -> Any:
-        return client.chat(**body)
+        import ollama
+
+        # client.chat() would send less than the body: its model of a tool drops what a nested schema says. And it
+        # would send more: an image's base64 text that happens to be a path is read from this machine's disk.
+        return client._request(ollama.ChatResponse, "POST", "/api/chat", json=body, stream=body["stream"])
 
     def _parse(self, payload: Mapping[str, Any]) -> Generation:
         return parse_reply(payload)
@@ -317,6 +226,17 @@ class Ollama(Remote):
         if isinstance(error, (ConnectionError, httpx.HTTPError)):
             return connection_failed(self.name, error.__context__ or error, self.advice)
         return Failure(ConfigError(f"{self.name}: {error}")) if isinstance(error, ollama.RequestError) else None
+
+
+def _written_window(parameters: Any) -> int | None:
+    """The ``num_ctx`` of the model's own file, among its parameters as `show` writes them."""
+    found = re.search(r"^num_ctx\s+(\d+)\s*$", str(parameters or ""), re.MULTILINE)
+    return int(found[1]) if found else None
+
+
+def _longest_window(facts: Mapping[str, Any]) -> int | None:
+    """The longest context that the model's architecture has."""
+    return next((whole(value) or None for name, value in facts.items() if name.endswith(".context_length")), None)
 
 
 def _holds(values: Mapping[str, Any]) -> float:

@@ -81,7 +81,7 @@ def test_a_number_without_a_unit_goes_out_as_a_number(told: str, body: Any) -> N
 
 def test_another_host_may_hold_a_prompt_as_long_as_the_model_stays() -> None:
     def holds(**settings: Any) -> float | None:
-        provider = load("ollama:m", {"base_url": "http://10.0.0.5:1", **settings})
+        provider = load("ollama:m", {"base_url": "http://10.0.0.5:1", "context_tokens": 1, **settings})
         return provider.capabilities.holds_prefix_s
 
     assert holds() == 300

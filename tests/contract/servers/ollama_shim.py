@@ -33,7 +33,7 @@ UNITS = ("ns", "us", "ms", "s", "m", "h")
 
 
 class OllamaShim:
-    """``with OllamaShim(llama_address) as shim:`` serves at ``shim.url``; ``shim.bodies`` is what was posted."""
+    """``with OllamaShim(llama_address) as shim:`` serves at ``shim.url``; ``shim.bodies`` is what was asked of a model."""
 
     def __init__(self, backend: str) -> None:
         self.bodies: list[dict[str, Any]] = []
@@ -53,7 +53,8 @@ class OllamaShim:
 
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-                shim.bodies.append(body)
+                if self.path != "/api/show":
+                    shim.bodies.append(body)
                 if body.get("model") not in (MODEL, MODEL.partition(":")[0]):
                     self._json({"error": f"model '{body.get('model')}' not found"}, 404)
                 elif isinstance(keep := body.get("keep_alive"), str) and not keep.endswith(UNITS):
