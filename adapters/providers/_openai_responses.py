@@ -67,11 +67,17 @@ def build_request(
         if (value := getattr(options, name)) is not None and samples(request, served):
             body[name] = value
     if options.schema is not None:
-        body["text"] = {"format": {"type": "json_schema", **named_schema(options.schema)}}
+        told = options.extra.get("text")  # such as a verbosity beside the format
+        text = {"format": {"type": "json_schema", **named_schema(options.schema)}}
+        body["text"] = {**text, **told} if isinstance(told, Mapping) else text
     body |= cache
     if stream:
         body["stream"] = True
-    return {**body, **options.extra, **(salted or {})}
+    return {
+        **body,
+        **{name: value for name, value in options.extra.items() if name != "text" or name not in body},
+        **(salted or {}),
+    }
 
 
 def build_count(request: Request, served: Served) -> dict[str, Any]:

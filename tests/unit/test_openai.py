@@ -9,11 +9,13 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from pydantic import BaseModel
 
+from agentmem.cache_rules import rules_for
 from agentmem.errors import ConfigError, InvalidInput, MissingDependency
-from agentmem.provider import Options, Request, load
+from agentmem.provider import CachePlan, Mark, Options, Request, load
 from agentmem.testing import chat_request
-from agentmem.types import Message, Segment, ToolCall
+from agentmem.types import Image, Message, Segment, ToolCall
 
 adapter = importlib.import_module("agentmem.adapters.providers._openai_chat")
 fields = importlib.import_module("agentmem.adapters.providers._openai_fields")
@@ -21,6 +23,8 @@ hosts = importlib.import_module("agentmem.adapters.providers._openai_hosts")
 
 OLD = hosts.Served(model="gpt-4o", name="openai:gpt-4o", host=hosts.OPENAI)
 OTHER = hosts.Served(model="m", name="openai_compatible:m")
+NEW = replace(OLD, model="gpt-5.6-sol", rules=rules_for("openai:gpt-5.6-sol"))
+PICTURE = Image(url="https://example.org/cat.png")
 
 CALL = ToolCall(id="c1", name="look_up", arguments={"city": "Zürich"})
 
@@ -75,6 +79,70 @@ def test_a_long_cache_key_is_shortened_to_what_the_host_takes() -> None:
 
 def test_prefill_asks_for_one_token() -> None:
     assert adapter.build_request(chat_request("Hi", max_tokens=0), OLD)["max_completion_tokens"] == 1
+
+
+def test_a_marked_model_gets_breakpoints_on_the_last_part_of_marked_messages() -> None:
+    said = tuple(Message(role=role, content=text) for role, text in (("user", "a"), ("assistant", "b"), ("user", "c")))
+    plan = CachePlan(marks=(Mark(messages=1, lifetime="12h"), Mark(messages=2)))
+    body = adapter.build_request(turn(*said, cache=plan), NEW)
+    assert body["prompt_cache_options"] == {"mode": "explicit"}
+    marks = [message["content"][-1].get("prompt_cache_breakpoint") for message in body["messages"]]
+    assert marks == [{"mode": "explicit", "ttl": "12h"}, {"mode": "explicit"}, None]
+    assert "breakpoint" not in json.dumps(adapter.build_request(turn(*said, cache=plan), OLD))
+    silent = adapter.build_request(turn(*said, cache=CachePlan()), NEW)
+    assert "breakpoint" not in json.dumps(silent)
+    assert silent["prompt_cache_options"] == {"mode": "explicit"}
+
+
+def test_images_stand_before_the_text_also_where_user_messages_are_joined() -> None:
+    said = (Message(role="user", content="core"), Message(role="user", content="What?", images=(PICTURE,)))
+    shown = {"type": "image_url", "image_url": {"url": "https://example.org/cat.png"}}
+    [joined] = adapter.build_request(turn(*said), OTHER)["messages"]
+    assert joined["content"] == [{"type": "text", "text": "core"}, shown, {"type": "text", "text": "What?"}]
+    with pytest.raises(InvalidInput, match="tool"):
+        adapter.build_request(turn(Message(role="tool", content="x", images=(PICTURE,), tool_call_id="c")), OLD)
+
+
+def test_a_schema_is_asked_for_by_name() -> None:
+    asked = adapter.build_request(chat_request("Hi", schema={"type": "object"}), OTHER)["response_format"]
+    assert asked == {
+        "type": "json_schema",
+        "json_schema": {"name": "answer", "schema": {"type": "object"}, "strict": False},
+    }
+
+
+def test_a_refusal_is_text_and_says_what_it_is() -> None:
+    whole = adapter.parse_reply(reply(content=None, refusal="I can't."))
+    assert (whole.text, whole.finish_reason) == ("I can't.", "content_filter")
+    reader = adapter.Reader()
+    assert reader.add({"choices": [{"delta": {"refusal": "I can't."}, "finish_reason": "stop"}]}) == "I can't."
+    assert reader.end() == replace(whole, usage=reader.end().usage)
+
+
+@pytest.mark.parametrize("whole", [True, False])
+def test_what_a_host_wants_back_with_results_is_kept_and_put_where_it_stood(whole: bool) -> None:
+    signed = {"google": {"thought_signature": "s1"}}
+    call = {"id": "c1", "type": "function", "function": {"name": "f", "arguments": "{}"}, "extra_content": signed}
+    said = {"content": None, "reasoning_content": "thinking", "tool_calls": [call]}
+    for host, beside in (("deepseek", {"reasoning_content": "thinking"}), ("gemini", {})):
+        served = replace(OTHER, host=hosts.HOSTS[host])
+        if whole:
+            answer = adapter.parse_reply(reply(**said), served)
+        else:
+            reader = adapter.Reader(served)
+            for delta in ({"reasoning_content": "thin"}, {"reasoning_content": "king"}):
+                reader.add({"choices": [{"delta": delta}]})
+            reader.add({"choices": [{"delta": {"tool_calls": [{"index": 0, **call}]}, "finish_reason": "tool_calls"}]})
+            answer = reader.end()
+        message = Message(
+            role="assistant", content="", tool_calls=answer.tool_calls, blocks=answer.blocks, blocks_of=served.name
+        )
+        [sent] = adapter.build_request(turn(message), served)["messages"]
+        assert ("extra_content" in sent["tool_calls"][0]) == (host == "gemini")
+        assert {name: sent[name] for name in ("reasoning_content",) if name in sent} == beside
+        [other] = adapter.build_request(turn(message), replace(served, name="openai_compatible:n"))["messages"]
+        assert other.keys() == {"role", "content", "tool_calls"}
+        assert "extra_content" not in other["tool_calls"][0]
 
 
 def test_streams_ask_for_usage() -> None:
@@ -249,3 +317,101 @@ def test_other_servers_get_alternating_roles_and_openai_gets_what_was_laid_out()
     theirs = adapter.build_request(Request(segments=segments), OTHER)["messages"]
     assert theirs == [{"role": "user", "content": "core\n\nquestion"}]
     assert len(adapter.build_request(Request(segments=segments), OLD)["messages"]) == 2
+
+
+STRICT: list[dict[str, Any]] = [
+    {"type": "object", "properties": {"a": {"type": "string", "default": "x"}}},
+    {"type": "object", "properties": {}, "additionalProperties": False},
+    {"type": "object", "properties": {"a": {"anyOf": [{"type": "string"}, {"type": "null"}], "title": "A"}}},
+    {"type": "object", "properties": {"a": {"type": "array", "items": {"type": ["integer", "null"]}}}},
+    {"type": "object", "properties": {"a": {"$ref": "#/$defs/B"}}, "$defs": {"B": {"enum": ["x", "y"]}}},
+]
+LOOSE: list[dict[str, Any]] = [
+    {"type": "object"},
+    {"type": "array", "items": {"type": "string"}},
+    {"anyOf": [{"type": "object", "properties": {}}]},
+    {"type": "object", "properties": {"a": {}}},
+    {"type": "object", "properties": {"a": {"type": "object", "additionalProperties": {"type": "string"}}}},
+    {"type": "object", "properties": {"a": {"type": "string", "maxLength": 5}}},
+    {"type": "object", "properties": {"a": {"type": "array"}}},
+    {"type": "object", "properties": {"a": {"type": "string", "format": "uri"}}},
+    {"type": "object", "properties": {"a": {"allOf": [{"type": "string"}]}}},
+    {"type": "object", "properties": {"a": {"type": ["object", "null"]}}},
+    {"type": "object", "properties": {"a": True}},
+]
+
+
+@pytest.mark.parametrize("schema", STRICT)
+def test_schemas_of_the_strict_subset_are_followed_strictly(schema: dict[str, Any]) -> None:
+    strict = fields.strict_schema(schema)
+    assert strict["required"] == list(schema["properties"])
+    assert strict["additionalProperties"] is False
+    assert "default" not in json.dumps(strict)
+    assert fields.strict_schema(strict) == strict
+
+
+@pytest.mark.parametrize("schema", LOOSE)
+def test_schemas_that_need_more_are_sent_as_they_are(schema: dict[str, Any]) -> None:
+    assert fields.strict_schema(schema) is None
+    assert fields.named_schema(schema)["schema"] == schema
+
+
+def test_the_sdks_own_strict_schema_of_a_class_is_ours() -> None:
+    from openai.lib._pydantic import to_strict_json_schema
+
+    class Person(BaseModel):
+        name: str
+        age: int | None = None
+        pets: list[str]
+
+    assert fields.strict_schema(Person.model_json_schema()) == to_strict_json_schema(Person)
+
+
+@pytest.mark.parametrize(
+    ("model", "thinks", "may", "images"),
+    [
+        ("gpt-4o", False, False, True),
+        ("gpt-4.1-mini", False, False, True),
+        ("gpt-3.5-turbo", False, False, False),
+        ("o3", True, True, True),
+        ("gpt-5-mini", True, True, True),
+        ("gpt-5-chat-latest", False, False, True),
+        ("gpt-5.1", False, True, True),
+        ("gpt-5.1-codex", True, True, True),
+        ("gpt-5.4", False, True, True),
+        ("gpt-5.4-pro", True, True, True),
+        ("gpt-5.6-sol", True, True, True),
+        ("gpt-6-astra", True, True, True),
+    ],
+)
+def test_what_a_model_of_openai_can_do(model: str, thinks: bool, may: bool, images: bool) -> None:
+    assert (hosts.reasons(model), hosts.may_reason(model), hosts.sees(model)) == (thinks, may, images)
+
+
+def test_capabilities_follow_the_model() -> None:
+    new = load("openai:gpt-5.6-sol", {"api_key": "k", "base_url": "https://api.openai.com/v1"}).capabilities
+    old = load("openai:gpt-4o", {"api_key": "k", "base_url": "https://api.openai.com/v1"}).capabilities
+    off = load("openai:gpt-5.6-sol", {"api_key": "k", "base_url": "https://api.openai.com/v1", "cache_fields": False})
+    assert (new.kv, new.images, new.schemas, new.exact_tokens) == ("breakpoints", True, True, True)
+    assert new.cache is not None
+    assert new.cache.marked
+    assert (old.kv, old.context_tokens) == ("auto", 128_000)
+    assert (off.capabilities.kv, off.capabilities.cache) == ("auto", None)
+
+
+def test_the_api_follows_the_host_the_setting_and_the_request() -> None:
+    def body(settings: dict[str, Any], **options: Any) -> dict[str, Any]:
+        provider: Any = load("openai:gpt-4o", {"api_key": "k", **settings})
+        built: dict[str, Any] = provider._build(chat_request("Hi", **options), stream=False)
+        return built
+
+    assert "input" in body({})
+    assert "messages" in body({}, stop=("END",))
+    assert "messages" in body({"api": "chat"})
+    assert "messages" in body({"base_url": "http://127.0.0.1:1/v1"})
+    assert "input" in body({"base_url": "http://127.0.0.1:1/v1", "host": "openai"})
+    assert "input" in body({"base_url": "http://127.0.0.1:1/v1", "api": "responses"})
+    with pytest.raises(ConfigError, match="api"):
+        body({"api": "completions"})
+    with pytest.raises(ConfigError, match="host"):
+        body({"host": "nowhere"})

@@ -14,6 +14,8 @@ from agentmem.testing import chat_request
 
 adapter = importlib.import_module("agentmem.adapters.providers.openai_compatible")
 
+hosts = importlib.import_module("agentmem.adapters.providers._openai_hosts")
+
 URL = "http://127.0.0.1:9/v1"
 
 
@@ -78,3 +80,43 @@ def test_the_served_name_of_a_lora_carries_its_content() -> None:
     for wrong in ("", "short", "G" * 64):
         with pytest.raises(InvalidInput, match="digest"):
             served_name("ana", wrong)
+
+
+@pytest.mark.parametrize(
+    ("settings", "host"),
+    [
+        ({"base_url": "https://api.deepseek.com"}, "deepseek"),
+        ({"base_url": "https://ours.openai.azure.com/openai/v1"}, "azure"),
+        ({"base_url": "https://generativelanguage.googleapis.com/v1beta/openai"}, "gemini"),
+        ({"host": "vllm"}, "vllm"),
+    ],
+)
+def test_a_host_is_known_by_its_address_or_its_setting(settings: dict[str, Any], host: str) -> None:
+    provider: Any = load("openai_compatible:m", {"base_url": URL, **settings})
+    assert provider._served.host is hosts.HOSTS[host]
+
+
+def test_a_host_decides_what_is_sent_and_what_is_known_of_its_cache() -> None:
+    def known(model: str, **settings: Any) -> Any:
+        return load(f"openai_compatible:{model}", {"base_url": URL, **settings}).capabilities
+
+    deepseek = known("deepseek-v4-flash", base_url="https://api.deepseek.com")
+    assert (deepseek.schemas, deepseek.kv, deepseek.cache.read) == (False, "auto", 0.02)
+    assert known("m", host="vllm").cache.kind == "engine"
+    assert known("m").cache is None
+    assert known("grok-4.5", base_url="https://api.x.ai/v1").cache.read == 0.15  # no row of its own: by its address
+    assert (known("m").images, known("m", images="true").images) == (False, True)
+    keyed = replace(chat_request("Hi"), cache_key="k")
+    assert "prompt_cache_key" not in body(keyed)
+    assert body(keyed, host="azure", model="gpt-4o")["prompt_cache_key"] == "k"
+
+
+def test_azure_marks_only_where_the_deployment_has_the_models_name() -> None:
+    asked = replace(chat_request("Hi", system="S"), cache_key="k")
+    assert "prompt_cache_options" in body(asked, host="azure", model="gpt-5.6-sol")
+    assert "prompt_cache_options" not in body(asked, host="azure", model="our-deployment")
+
+
+def test_a_salt_takes_the_form_of_its_host() -> None:
+    assert "extra_key" in body(cache_salt=True, host="sglang")
+    assert "cache_salt" in body(cache_salt=True, host="vllm")
