@@ -13,12 +13,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from .errors import Unavailable
-from .provider import Generation, Provider, Request
+from .provider import CountsRequests, Generation, Provider, Request
+from .types import TokenCount
 
 if TYPE_CHECKING:
     from .plaintext.encoded import Embedder, Encoded
 
-__all__ = ["Embed", "Flow", "Generate", "arun", "astream", "local", "run", "stream"]
+__all__ = ["Count", "Embed", "Flow", "Generate", "arun", "astream", "local", "run", "stream"]
 
 T = TypeVar("T")
 
@@ -60,8 +61,24 @@ class Generate:
         return await self.provider.agenerate(self.request)
 
 
+@dataclass(frozen=True)
+class Count:
+    """A need: how many tokens a whole request has, asked of the provider that would get it."""
+
+    provider: CountsRequests
+    request: Request
+
+    def answer(self) -> TokenCount:
+        """The count, waited for in this thread."""
+        return self.provider.count_request(self.request)
+
+    async def aanswer(self) -> TokenCount:
+        """The count, awaited."""
+        return await self.provider.acount_request(self.request)
+
+
 #: A verb: yields needs, is sent their answers, returns the verb's result.
-Flow = Generator[Embed | Generate, Any, T]
+Flow = Generator[Embed | Generate | Count, Any, T]
 
 
 def local(work: Callable[..., T], *arguments: Any, **keywords: Any) -> Flow[T]:

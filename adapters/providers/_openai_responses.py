@@ -66,18 +66,15 @@ def build_request(
     for name in ("temperature", "top_p"):
         if (value := getattr(options, name)) is not None and samples(request, served):
             body[name] = value
-    if options.schema is not None:
-        told = options.extra.get("text")  # such as a verbosity beside the format
-        text = {"format": {"type": "json_schema", **named_schema(options.schema)}}
-        body["text"] = {**text, **told} if isinstance(told, Mapping) else text
     body |= cache
     if stream:
         body["stream"] = True
-    return {
-        **body,
-        **{name: value for name, value in options.extra.items() if name != "text" or name not in body},
-        **(salted or {}),
-    }
+    body |= {**options.extra, **(salted or {})}
+    if options.schema is not None:
+        told = options.extra.get("text")  # such as a verbosity, which stands beside the format
+        text = {"format": {"type": "json_schema", **named_schema(options.schema)}}
+        body["text"] = {**text, **told} if isinstance(told, Mapping) else text
+    return body
 
 
 def build_count(request: Request, served: Served) -> dict[str, Any]:
