@@ -6,11 +6,12 @@ Reads ``uses``; writes nothing. Every sum is over the uses of one scope and what
 from __future__ import annotations
 
 import datetime as dt
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from .activation.turns import Turn
 from .costs import input_price
 from .ledger import Ledger, beneath
 from .provider import split_name
@@ -20,7 +21,9 @@ from .types import LEVELS, Scope
 __all__ = ["Accounts"]
 
 #: Requests that are replayed under other policies, newest first.
-REPLAYED = 1000
+REPLAYED = 600
+#: Of them those of one conversation at most: full history grows with every turn.
+AT_ONCE = 200
 #: Scopes, prefixes and reasons told one by one; further scopes are told as one sum.
 TOLD = 50
 #: What every sum is made of. ``timed`` are cached tokens that no price list prices: what they save is time.
@@ -149,32 +152,30 @@ class Accounts:
         ]
 
     def compared(self) -> list[Comparison]:
-        """The newest requests under other policies: with no cache (exact), and those of `activation.layouts.replay`.
+        """The newest requests under other policies: with no cache (exact), and those of `activation.replays.replay`.
 
-        Only requests whose price, and whose host's rules, are known. A conversation is replayed on its own, from its
-        first request that is among the newest: what full history would have carried from before is left out.
+        Only requests whose price, and whose host's rules, are known. A conversation is replayed on its own. What was
+        said before its first request here counts for full history, as far as it fits into the model's window.
         """
-        from .activation.layouts import Turn, replay
+        conversations = list(self._conversations())
+        if not conversations:
+            return []
+        from .activation.replays import replay
 
-        rows = self._query(
-            f"SELECT model, tenant, user, agent, turn, input, money, uncached_money FROM uses WHERE {self._where}"
-            " AND turn IS NOT NULL AND uncached_money IS NOT NULL ORDER BY id DESC LIMIT ?",
-            (*self._values, REPLAYED),
-        )
-        groups: dict[tuple[str, ...], list[Any]] = {}
-        for row in reversed(rows):
-            groups.setdefault((row["model"], row["tenant"], row["user"], row["agent"]), []).append(row)
         totals: dict[str, float] = {}
         requests, spent, bare = 0, 0.0, 0.0
-        for (model, *_), chats in groups.items():
+        for model, whose, chats in conversations:
             rules, token = self._ledger.rules(model), self._input_price(model)
             if rules is None or token is None:
                 continue
-            bills = replay(rules, [Turn.model_validate_json(row["turn"]) for row in chats])
+            before = self._before(model, whose, chats[0], rules.context_tokens)
+            turns = [Turn.model_validate_json(row["turn"]) for row in chats]
+            bills, without = replay(rules, [before, *turns]), replay(rules, [before])
             uncached = sum(row["uncached_money"] for row in chats)
             answers = max(uncached - token * sum(row["input"] for row in chats), 0.0)
             for policy, bill in bills.items():
-                totals[policy] = totals.get(policy, 0.0) + bill.cost(rules) * token + answers
+                cost = (bill.cost(rules) - without[policy].cost(rules)) * token + answers
+                totals[policy] = totals.get(policy, 0.0) + cost
             requests += len(chats)
             spent += sum(row["money"] for row in chats)
             bare += uncached
@@ -187,6 +188,33 @@ class Accounts:
             Comparison(policy=policy, requests=requests, money=totals[policy], spent=spent)
             for policy in (*first, *sorted(totals.keys() - set(first)))
         ]
+
+    def _conversations(self) -> Iterator[tuple[str, list[Any], list[Any]]]:
+        """(model, [tenant, user, agent], rows) of the newest requests, in order, by the scope that they belong to."""
+        rows = self._query(
+            f"SELECT id, model, tenant, user, agent, turn, input, money, uncached_money FROM uses WHERE {self._where}"
+            " AND turn IS NOT NULL AND uncached_money IS NOT NULL ORDER BY id DESC LIMIT ?",
+            (*self._values, REPLAYED),
+        )
+        groups: dict[tuple[str, ...], list[Any]] = {}
+        for row in reversed(rows):
+            groups.setdefault((row["model"], row["tenant"], row["user"], row["agent"]), []).append(row)
+        for (model, *whose), chats in groups.items():
+            yield model, whose, chats[-AT_ONCE:]
+
+    def _before(self, model: str, whose: Sequence[str], first: Any, window: int | None) -> Turn:
+        """All that was said in a conversation before this request as one turn of another session, a day before."""
+        said = "json_extract(turn, '$.message') + json_extract(turn, '$.reply')"
+        [row] = self._query(
+            f"SELECT COALESCE(SUM({said}), 0) FROM uses WHERE model = ? AND tenant = ? AND user = ? AND agent = ?"
+            f" AND id < ? AND turn IS NOT NULL AND {self._where}",
+            (model, *whose, first["id"], *self._values),
+        )
+        turn = Turn.model_validate_json(first["turn"])
+        room = max((window or 1_000_000) // 2 - turn.system, 0)
+        return Turn(
+            id="", at=turn.at - 86_400, session="", system=turn.system, core=0, message=min(row[0], room), reply=0
+        )
 
     def prefixes(self) -> list[Prefix]:
         """What each scope's prefix at a host cost to write and gave back by reads, the most written first."""

@@ -20,7 +20,7 @@ from .report import Line, Report
 from .types import CacheUse, Scope, Usage
 
 if TYPE_CHECKING:
-    from .activation.layouts import Turn
+    from .activation.turns import Turn
 
 __all__ = ["LISTED", "Ledger", "Line", "Report", "price"]
 
@@ -121,7 +121,7 @@ class Ledger:
 
     def turns(self, scope: Scope, model: str, limit: int) -> list[Turn]:
         """What the newest ``limit`` requests of this scope and beneath to this model were made of, oldest first."""
-        from .activation.layouts import Turn
+        from .activation.turns import Turn
 
         where, values = beneath(scope)
         rows = self.database.query(

@@ -216,6 +216,7 @@ class Report(Value):
         return f"; on disk: {sizes}{month}" if sizes else ""
 
     def _table(self) -> Any:
+        from rich.markup import escape
         from rich.table import Table
 
         table = Table(
@@ -250,7 +251,7 @@ class Report(Value):
             counts = (line.uses, line.input_tokens, line.cached_tokens, line.written_tokens, line.output_tokens)
             table.add_row(
                 line.verb,
-                line.model,
+                escape(line.model),  # a name is no markup
                 *(f"{count:,}" for count in counts),
                 first,
                 f"{line.seconds:.1f}",

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from agentmem.accounts import Accounts
 from agentmem.database import Database
-from agentmem.ledger import Ledger, Report, price
+from agentmem.ledger import Ledger
 from agentmem.testing import FakeClock
 from agentmem.types import CacheUse, Scope, Usage
 
@@ -30,11 +31,11 @@ def test_uses_are_summed_by_verb_and_model_within_a_scope(ledger: Ledger) -> Non
     for user in ("ana", "ana", "ben"):
         ledger.note("chat", "local:small", Scope(user=user, session="s"), used)
     ledger.note("train", "local:small", Scope(user="ana"), Usage(total_s=9.0), size=1000)
-    [chat, train] = ledger.lines(Scope(user="ana"))
+    [chat, train] = Accounts(ledger, Scope(user="ana")).lines()
     assert (chat.verb, chat.uses, chat.input_tokens, chat.cached_tokens, chat.seconds) == ("chat", 2, 200, 120, 2.0)
     assert (train.verb, train.uses, train.first_token_s) == ("train", 1, None)
-    assert ledger.lines(Scope())[0].uses == 3
-    assert ledger.lines(Scope(user="eve")) == []
+    assert Accounts(ledger, Scope()).lines()[0].uses == 3
+    assert Accounts(ledger, Scope(user="eve")).lines() == []
 
 
 def test_a_missed_cache_is_counted_with_its_reason(ledger: Ledger) -> None:
@@ -42,34 +43,7 @@ def test_a_missed_cache_is_counted_with_its_reason(ledger: Ledger) -> None:
         "chat", "a:b", Scope(), Usage(), cache=CacheUse(expected_tokens=512, reason="the prompt's prefix changed")
     )
     ledger.note("chat", "a:b", Scope(), Usage(), cache=CacheUse())
-    assert ledger.lines(Scope())[0].missed == 1
-
-
-def test_money_is_the_price_tables_to_the_cent() -> None:
-    # Claude Sonnet 4.5, per million: input 3, cache read 0.30, cache write 3.75, output 15 dollars.
-    used = Usage(input_tokens=100_000, cached_tokens=80_000, written_tokens=10_000, output_tokens=1_000)
-    found = price("anthropic:claude-sonnet-4-5", used)
-    assert found is not None
-    assert found[0] == pytest.approx(0.03 + 0.024 + 0.0375 + 0.015, abs=1e-9)
-    assert found[1] == pytest.approx(0.3 + 0.015, abs=1e-9)
-
-
-@pytest.mark.parametrize("model", ["local:smollm2", "ollama:llama3.2", "scripted:test", "openai:no-such-model", ""])
-def test_an_unknown_price_is_none_and_not_zero(model: str) -> None:
-    assert price(model, Usage(input_tokens=10)) is None
-
-
-def test_the_report_adds_up_and_shows_itself(ledger: Ledger) -> None:
-    ledger.note(
-        "chat", "anthropic:claude-sonnet-4-5", Scope(), Usage(input_tokens=1000, cached_tokens=900, output_tokens=10)
-    )
-    report = Report(lines=ledger.lines(Scope()), bytes={"records": 2048}, records=1, pages=0, loras=0)
-    assert report.cached_share == 0.9
-    text = str(report)
-    assert "anthropic:claude-sonnet-4-5" in text
-    assert "2.0 KiB" in text
-    assert report.lines[0].saved_money is not None
-    assert report.lines[0].saved_money > 0
+    assert Accounts(ledger, Scope()).lines()[0].missed == 1
 
 
 def test_hosts_are_named_until_their_caches_run_out(ledger: Ledger, clock: FakeClock) -> None:
