@@ -21,7 +21,7 @@ from .types import LEVELS, Scope
 __all__ = ["Accounts"]
 
 #: Requests that are replayed under other policies, newest first.
-REPLAYED = 600
+REPLAYED = 400
 #: Of them those of one conversation at most: full history grows with every turn.
 AT_ONCE = 200
 #: Scopes, prefixes and reasons told one by one; further scopes are told as one sum.
@@ -75,19 +75,7 @@ class Accounts:
 
     def lines(self) -> list[Line]:
         """By verb and model."""
-        sums: dict[Any, _Sum] = {}
-        for row in self._days:
-            self._add(sums.setdefault((row["verb"], row["model"]), _Sum()), row)
-        rest = self._query(
-            "SELECT verb, model, AVG(first_s) AS first, SUM(reason IS NOT NULL) AS missed,"
-            " COALESCE(SUM(json_extract(attended, '$.tokens')), 0) AS attended,"
-            " GROUP_CONCAT(DISTINCT json_extract(attended, '$.codec')) AS codec,"
-            " COALESCE(MAX(json_extract(attended, '$.stock_bytes') - json_extract(attended, '$.bytes')), 0) AS spared,"
-            " COALESCE(SUM(json_extract(attended, '$.record_tokens')), 0) AS record_tokens"
-            f" FROM uses WHERE {self._where} GROUP BY verb, model ORDER BY verb, model",
-            self._values,
-        )
-        return [_line(row, sums[row["verb"], row["model"]]) for row in map(dict, rest)]
+        return self._lines
 
     def providers(self) -> list[Share]:
         """By the scheme of the model, the dearest first."""
@@ -99,7 +87,7 @@ class Accounts:
 
     def scopes(self) -> list[Share]:
         """By the values of the next level beneath the scope, the dearest first; many are summed at the end."""
-        level = self._next_level()
+        level = self._next_level
         if level is None:
             return []
         rows = map(dict, self._summed(level))
@@ -222,7 +210,7 @@ class Accounts:
 
     @cached_property
     def _hosted(self) -> list[Prefix]:
-        level = self._next_level() or LEVELS[0]
+        level = self._next_level or LEVELS[0]
         rows = self._query(
             f"SELECT model, {level} AS name, SUM(written) AS written, SUM(long_written) AS long, SUM(cached) AS cached"
             f" FROM uses WHERE {self._where} AND (written > 0 OR cached > 0)"
@@ -272,6 +260,22 @@ class Accounts:
         return list(map(dict, self._summed("CAST(at / 86400 AS INTEGER)")))
 
     @cached_property
+    def _lines(self) -> list[Line]:
+        sums: dict[Any, _Sum] = {}
+        for row in self._days:
+            self._add(sums.setdefault((row["verb"], row["model"]), _Sum()), row)
+        rest = self._query(
+            "SELECT verb, model, AVG(first_s) AS first, SUM(reason IS NOT NULL) AS missed,"
+            " COALESCE(SUM(json_extract(attended, '$.tokens')), 0) AS attended,"
+            " GROUP_CONCAT(DISTINCT json_extract(attended, '$.codec')) AS codec,"
+            " COALESCE(MAX(json_extract(attended, '$.stock_bytes') - json_extract(attended, '$.bytes')), 0) AS spared,"
+            " COALESCE(SUM(json_extract(attended, '$.record_tokens')), 0) AS record_tokens"
+            f" FROM uses WHERE {self._where} GROUP BY verb, model ORDER BY verb, model",
+            self._values,
+        )
+        return [_line(row, sums[row["verb"], row["model"]]) for row in map(dict, rest)]
+
+    @cached_property
     def _paces(self) -> dict[str, float]:
         rows = self._query(
             "SELECT model, SUM(first_s) / SUM(input - cached) AS pace FROM uses"
@@ -301,6 +305,7 @@ class Accounts:
     def _input_price(self, model: str) -> float | None:
         return input_price(model, vendor=self._ledger.vendor(model), at=self._ledger.clock())
 
+    @cached_property
     def _next_level(self) -> str | None:
         """The widest level beneath the scope that its uses set; None where none does."""
         free = [level for level, value in self._scope.levels() if value is None]
