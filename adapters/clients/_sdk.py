@@ -6,7 +6,7 @@ Knows how a call is led through memory; the wire formats are in the file of each
 
 from __future__ import annotations
 
-import contextlib
+import copy
 import functools
 import logging
 import sys
@@ -57,11 +57,11 @@ Routes = Mapping[str, Callable[[Mapping[str, Any], Any], Route]]
 
 def twin(client: Any) -> Any:
     """A client of the same class and state; resources that it has made already are made anew, over the copy."""
-    copy = object.__new__(type(client))
+    made = object.__new__(type(client))
     for name, value in vars(client).items():
         if not isinstance(_declared(type(client), name), functools.cached_property):
-            copy.__dict__[name] = value
-    return copy
+            made.__dict__[name] = value
+    return made
 
 
 def _declared(cls: type, name: str) -> object:
@@ -70,10 +70,10 @@ def _declared(cls: type, name: str) -> object:
 
 def bound(client: Any, memory: Recollection, routes: Routes, *, asynchronous: bool) -> Any:
     """A copy of the client whose posts to ``routes`` go through memory."""
-    copy = twin(client)
-    post = type(client).post.__get__(copy)
-    copy.__dict__["post"] = (_apost if asynchronous else _post)(copy, post, memory, routes)
-    return copy
+    made = twin(client)
+    post = type(client).post.__get__(made)
+    made.__dict__["post"] = (_apost if asynchronous else _post)(made, post, memory, routes)
+    return made
 
 
 def _post(client: Any, post: Callable[..., Any], memory: Recollection, routes: Routes) -> Callable[..., Any]:
@@ -154,32 +154,35 @@ def _listening(stream_cls: Any, route: Route, ready: Ready, memory: Recollection
     events: Any = origin.__stream__
     heard = _Heard(route, ready)
 
-    def listen(self: Any) -> Generator[Any, None, None]:
-        inner = events(self)
-        try:
-            for event in inner:
-                if heard.passes(event):
-                    yield event
-        finally:
-            inner.close()
-            if (generation := heard.whole()) is not None:
-                run(memory.after(ready, generation))
+    def listen(self: Any) -> Any:
+        # Of a copy: a generator that knew the stream would be a circle with it, and a dropped one would linger.
+        inner = events(copy.copy(self))
+        return (_awaited if hasattr(inner, "__anext__") else _listened)(inner, heard, memory)
 
-    async def alisten(self: Any) -> AsyncGenerator[Any, None]:
-        inner = events(self)
-        try:
-            async for event in inner:
-                if heard.passes(event):
-                    yield event
-        finally:
-            with contextlib.suppress(RuntimeError):  # it is being closed elsewhere
-                await inner.aclose()
-            if (generation := heard.whole()) is not None:
-                await arun(memory.after(ready, generation))
-
-    asynchronous = hasattr(origin, "__aiter__")
-    body = {"__stream__": alisten if asynchronous else listen, "__module__": origin.__module__}
+    body = {"__stream__": listen, "__module__": origin.__module__}
     return types.new_class(origin.__name__, (stream_cls,), {}, lambda space: space.update(body))
+
+
+def _listened(inner: Any, heard: _Heard, memory: Recollection) -> Generator[Any, None, None]:
+    try:
+        for event in inner:
+            if heard.passes(event):
+                yield event
+    finally:
+        inner.close()
+        if (generation := heard.whole()) is not None:
+            run(memory.after(heard.ready, generation))
+
+
+async def _awaited(inner: Any, heard: _Heard, memory: Recollection) -> AsyncGenerator[Any, None]:
+    try:
+        async for event in inner:
+            if heard.passes(event):
+                yield event
+    finally:
+        await inner.aclose()
+        if (generation := heard.whole()) is not None:
+            await arun(memory.after(heard.ready, generation))
 
 
 class _Heard:
@@ -187,12 +190,12 @@ class _Heard:
 
     def __init__(self, route: Route, ready: Ready) -> None:
         self._route = route
-        self._ready = ready
+        self.ready = ready
         self._reader: Reads | None = route.reader()
 
     def passes(self, event: Any) -> bool:
         """Take in an event; True if the caller is to get it."""
-        self._ready.came()
+        self.ready.came()
         try:
             plain = event.to_dict(warnings=False)
             if self._reader is not None:

@@ -1,0 +1,791 @@
+"""`agentmem.wrap` around the real clients of three SDKs, sync and async, whole and streamed, over real sockets."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import copy
+import itertools
+import json
+import logging
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import httpx
+import httpx2
+import ollama
+import openai
+import pytest
+from pydantic import BaseModel
+
+import agentmem
+from agentmem import BudgetExceeded, InvalidInput, Memory, ScopeError
+from agentmem.prompt import MEMORY_NOTE
+from agentmem.testing import HostServer, ScriptedProvider
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
+
+from servers.loopback import Loopback, json_reply, stream_reply
+
+GPT, CLAUDE, LLAMA = "gpt-4.1", "claude-sonnet-5", "llama3.2"
+FACT = "I'm allergic to peanuts."
+QUESTION = "What am I allergic to, peanuts or walnuts?"
+ANSWER = "Peanuts, you said."
+PARAMETERS = {"type": "object", "properties": {"city": {"type": "string"}}}
+SYSTEM = "You are kind. " * 400
+
+
+class Said(BaseModel):
+    """An answer with a schema."""
+
+    text: str
+
+
+# How the same chat is asked of each SDK: (client, messages) -> text. Each also exists awaited.
+
+
+def _openai_text(answer: Any) -> str:
+    return str(answer.choices[0].message.content or "")
+
+
+def _claude_text(answer: Any) -> str:
+    return "".join(block.text for block in answer.content if block.type == "text")
+
+
+def _chunks(chunks: Any) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+
+def _deltas(events: Any, kind: str = "response.output_text.delta") -> str:
+    return "".join(event.delta for event in events if event.type == kind)
+
+
+def _claude_deltas(events: Any) -> str:
+    return "".join(e.delta.text for e in events if e.type == "content_block_delta" and e.delta.type == "text_delta")
+
+
+def openai_create(client: Any, messages: Any, **more: Any) -> str:
+    return _openai_text(client.chat.completions.create(model=GPT, messages=messages, **more))
+
+
+async def aopenai_create(client: Any, messages: Any, **more: Any) -> str:
+    return _openai_text(await client.chat.completions.create(model=GPT, messages=messages, **more))
+
+
+def openai_stream(client: Any, messages: Any, **more: Any) -> str:
+    return _chunks(client.chat.completions.create(model=GPT, messages=messages, stream=True, **more))
+
+
+async def aopenai_stream(client: Any, messages: Any, **more: Any) -> str:
+    stream = await client.chat.completions.create(model=GPT, messages=messages, stream=True, **more)
+    return _chunks([chunk async for chunk in stream])
+
+
+def openai_helper(client: Any, messages: Any, **more: Any) -> str:
+    with client.chat.completions.stream(model=GPT, messages=messages, **more) as stream:
+        text = _deltas(stream, "content.delta")
+        assert _openai_text(stream.get_final_completion()) == text
+    return text
+
+
+async def aopenai_helper(client: Any, messages: Any, **more: Any) -> str:
+    async with client.chat.completions.stream(model=GPT, messages=messages, **more) as stream:
+        text = _deltas([event async for event in stream], "content.delta")
+        assert _openai_text(await stream.get_final_completion()) == text
+    return text
+
+
+def responses_create(client: Any, messages: Any, **more: Any) -> str:
+    return str(client.responses.create(model=GPT, input=messages, **more).output_text)
+
+
+async def aresponses_create(client: Any, messages: Any, **more: Any) -> str:
+    return str((await client.responses.create(model=GPT, input=messages, **more)).output_text)
+
+
+def responses_stream(client: Any, messages: Any, **more: Any) -> str:
+    with client.responses.create(model=GPT, input=messages, stream=True, **more) as stream:
+        return _deltas(stream)
+
+
+async def aresponses_stream(client: Any, messages: Any, **more: Any) -> str:
+    async with await client.responses.create(model=GPT, input=messages, stream=True, **more) as stream:
+        return _deltas([event async for event in stream])
+
+
+def responses_helper(client: Any, messages: Any, **more: Any) -> str:
+    with client.responses.stream(model=GPT, input=messages, **more) as stream:
+        return str(stream.get_final_response().output_text)
+
+
+async def aresponses_helper(client: Any, messages: Any, **more: Any) -> str:
+    async with client.responses.stream(model=GPT, input=messages, **more) as stream:
+        return str((await stream.get_final_response()).output_text)
+
+
+def claude_create(client: Any, messages: Any, **more: Any) -> str:
+    return _claude_text(client.messages.create(model=CLAUDE, max_tokens=64, messages=messages, **more))
+
+
+async def aclaude_create(client: Any, messages: Any, **more: Any) -> str:
+    return _claude_text(await client.messages.create(model=CLAUDE, max_tokens=64, messages=messages, **more))
+
+
+def claude_stream(client: Any, messages: Any, **more: Any) -> str:
+    return _claude_deltas(client.messages.create(model=CLAUDE, max_tokens=64, messages=messages, stream=True, **more))
+
+
+async def aclaude_stream(client: Any, messages: Any, **more: Any) -> str:
+    stream = await client.messages.create(model=CLAUDE, max_tokens=64, messages=messages, stream=True, **more)
+    return _claude_deltas([event async for event in stream])
+
+
+def claude_helper(client: Any, messages: Any, **more: Any) -> str:
+    with client.messages.stream(model=CLAUDE, max_tokens=64, messages=messages, **more) as stream:
+        text = "".join(stream.text_stream)
+        assert _claude_text(stream.get_final_message()) == text
+    return text
+
+
+async def aclaude_helper(client: Any, messages: Any, **more: Any) -> str:
+    async with client.messages.stream(model=CLAUDE, max_tokens=64, messages=messages, **more) as stream:
+        text = "".join([piece async for piece in stream.text_stream])
+        assert _claude_text(await stream.get_final_message()) == text
+    return text
+
+
+def ollama_chat(client: Any, messages: Any, **more: Any) -> str:
+    return str(client.chat(LLAMA, messages, **more).message.content)
+
+
+async def aollama_chat(client: Any, messages: Any, **more: Any) -> str:
+    return str((await client.chat(model=LLAMA, messages=messages, **more)).message.content)
+
+
+def ollama_stream(client: Any, messages: Any, **more: Any) -> str:
+    return "".join(part["message"]["content"] for part in client.chat(LLAMA, messages, stream=True, **more))
+
+
+async def aollama_stream(client: Any, messages: Any, **more: Any) -> str:
+    parts = await client.chat(LLAMA, messages, stream=True, **more)
+    return "".join([part["message"]["content"] async for part in parts])
+
+
+@dataclass(frozen=True)
+class Sdk:
+    """One SDK's clients, and where its requests hold the conversation."""
+
+    name: str
+    make: Callable[[HostServer], Any]
+    amake: Callable[[HostServer], Any]
+    field: str = "messages"
+
+    def client(self, host: HostServer, ask: Callable[..., Any]) -> Any:
+        made = (self.amake if asyncio.iscoroutinefunction(ask) else self.make)(host)
+        OPEN.append(made)
+        return made
+
+    def sync(self, host: HostServer) -> Any:
+        OPEN.append(self.make(host))
+        return OPEN[-1]
+
+    def said(self, body: Any) -> list[Any]:
+        """The conversation in a request, without its system part."""
+        return [message for message in body[self.field] if message.get("role") != "system"]
+
+
+#: Clients to be closed after a test; the loop that they lived in.
+OPEN: list[Any] = []
+LOOPS: list[asyncio.Runner] = []
+
+
+@pytest.fixture(autouse=True)
+def closed() -> Iterator[None]:
+    with asyncio.Runner() as runner:
+        LOOPS.append(runner)
+        yield
+        while OPEN:
+            done(OPEN.pop().close())
+        LOOPS.clear()
+
+
+def done(result: Any) -> Any:
+    """The result, waited for if it is a coroutine."""
+    return LOOPS[0].run(result) if asyncio.iscoroutine(result) else result
+
+
+QUICK: dict[str, Any] = {"api_key": "sk-test", "max_retries": 0}
+OPENAI = Sdk(
+    "openai",
+    lambda host: openai.OpenAI(base_url=host.openai_url, **QUICK),
+    lambda host: openai.AsyncOpenAI(base_url=host.openai_url, **QUICK),
+)
+RESPONSES = Sdk("responses", OPENAI.make, OPENAI.amake, "input")
+CLAUDES = Sdk(
+    "anthropic",
+    lambda host: anthropic.Anthropic(base_url=host.anthropic_url, **QUICK),
+    lambda host: anthropic.AsyncAnthropic(base_url=host.anthropic_url, **QUICK),
+)
+OLLAMA = Sdk("ollama", lambda host: ollama.Client(host.ollama_url), lambda host: ollama.AsyncClient(host.ollama_url))
+WAYS = [
+    *((OPENAI, ask) for ask in (openai_create, openai_stream, openai_helper)),
+    *((OPENAI, ask) for ask in (aopenai_create, aopenai_stream, aopenai_helper)),
+    *((RESPONSES, ask) for ask in (responses_create, responses_stream, responses_helper)),
+    *((RESPONSES, ask) for ask in (aresponses_create, aresponses_stream, aresponses_helper)),
+    *((CLAUDES, ask) for ask in (claude_create, claude_stream, claude_helper)),
+    *((CLAUDES, ask) for ask in (aclaude_create, aclaude_stream, aclaude_helper)),
+    *((OLLAMA, ask) for ask in (ollama_chat, ollama_stream, aollama_chat, aollama_stream)),
+]
+STREAMED = [(sdk, ask) for sdk, ask in WAYS if ask.__name__.endswith(("_stream", "_helper"))]
+every_way = pytest.mark.parametrize(("sdk", "ask"), WAYS, ids=[ask.__name__ for _, ask in WAYS])
+WHOLE = [
+    (OPENAI, openai_create),
+    (RESPONSES, responses_create),
+    (CLAUDES, claude_create),
+    (OLLAMA, ollama_chat),
+]
+every_sdk = pytest.mark.parametrize(("sdk", "ask"), WHOLE, ids=[sdk.name for sdk, _ in WHOLE])
+
+
+def user(text: str) -> dict[str, Any]:
+    return {"role": "user", "content": text}
+
+
+def assistant(text: str) -> dict[str, Any]:
+    return {"role": "assistant", "content": text}
+
+
+def turns(memory: Memory) -> list[tuple[str, str]]:
+    return [(record.role, record.text) for record in memory.list(limit=1000) if record.source == "chat"]
+
+
+def uses(memory: Memory) -> list[Any]:
+    return memory._engine.database.query("SELECT * FROM uses WHERE verb = 'chat' ORDER BY id")
+
+
+@pytest.fixture
+def host() -> Iterator[HostServer]:
+    with HostServer(reply=ANSWER) as server:
+        yield server
+
+
+@pytest.fixture
+def memory() -> Iterator[Memory]:
+    with Memory(":memory:", embedder="hash") as memory:
+        memory.add(FACT)
+        yield memory
+
+
+def text_of(message: Any) -> str:
+    content = message["content"]
+    return content if isinstance(content, str) else "\n\n".join(part.get("text", "") for part in content)
+
+
+@every_way
+def test_a_chatbot_gains_memory_by_one_line(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    client = sdk.client(host, ask)
+    bot = agentmem.wrap(client, memory, session="s")
+    assert type(bot) is type(client)
+    messages = [user(QUESTION)]
+    asked = copy.deepcopy(messages)
+    assert done(ask(bot, messages)) == ANSWER
+    assert messages == asked
+    sent = text_of(sdk.said(host.requests[-1].body)[-1])
+    assert FACT in sent
+    assert sent.startswith(("<memories>", MEMORY_NOTE))
+    assert sent.endswith(QUESTION)
+    assert MEMORY_NOTE in json.dumps(host.requests[-1].body)
+    assert turns(memory) == [("user", QUESTION), ("assistant", ANSWER)]
+    [use] = uses(memory)
+    assert use["input"] == host.requests[-1].usage.input_tokens > 0
+    assert use["output"] > 0
+    assert use["session"] == "s"
+
+
+@every_way
+def test_what_stands_before_a_turn_is_byte_equal_in_the_next(
+    sdk: Sdk, ask: Any, host: HostServer, memory: Memory
+) -> None:
+    client = sdk.client(host, ask)
+    bot = agentmem.wrap(client, memory, session="s", cache=False)
+    messages = [user("Hello, I walk my dog every morning.")]
+
+    async def talk() -> None:
+        for question in ("Which nuts am I allergic to? Peanuts?", QUESTION, "And what do I do every morning?"):
+            answer = ask(bot, messages)
+            messages.extend((assistant(answer if isinstance(answer, str) else await answer), user(question)))
+        answer = ask(bot, messages)
+        messages.append(assistant(answer if isinstance(answer, str) else await answer))
+
+    done(talk())
+    bodies = [request.body for request in host.requests]
+    for before, now in itertools.pairwise(bodies):
+        kept = len(before[sdk.field]) - 1
+        assert json.dumps(now[sdk.field][:kept]) == json.dumps(before[sdk.field][:kept])
+        assert {**now, sdk.field: None} == {**before, sdk.field: None}
+    assert turns(memory) == [(message["role"], message["content"]) for message in messages]
+
+
+def answering(*script: Any) -> Any:
+    """A server that answers by this script, with the addresses of a host."""
+    server = Loopback(*script)
+    server.__dict__.update(openai_url=server.url + "/v1", anthropic_url=server.url, ollama_url=server.url)
+    return server
+
+
+def asked_again(host: HostServer) -> httpx.Response:
+    """What the host answers to its last request, as it stands on the wire."""
+    noted = host.requests[-1]
+    with httpx.Client() as http:
+        keys = {"authorization": "Bearer x", "x-api-key": "x", "anthropic-version": "2023-06-01"}
+        return http.post(host.anthropic_url + noted.path, json=noted.body, headers=keys)
+
+
+ERRORS = (openai.OpenAIError, anthropic.AnthropicError, ollama.ResponseError, httpx2.HTTPError, httpx.HTTPError)
+
+
+@every_way
+def test_of_an_error_nothing_is_remembered_and_it_is_the_sdks_own(sdk: Sdk, ask: Any, memory: Memory) -> None:
+    with answering(json_reply({"error": "overloaded"}, 500)) as host:
+        bot = agentmem.wrap(sdk.client(host, ask), memory)
+        with pytest.raises(ERRORS, match=r"500|overloaded"):
+            done(ask(bot, [user(QUESTION)]))
+    assert turns(memory) == []
+
+
+@pytest.mark.parametrize(("sdk", "ask"), STREAMED, ids=[ask.__name__ for _, ask in STREAMED])
+def test_of_a_stream_that_is_cut_nothing_is_remembered(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    done(ask(sdk.client(host, ask), [user("Hi!")]))
+    end = "\n" if sdk is OLLAMA else "\n\n"
+    pieces = [piece + end for piece in asked_again(host).text.split(end) if piece]
+    assert len(pieces) > 3
+    kind = "application/x-ndjson" if sdk is OLLAMA else "text/event-stream"
+    with answering(stream_reply(pieces[:2], kind=kind, cut=True)) as cut:
+        bot = agentmem.wrap(sdk.client(cut, ask), memory)
+        with contextlib.suppress(*ERRORS, RuntimeError, AssertionError, AttributeError):  # as the SDK takes a cut
+            done(ask(bot, [user(QUESTION)]))
+    assert turns(memory) == []
+
+
+@every_way
+def test_broken_memory_breaks_no_call(
+    sdk: Sdk, ask: Any, host: HostServer, memory: Memory, caplog: pytest.LogCaptureFixture
+) -> None:
+    bot = agentmem.wrap(sdk.client(host, ask), memory)
+    memory.close()
+    with caplog.at_level(logging.WARNING, "agentmem"):
+        assert done(ask(bot, [user(QUESTION)])) == ANSWER
+    assert text_of(host.requests[-1].body[sdk.field][-1]) == QUESTION
+    assert "without memories" in caplog.text
+    assert "not remembered" in caplog.text
+
+
+@every_sdk
+def test_a_spent_budget_stops_the_request(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    memory.budget(0.0)
+    with pytest.raises(BudgetExceeded):
+        ask(agentmem.wrap(sdk.client(host, ask), memory), [user(QUESTION)])
+    assert host.requests == []
+
+
+@every_sdk
+def test_the_callers_client_and_its_class_stay_as_they_were(
+    sdk: Sdk, ask: Any, host: HostServer, memory: Memory
+) -> None:
+    client = sdk.client(host, ask)
+    ask(client, [user("Warm it up.")])
+    before, of_class = dict(vars(client)), dict(vars(type(client)))
+    bot: Any = agentmem.wrap(client, memory)
+    ask(bot, [user(QUESTION)])
+    assert dict(vars(client)) == before
+    assert dict(vars(type(client))) == of_class
+    ask(client, [user("Not remembered.")])
+    assert "Not remembered." not in str(turns(memory))
+    assert isinstance(bot, type(client))
+    assert bot._client is client._client
+
+
+@every_sdk
+def test_a_question_asked_again_is_remembered_once(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    bot = agentmem.wrap(sdk.client(host, ask), memory, session="s")
+    messages = [user(QUESTION)]
+    ask(bot, messages)
+    ask(bot, messages)
+    assert turns(memory) == [("user", QUESTION), ("assistant", ANSWER), ("assistant", ANSWER)]
+    ask(bot, [*messages, assistant(ANSWER), user(QUESTION)])  # said once more: that is a turn of its own
+    assert [role for role, _ in turns(memory)][3:] == ["user", "assistant"]
+
+
+@every_sdk
+def test_what_the_messages_hold_is_not_recalled(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    bot = agentmem.wrap(sdk.client(host, ask), memory, session="s")
+    ask(bot, [user(FACT), assistant("Noted."), user(QUESTION)])
+    assert "<memories>\n" not in text_of(sdk.said(host.requests[-1].body)[-1])
+    ask(bot, [user(QUESTION)])
+    assert FACT in text_of(sdk.said(host.requests[-1].body)[-1])
+
+
+@every_sdk
+def test_recall_and_remember_can_be_off(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    client = sdk.client(host, ask)
+    ask(agentmem.wrap(client, memory, recall=False), [user(QUESTION)])
+    assert FACT not in json.dumps(host.requests[-1].body)
+    assert MEMORY_NOTE not in json.dumps(host.requests[-1].body)
+    ask(agentmem.wrap(client, memory, remember=False), [user(QUESTION)])
+    assert FACT in json.dumps(host.requests[-1].body)
+    assert len(turns(memory)) == 2
+    assert len(uses(memory)) == 2
+
+
+@every_sdk
+def test_a_copy_for_each_user_knows_only_that_user(sdk: Sdk, ask: Any, host: HostServer) -> None:
+    with Memory(":memory:", embedder="hash") as memory:
+        bot: Any = agentmem.wrap(sdk.client(host, ask), memory)
+        ana, ben = bot.scope(user="ana"), bot.scope(user="ben")
+        ask(ana, [user("My locker has the number 4711.")])
+        ask(
+            ben.with_options(timeout=5.0) if hasattr(ben, "with_options") else ben, [user("What is the locker number?")]
+        )
+        assert "4711" not in json.dumps(host.requests[-1].body)
+        ask(ana.scope(session="later"), [user("What is the locker number?")])
+        assert len(memory.scope(user="ana").list()) == 4
+        assert len(memory.scope(user="ben").list()) == 2
+        assert ana.memory.search("locker")[0].record.text.startswith("My locker")
+        with pytest.raises(ScopeError):
+            ana.scope(user="ben")
+
+
+def test_a_chat_goes_on_with_what_the_client_was_told(host: HostServer) -> None:
+    provider = ScriptedProvider(["Fine."])
+    with Memory(":memory:", embedder="none", model=provider) as memory:
+        ana = memory.scope(user="ana", session="s")
+        openai_create(agentmem.wrap(OPENAI.sync(host), ana), [user("I planted tulips.")])
+        ana.chat("And now?")
+        said = [message.content for segment in provider.requests[-1].segments for message in segment.messages]
+        assert said[-3:] == ["I planted tulips.", ANSWER, "And now?"]
+
+
+# Tools.
+
+
+def _openai_tools(client: Any, messages: list[Any]) -> None:
+    tools = [{"type": "function", "function": {"name": "weather", "parameters": PARAMETERS}}]
+    answer = client.chat.completions.create(model=GPT, messages=messages, tools=tools).choices[0].message
+    while answer.tool_calls:
+        messages.append(answer)  # callers hand back the SDK's own object
+        for call in answer.tool_calls:
+            messages.append({"role": "tool", "tool_call_id": call.id, "content": "sunny"})
+        answer = client.chat.completions.create(model=GPT, messages=messages, tools=tools).choices[0].message
+
+
+def _responses_tools(client: Any, messages: list[Any]) -> None:
+    tools = [{"type": "function", "name": "weather", "parameters": PARAMETERS, "strict": False}]
+    answer = client.responses.create(model=GPT, input=messages, tools=tools)
+    while calls := [item for item in answer.output if item.type == "function_call"]:
+        messages += answer.output
+        for call in calls:
+            messages.append({"type": "function_call_output", "call_id": call.call_id, "output": "sunny"})
+        answer = client.responses.create(model=GPT, input=messages, tools=tools)
+
+
+def _claude_tools(client: Any, messages: list[Any]) -> None:
+    tools = [{"name": "weather", "input_schema": PARAMETERS}]
+    more: dict[str, Any] = {"model": CLAUDE, "max_tokens": 64, "tools": tools}
+    answer = client.messages.create(messages=messages, **more)
+    while answer.stop_reason == "tool_use":
+        messages.append({"role": "assistant", "content": answer.content})
+        results = [
+            {"type": "tool_result", "tool_use_id": block.id, "content": "sunny"}
+            for block in answer.content
+            if block.type == "tool_use"
+        ]
+        messages.append({"role": "user", "content": results})
+        answer = client.messages.create(messages=messages, **more)
+
+
+def _ollama_tools(client: Any, messages: list[Any]) -> None:
+    def weather(city: str) -> str:
+        """Tell the weather.
+
+        Args:
+          city: where
+        """
+        return f"sunny in {city}"
+
+    answer = client.chat(LLAMA, messages, tools=[weather]).message
+    while answer.tool_calls:
+        messages.append(answer)
+        messages.append({"role": "tool", "tool_name": "weather", "content": "sunny"})
+        answer = client.chat(LLAMA, messages, tools=[weather]).message
+
+
+def calls_once(body: Any) -> Any:
+    """A model that asks for the weather, twice in a row, before it answers."""
+    said = json.dumps(body.get("messages") or body.get("input"))
+    results = sum(said.count(f'"{word}": "sunny"') for word in ("content", "output"))
+    calls = {"tool_calls": [{"name": "weather", "arguments": {"city": f"Porto {results}"}}]}
+    return ANSWER if results == 2 else calls
+
+
+TOOLS = [(OPENAI, _openai_tools), (RESPONSES, _responses_tools), (CLAUDES, _claude_tools), (OLLAMA, _ollama_tools)]
+
+
+@pytest.mark.parametrize(("sdk", "talk"), TOOLS, ids=[sdk.name for sdk, _ in TOOLS])
+def test_a_run_of_tools_is_remembered_once_and_keeps_its_memories(
+    sdk: Sdk, talk: Any, host: HostServer, memory: Memory
+) -> None:
+    host.reply = calls_once
+    messages: list[Any] = [user(QUESTION)]
+    talk(agentmem.wrap(sdk.sync(host), memory, session="s", cache=False), messages)
+    calls = ("assistant", "[calls weather]")
+    assert turns(memory) == [
+        ("user", QUESTION), calls, ("tool", "sunny"), calls, ("tool", "sunny"), ("assistant", ANSWER)
+    ]  # fmt: skip
+    bodies = [request.body for request in host.requests]
+    assert len(bodies) == 3
+    for before, now in itertools.pairwise(bodies):
+        sent = before[sdk.field]
+        assert json.dumps(now[sdk.field][: len(sent)]) == json.dumps(sent)
+    assert FACT in text_of(sdk.said(bodies[-1])[0])
+    stored = [record for record in memory.list() if record.source == "chat"]
+    assert stored[1].metadata["tool_calls"][0]["arguments"] == {"city": "Porto 0"}
+
+
+# Streams.
+
+
+def test_an_abandoned_stream_leaves_nothing(host: HostServer, memory: Memory) -> None:
+    bot: Any = agentmem.wrap(OPENAI.sync(host), memory)
+    with bot.chat.completions.create(model=GPT, messages=[user(QUESTION)], stream=True) as stream:
+        next(stream)
+    del stream
+    claude: Any = agentmem.wrap(CLAUDES.sync(host), memory)
+    with claude.messages.stream(model=CLAUDE, max_tokens=64, messages=[user(QUESTION)]) as events:
+        next(events.text_stream)
+    del events
+    parts = agentmem.wrap(OLLAMA.sync(host), memory).chat(LLAMA, [user(QUESTION)], stream=True)
+    next(parts)
+    parts.close()
+    assert turns(memory) == []
+
+
+async def test_a_cancelled_stream_leaves_nothing(host: HostServer, memory: Memory) -> None:
+    bot: Any = agentmem.wrap(OPENAI.amake(host), memory)
+    host.delay_s = 5.0
+    task = asyncio.create_task(aopenai_stream(bot, [user(QUESTION)]))
+    await asyncio.sleep(0.3)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    await bot.close()
+    assert turns(memory) == []
+
+
+def test_a_stream_left_after_its_last_word_is_remembered(host: HostServer, memory: Memory) -> None:
+    bot: Any = agentmem.wrap(OPENAI.sync(host), memory)
+    for chunk in bot.chat.completions.create(model=GPT, messages=[user(QUESTION)], stream=True):
+        if chunk.choices[0].finish_reason:
+            break
+    assert turns(memory) == [("user", QUESTION), ("assistant", ANSWER)]
+
+
+@pytest.mark.parametrize("counted", [False, True])
+def test_a_stream_has_the_events_that_the_caller_asked_for(host: HostServer, memory: Memory, *, counted: bool) -> None:
+    more: dict[str, Any] = {"stream_options": {"include_usage": True}} if counted else {}
+    client = OPENAI.sync(host)
+
+    def events(of: Any) -> list[Any]:
+        stream = of.chat.completions.create(model=GPT, messages=[user("Hi!")], stream=True, **more)
+        assert isinstance(stream, openai.Stream)
+        return [chunk.model_dump(exclude={"id", "created"}) for chunk in stream]
+
+    plain, heard = events(client), events(agentmem.wrap(client, memory))
+    for event in (*plain, *heard):
+        event["usage"] = event["usage"] and "counted"  # how many tokens that were differs by the note
+    assert heard == plain
+    assert uses(memory)[0]["input"] > 0
+
+
+# The whole client.
+
+
+def test_everything_else_of_a_client_works(host: HostServer, memory: Memory) -> None:
+    with agentmem.wrap(OPENAI.sync(host), memory) as bot:
+        assert bot.embeddings.create(model="text-embedding-3-small", input="x").data
+        raw = bot.chat.completions.with_raw_response.create(model=GPT, messages=[user(QUESTION)])  # type: ignore[list-item]
+        assert raw.headers["content-type"].startswith("application/json")
+        assert raw.parse().choices[0].message.content == ANSWER
+        assert len(turns(memory)) == 2
+        again = bot.with_options(max_retries=1)
+        assert again.max_retries == 1
+        assert openai_create(again, [user("My cat is Mia.")]) == ANSWER
+        assert len(turns(memory)) == 4
+        host.reply = '{"text": "parsed"}'
+        parsed = bot.chat.completions.parse(model=GPT, messages=[user("So?")], response_format=Said)  # type: ignore[list-item]
+        assert parsed.choices[0].message.parsed == Said(text="parsed")
+        assert turns(memory)[-1] == ("assistant", '{"text": "parsed"}')
+    assert bot.is_closed()
+    claude = agentmem.wrap(CLAUDES.sync(host), memory)
+    asked: Any = [user(QUESTION)]
+    assert claude.messages.count_tokens(model=CLAUDE, messages=asked).input_tokens > 0
+    assert MEMORY_NOTE not in json.dumps(host.requests[-1].body)
+
+
+def test_what_the_host_holds_is_not_recalled_again(host: HostServer, memory: Memory) -> None:
+    responses_create(OPENAI.sync(host), [user("Hi!")])
+    payload = asked_again(host).json()
+    with answering(*(json_reply({**payload, "id": f"resp_{number}"}) for number in (1, 2, 3))) as holding:
+        bot = agentmem.wrap(OPENAI.sync(holding), memory, session="s")
+        bot.responses.create(model=GPT, input=QUESTION)
+        bot.responses.create(model=GPT, input="Peanuts or walnuts, what of the two?", previous_response_id="resp_1")
+        bot.responses.create(model=GPT, input=QUESTION, previous_response_id="resp_2")
+        sent = [json.dumps(body) for body in holding.bodies]
+    assert [FACT in body for body in sent] == [True, False, False]
+    assert ["<memories>\\n" in body for body in sent] == [True, False, False]
+    assert [role for role, _ in turns(memory)] == ["user", "assistant"] * 3
+
+
+# The hosts' caches.
+
+
+def test_claudes_prefixes_are_marked_and_read(host: HostServer, memory: Memory) -> None:
+    bot = agentmem.wrap(CLAUDES.sync(host), memory)
+    messages: list[Any] = []
+    for question in ("I walk my dog every morning. " * 60, QUESTION, "And which nuts may I eat?", "So, peanuts?"):
+        messages.append(user(question))
+        messages.append(assistant(claude_create(bot, messages, system=SYSTEM)))
+    for request in host.requests:
+        assert 1 <= json.dumps(request.body).count("cache_control") <= 4
+    read = [request.usage.cached_tokens for request in host.requests]
+    assert 0 == read[0] < read[1] < read[2] < read[3]
+    assert read[3] > 0.9 * (host.requests[2].usage.input_tokens - 100)
+
+
+@pytest.mark.parametrize("moving", [False, True])
+def test_the_callers_own_marks_are_found_again(host: HostServer, memory: Memory, *, moving: bool) -> None:
+    bot = agentmem.wrap(CLAUDES.sync(host), memory)
+    mark: Any = {"type": "ephemeral"}
+    messages: list[Any] = []
+    for question in ("I walk my dog every morning. " * 60, QUESTION, "And which nuts may I eat, peanuts?"):
+        last = {"role": "user", "content": [{"type": "text", "text": question, "cache_control": mark}]}
+        sent = [*messages, user(question) if moving else last]
+        answer = claude_create(bot, sent, system=SYSTEM, **({"cache_control": mark} if moving else {}))
+        messages += [{"role": "user", "content": [{"type": "text", "text": question}]}, assistant(answer)]
+        assert json.dumps(host.requests[-1].body).count("cache_control") == 1
+    read = [request.usage.cached_tokens for request in host.requests]
+    assert 0 == read[0] < read[1] < read[2]
+    assert FACT in json.dumps(host.requests[1].body)
+
+
+def test_marks_can_be_refused(host: HostServer, memory: Memory) -> None:
+    claude_create(agentmem.wrap(CLAUDES.sync(host), memory, cache=False), [user(QUESTION)], system=SYSTEM)
+    assert "cache_control" not in json.dumps(host.requests[-1].body)
+
+
+class _Redirected(httpx2.HTTPTransport):
+    """The vendor's own address, answered by the loopback host."""
+
+    def __init__(self, host: HostServer) -> None:
+        super().__init__()
+        self._port = int(host.anthropic_url.rpartition(":")[2])
+
+    def handle_request(self, request: httpx2.Request) -> httpx2.Response:
+        request.url = request.url.copy_with(scheme="http", host="127.0.0.1", port=self._port)
+        return super().handle_request(request)
+
+
+@pytest.mark.parametrize("responses", [False, True], ids=["chat", "responses"])
+def test_a_model_that_wants_breakpoints_reads_its_prefix(host: HostServer, memory: Memory, *, responses: bool) -> None:
+    http = httpx2.Client(transport=_Redirected(host))
+    bot: Any = agentmem.wrap(openai.OpenAI(api_key="x", http_client=http, max_retries=0), memory.scope(user="ana"))
+    messages: list[Any] = [{"role": "system", "content": SYSTEM}]
+    for question in ("I walk my dog every morning. " * 60, QUESTION, "And which nuts may I eat?", "So, peanuts?"):
+        messages.append(user(question))
+        if responses:
+            text = bot.responses.create(model="gpt-5.6-luna", input=messages).output_text
+        else:
+            text = _openai_text(bot.chat.completions.create(model="gpt-5.6-luna", messages=messages))
+        messages.append(assistant(text))
+    keys = {request.body["prompt_cache_key"] for request in host.requests}
+    assert len(keys) == 1
+    assert "ana" not in keys.pop()
+    for request in host.requests:
+        assert json.dumps(request.body).count("prompt_cache_breakpoint") <= 4
+    read = [request.usage.cached_tokens for request in host.requests]
+    assert read[3] > read[2] > 1024
+    assert FACT in json.dumps(host.requests[1].body)
+    bot.close()
+
+
+# What is refused, and what happens at once.
+
+
+@pytest.mark.parametrize("thing", [None, "openai", 3, openai, openai.OpenAI, openai.OpenAI.chat, Path()])
+def test_what_is_no_client_is_refused(thing: Any, memory: Memory) -> None:
+    with pytest.raises(InvalidInput, match=r"openai\.OpenAI"):
+        agentmem.wrap(thing, memory)
+
+
+def test_bad_memories_and_scopes_are_refused(host: HostServer, memory: Memory, tmp_path: Path) -> None:
+    client = OPENAI.sync(host)
+    with pytest.raises(InvalidInput, match="give a folder"):
+        agentmem.wrap(client, 3)
+    nobody: Any = None
+    with pytest.raises(ScopeError, match="user=None"):
+        agentmem.wrap(client, memory, user=nobody)
+    with pytest.raises(InvalidInput, match="wrapped already"):
+        agentmem.wrap(agentmem.wrap(client, memory), memory)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(agentmem.StoreError):
+        agentmem.wrap(client, tmp_path / "file")
+
+
+def test_a_memory_opened_for_a_client_closes_with_it(host: HostServer, tmp_path: Path) -> None:
+    with agentmem.wrap(OPENAI.sync(host), tmp_path / "m", user="ana") as bot:
+        openai_create(bot, [user("My cat is Mia.")])
+    with Memory(tmp_path / "m") as memory:
+        assert turns(memory) == [("user", "My cat is Mia."), ("assistant", ANSWER)]
+
+    async def again() -> None:
+        async with agentmem.wrap(CLAUDES.amake(host), tmp_path / "m", user="ana") as claude:
+            await aclaude_create(claude, [user("What is my cat called, Mia?")])
+
+    done(again())
+    assert "My cat is Mia." in json.dumps(host.requests[-1].body)
+
+
+def test_many_threads_share_a_client(host: HostServer, memory: Memory) -> None:
+    bot: Any = agentmem.wrap(OPENAI.sync(host), memory)
+    failed: list[BaseException] = []
+
+    def talk(number: int) -> None:
+        try:
+            mine = bot.scope(user=f"user {number}")
+            for turn in range(3):
+                assert openai_stream(mine, [user(f"Turn {turn} of {number}.")]) == ANSWER
+        except BaseException as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=talk, args=(number,)) for number in range(6)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert failed == []
+    for number in range(6):
+        mine = [record for record in memory.scope(user=f"user {number}").list() if record.source == "chat"]
+        assert [record.text for record in mine if record.role == "user"] == [f"Turn {t} of {number}." for t in range(3)]
+
+
+async def test_a_begun_answer_is_remembered_whole(host: HostServer, memory: Memory) -> None:
+    host.reply = " and walnuts."
+    bot = agentmem.wrap(CLAUDES.amake(host), memory)
+    with contextlib.suppress(anthropic.BadRequestError):
+        await aclaude_stream(bot, [user("Which nuts?"), assistant("Peanuts")])
+        assert turns(memory) == [("user", "Which nuts?"), ("assistant", "Peanuts and walnuts.")]
+    await bot.close()
