@@ -17,6 +17,9 @@ from .types import Value
 
 __all__ = ["Comparison", "Kind", "Line", "Miss", "Prefix", "Report", "Share", "money", "size"]
 
+#: The policies that a summary names; the page has them all.
+NAMED = ("no memory", "full history", "no cache")
+
 
 class Line(Value):
     """The uses of one model by one verb. Money is in US dollars; None where no price is known.
@@ -197,8 +200,9 @@ class Report(Value):
             told.append(f"spent {self.money:.4f} $, saved {self.saved_money or 0.0:.4f} $ by caches{note}")
         if self.compared:
             requests = max(compared.requests for compared in self.compared)
-            against = ", ".join(f"{compared.policy} {compared.money:.4f} $" for compared in self.compared)
-            told.append(f"the newest {requests} requests cost {self.compared[0].spent:.4f} $; with {against}")
+            named = [compared for compared in self.compared if compared.policy in NAMED]
+            against = ", ".join(f"with {compared.policy} {compared.money:.4f} $" for compared in named)
+            told.append(f"the newest {requests} requests cost {self.compared[0].spent:.4f} $; {against}")
         if self.prefixes:
             paid = sum(prefix.paid for prefix in self.prefixes)
             told.append(f"{paid} of {len(self.prefixes)} stored prefixes have paid for themselves")

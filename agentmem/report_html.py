@@ -261,7 +261,7 @@ def _columns(title: str, series: Series, rows: Rows) -> str:
                     f' width="{width:.2f}" height="{max(top - bottom, 0.5):.1f}">'
                     f"<title>{escape(label)}: {_number(value)} {escape(series[index])}</title></rect>"
                 )
-        if number % every == 0:
+        if number % every == 0 and x + 70 <= WIDTH:
             parts.append(f'<text x="{x:.1f}" y="{base + 16}">{escape(label)}</text>')
     return _svg(title, series, base + 24, parts)
 

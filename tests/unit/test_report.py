@@ -85,7 +85,7 @@ def test_text_is_the_table_and_at_most_five_sentences(report: Report) -> None:
     assert len(summary) == 5
     assert all(sentence.split(NASTY)[0][:40] in text for sentence in summary)
     assert "spent 0.0500 $, saved 0.0200 $" in text
-    assert "full history 0.5000 $" in text
+    assert "with full history 0.5000 $" in text
     assert "5 expected cache hits did not come, 4 of them" in text
     assert report.cached_share == 0.9
 
