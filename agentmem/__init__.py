@@ -12,7 +12,10 @@ if TYPE_CHECKING:
     from .activation.store import Swapped as Swapped
     from .async_memory import AsyncMemory as AsyncMemory
     from .async_memory import AsyncScopedMemory as AsyncScopedMemory
+    from .budgets import Budget as Budget
+    from .budgets import Spent as Spent
     from .errors import AgentMemError as AgentMemError
+    from .errors import BudgetExceeded as BudgetExceeded
     from .errors import ConfigError as ConfigError
     from .errors import Corrupt as Corrupt
     from .errors import Full as Full
@@ -28,12 +31,12 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .errors import TrainingError as TrainingError
     from .errors import Unavailable as Unavailable
-    from .ledger import Report as Report
     from .memory import Memory as Memory
     from .memory import ScopedMemory as ScopedMemory
     from .parametric.registry import LoraVersion as LoraVersion
     from .reply_stream import AsyncReplyStream as AsyncReplyStream
     from .reply_stream import ReplyStream as ReplyStream
+    from .report import Report as Report
     from .types import Attended as Attended
     from .types import CacheUse as CacheUse
     from .types import Change as Change
@@ -42,14 +45,17 @@ if TYPE_CHECKING:
     from .types import Erasure as Erasure
     from .types import Extraction as Extraction
     from .types import Hit as Hit
+    from .types import Image as Image
     from .types import Message as Message
     from .types import Reconciliation as Reconciliation
     from .types import Record as Record
     from .types import Reply as Reply
     from .types import Scope as Scope
+    from .types import TokenCount as TokenCount
     from .types import ToolCall as ToolCall
     from .types import Usage as Usage
     from .types import Verification as Verification
+    from .wrapping import wrap as wrap
 
 __version__ = "0.1.0"
 
@@ -57,18 +63,20 @@ __version__ = "0.1.0"
 _MODULES = {
     "activation.store": "PageEntry Swapped",
     "async_memory": "AsyncMemory AsyncScopedMemory",
+    "budgets": "Budget Spent",
     "errors": (
-        "AgentMemError ConfigError Corrupt Full Incompatible InvalidInput Locked MissingDependency NotFound "
-        "ProviderError RateLimited Rejected ScopeError StoreError TrainingError Unavailable"
+        "AgentMemError BudgetExceeded ConfigError Corrupt Full Incompatible InvalidInput Locked MissingDependency "
+        "NotFound ProviderError RateLimited Rejected ScopeError StoreError TrainingError Unavailable"
     ),
-    "ledger": "Report",
+    "report": "Report",
     "memory": "Memory ScopedMemory",
     "parametric.registry": "LoraVersion",
     "reply_stream": "AsyncReplyStream ReplyStream",
     "types": (
-        "Attended CacheUse Change Compaction Context Erasure Extraction Hit Message Reconciliation Record Reply Scope "
-        "ToolCall Usage Verification"
+        "Attended CacheUse Change Compaction Context Erasure Extraction Hit Image Message Reconciliation Record Reply "
+        "Scope TokenCount ToolCall Usage Verification"
     ),
+    "wrapping": "wrap",
 }
 _HOME = {name: module for module, names in _MODULES.items() for name in names.split()}
 

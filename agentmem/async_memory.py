@@ -12,16 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import extraction, flows, histories, kinds, memory, reconciling, reembedding, transfer
+from . import extraction, flows, histories, kinds, memory, reconciling, reembedding, reporting, transfer
+from .asking import Schema
+from .budgets import Budget, Spent
 from .chat import Conversation
 from .engine import Engine
 from .flow import arun, local
 from .flows import When
-from .ledger import Report
 from .memory import Content
 from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
 from .reply_stream import AsyncReplyStream
+from .report import Report
 from .types import (
     Change,
     Compaction,
@@ -161,6 +163,7 @@ class AsyncScopedMemory:
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
+        schema: Schema | None = ...,
         stream: Literal[False] = ...,
         recall: bool = ...,
         remember: bool = ...,
@@ -174,6 +177,7 @@ class AsyncScopedMemory:
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
+        schema: Schema | None = ...,
         stream: Literal[True],
         recall: bool = ...,
         remember: bool = ...,
@@ -187,6 +191,7 @@ class AsyncScopedMemory:
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
+        schema: Schema | None = ...,
         stream: bool,
         recall: bool = ...,
         remember: bool = ...,
@@ -199,6 +204,7 @@ class AsyncScopedMemory:
         *,
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        schema: Schema | None = None,
         stream: bool = False,
         recall: bool = True,
         remember: bool = True,
@@ -212,12 +218,25 @@ class AsyncScopedMemory:
             tools=tools,
             recall=recall,
             remember=remember,
+            schema=schema,
             options=chats.options_of(options),
         )
         return AsyncReplyStream(flow) if stream else await arun(flow)
 
-    async def report(self) -> Report:
-        return await arun(local(flows.report, self._engine, self._scope))
+    async def report(self, *, since: When = None, until: When = None) -> Report:
+        return await arun(local(reporting.report, self._engine, self._scope, since=since, until=until))
+
+    async def budget(
+        self,
+        dollars: float | None,
+        *,
+        per: Literal["day", "month", "ever"] = "day",
+        action: Literal["stop", "warn"] = "stop",
+    ) -> Budget | None:
+        return await arun(local(reporting.budget, self._engine, self._scope, dollars, per=per, action=action))
+
+    async def spent(self) -> Spent:
+        return await arun(local(reporting.spent, self._engine, self._scope))
 
     async def export(self, path: str | os.PathLike[str], *, vectors: bool = False) -> int:
         return await arun(local(transfer.export, self._engine, self._scope, path, vectors=bool(vectors)))

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from . import prompt
 from . import provider as providers
+from .cache_rules import CacheRules, overridden, rules_for
 from .config import Settings
 from .database import Database
 from .errors import ConfigError, Corrupt, Full, StoreError
@@ -36,6 +37,7 @@ from .serving import Serving
 from .types import Scope
 
 if TYPE_CHECKING:
+    from .activation.cache_model import PromptCache
     from .activation.cipher import PageCipher
     from .activation.records import RecordPages
     from .activation.slots import SlotStore
@@ -70,7 +72,7 @@ class Engine:
         self.settings = settings
         self.clock = clock
         self.redact = redact or redactor(settings.redact)
-        self._lock = threading.RLock()
+        self.lock = threading.RLock()
         self._index: VectorIndex | None = None
         self._tokens: TokenStore | None = None
         #: The spaces that the two are of: the folder may have turned to another one (serving.py).
@@ -97,7 +99,13 @@ class Engine:
             self.records = Records(self.database, clock=clock)
             self.serving = Serving(self.database, settings, embedder)
             self.searcher = Searcher(self.database, self.records)
-            self.ledger = Ledger(self.database, clock)
+            self.ledger = Ledger(
+                self.database,
+                clock,
+                costs=settings.costs,
+                day_budget=settings.day_budget,
+                rules=functools.partial(rules_for, overrides=settings.rules),
+            )
             # Caches of this engine, not of the class: they must not keep it, its model and its texts alive.
             self.count = functools.lru_cache(maxsize=16_384)(self._count)
             self.finish_erasures()
@@ -133,7 +141,7 @@ class Engine:
         if served is None:
             return None
         space, dimension = served.space, served.embedder.dimension
-        with self._lock:
+        with self.lock:
             if self._index is None or self._indexed != space:
                 from .plaintext.index import VectorIndex
 
@@ -148,7 +156,7 @@ class Engine:
         if served is None:
             return None
         space = served.space
-        with self._lock:
+        with self.lock:
             if self._tokens is None or self._tokenized != space:
                 from .plaintext.late import TokenStore
 
@@ -159,7 +167,7 @@ class Engine:
     @property
     def pages(self) -> PageStore:
         """The store of KV pages."""
-        with self._lock:
+        with self.lock:
             if self._pages is None:
                 from .activation.store import PageStore
 
@@ -175,10 +183,27 @@ class Engine:
                 )
             return self._pages
 
+    @functools.cached_property
+    def cache_rules(self) -> CacheRules | None:
+        """What the prompt cache of the model's host does and costs, with what the settings know better; None if nothing
+        is known of it, and where no tokens are paid for (an engine of one's own)."""
+        if self.provider is None:
+            return None
+        rules = overridden(self.provider.capabilities.cache, self.provider.name, self.settings.rules)
+        return None if rules is None or rules.kind == "engine" else rules
+
+    @functools.cached_property
+    def host(self) -> PromptCache:
+        """What the host's prompt cache should hold by its rules, of all that this engine sent it."""
+        from .activation.cache_model import PromptCache
+
+        assert self.cache_rules is not None
+        return PromptCache(self.cache_rules)
+
     @property
     def slots(self) -> SlotStore:
         """The store of slot files, of servers that own their KV."""
-        with self._lock:
+        with self.lock:
             if self._slots is None:
                 from .activation.slots import SlotStore
 
@@ -198,7 +223,7 @@ class Engine:
     @property
     def registry(self) -> Registry:
         """The LoRA versions."""
-        with self._lock:
+        with self.lock:
             if self._registry is None:
                 from .parametric.registry import Registry
 
@@ -349,7 +374,7 @@ class Engine:
 
     def close(self) -> None:
         """Write the index, close everything; safe to call twice. What one part fails at stops no other's closing."""
-        with self._lock, contextlib.ExitStack() as parts:
+        with self.lock, contextlib.ExitStack() as parts:
             if not self._kept:
                 parts.callback(self._remove)
             parts.callback(self.count.cache_clear)

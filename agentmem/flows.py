@@ -19,10 +19,10 @@ from . import prompt
 from .engine import Engine
 from .errors import InvalidInput, ProviderError, ScopeError, StoreError
 from .flow import Embed, Flow
-from .ledger import LISTED, Report
+from .ledger import LISTED
 from .plaintext import lineage
 from .plaintext import search as searching
-from .plaintext.conditions import beneath, matching
+from .plaintext.conditions import matching
 from .plaintext.drafts import Draft, check_k, drafts, moment, passage, redacted_metadata, utc_seconds
 from .plaintext.rows import Passages
 from .progress import progress
@@ -41,7 +41,6 @@ __all__ = [
     "encoded_query",
     "forget",
     "note_embeddings",
-    "report",
     "search",
     "update",
     "verify",
@@ -331,6 +330,7 @@ def _erase(
         _drop_derived(engine, gone, pages=True, vectors=True)
         with engine.database.write() as connection:
             connection.executemany("DELETE FROM shown WHERE record = ?", [(record,) for record in gone])
+            connection.executemany("DELETE FROM kept WHERE record = ? OR turn = ?", [(r, r) for r in gone])
             connection.executemany(
                 "DELETE FROM lineage WHERE kind = 'reply' AND (record = ? OR key = ?)", [(r, r) for r in gone]
             )
@@ -407,29 +407,6 @@ def context(engine: Engine, scope: Scope, query: str | None = None, *, max_token
     hits = [hit for hit in hits if hit.record.id in chosen]
     text = prompt.quote(fitting) if hits else ""
     return Context(text=text, tokens=engine.count(text) if text else 0, hits=hits)
-
-
-def report(engine: Engine, scope: Scope) -> Report:
-    """What memory cost and saved in this scope and beneath it. Sizes on disk are those of the whole folder: they are
-    told on the root handle only."""
-    if scope == Scope():
-        pages = engine.database.query("SELECT COUNT(*) FROM pages")[0][0]
-        loras = engine.database.query("SELECT COUNT(*) FROM loras WHERE state != 'retired'")[0][0]
-    else:
-        whose, values = beneath(scope)
-        pages = engine.database.query(
-            "SELECT COUNT(DISTINCT lineage.key) FROM records CROSS JOIN lineage ON lineage.record = records.id"
-            f" AND lineage.kind = 'page' WHERE {whose}",
-            values,
-        )[0][0]
-        loras = sum(version.state != "retired" for version in engine.registry.versions(scope))
-    return Report(
-        lines=engine.ledger.lines(scope),
-        bytes=engine.bytes_held() if scope == Scope() else {},
-        records=engine.records.count(scope),
-        pages=pages,
-        loras=loras,
-    )
 
 
 def compact(engine: Engine) -> Compaction:

@@ -12,16 +12,18 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import flows, histories, transfer
+from . import flows, histories, reporting, transfer
+from .asking import Schema
+from .budgets import Budget, Spent
 from .chat import Conversation
 from .engine import Engine
 from .flow import local, run
 from .flows import When
 from .handles import Activation, Parametric, Plaintext
-from .ledger import Report
 from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
 from .reply_stream import ReplyStream
+from .report import Report
 from .types import (
     Change,
     Compaction,
@@ -181,6 +183,7 @@ class ScopedMemory:
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
+        schema: Schema | None = ...,
         stream: Literal[False] = ...,
         recall: bool = ...,
         remember: bool = ...,
@@ -193,6 +196,7 @@ class ScopedMemory:
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
+        schema: Schema | None = ...,
         stream: Literal[True],
         recall: bool = ...,
         remember: bool = ...,
@@ -206,6 +210,7 @@ class ScopedMemory:
         *,
         system: str | None = ...,
         tools: Sequence[Mapping[str, Any]] | None = ...,
+        schema: Schema | None = ...,
         stream: bool,
         recall: bool = ...,
         remember: bool = ...,
@@ -217,6 +222,7 @@ class ScopedMemory:
         *,
         system: str | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
+        schema: Schema | None = None,
         stream: bool = False,
         recall: bool = True,
         remember: bool = True,
@@ -243,13 +249,34 @@ class ScopedMemory:
             tools=tools,
             recall=recall,
             remember=remember,
+            schema=schema,
             options=chats.options_of(options),
         )
         return ReplyStream(flow) if stream else run(flow)
 
-    def report(self) -> Report:
-        """What memory cost and saved in this scope: tokens, seconds, money; on the root handle also bytes on disk."""
-        return run(local(flows.report, self._engine, self._scope))
+    def report(self, *, since: When = None, until: When = None) -> Report:
+        """What memory cost and saved in this scope: tokens, seconds, money; on the root handle also bytes on disk.
+
+        ``since`` and ``until`` bound the time of the uses (ISO text or datetime); ``str()`` is a table, ``.html()`` a
+        page.
+        """
+        return run(local(reporting.report, self._engine, self._scope, since=since, until=until))
+
+    def budget(
+        self,
+        dollars: float | None,
+        *,
+        per: Literal["day", "month", "ever"] = "day",
+        action: Literal["stop", "warn"] = "stop",
+    ) -> Budget | None:
+        """Let uses in this scope and beneath it cost so many dollars per day or month (UTC), or ever; None removes that
+        budget. Once they are spent a chat raises `BudgetExceeded` before anything is sent, or warns once a day.
+        """
+        return run(local(reporting.budget, self._engine, self._scope, dollars, per=per, action=action))
+
+    def spent(self) -> Spent:
+        """What uses in this scope and beneath it cost today, this month and ever, and the budgets they are under."""
+        return run(local(reporting.spent, self._engine, self._scope))
 
     def export(self, path: str | os.PathLike[str], *, vectors: bool = False) -> int:
         """Write the records of this scope and beneath, with their histories, as JSON lines; returns how many.

@@ -14,6 +14,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 from pydantic import ValidationError
 
@@ -26,6 +27,7 @@ __all__ = [
     "conversation",
     "cost",
     "fit",
+    "from_user",
     "lay_out",
     "made_up",
     "paired",
@@ -33,6 +35,7 @@ __all__ = [
     "recent",
     "record_line",
     "shown",
+    "with_recalled",
 ]
 
 Count = Callable[[str], int]
@@ -181,7 +184,16 @@ def _message(record: Record) -> Message:
         tool_calls=calls,
         tool_call_id=call_id if isinstance(call_id, str) else None,
         records=(record.id,),
+        **_own_blocks(record),
     )
+
+
+def _own_blocks(record: Record) -> dict[str, Any]:
+    """A vendor's own parts of an answer, where they are kept and are what they should be."""
+    blocks, model = record.metadata.get("blocks"), record.metadata.get("blocks_of")
+    if not isinstance(model, str) or not isinstance(blocks, list):
+        return {}
+    return {"blocks": tuple(block for block in blocks if isinstance(block, dict)), "blocks_of": model}
 
 
 def calls_text(calls: Sequence[ToolCall]) -> str:
@@ -233,12 +245,14 @@ def recent(messages: Sequence[Message], budget: int, count: Count, *, before: in
     while left > budget and first + HISTORY_STEP < len(messages):
         left -= sum(costs[first : first + HISTORY_STEP])
         first += HISTORY_STEP
-    if first:
-        # A conversation begins with its user; where none speaks any more (a long run of tools), behind a tool's result.
-        users = (i for i in range(first, len(messages)) if messages[i].role == "user")
-        others = (i for i in range(first, len(messages)) if messages[i].role != "tool")
-        first = next(users, next(others, len(messages)))
-    return list(messages[first:])
+    return from_user(messages[first:]) if first else list(messages)
+
+
+def from_user(messages: Sequence[Message]) -> list[Message]:
+    """The messages from their first user on; where none speaks (a long run of tools), behind a tool's result."""
+    users = (i for i, said in enumerate(messages) if said.role == "user")
+    others = (i for i, said in enumerate(messages) if said.role != "tool")
+    return list(messages[next(users, next(others, len(messages))) :])
 
 
 def lay_out(
@@ -250,11 +264,13 @@ def lay_out(
     recalled: Sequence[Record] = (),
     turn: Message | Sequence[Message] = (),
     memories: bool = True,
+    settled: bool = False,
 ) -> tuple[Segment, ...]:
     """The segments of a prompt, in order of their rate of change; empty ones are left out.
 
     ``core`` is the rendered core block, ``recalled`` the records for this turn, ``turn`` the new message or the results
     of tools. With ``memories=False`` nothing speaks of memory: the prompt is what it would be without agentmem.
+    ``settled`` says that the turn will stand in the next request's history as it is: what was recalled stays with it.
     """
     segments: list[Segment] = []
     texts = [text for text in (system, MEMORY_NOTE if memories else None) if text]
@@ -270,8 +286,13 @@ def lay_out(
     new = [turn] if isinstance(turn, Message) else list(turn)
     if new:
         if recalled:
-            content = f"{quote(recalled)}\n\n{new[0].content}"
-            lineage = (*new[0].records, *(record.id for record in recalled))
-            new[0] = new[0].model_copy(update={"content": content, "records": lineage})
-        segments.append(Segment(name="turn", messages=tuple(new), stable=False))
+            new[0] = with_recalled(new[0], recalled)
+        segments.append(Segment(name="turn", messages=tuple(new), stable=settled))
     return tuple(segments)
+
+
+def with_recalled(message: Message, recalled: Sequence[Record]) -> Message:
+    """A turn's message with the records that were recalled for it before its text."""
+    lineage = (*message.records, *(record.id for record in recalled))
+    content = f"{quote(recalled)}\n\n{message.content}"
+    return message.model_copy(update={"content": content, "records": lineage})

@@ -179,7 +179,8 @@ class Segment(Value):
     """A part of a prompt with one rate of change, in the order system, core, history, turn.
 
     A ``stable`` segment is byte-equal in the next request, or grows only at its end (history); a cache may be kept up
-    to the end of any stable segment. What follows the last stable segment is new in every request and is never cached.
+    to the end of any stable segment. A stable turn will stand in the next request's history as it is. What follows the
+    last stable segment is new in every request and is never cached.
     """
 
     name: Literal["system", "core", "history", "turn"]

@@ -222,6 +222,26 @@ class Records:
             self._database.query(f"SELECT count(*) FROM records WHERE {TURNS}{older}", [*levels(scope), *values])[0][0]
         )
 
+    def turns_from(self, session: Scope, start: str, *, carried: bool) -> builtins.list[Record]:
+        """The turns of a session's chat from the record ``start`` on, in order. With ``carried`` those of the sessions
+        beside it that lie between come first, as long as they are older than the session itself."""
+        first = self._database.query(
+            "SELECT seq FROM records WHERE id = ? UNION ALL SELECT MIN(seq) FROM records WHERE id > ? LIMIT 1",
+            (start, start),
+        )
+        since = first[0][0] if first and first[0][0] is not None else 0
+        own = [*levels(session), since]
+        mine = self._database.query(f"SELECT * FROM records WHERE {TURNS} AND seq >= ? ORDER BY seq", own)
+        earlier: builtins.list[Any] = []
+        if carried:
+            begun = self._database.query(f"SELECT MIN(seq) FROM records WHERE {TURNS}", levels(session))[0][0]
+            earlier = self._database.query(
+                "SELECT * FROM records WHERE tenant = ? AND user = ? AND agent = ? AND session != ?"
+                f" AND source = '{TURN}' AND seq >= ? AND seq < ? ORDER BY seq",
+                [*own, 2**63 - 1 if begun is None else begun],
+            )
+        return [record_of(row) for row in [*earlier, *mine]]
+
     def around(self, id: str, scope: Scope, *, before: int, after: int) -> builtins.list[Record]:
         """A record amid up to ``before`` and ``after`` others of its session, in order; alone if it has no session."""
         before, after = check_k(before, "before", least=0), check_k(after, "after", least=0)

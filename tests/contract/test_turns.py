@@ -57,8 +57,11 @@ def test_several_tools_are_answered_in_one_turn_and_both_vendors_take_it(folder:
     assert second[1].content == "Let me look."
     assert [call.name for call in second[1].tool_calls] == ["weather", "clock"]
     assert third[:4] == second
-    openai, anthropic = (import_module(f"agentmem.adapters.providers.{scheme}") for scheme in ("openai", "anthropic"))
-    spoken = openai.build_request(provider.requests[2], model="m")["messages"]
+    openai, hosts, anthropic = (
+        import_module(f"agentmem.adapters.providers.{name}")
+        for name in ("_openai_chat", "_openai_hosts", "_anthropic_requests")
+    )
+    spoken = openai.build_request(provider.requests[2], hosts.Served(model="m"))["messages"]
     assert [m.get("tool_call_id") for m in spoken if m["role"] == "tool"] == ["call-weather", "call-clock"]
     blocks = anthropic.build_request(provider.requests[2], model="m")["messages"]
     assert [b["type"] for b in blocks[1]["content"]] == ["text", "tool_use", "tool_use"]

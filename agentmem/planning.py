@@ -1,0 +1,272 @@
+"""What a turn is laid out as and what a host is asked to keep of it, by what that costs: chat's side of the planners.
+
+Knows how a prompt is measured in a host's terms (blocks, levels, tokens) and where the planners' state lives (table
+``layouts``). What costs least is decided in activation/layouts.py and activation/marks.py.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+from . import prompt
+from .provider import CachePlan, Mark, Request
+from .types import Hit, Message, Record, Scope, Segment
+
+if TYPE_CHECKING:
+    from .activation.cache_model import Block
+    from .activation.layouts import Layout
+    from .activation.marks import Level
+    from .activation.turns import Turn
+    from .cache_rules import CacheRules
+    from .engine import Engine
+
+__all__ = [
+    "MESSAGE_TOKENS",
+    "Measured",
+    "Plan",
+    "expected",
+    "facts",
+    "keep",
+    "measured",
+    "planned",
+    "sizes",
+    "with_kept",
+]
+
+#: What a chat format adds to each message, in tokens: OpenAI's published count, near enough for the others.
+MESSAGE_TOKENS = 4
+#: Of a model's window, what a prompt's verbatim history may take.
+WINDOW_SHARE = 0.5
+#: Where a host's window is not known.
+WINDOW_TOKENS = 100_000
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A request in a host's terms: its content blocks, how many of them end with each message, and the ends of what
+    does not change from one request to the next."""
+
+    blocks: tuple[Block, ...]
+    ends: tuple[int, ...]
+    levels: tuple[Level, ...]
+    tools: int  # blocks
+    #: Of each prefix that ends with a block, a digest of all its bytes.
+    digests: tuple[str, ...]
+
+    @property
+    def tokens(self) -> int:
+        """Of the whole request, by our count."""
+        return sum(block.tokens for block in self.blocks)
+
+    def of(self, level: str) -> int:
+        """Tokens of this level alone."""
+        before = 0
+        for held in self.levels:
+            if held.name == level:
+                return held.tokens - before
+            before = held.tokens
+        return 0
+
+
+def measured(engine: Engine, segments: Sequence[Segment], tools: Sequence[Mapping[str, Any]]) -> Measured:
+    """The request's blocks and levels; a message is one block, each tool call in it another."""
+    from .activation.cache_model import Block
+    from .activation.marks import Level
+
+    chain = hashlib.blake2b(digest_size=16)
+    blocks: list[Block] = []
+    digests: list[str] = []
+    ends: list[int] = []
+    levels: dict[str, Level] = {}
+
+    def block(key: str, tokens: int) -> None:
+        chain.update(key.encode() + b"\0")
+        digests.append(chain.copy().hexdigest())
+        blocks.append(Block(key=key, tokens=tokens))
+
+    for tool in sorted(json.dumps(dict(tool), sort_keys=True) for tool in tools):
+        block(tool, engine.count(tool))
+    for segment in segments:
+        for message in segment.messages:
+            block(_key(message), engine.count(message.content) + MESSAGE_TOKENS)
+            for call in message.tool_calls:
+                text = json.dumps([call.name, call.arguments], sort_keys=True)
+                block(text, engine.count(text) + MESSAGE_TOKENS)
+            ends.append(len(blocks))
+        if segment.stable:
+            name = "history" if segment.name == "turn" else segment.name
+            tokens = sum(block.tokens for block in blocks)
+            levels[name] = Level(name=name, key=digests[-1], tokens=tokens, blocks=len(blocks))
+    return Measured(tuple(blocks), tuple(ends), tuple(levels.values()), len(tools), tuple(digests))
+
+
+def _key(message: Message) -> str:
+    images = [image.url or hashlib.blake2b((image.data or "").encode()).hexdigest() for image in message.images]
+    return json.dumps([message.role, message.name, message.content, message.tool_call_id, images])
+
+
+def planned(engine: Engine, scope: Scope) -> Plan | None:
+    """The plan of a conversation at this scope; None where nothing is known of what a prompt costs at the model's host,
+    or the settings lay prompts out."""
+    rules = engine.cache_rules
+    if rules is None or engine.settings.cache != "auto":
+        return None
+    return Plan(engine, scope, rules)
+
+
+class Plan:
+    """How the prompts of one conversation are laid out and marked. Its state outlives the process."""
+
+    def __init__(self, engine: Engine, scope: Scope, rules: CacheRules) -> None:
+        from .activation.layouts import Layouts
+        from .activation.marks import MarkPlanner
+
+        self._engine = engine
+        self._rules = rules
+        self._lock = threading.Lock()
+        self._model = engine.chat_provider().name
+        self._levels = [value or "" for _, value in scope.levels()]
+        stored = engine.database.query(
+            "SELECT state FROM layouts WHERE model = ? AND tenant = ? AND user = ? AND agent = ? AND session = ?",
+            (self._model, *self._levels),
+        )
+        state = json.loads(stored[0]["state"]) if stored else {}
+        settings = engine.settings
+        window = int((rules.context_tokens or WINDOW_TOKENS / WINDOW_SHARE) * WINDOW_SHARE)
+        if settings.history_tokens is not None:
+            window = min(window, settings.history_tokens)
+        self._layouts = Layouts(rules, core_tokens=settings.core_tokens, window=window, state=state.get("layouts"))
+        self._marks = MarkPlanner(rules, state=state.get("marks"))
+        #: The last history that was sent: the name that it goes by, its blocks, the digest of all its bytes.
+        self._history: tuple[str, int, str] = tuple(state.get("history", ("", 0, "")))  # type: ignore[assignment]
+
+    def choose(self, session: str, system: int, message: int, recalled: Sequence[tuple[str, int]] | None) -> Layout:
+        """How this turn is laid out, of the tokens of its parts; ``recalled`` is None while it is not known: where the
+        history begins must be known before anything is recalled, whether it stays in the history only then."""
+        from .activation.layouts import Coming
+
+        known = None if recalled is None else tuple(recalled)
+        now = self._engine.clock()
+        with self._lock:
+            return self._layouts.choose(Coming(at=now, session=session, system=system, message=message, recalled=known))
+
+    def cache_plan(self, prompt_: Measured, previous: str | None) -> CachePlan:
+        """What the host is asked to keep of this request."""
+        with self._lock:
+            marks = self._marks.plan(self._named(prompt_), self._engine.clock())
+        found: dict[int, str] = {}
+        for blocks, lifetime in marks:
+            # A mark stands at the end of a message; the tools stand before them all.
+            messages = sum(end <= blocks for end in prompt_.ends)
+            if messages or blocks >= prompt_.tools > 0:
+                found[messages] = self._rules.lifetimes[lifetime].name
+        placed = tuple(Mark(messages=messages, lifetime=name) for messages, name in sorted(found.items()))
+        return CachePlan(marks=placed, previous=previous, diagnose=self._rules.diagnoses and previous is not None)
+
+    def _named(self, prompt_: Measured) -> list[Level]:
+        """The levels, with a history that only grew under the name that it had."""
+        name, blocks, digest = self._history
+        grown = 0 < blocks <= len(prompt_.digests) and prompt_.digests[blocks - 1] == digest
+        return [replace(level, key=name) if grown and level.name == "history" else level for level in prompt_.levels]
+
+    def done(self, connection: sqlite3.Connection, prompt_: Measured, turn: Turn | None, layout: Layout | None) -> None:
+        """This request was answered: learn from it, and keep what was learnt, in the caller's transaction."""
+        now = self._engine.clock()
+        with self._lock:
+            levels = self._named(prompt_)
+            self._marks.done(levels, now)
+            if levels and levels[-1].name == "history":
+                self._history = str(levels[-1].key), levels[-1].blocks, prompt_.digests[levels[-1].blocks - 1]
+            if turn is not None and layout is not None:
+                self._layouts.done(turn, layout)
+            state = json.dumps(
+                {"layouts": self._layouts.state(), "marks": self._marks.state(), "history": self._history}
+            )
+        connection.execute(
+            "INSERT OR REPLACE INTO layouts VALUES (?, ?, ?, ?, ?, ?, ?)", (self._model, *self._levels, now, state)
+        )
+
+
+def expected(engine: Engine, rules: CacheRules, request: Request, sent: Measured) -> int:
+    """Tokens that the host should have read from its cache for this request, by its rules and by what it was sent
+    before; the request itself is noted as sent."""
+    names = [lifetime.name for lifetime in rules.lifetimes]
+    if request.cache is not None:
+        marks = [
+            (sent.ends[mark.messages - 1] if mark.messages else sent.tools, names.index(mark.lifetime or names[0]))
+            for mark in request.cache.marks
+        ]
+    else:
+        marks = [(level.blocks, 0) for level in sent.levels[-rules.marks :]]
+    now = engine.clock()
+    with engine.lock:
+        expected = engine.host.readable(sent.blocks, now)
+        engine.host.request(sent.blocks, marks, now)
+    return expected
+
+
+def sizes(engine: Engine, hits: Sequence[Hit]) -> tuple[tuple[str, int], ...]:
+    """(record id, tokens of its line) of recalled records."""
+    return tuple((hit.record.id, engine.count(prompt.record_line(prompt.shown(hit))) + 1) for hit in hits)
+
+
+def facts(
+    engine: Engine,
+    session: Scope,
+    sent: Measured,
+    turn: Sequence[Message],
+    *,
+    recalled: Sequence[Hit],
+    reply: str,
+) -> Turn:
+    """What this request was made of, in tokens: what other layouts and other hosts would have cost is told from it."""
+    from .activation.turns import Turn
+
+    return Turn(
+        id=turn[0].records[0],
+        at=engine.clock(),
+        session=session.session or "",
+        system=sent.of("system"),
+        core=sent.of("core"),
+        message=prompt.cost(turn, engine.count),
+        reply=engine.count(reply) + MESSAGE_TOKENS,
+        recalled=sizes(engine, recalled),
+    )
+
+
+def keep(connection: sqlite3.Connection, turn: str, hits: Sequence[Hit]) -> None:
+    """Note that these recalled records stay in the history, before the turn that they were recalled for."""
+    connection.executemany(
+        "INSERT OR REPLACE INTO kept SELECT ?, ?, id, ?, ? FROM records WHERE id = ?",
+        [(turn, place, hit.start, hit.stop, hit.record.id) for place, hit in enumerate(hits)],
+    )
+
+
+def with_kept(engine: Engine, scope: Scope, messages: Sequence[Message]) -> list[Message]:
+    """The messages of a history with the recalled records that stay in it, the very bytes that the model was sent."""
+    turns = [message.records[0] for message in messages if message.records]
+    rows = engine.database.query(
+        "SELECT turn, record, start, stop FROM kept WHERE turn IN (SELECT value FROM json_each(?))"
+        " ORDER BY turn, place",
+        [json.dumps(turns)],
+    )
+    if not rows:
+        return list(messages)
+    held = {record.id: record for record in engine.records.named([row["record"] for row in rows], scope)}
+    lines: dict[str, list[Record]] = {}
+    for row in rows:
+        if (record := held.get(row["record"])) is not None:
+            hit = Hit(record=record, score=0.0, start=row["start"], stop=row["stop"])
+            lines.setdefault(row["turn"], []).append(prompt.shown(hit))
+    return [
+        prompt.with_recalled(message, lines[message.records[0]])
+        if message.records and message.records[0] in lines
+        else message
+        for message in messages
+    ]
