@@ -221,7 +221,7 @@ class Reader:
             self._pieces.append(piece)
             return piece
         if kind == "response.output_item.done":
-            self._items[event["output_index"]] = event["item"]
+            self._items[event.get("output_index", len(self._items))] = event["item"]  # llama-server numbers none
         elif kind in ("response.completed", "response.incomplete", "response.failed"):
             self._response = event["response"]
         elif kind == "error":

@@ -82,7 +82,11 @@ def test_prefill_asks_for_one_token() -> None:
 
 
 def test_a_marked_model_gets_breakpoints_on_the_last_part_of_marked_messages() -> None:
-    said = tuple(Message(role=role, content=text) for role, text in (("user", "a"), ("assistant", "b"), ("user", "c")))
+    said = (
+        Message(role="user", content="a"),
+        Message(role="assistant", content="b"),
+        Message(role="user", content="c"),
+    )
     plan = CachePlan(marks=(Mark(messages=1, lifetime="12h"), Mark(messages=2)))
     body = adapter.build_request(turn(*said, cache=plan), NEW)
     assert body["prompt_cache_options"] == {"mode": "explicit"}
