@@ -1,0 +1,143 @@
+"""Money through the door: what hosts charge by their rules is what the report says, and a spent budget asks nobody."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from genai_prices import Usage as Used
+from genai_prices import calc_price
+
+from agentmem import AsyncMemory, Memory
+from agentmem.errors import BudgetExceeded, ConfigError, InvalidInput
+from agentmem.testing import FakeClock, HostServer, ScriptedProvider
+
+SYSTEM = "You help people to remember what they did, and to plan what they want to do. " * 150
+MODELS = ["anthropic:claude-sonnet-5-5", "openai:gpt-6-sol", "openai:gpt-4.1"]
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    clock = FakeClock()
+    clock.advance(1_795_000_000 - clock())  # in November 2026, when these models are sold
+    return clock
+
+
+@pytest.fixture
+def host(clock: FakeClock) -> Iterator[HostServer]:
+    with HostServer(clock=clock) as host:
+        yield host
+
+
+def opened(host: HostServer, model: str, clock: FakeClock, path: Path | str = ":memory:", **settings: Any) -> Memory:
+    return Memory(path, **_how(host, model, clock), **settings)
+
+
+def _how(host: HostServer, model: str, clock: FakeClock) -> dict[str, Any]:
+    providers = {
+        "anthropic": {"base_url": host.anthropic_url, "api_key": "k"},
+        "openai": {"base_url": host.openai_url, "api_key": "k"},
+    }
+    return {"model": model, "embedder": "none", "system": SYSTEM, "clock": clock, "providers": providers}
+
+
+def charged(host: HostServer, model: str) -> float:
+    """What genai-prices says of the usage that the host itself counted."""
+    vendor, _, name = model.partition(":")
+    total = 0.0
+    for request in host.requests:
+        usage = request.usage
+        if usage is not None:
+            counts = Used(
+                input_tokens=usage.input_tokens,
+                cache_read_tokens=usage.cached_tokens,
+                cache_write_tokens=usage.written_tokens,
+                cache_write_1h_tokens=usage.written_long_tokens,
+                output_tokens=usage.output_tokens,
+            )
+            total += float(calc_price(counts, name, provider_id=vendor).total_price)
+    return total
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_the_report_is_what_the_host_charged_to_the_cent(host: HostServer, model: str, clock: FakeClock) -> None:
+    with opened(host, model, clock) as mem:
+        for number in range(5):
+            mem.scope(user="ana", session="s").chat(f"Message {number}: what was it that I wanted to do?")
+            clock.advance(30)
+        mem.scope(user="ben", session="t").chat("Hello, what do you know of me?")
+        report, spent = mem.report(), mem.spent()
+        assert report.money == pytest.approx(charged(host, model), abs=1e-9)
+        assert spent.day == spent.month == spent.ever == pytest.approx(report.money)
+        assert report.saved_money is not None
+        assert report.saved_money > 0
+        assert {share.name for share in report.scopes} == {"user='ana'", "user='ben'"}
+        mine = mem.scope(user="ana").report()
+        assert sum(line.uses for line in mine.lines) == 5
+        assert mine.money == pytest.approx(mem.scope(user="ana").spent().ever)
+        assert {"no memory", "full history", "no cache"} <= {one.policy for one in report.compared}
+        assert report.html().count("<svg") >= 4
+
+
+def test_a_spent_budget_asks_nobody_and_keeps_what_is_there(host: HostServer, clock: FakeClock, tmp_path: Path) -> None:
+    with opened(host, MODELS[0], clock, tmp_path) as mem:
+        ana = mem.scope(user="ana", session="s")
+        ana.chat("I like hazelnuts.")
+        budget = mem.scope(user="ana").budget(0.000001)
+        assert budget is not None
+        assert budget.left == 0.0
+        sent, held = len(host.requests), len(ana.list())
+        for stream in (False, True):
+            with pytest.raises(BudgetExceeded, match="user='ana'"):
+                "".join(map(str, ana.chat("And what else?", stream=stream)))
+        assert (len(host.requests), len(ana.list())) == (sent, held)
+        mem.scope(user="ben").chat("Hello")
+        clock.advance(86_400)
+        ana.chat("Good morning.")
+    with opened(host, MODELS[0], clock, tmp_path) as mem:  # and so in the next process
+        with pytest.raises(BudgetExceeded):
+            mem.scope(user="ana").chat("Hello?")
+        mem.scope(user="ana").budget(None)
+        mem.scope(user="ana").chat("Hello!")
+
+
+def test_the_setting_stops_the_whole_folder(host: HostServer, clock: FakeClock) -> None:
+    with opened(host, MODELS[1], clock, day_budget=0.001) as mem:
+        mem.scope(user="ana").chat("Hello")
+        with pytest.raises(BudgetExceeded, match=r"\(root\)"):
+            mem.scope(user="ben").chat("Hello")
+
+
+def test_it_is_the_same_under_asyncio(host: HostServer, clock: FakeClock) -> None:
+    async def talk() -> None:
+        async with AsyncMemory(":memory:", **_how(host, MODELS[0], clock)) as mem:
+            ana = mem.scope(user="ana")
+            await ana.chat("Hello")
+            assert (await mem.report()).money == pytest.approx(charged(host, MODELS[0]))
+            assert (await ana.budget(0.0, per="month")) is not None
+            with pytest.raises(BudgetExceeded):
+                await ana.chat("Hello")
+            assert [budget.per for budget in (await ana.spent()).budgets] == ["month"]
+
+    asyncio.run(talk())
+
+
+def test_this_machine_costs_what_the_user_says(clock: FakeClock) -> None:
+    costs = {"watts": 1000.0, "kwh_price": 3600.0}  # a dollar a second
+    with Memory(":memory:", model=ScriptedProvider(["Hi."]), embedder="none", clock=clock, costs=costs) as mem:
+        reply = mem.chat("Hello")
+        assert mem.report().money == pytest.approx(reply.usage.total_s)
+
+
+def test_bad_costs_and_bad_spans_are_refused(clock: FakeClock) -> None:
+    with pytest.raises(ConfigError, match="kwh_price"):
+        Memory(":memory:", embedder="none", costs={"watts": 5})
+    with Memory(":memory:", embedder="none", clock=clock) as mem:
+        for bad in ({"since": "yesterday"}, {"until": 5}, {"since": "2026-02-01", "until": "2026-01-01"}):
+            with pytest.raises(InvalidInput):
+                mem.report(**bad)  # type: ignore[arg-type]
+        with pytest.raises(InvalidInput):
+            mem.budget(-1)
