@@ -9,6 +9,7 @@ text, no clock and no provider.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -81,18 +82,27 @@ class _Choice:
 
     place: int
     core: int
-    first: float  # the coming request
-    later: float  # one request after it
-    total: float  # all requests looked ahead at
+    later: float  # the last of the requests looked ahead at
+    total: float  # all of them
 
 
 @dataclass(frozen=True, slots=True)
-class _Prices:
-    life: int
+class _Prospect:
+    """What the coming requests are expected to be like."""
+
     write: float
     read: float
+    least: int  # the host's minimum
     warm: bool  # the last request's prefix can still be read
     ahead: int  # requests that follow before the cache is cold
+    growth: float  # tokens that each adds to the history
+    recall: float  # tokens recalled for each if all earlier turns were out of sight
+    sizes: tuple[int, ...]  # tokens of the history from each place on, and of none
+    everything: int  # tokens of all earlier turns
+
+    def unseen(self, place: int) -> float:
+        """The part of the earlier turns that a history from this place leaves out of sight."""
+        return 1 - self.sizes[place] / self.everything if self.everything else 0.0
 
 
 class Layouts:
@@ -120,25 +130,24 @@ class Layouts:
     def choose(self, coming: Coming) -> Layout:
         """How to lay the coming request out. Changes nothing; ``start`` and ``core`` don't depend on what is recalled,
         so it may be asked before the search and once more, for ``keep``, after it."""
-        choice, _, prices = self._weigh(coming)
-        state = self._state
-        start = state.places[choice.place].id if choice.place < len(state.places) else None
-        return Layout(start, choice.core, self._keeps(coming, choice, prices))
+        choice, _, ahead = self._weigh(coming)
+        places = self._state.places
+        start = places[choice.place].id if choice.place < len(places) else None
+        return Layout(start, choice.core, self._keeps(coming, choice, ahead))
 
     def done(self, turn: Turn, layout: Layout) -> None:
         """This turn was sent as ``layout`` said, and answered."""
         state = self._state
         coming = Coming(turn.at, turn.session, turn.system, turn.message)
-        choice, carry, _ = self._weigh(coming)
+        _, carry, ahead = self._weigh(coming)
         start = self._index(layout.start)
-        moved = start != state.start and bool(state.places)
-        state.carry = 0.0 if moved or start != choice.place else carry
-        self._learn(turn, self._unseen(start))
+        state.carry = carry if start == state.start else 0.0
+        self._learn(turn, ahead.unseen(start))
         kept = sum(tokens for _, tokens in turn.recalled) if layout.keep else 0
         state.start = start
         state.places.append(_Place(turn.id, turn.session, turn.message + turn.reply + kept, turn.at))
         state.at, state.session, state.core = turn.at, turn.session, turn.core
-        self._merge(turn)
+        self._merge()
 
     def state(self) -> dict[str, Any]:
         """What has to be kept until the next turn, as JSON: a few kilobytes however long the scope is."""
@@ -173,18 +182,10 @@ class Layouts:
             state.recent = []
         state.recent = (state.recent + fresh)[-RECENT:]
 
-    def _merge(self, turn: Turn) -> None:
-        """Fewer places: a session that is over becomes one, what lies far before the history's beginning is dropped."""
+    def _merge(self) -> None:
+        """Fewer places: what lies far before the history's beginning is dropped, old neighbours become one."""
         state = self._state
         places = state.places
-        at = 0
-        while at + 1 < len(places):
-            one, two = places[at], places[at + 1]
-            over = one.session == two.session != turn.session and turn.at - two.last > OPEN_S
-            if over and at + 1 != state.start:
-                self._join(at)
-            else:
-                at += 1
         before = sum(place.tokens for place in places[: state.start])
         while state.start and before - places[0].tokens >= 2 * self._rules.minimum:
             before -= places[0].tokens
@@ -208,151 +209,138 @@ class Layouts:
             return len(places)
         return next((at for at, place in enumerate(places) if place.id == start), self._state.start)
 
-    def _unseen(self, start: int) -> float:
-        """The part of the scope's earlier turns that a history from this place leaves out of sight."""
-        state = self._state
-        out = state.gone + sum(place.tokens for place in state.places[:start])
-        everything = state.gone + sum(place.tokens for place in state.places)
-        return out / everything if everything else 0.0
-
-    def _recall(self) -> float:
-        """Tokens recalled for a turn if all earlier turns were out of sight."""
-        state = self._state
-        return (state.recalled + RECALL_PRIOR * RECALL_WEIGHT) / (state.out_of_sight + RECALL_WEIGHT)
-
-    def _prices(self, coming: Coming) -> _Prices:
-        """The lifetime whose prices are least for this history, by the gaps that were seen, or no caching."""
+    def _prospect(self, coming: Coming) -> _Prospect:
+        """What to expect, at the lifetime whose price is least for this history by the gaps that were seen."""
         state, rules = self._state, self._rules
+        sizes = [0]
+        for place in reversed(state.places):
+            sizes.append(sizes[-1] + place.tokens)
+        sizes.reverse()
+        growth = max(state.growth or coming.message, 1.0)
+        held = coming.system + sizes[state.start]
         gap = None if state.at is None else max(0.0, coming.at - state.at)
-        held = coming.system + sum(place.tokens for place in state.places[state.start :])
-        growth = state.growth or coming.message
-        best: tuple[float, _Prices] | None = None
-        for life, (lifetime, (stayed, lost)) in enumerate(zip(rules.lifetimes, state.gaps, strict=True)):
+        options = []
+        for lifetime, (stayed, lost) in zip(rules.lifetimes, state.gaps, strict=True):
             warm = (stayed + WARM_PRIOR) / (stayed + lost + WARM_PRIOR + COLD_PRIOR)
             price = held * (warm * rules.read + (1 - warm) * lifetime.write) + growth * lifetime.write
-            ahead = min(MOST_AHEAD, round(warm / (1 - warm)))
             there = gap is not None and gap <= lifetime.seconds
-            if best is None or price < best[0]:
-                best = price, _Prices(life, lifetime.write, rules.read, there, ahead)
-        assert best is not None
-        return best[1]
+            options.append((price, lifetime.write, there, min(MOST_AHEAD, round(warm / (1 - warm)))))
+        _, write, there, ahead = min(options)
+        return _Prospect(
+            write=write,
+            read=rules.read,
+            least=rules.minimum,
+            warm=there,
+            ahead=ahead,
+            growth=growth,
+            recall=(state.recalled + RECALL_PRIOR * RECALL_WEIGHT) / (state.out_of_sight + RECALL_WEIGHT),
+            sizes=tuple(sizes),
+            everything=state.gone + sizes[0],
+        )
 
     # -- the decision ----------------------------------------------------------------------------------------------
 
-    def _weigh(self, coming: Coming) -> tuple[_Choice, float, _Prices]:
-        """The beginning to take, and what staying will then have cost beside the best other one."""
+    def _weigh(self, coming: Coming) -> tuple[_Choice, float, _Prospect]:
+        """The beginning to take, and what staying will then have cost beside the best other one.
+
+        Where the cache is cold the history begins anew wherever that costs least. While it is warm a move is a rebuild:
+        it is made when staying has cost as much as that, which is at most twice what the best moves in hindsight cost
+        (ski rental), and only if the requests to come are expected to gain by it.
+        """
         state = self._state
-        prices = self._prices(coming)
-        allowed = self._allowed(coming)
+        ahead = self._prospect(coming)
         choices = [
-            self._choice(coming, place, prices, core) for place in allowed for core in self._cores(coming, place)
+            self._choice(coming, place, core, ahead)
+            for place in self._allowed(coming, ahead)
+            for core in self._cores(coming, place, ahead)
         ]
         best = min(choices, key=lambda choice: (choice.total, -choice.place))
         stay = next((choice for choice in choices if choice.place == state.start and choice.core == state.core), None)
-        if stay is None or not prices.warm:
-            return best, 0.0, prices
-        carry = max(0.0, state.carry + stay.later - best.later)
-        if best.total < stay.total and carry >= best.first - stay.first:
-            return best, 0.0, prices
-        return stay, carry, prices
+        if stay is None or not ahead.warm:
+            return best, 0.0, ahead
+        saved = stay.later - best.later
+        carry = max(0.0, state.carry + saved)
+        rebuild = best.total - stay.total + saved * (ahead.ahead + 1)
+        if best.total < stay.total and carry >= rebuild:
+            return best, 0.0, ahead
+        return stay, carry, ahead
 
-    def _allowed(self, coming: Coming) -> list[int]:
-        """The places at which the history may begin now; what is going on stays in it, but for a long session's
-        oldest turns."""
+    def _allowed(self, coming: Coming, ahead: _Prospect) -> list[int]:
+        """The places at which the history may begin now. Sessions that are going on stay in it, but for the oldest
+        turns of long ones."""
         state = self._state
-        places = state.places
+        places, sizes = state.places, ahead.sizes
         open_ = {place.session for place in places if coming.at - place.last <= OPEN_S} | {coming.session}
         latest = next((at for at, place in enumerate(places) if place.session in open_), len(places))
-        allowed = [at for at in range(latest) if at == 0 or places[at].session != places[at - 1].session] + [latest]
-        tail, tokens = len(places), 0
-        while tail > latest and (len(places) - tail < TAIL_TURNS or tokens < TAIL_TOKENS):
+        tail = len(places)
+        while tail > latest and (len(places) - tail < TAIL_TURNS or sizes[tail] < TAIL_TOKENS):
             tail -= 1
-            tokens += places[tail].tokens
-        if tail not in allowed:
-            allowed.append(tail)
-        if state.start not in allowed and state.start <= tail:
-            allowed.append(state.start)
-        allowed.sort()
+        allowed = [*range(tail + 1), *([state.start] if state.start > tail else [])]
         if self._window is None:
             return allowed
-        room = self._window - coming.system - coming.message - round(self._recall())
-        sizes = {at: sum(place.tokens for place in places[at:]) for at in allowed}
-        if sizes.get(state.start, room + 1) <= room:
+        room = self._window - coming.system - coming.message - round(ahead.recall)
+        if sizes[state.start] <= room:
             return [at for at in allowed if sizes[at] <= room]
         # Once it must move it moves far enough to stay for a while.
-        return [at for at in allowed if sizes[at] <= room // 2] or [self._shortest(room)]
+        fitting = [at for at in allowed if sizes[at] <= room // 2]
+        return fitting or [next(at for at, size in enumerate(sizes) if size <= room or not size)]
 
-    def _shortest(self, room: int) -> int:
-        places = self._state.places
-        at = len(places)
-        while at and places[at - 1].tokens <= room:
-            at -= 1
-            room -= places[at].tokens
-        return at
-
-    def _cores(self, coming: Coming, place: int) -> list[int]:
-        """The core blocks worth a look: none, and one that fills the prefix up to the host's minimum. A session's core
-        stands still."""
+    def _cores(self, coming: Coming, place: int, ahead: _Prospect) -> list[int]:
+        """The core blocks worth a look: none, and one that fills the prefix up to the host's minimum. It stands still
+        as long as the history does."""
         state = self._state
-        history = sum(p.tokens for p in state.places[place:])
-        if place == state.start and state.session == coming.session and place < len(state.places):
+        if place == state.start and place < len(state.places) and ahead.warm:
             return [state.core]
-        missing = self._rules.minimum - coming.system - history
+        missing = ahead.least - coming.system - ahead.sizes[place]
         return [0, missing] if 0 < missing <= self._core_tokens else [0]
 
-    def _choice(self, coming: Coming, place: int, prices: _Prices, core: int) -> _Choice:
-        state, least = self._state, self._rules.minimum
-        history = sum(p.tokens for p in state.places[place:])
-        prefix = coming.system + core + history
+    def _choice(self, coming: Coming, place: int, core: int, ahead: _Prospect) -> _Choice:
+        state = self._state
+        prefix = coming.system + core + ahead.sizes[place]
         cached = 0
-        if prices.warm:
+        if ahead.warm:
             head = coming.system + core * (core == state.core)
-            cached = head if head >= least else 0
-            if place == state.start and core == state.core and state.places:
-                held = prefix - state.places[-1].tokens * (place < len(state.places))
-                cached = held if held >= least else cached
-        tail = self._recall() * self._unseen(place)
-        growth = state.growth or coming.message
-        bills = _bills(prefix, cached, growth, prices, least, prices.ahead + 1)
-        later = bills[1] if len(bills) > 1 else bills[0]
-        return _Choice(place, core, bills[0] + tail, later + tail, sum(bills) + tail * len(bills))
+            cached = head if head >= ahead.least else 0
+            if place == state.start < len(state.places) and core == state.core:
+                held = prefix - state.places[-1].tokens
+                cached = held if held >= ahead.least else cached
+        tail = ahead.recall * ahead.unseen(place)
+        later, total = _bills(prefix, cached, ahead)
+        return _Choice(place, core, later + tail, total + tail * (ahead.ahead + 1))
 
-    def _keeps(self, coming: Coming, choice: _Choice, prices: _Prices) -> bool:
+    def _keeps(self, coming: Coming, choice: _Choice, ahead: _Prospect) -> bool:
         """Whether what was recalled should stay before its turn: written once and read again, against recalled anew."""
         if not coming.recalled:
             return False
         state = self._state
-        tokens = sum(count for _, count in coming.recalled)
-        prefix = coming.system + choice.core + sum(p.tokens for p in state.places[choice.place :])
-        growth = state.growth or coming.message
+        tokens, message = sum(count for _, count in coming.recalled), coming.message
+        prefix = coming.system + choice.core + ahead.sizes[choice.place]
         again = (state.repeated + REPEAT_PRIOR * REPEAT_WEIGHT) / (state.seen + REPEAT_WEIGHT)
-        least, count = self._rules.minimum, prices.ahead + 1
-        message = coming.message
-        reply = max(0.0, growth - message)
-        dropped = (
-            tokens
-            + message
-            + sum(_bills(prefix + message + reply, prefix, growth, prices, least, count))
-            + again * tokens
-        )
+        reply = max(0.0, ahead.growth - message)
+        held = prefix if prefix >= ahead.least else 0
+        dropped = prefix - held + tokens + message + again * tokens
+        dropped += _bills(prefix + message + reply, held, ahead)[1]
         ends = prefix + tokens + message
-        first = prices.write * (tokens + message) if ends >= least else tokens + message
-        kept = first + sum(_bills(ends + reply, ends if ends >= least else 0, growth, prices, least, count))
+        kept = ahead.write * (ends - held) if ends >= ahead.least else ends
+        kept += _bills(ends + reply, ends if ends >= ahead.least else 0, ahead)[1]
         return kept < dropped
 
 
-def _bills(prefix: float, cached: float, growth: float, prices: _Prices, least: int, count: int) -> list[float]:
-    """What ``count`` requests pay for a prefix that grows: read what is cached, write the rest, nothing below the
-    host's minimum."""
-    bills = []
-    for _ in range(count):
-        if prefix >= least:
-            bills.append(prices.read * cached + prices.write * (prefix - cached))
-            cached = prefix
-        else:
-            bills.append(prefix)
-        prefix += growth
-    return bills
+def _bills(prefix: float, cached: float, ahead: _Prospect) -> tuple[float, float]:
+    """What the coming requests pay for a prefix that grows: the last one, and all of them together.
+
+    What is cached is read, the rest written; below the host's minimum all is paid in full.
+    """
+    read, write, growth, count = ahead.read, ahead.write, ahead.growth, ahead.ahead + 1
+    short = min(count, math.ceil((ahead.least - prefix) / growth)) if prefix < ahead.least else 0
+    total = short * prefix + growth * short * (short - 1) / 2
+    if short == count:
+        return prefix + growth * (short - 1), total
+    reached = prefix + growth * short
+    first = read * cached + write * (reached - cached) if not short else write * reached
+    more = count - short - 1  # requests after the one that reaches the minimum
+    total += first + more * (read * reached + write * growth) + read * growth * more * (more - 1) / 2
+    return (read * (reached + growth * (more - 1)) + write * growth if more else first), total
 
 
 #: The fields of a state that are JSON as they are.

@@ -37,7 +37,8 @@ class Policy:
 
     ``start``: the verbatim history is the session's, or the scope's. ``recalled``: where records stand; with "none" no
     record is recalled. ``marks``: index of the lifetime with which the end of the system part (and core) and that of
-    the history are marked; None marks nothing there. ``core``: tokens of a core block, a new one in each session.
+    the history are marked; None marks nothing there. ``core``: tokens of a core block, chosen anew at each session's start from what was said
+    before it, so that it can't hold more than that.
     """
 
     start: Literal["session", "scope"] = "session"
@@ -78,7 +79,7 @@ def _memories(turn: Turn, recalled: Sequence[tuple[str, int]], how: str) -> list
 def _as_sent(turns: Sequence[Turn]) -> Recall:
     """What the turns themselves recalled, less what the history holds."""
 
-    def recall(number: int, first: int, kept: set[str]) -> Sequence[tuple[str, int]]:
+    def recall(number: int, first: int, kept: set[str]) -> Sequence[tuple[str, int]]:  # noqa: ARG001
         return [(id_, tokens) for id_, tokens in turns[number].recalled if id_ not in kept]
 
     return recall
@@ -88,12 +89,14 @@ def fixed(rules: CacheRules, turns: Sequence[Turn], policy: Policy, recall: Reca
     """The turns under a policy that never changes, in order."""
     recall = recall or _as_sent(turns)
     cache, history = PromptCache(rules), _History()
+    cores: dict[str, int] = {}
     for number, turn in enumerate(turns):
         first = 0 if policy.start == "scope" else history.sessions.get(turn.session, number)
         found = [] if policy.recalled == "none" else list(recall(number, first, set()))
         head = [Block(("system", turn.system), turn.system)]
-        if policy.core:
-            head.append(Block(("core", turn.session), policy.core))
+        core = cores.setdefault(turn.session, min(policy.core, history.tokens[-1]))
+        if core:
+            head.append(Block(("core", turn.session), core))
         memories = _memories(turn, found, "recalled")
         past = history.from_turn(first)
         before, after = (memories, []) if policy.recalled == "before" else ([], memories)
@@ -156,9 +159,9 @@ def _request(
     blocks += [*past, *memories, *_said(turn)]
     if not memories or layout.keep:
         size += sum(block.tokens for block in memories) + turn.message
-        levels.append(Level("history", (first, turn.id), size, len(blocks)))
+        levels.append(Level("history", first, size, len(blocks)))
     elif past:
-        levels.append(Level("history", (first, len(history.begins)), size, len(blocks) - 2))
+        levels.append(Level("history", first, size, len(blocks) - 2))
     return blocks, levels
 
 
