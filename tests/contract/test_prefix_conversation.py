@@ -1,11 +1,14 @@
-"""A real conversation of several sessions, with adds, recalls, forgets and collapses of the core, on every adapter: what a
-cache may keep of a request begins the next one too, except where the core collapsed, the history was folded or a
-record was forgotten, and then exactly once."""
+"""A real conversation of several sessions, with adds, recalls, forgets and collapses of the core, on every adapter.
+
+What a cache may keep of a request begins the next one too, except where the core collapsed, the history was laid out
+anew or a record was forgotten, and then exactly once."""
 
 from __future__ import annotations
 
 import datetime as dt
+import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -17,7 +20,10 @@ from agentmem import Memory
 from agentmem.cache_rules import CacheRules, rules_for
 from agentmem.provider import Capabilities, Request
 from agentmem.testing import FakeClock, ScriptedProvider
-from tests.contract.test_prefix_invariant import BUILD, cacheable
+
+sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
+
+from servers.bodies import BUILD, cacheable
 
 LOCOMO = Path(__file__).resolve().parents[3] / "shared" / "data" / "locomo" / "locomo_dev.json"
 #: Hosts whose prices lead to different layouts: marks, automatic and dear, automatic and nearly free.
@@ -112,21 +118,17 @@ def requests(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
 @pytest.mark.parametrize("name", BUILD)
 def test_a_prefix_breaks_only_where_something_of_it_went_and_then_once(name: str, requests: Any) -> None:
     build = BUILD[name]
-    breaks = reasons = 0
-    for (before, (session, forgotten)), (now, (session_now, forgotten_now)) in zip(
-        requests, requests[1:], strict=False
-    ):
+    grew = broke = 0
+    for (before, (session, forgotten)), (now, (session_now, forgotten_now)) in itertools.pairwise(requests):
         whole = cacheable(build, replace(now, segments=(*now.segments, _end())))
         if whole.startswith(prefix(build, before)):
+            grew += 1
             continue
-        breaks += 1
-        assert collapsed(before, now) or folded(before, now) or forgotten_now > forgotten or session_now != session
-    for (before, (session, forgotten)), (now, (session_now, forgotten_now)) in zip(
-        requests, requests[1:], strict=False
-    ):
-        reasons += collapsed(before, now) or folded(before, now) or forgotten_now > forgotten or session_now != session
-    assert breaks <= reasons
-    assert len(requests) - 1 - breaks >= len(requests) // 2  # most requests go on where the last one ended
+        broke += 1
+        moved = collapsed(before, now) or folded(before, now)
+        assert moved or forgotten_now > forgotten or session_now != session
+    # What is laid out anew stays so: a host's cache has nothing of a layout that changes with every turn.
+    assert grew >= 3 * broke
 
 
 def _end() -> Any:
