@@ -1,9 +1,10 @@
 """``llamacpp:model``: llama.cpp's ``llama-server`` over HTTP.
 
-Knows the server's own fields and routes beside OpenAI's format: ``cache_prompt``, ``id_slot``, ``timings.cache_n``,
-``/tokenize``, ``/props``. The server keeps the KV states of its slots in memory and reuses the longest common prefix
-(``kv="auto"``, cached tokens are reported). With the setting ``slot_dir`` its slots are saved to files, restored and
-erased as well (``kv="slots"``); which and when is `_llamacpp_slots.py`'s to say.
+Knows the server's own fields and routes beside OpenAI's format (`_openai_chat.py`): ``cache_prompt``, ``id_slot``,
+``timings.cache_n``, ``/apply-template``, ``/tokenize``, ``/props``. The server keeps the KV states of its slots in
+memory and reuses the longest common prefix (``kv="auto"``, cached tokens are reported). With the setting ``slot_dir``
+its slots are saved to files, restored and erased as well (``kv="slots"``); which and when is `_llamacpp_slots.py`'s to
+say.
 
 LoRA adapters are those that the server was started with, chosen per request by the option ``lora=[{"id": 0, "scale":
 1.0}]``. ``loras`` is not a capability: a GGUF file does not say which of our LoRA versions it was made from.
@@ -12,43 +13,39 @@ LoRA adapters are those that the server was started with, chosen per request by 
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import importlib
-import json
-import logging
 import os
 import threading
-import time
 from collections import OrderedDict
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from agentmem.cache_rules import rules_for
 from agentmem.errors import AgentMemError, ConfigError
 from agentmem.provider import Capabilities, Generation, Request
+from agentmem.tokens import image_tokens
+from agentmem.types import TokenCount
 
 from . import _openai_chat as _openai
-from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings
-from ._llamacpp_slots import Call, End, SlotPlanner, Turn, advance, digest_cache
-from ._openai_hosts import HOLDS_S, Served
-from ._remote import Remote
+from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, whole
+from ._llamacpp_files import SlotFiles
+from ._llamacpp_http import ErrorEvent, asend, post, send
+from ._llamacpp_server import Call, LlamaServer, digest_cache, rendering, tokenizing
+from ._llamacpp_slots import SlotPlanner
+from ._llamacpp_turns import Slotted
+from ._openai_hosts import HOLDS_S, HOSTS, Served
 
 __all__ = ["build_request", "create", "parse_reply"]
-
-logger = logging.getLogger("agentmem")
-
-T = TypeVar("T")
 
 DEFAULT = "http://127.0.0.1:8080"
 #: Counts kept, so that a prompt's unchanged parts are not sent to be counted again.
 COUNTS = 4096
 #: Seconds that the question for the context window may take when the provider is made.
 PROBE_S = 2.0
-#: Seconds that erasing the slots may take in all; one that is busy is erased before its next use.
-ERASE_S = 5.0
+#: What the server takes: a model's reasoning goes back to it with the results of tools.
+HOST = replace(HOSTS["llamacpp"], images=True, back=("reasoning_content",))
 
 SETTINGS: Mapping[str, type] = {
     "id_slot": int,
@@ -56,13 +53,8 @@ SETTINGS: Mapping[str, type] = {
     "model_file": str,
     "rope": str,
     "cache_types": str,
+    "images": bool,
 }
-
-#: What may come of a server's unexpected reply or folder while a slot is prepared.
-UNPLANNED = (AgentMemError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
-
-#: A server's answer is read by OpenAI's rules; the cached tokens are in ``usage`` and in ``timings``.
-parse_reply = _openai.parse_reply
 
 
 def create(model: str, settings: Mapping[str, Any]) -> LlamaCpp:
@@ -70,8 +62,8 @@ def create(model: str, settings: Mapping[str, Any]) -> LlamaCpp:
 
     Settings: ``base_url`` (else LLAMACPP_BASE_URL, else http://127.0.0.1:8080), ``api_key`` (else LLAMA_API_KEY, the
     server's own variable), ``id_slot`` (the slot to use), ``timeout_s`` (120, over all attempts), ``max_retries`` (2),
-    ``context_tokens`` (else asked of the server, once, here). For embeddings the server must run with ``--embedding``
-    and a pooling type.
+    ``context_tokens`` and ``images`` (else asked of the server, once, here; nothing is asked if the former is given).
+    For embeddings the server must run with ``--embedding`` and a pooling type.
 
     ``slot_dir`` is the folder that llama-server was started with as ``--slot-save-path``, on this machine; then slots
     are saved there and restored. ``model_file`` names the model's file where the server's own path can't be read from
@@ -93,14 +85,23 @@ def build_request(
     request: Request, *, model: str = "default", stream: bool = False, id_slot: int | None = None
 ) -> dict[str, Any]:
     """The JSON body of ``POST /v1/chat/completions``. Pure."""
-    body = _openai.build_request(request, Served(model=model), stream=stream)
+    body = _openai.build_request(request, _served(model), stream=stream)
     own: dict[str, Any] = {"cache_prompt": True}
     if id_slot is not None:
         own["id_slot"] = id_slot
     return {**own, **body}
 
 
-class LlamaCpp(Remote):
+def parse_reply(payload: Mapping[str, Any]) -> Generation:
+    """A server's answer, read by OpenAI's rules; the cached tokens are in ``usage`` and in ``timings``."""
+    return _openai.parse_reply(payload, _served("default"))
+
+
+def _served(model: str) -> Served:
+    return Served(model=model, name=f"llamacpp:{model}", host=HOST)
+
+
+class LlamaCpp(Slotted):
     """A running ``llama-server``, through httpx."""
 
     advice = "is llama-server running at base_url (LLAMACPP_BASE_URL)? model='local' needs no server"
@@ -111,7 +112,11 @@ class LlamaCpp(Remote):
             embeds=True,
             tools=True,
             kv="slots" if values.get("slot_dir") else "auto",
+            images=values.get("images", False),
+            schemas=True,
             context_tokens=values.get("context_tokens"),
+            exact_tokens=True,
+            cache=rules_for(name),
             holds_prefix_s=None if is_loopback(values["base_url"]) else HOLDS_S,
         )
         super().__init__(name, capabilities, values)
@@ -119,29 +124,38 @@ class LlamaCpp(Remote):
         self._values = values
         self._counts: OrderedDict[str, int] = OrderedDict()
         self._counts_lock = threading.RLock()
-        self._planner: SlotPlanner | None = None
         if values.get("slot_dir"):
-            model_file = values.get("model_file")
-            self._planner = SlotPlanner(
-                name,
-                Path(values["slot_dir"]).expanduser().absolute(),
-                lambda request: self._build(request, stream=False),
-                told={"rope": values.get("rope", ""), "cache types": values.get("cache_types", "")},
-                model_file=None if model_file is None else Path(model_file).expanduser(),
-                id_slot=values.get("id_slot"),
-                cache=digest_cache(),
-            )
+            self._planner = self._slot_planner(Path(values["slot_dir"]).expanduser().absolute())
         if capabilities.context_tokens is None:
-            self.capabilities = replace(capabilities, context_tokens=self._window())
+            self.capabilities = self._told(capabilities)
 
-    def _window(self) -> int | None:
-        """Tokens of one slot's context, or None while the server can't say."""
+    def _slot_planner(self, folder: Path) -> SlotPlanner:
+        values = self._values
+        model_file = values.get("model_file")
+        server = LlamaServer(
+            self.name,
+            folder,
+            lambda request: self._build(request, stream=False),
+            told={"rope": values.get("rope", ""), "cache types": values.get("cache_types", "")},
+            model_file=None if model_file is None else Path(model_file).expanduser(),
+            cache=digest_cache(),
+        )
+        return SlotPlanner(self.name, server, SlotFiles(self.name, folder), id_slot=values.get("id_slot"))
+
+    def _told(self, capabilities: Capabilities) -> Capabilities:
+        """The capabilities with what the server says of itself; as they are while it can't say."""
         try:
             client = self._sync_client()
-            props = self._sync(Clock(PROBE_S), lambda: _json(client.get("/props")), retries=0)
-            return int(props["default_generation_settings"]["n_ctx"])
-        except (AgentMemError, KeyError, TypeError, ValueError):
-            return None
+            props = self._sync(Clock(PROBE_S), lambda: send(client, Call("GET", "/props")), retries=0)
+            return replace(
+                capabilities,
+                context_tokens=whole(props["default_generation_settings"]["n_ctx"]) or None,
+                images=self._values.get("images", bool((props.get("modalities") or {}).get("vision"))),
+                # A template without them leaves them out of the prompt, and the server does not say so.
+                tools=bool((props.get("chat_template_caps") or {}).get("supports_tools", True)),
+            )
+        except (AgentMemError, AttributeError, KeyError, TypeError, ValueError):
+            return capabilities
 
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` alone, exact: asked of the server's ``/tokenize``, the last counts kept."""
@@ -149,123 +163,27 @@ class LlamaCpp(Remote):
             if text in self._counts:
                 self._counts.move_to_end(text)
                 return self._counts[text]
-        client = self._sync_client()
-        body = {"content": text, "add_special": False}
-        reply = self._sync(Clock(self._timeout_s), lambda: _json(client.post("/tokenize", json=body)))
-        count = self._understood(lambda: len(reply["tokens"]))
+        step = Call("POST", "/tokenize", {"content": text, "add_special": False})
+        count = self._ask(lambda client: send(client, step), _length)
         with self._counts_lock:
             self._counts[text] = count
             if len(self._counts) > COUNTS:
                 self._counts.popitem(last=False)
         return count
 
-    # The faces, where a slot is chosen, restored or saved before the request and its reuse is checked after it.
+    def count_request(self, request: Request) -> TokenCount:
+        """The tokens of the prompt that the server makes of the request; what images add is an estimate."""
+        body = self._checked(request, stream=False)
+        prompt = self._ask(lambda client: send(client, rendering(body)), lambda reply: str(reply["prompt"]))
+        tokens = self._ask(lambda client: send(client, tokenizing(prompt)), _length)
+        return _with_images(request, tokens)
 
-    def _answer(self, request: Request, clock: Clock) -> Generation:
-        planner, turn = self._planner, _turn(request)
-        if planner is None or turn is None:
-            return super()._answer(request, clock)
-        try:
-            self._plan(planner, turn, clock)
-            return planner.after(turn, _later(super()._answer(_placed(turn), clock), turn.took_s))
-        finally:
-            planner.done(turn)
-
-    async def _aanswer(self, request: Request, clock: Clock) -> Generation:
-        planner, turn = self._planner, _turn(request)
-        if planner is None or turn is None:
-            return await super()._aanswer(request, clock)
-        try:
-            await self._aplan(planner, turn, clock)
-            return planner.after(turn, _later(await super()._aanswer(_placed(turn), clock), turn.took_s))
-        finally:
-            planner.done(turn)
-
-    def _pieces(self, request: Request, clock: Clock) -> Generator[str | Generation, None, None]:
-        planner, turn = self._planner, _turn(request)
-        if planner is None or turn is None:
-            yield from super()._pieces(request, clock)
-            return
-        try:
-            self._plan(planner, turn, clock)
-            with contextlib.closing(super()._pieces(_placed(turn), clock)) as pieces:
-                for piece in pieces:
-                    yield planner.after(turn, piece) if isinstance(piece, Generation) else piece
-        finally:
-            planner.done(turn)
-
-    async def _apieces(self, request: Request, clock: Clock) -> AsyncGenerator[str | Generation, None]:
-        planner, turn = self._planner, _turn(request)
-        try:
-            if planner is not None and turn is not None:
-                await self._aplan(planner, turn, clock)
-                request = _placed(turn)
-            async with contextlib.aclosing(super()._apieces(request, clock)) as pieces:
-                async for piece in pieces:
-                    if planner is not None and turn is not None and isinstance(piece, Generation):
-                        yield planner.after(turn, piece)
-                    else:
-                        yield piece
-        finally:
-            if planner is not None and turn is not None:
-                planner.done(turn)
-
-    def erase_slots(self) -> int:
-        """Erase what the server's slots hold in memory; returns how many were erased. Never raises."""
-        if self._planner is None:
-            return 0
-        steps = self._planner.erase()
-        try:
-            return self._run(steps, Clock(min(ERASE_S, self._timeout_s)))
-        except (AgentMemError, KeyError, TypeError, ValueError) as error:
-            logger.warning("%s: its slots can't be erased now, each will be before its next use: %s", self.name, error)
-            return 0
-
-    def _plan(self, planner: SlotPlanner, turn: Turn, clock: Clock) -> None:
-        started = time.monotonic()
-        try:
-            self._run(planner.before(turn), clock)
-        except UNPLANNED as error:
-            self._unplanned(turn, error)
-        turn.took_s = time.monotonic() - started
-
-    async def _aplan(self, planner: SlotPlanner, turn: Turn, clock: Clock) -> None:
-        started = time.monotonic()
-        try:
-            await self._arun(planner.before(turn), clock)
-        except UNPLANNED as error:
-            self._unplanned(turn, error)
-        turn.took_s = time.monotonic() - started
-
-    def _unplanned(self, turn: Turn, error: Exception) -> None:
-        """Nothing about slots may break a chat: the request goes on as its plan stands."""
-        turn.miss = turn.miss or f"the server's slots could not be used: {error}"
-        logger.warning("%s: the slots are left as they are for this request: %s", self.name, error)
-
-    def _run(self, steps: Generator[Call, Any, T], clock: Clock) -> T:
-        """Send what the steps ask for, each once, within the clock of the whole request."""
-        reply: Any = None
-        failure: AgentMemError | None = None
-        call = advance(steps, reply, failure)
-        while isinstance(call, Call):
-            try:
-                reply, failure = self._sync(clock, partial(_call, self._sync_client(), call), retries=0), None
-            except AgentMemError as error:
-                reply, failure = None, error
-            call = advance(steps, reply, failure)
-        return call.value
-
-    async def _arun(self, steps: Generator[Call, Any, T], clock: Clock) -> T:
-        """`_run`, awaited. A step reads and checks files, so it runs beside the event loop."""
-        reply: Any = None
-        failure: AgentMemError | None = None
-        while not isinstance(call := await _beside(partial(advance, steps, reply, failure)), End):
-            try:
-                reply = await self._async(clock, partial(_acall, self._async_client(), call), retries=0)
-                failure = None
-            except AgentMemError as error:
-                reply, failure = None, error
-        return call.value
+    async def acount_request(self, request: Request) -> TokenCount:
+        """`count_request`, awaited."""
+        body = self._checked(request, stream=False)
+        prompt = await self._aask(lambda client: asend(client, rendering(body)), lambda reply: str(reply["prompt"]))
+        tokens = await self._aask(lambda client: asend(client, tokenizing(prompt)), _length)
+        return _with_images(request, tokens)
 
     def _connect(self, *, asynchronous: bool) -> Any:
         import httpx
@@ -284,16 +202,16 @@ class LlamaCpp(Remote):
         return build_request(request, model=self._model, stream=stream, id_slot=self._values.get("id_slot"))
 
     def _chat(self, client: Any, body: dict[str, Any]) -> Any:
-        return _post(client, "/v1/chat/completions", body, stream=bool(body.get("stream")))
+        return post(client, "/v1/chat/completions", body, stream=bool(body.get("stream")))
 
     def _embed(self, client: Any, texts: Sequence[str]) -> Any:
-        return _post(client, "/v1/embeddings", {"model": self._model, "input": texts}, stream=False)
+        return post(client, "/v1/embeddings", {"model": self._model, "input": texts}, stream=False)
 
     def _parse(self, payload: Mapping[str, Any]) -> Generation:
-        return parse_reply(payload)
+        return _openai.parse_reply(payload, _served(self._model))
 
     def _reader(self) -> _openai.Reader:
-        return _openai.Reader()
+        return _openai.Reader(_served(self._model))
 
     def _plain(self, thing: Any) -> Mapping[str, Any]:
         plain: Mapping[str, Any] = thing
@@ -302,7 +220,7 @@ class LlamaCpp(Remote):
     def _map(self, error: Exception) -> Failure | None:
         import httpx
 
-        if isinstance(error, _ErrorEvent):
+        if isinstance(error, ErrorEvent):
             return from_status(self.name, error.status, error, body=error.args[0])
         if isinstance(error, httpx.HTTPStatusError):
             response = error.response
@@ -320,103 +238,10 @@ class LlamaCpp(Remote):
         return None
 
 
-def _turn(request: Request) -> Turn | None:
-    return None if request.slots is None else Turn(request, request.slots)
+def _length(reply: Mapping[str, Any]) -> int:
+    return len(reply["tokens"])
 
 
-def _placed(turn: Turn) -> Request:
-    """The request with the fields that put it into its slot."""
-    options = turn.request.options
-    return replace(turn.request, options=replace(options, extra={**options.extra, **turn.fields}))
-
-
-def _later(generation: Generation, took_s: float) -> Generation:
-    """A whole reply's time to the first token is the server's own, which knows nothing of what went before."""
-    usage = generation.usage
-    if usage.first_token_s is None:
-        return generation
-    return replace(generation, usage=usage.model_copy(update={"first_token_s": usage.first_token_s + took_s}))
-
-
-async def _beside(work: Callable[[], T]) -> T:
-    """Run in a thread. A cancelled caller waits for its end, so that no step runs behind what comes after it."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await asyncio.wait([task])
-        raise
-
-
-class _ErrorEvent(Exception):
-    """An error that the server sends inside a stream that had begun well."""
-
-    @property
-    def status(self) -> int:
-        code = self.args[0].get("code") if isinstance(self.args[0], Mapping) else None
-        return code if isinstance(code, int) and code >= 400 else 500
-
-    def __str__(self) -> str:
-        return str(self.args[0].get("message") if isinstance(self.args[0], Mapping) else self.args[0])
-
-
-def _post(client: Any, path: str, body: Mapping[str, Any], *, stream: bool) -> Any:
-    """The answer's JSON, or an iterator of a stream's events; awaitable if the client is async."""
-    import httpx
-
-    if isinstance(client, httpx.AsyncClient):
-        return _aevents(client, path, body) if stream else _ajson(client, path, body)
-    return _events(client, path, body) if stream else _json(client.post(path, json=body))
-
-
-def _call(client: Any, call: Call) -> Any:
-    return _json(client.request(call.method, call.path, json=call.body))
-
-
-async def _acall(client: Any, call: Call) -> Any:
-    return _json(await client.request(call.method, call.path, json=call.body))
-
-
-def _json(response: Any) -> Any:
-    response.raise_for_status()
-    return response.json()
-
-
-async def _ajson(client: Any, path: str, body: Mapping[str, Any]) -> Any:
-    return _json(await client.post(path, json=body))
-
-
-def _events(client: Any, path: str, body: Mapping[str, Any]) -> Iterator[Mapping[str, Any]]:
-    with client.stream("POST", path, json=body) as response:
-        if response.is_error:
-            response.read()
-        response.raise_for_status()
-        for line in response.iter_lines():
-            if (event := _event(line)) is not None:
-                yield event
-
-
-async def _aevents(client: Any, path: str, body: Mapping[str, Any]) -> AsyncIterator[Mapping[str, Any]]:
-    async def events() -> AsyncIterator[Mapping[str, Any]]:
-        async with client.stream("POST", path, json=body) as response:
-            if response.is_error:
-                await response.aread()
-            response.raise_for_status()
-            async for line in response.aiter_lines():
-                if (event := _event(line)) is not None:
-                    yield event
-
-    return events()
-
-
-def _event(line: str) -> Mapping[str, Any] | None:
-    """The JSON of one line of a server-sent event stream; the server writes one event per line."""
-    if line.startswith("error:"):
-        raise _ErrorEvent(json.loads(line.removeprefix("error:")))
-    data = line.removeprefix("data:").strip() if line.startswith("data:") else ""
-    if not data or data == "[DONE]":
-        return None
-    event: Mapping[str, Any] = json.loads(data)
-    if "error" in event:
-        raise _ErrorEvent(event["error"])
-    return event
+def _with_images(request: Request, tokens: int) -> TokenCount:
+    images = [image for segment in request.segments for message in segment.messages for image in message.images]
+    return TokenCount(tokens=tokens + sum(map(image_tokens, images)), exact=not images)

@@ -20,6 +20,9 @@ from agentmem.types import Usage
 
 adapter = importlib.import_module("agentmem.adapters.providers.llamacpp")
 planning = importlib.import_module("agentmem.adapters.providers._llamacpp_slots")
+sending = importlib.import_module("agentmem.adapters.providers._llamacpp_http")
+files = importlib.import_module("agentmem.adapters.providers._llamacpp_files")
+server = importlib.import_module("agentmem.adapters.providers._llamacpp_server")
 
 NOWHERE = "http://127.0.0.1:9/v1/"
 
@@ -66,26 +69,31 @@ def test_a_server_that_is_down_does_not_hinder_making_the_provider() -> None:
     ],
 )
 def test_lines_of_a_stream(line: str, event: object) -> None:
-    assert adapter._event(line) == event
+    assert sending.event_of(line) == event
 
 
 @pytest.mark.parametrize(
     "line", ['data: {"error": {"code": 400, "message": "no"}}', 'error: {"code": 400, "message": "no"}']
 )
 def test_errors_in_a_stream_are_raised(line: str) -> None:
-    with pytest.raises(adapter._ErrorEvent, match="no") as caught:
-        adapter._event(line)
+    with pytest.raises(sending.ErrorEvent, match="no") as caught:
+        sending.event_of(line)
     assert caught.value.status == 400
+
+
+def planner_in(folder: Path) -> Any:
+    asked = server.LlamaServer("llamacpp:m", folder, lambda _: {}, told={})
+    return planning.SlotPlanner("llamacpp:m", asked, files.SlotFiles("llamacpp:m", folder))
 
 
 @pytest.mark.parametrize("first_to_end", [0, 1])
 def test_what_a_slot_holds_is_not_known_after_two_requests_at_once(tmp_path: Path, first_to_end: int) -> None:
-    planner = planning.SlotPlanner("llamacpp:m", tmp_path, lambda _: {}, told={})
-    server = planning.Server("mark", 1, None, adapters=False)
+    planner = planner_in(tmp_path)
+    process = server.Process("mark", 1, None, adapters=False)
     slots = SlotStore(Database(":memory:"), step=16, budget_bytes=1)
-    turns = [planning.Turn(chat_request("Hi"), slots.view(tenant)) for tenant in (b"a", b"b")]
-    assert [planner._choose(turn, server, None, "") for turn in turns] == [True, False]
-    turns[0].live = planning.Live((1, 2), b"a", "")
+    turns = [files.Turn(chat_request("Hi"), slots.view(tenant)) for tenant in (b"a", b"b")]
+    assert [planner._choose(turn, process, None, "") for turn in turns] == [True, False]
+    turns[0].live = files.Live((1, 2), b"a", "")
     for turn in turns if first_to_end == 0 else turns[::-1]:
         planner.after(turn, Generation(text="", usage=Usage(input_tokens=3, output_tokens=1)))
         planner.done(turn)
@@ -102,14 +110,14 @@ def test_where_pages_are_encrypted_it_is_said_that_slots_are_not_saved(
 
 
 def test_a_stream_may_be_ended_by_the_collector_while_its_planner_works(tmp_path: Path) -> None:
-    planner = planning.SlotPlanner("llamacpp:m", tmp_path, lambda _: {}, told={})
+    planner = planner_in(tmp_path)
     slots = SlotStore(Database(":memory:"), step=16, budget_bytes=1).view(b"a")
-    turns = [planning.Turn(chat_request("Hi"), slots) for _ in range(2)]
-    server = planning.Server("mark", 1, None, adapters=False)
+    turns = [files.Turn(chat_request("Hi"), slots) for _ in range(2)]
+    process = server.Process("mark", 1, None, adapters=False)
 
     def left() -> Iterator[None]:
         try:
-            planner._choose(turns[0], server, None, "")
+            planner._choose(turns[0], process, None, "")
             yield
         finally:
             planner.done(turns[0])
@@ -122,9 +130,9 @@ def test_a_stream_may_be_ended_by_the_collector_while_its_planner_works(tmp_path
     circle: list[Any] = [left()]
     next(circle[0])
     circle.append(circle)  # only the collector finds it
-    planner._live[0] = planning.Live(Collecting(), slots.tenant, "")
+    planner._live[0] = files.Live(Collecting(), slots.tenant, "")
     del circle
-    worker = threading.Thread(target=planner._choose, args=(turns[1], server, None, ""), daemon=True)
+    worker = threading.Thread(target=planner._choose, args=(turns[1], process, None, ""), daemon=True)
     worker.start()
     worker.join(10)
     assert not worker.is_alive()
