@@ -16,13 +16,12 @@ from .cache_rules import CacheRules
 from .costs import LocalCosts, price
 from .database import Database
 from .provider import split_name
-from .report import Line, Report
 from .types import CacheUse, Scope, Usage
 
 if TYPE_CHECKING:
     from .activation.turns import Turn
 
-__all__ = ["LISTED", "Ledger", "Line", "Report", "price"]
+__all__ = ["LISTED", "Ledger", "beneath"]
 
 #: Many values bound as one JSON list.
 LISTED = "SELECT value FROM json_each(?)"
@@ -112,12 +111,6 @@ class Ledger:
             ).lastrowid
             connection.execute("UPDATE uses SET turn = NULL WHERE id = ?", ((number or 0) - TURNS_KEPT,))
             self.note_shown(model, shown, None)
-
-    def lines(self, scope: Scope) -> list[Line]:
-        """The uses in this scope and beneath it, summed by verb and model."""
-        from .accounts import Accounts
-
-        return Accounts(self, scope).lines()
 
     def turns(self, scope: Scope, model: str, limit: int) -> list[Turn]:
         """What the newest ``limit`` requests of this scope and beneath to this model were made of, oldest first."""

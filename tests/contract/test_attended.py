@@ -10,8 +10,10 @@ from typing import Any
 
 import pytest
 
+from agentmem.accounts import Accounts
 from agentmem.database import Database
-from agentmem.ledger import Ledger, Report
+from agentmem.ledger import Ledger
+from agentmem.report import Report
 from agentmem.types import Attended, CacheUse, Scope, Usage
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
@@ -52,7 +54,7 @@ def test_the_report_counts_the_tokens_of_records_that_came_as_kv(tmp_path: Path)
         Attended(codec="raw", tokens=64, bytes=5, stock_bytes=9, record_tokens=2),
     ):
         ledger.note("chat", "local:x", Scope(), Usage(input_tokens=100), cache=CacheUse(attended=attended))
-    [line] = ledger.lines(Scope())
+    [line] = Accounts(ledger, Scope()).lines()
     database.close()
     assert (line.attended_tokens, line.record_tokens, line.spared_bytes) == (64, 42, 4)
     shown = str(Report(lines=[line], bytes={}, records=0, pages=0, loras=0))

@@ -50,15 +50,14 @@ def charged(host: HostServer, model: str) -> float:
     total = 0.0
     for request in host.requests:
         usage = request.usage
-        if usage is not None:
-            counts = Used(
-                input_tokens=usage.input_tokens,
-                cache_read_tokens=usage.cached_tokens,
-                cache_write_tokens=usage.written_tokens,
-                cache_write_1h_tokens=usage.written_long_tokens,
-                output_tokens=usage.output_tokens,
-            )
-            total += float(calc_price(counts, name, provider_id=vendor).total_price)
+        counts = Used(
+            input_tokens=usage.input_tokens,
+            cache_read_tokens=usage.cached_tokens,
+            cache_write_tokens=usage.written_tokens,
+            cache_write_1h_tokens=usage.written_long_tokens,
+            output_tokens=usage.output_tokens,
+        )
+        total += float(calc_price(counts, name, provider_id=vendor).total_price)
     return total
 
 
