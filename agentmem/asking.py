@@ -18,7 +18,7 @@ from pydantic import BaseModel, TypeAdapter, ValidationError
 from . import images, prompt
 from .engine import Engine
 from .errors import InvalidInput
-from .plaintext.drafts import Draft, check_text, drafts, shown
+from .plaintext.drafts import Draft, check_metadata, check_text, drafts, dump_metadata, shown
 from .plaintext.records import TURN, new_id
 from .provider import Generation, Options
 from .types import Image, Message, Scope
@@ -133,10 +133,13 @@ def reply_drafts(engine: Engine, generation: Generation, session: Scope, model: 
         return []
     said = {"role": "assistant", "content": text}
     try:
-        metadata = {"tool_calls": calls} if calls else None
-        if calls and generation.blocks:  # a vendor that thinks before it calls wants its thoughts back with the results
-            metadata = {"tool_calls": calls, "blocks": _storable(generation.blocks), "blocks_of": model}
-        return _drafts(engine, said, session, metadata)
+        [draft] = _drafts(engine, said, session, {"tool_calls": calls} if calls else None)
+        if calls and generation.blocks:
+            # A vendor that thinks before it calls wants its thoughts back with the results, byte for byte: sealed by
+            # it, they are not gone over by redaction.
+            kept = {**json.loads(draft.metadata), "blocks": _storable(generation.blocks), "blocks_of": model}
+            draft = dataclasses.replace(draft, metadata=dump_metadata(check_metadata(kept)))
+        return [draft]
     except InvalidInput as error:  # a model may write anything: the answer has come and must not be lost for it
         _log.warning("the answer's tool calls are not remembered: %s", error)
         return _drafts(engine, said, session)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import extraction, flows, histories, kinds, memory, reconciling, reembedding, reporting, transfer
+from . import counting, extraction, flows, histories, kinds, memory, reconciling, reembedding, reporting, transfer
 from .asking import Schema
 from .budgets import Budget, Spent
 from .chat import Conversation
@@ -35,6 +35,7 @@ from .types import (
     Record,
     Reply,
     Scope,
+    TokenCount,
     Usage,
     Verification,
 )
@@ -222,6 +223,16 @@ class AsyncScopedMemory:
             options=chats.options_of(options),
         )
         return AsyncReplyStream(flow) if stream else await arun(flow)
+
+    async def count_tokens(
+        self,
+        content: Content,
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        exact: bool = False,
+    ) -> TokenCount:
+        return await arun(counting.count_tokens(self._engine, content, system=system, tools=tools, exact=exact))
 
     async def report(self, *, since: When = None, until: When = None) -> Report:
         return await arun(local(reporting.report, self._engine, self._scope, since=since, until=until))

@@ -24,6 +24,7 @@ from .plaintext.drafts import Draft, check_text
 from .plaintext.records import new_id
 from .planning import Measured, Plan, measured
 from .provider import CachePlan, Generation, LoraRef, Options, Provider, RecalledLine, Request
+from .tokens import Calibration, request_tokens
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
 
 if TYPE_CHECKING:
@@ -253,6 +254,9 @@ def _stored(
             if plan is not None:
                 plan.done(connection, made.sent, facts if new else None, made.layout)
             note_embeddings(engine, session, noted)
+            Calibration(engine.database).note(
+                model, request_tokens(made.request, engine.count), generation.usage.input_tokens
+            )
             engine.ledger.note(
                 "chat", model, session, generation.usage, cache=cache, shown=shown, money=money, turn=facts, here=here
             )

@@ -303,6 +303,7 @@ def ask(
         tenant=engine.tenant_key(scope),
         pages=engine.page_view(scope),
     )
+    engine.ledger.check(scope, provider.name)
     holds_s = provider.capabilities.holds_prefix_s
     if holds_s is not None:
         engine.ledger.note_shown(provider.name, ids, holds_s)

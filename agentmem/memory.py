@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import flows, histories, reporting, transfer
+from . import counting, flows, histories, reporting, transfer
 from .asking import Schema
 from .budgets import Budget, Spent
 from .chat import Conversation
@@ -34,6 +34,7 @@ from .types import (
     Record,
     Reply,
     Scope,
+    TokenCount,
     Verification,
 )
 
@@ -253,6 +254,22 @@ class ScopedMemory:
             options=chats.options_of(options),
         )
         return ReplyStream(flow) if stream else run(flow)
+
+    def count_tokens(
+        self,
+        content: Content,
+        *,
+        system: str | None = None,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        exact: bool = False,
+    ) -> TokenCount:
+        """How many tokens this has for the model: a str by itself; messages, or a str with ``system`` or ``tools``, as
+        the request that they make.
+
+        By the model's own tokenizer where it is at hand, else an estimate that learns from what the host counted.
+        ``exact=True`` asks the vendor's counting endpoint where there is one: a request.
+        """
+        return run(counting.count_tokens(self._engine, content, system=system, tools=tools, exact=exact))
 
     def report(self, *, since: When = None, until: When = None) -> Report:
         """What memory cost and saved in this scope: tokens, seconds, money; on the root handle also bytes on disk.

@@ -88,6 +88,7 @@ VERBS: dict[str, dict[str, Any]] = {
         "stop": (),
         "extra": {},
     },
+    "count_tokens": {"content": "fine", "system": None, "tools": None, "exact": False},
     "report": {"since": None, "until": None},
     "budget": {"dollars": None, "per": "day", "action": "stop"},
     "spent": {},
