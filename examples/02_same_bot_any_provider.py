@@ -1,4 +1,4 @@
-"""The same three turns on every provider: only the configuration file changes, the code and the memory stay.
+"""The same three turns on every provider: only the configuration file changes, the code stays.
 
 python examples/02_same_bot_any_provider.py examples/configs/openai.toml examples/configs/anthropic.toml
 """
@@ -21,5 +21,5 @@ def talk(config: str) -> None:
 
 
 if __name__ == "__main__":
-    for name in sys.argv[1:] or ["examples/configs/ollama.toml"]:
+    for name in sys.argv[1:] or ["examples/configs/local.toml"]:
         talk(name)

