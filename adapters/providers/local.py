@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from agentmem.errors import ConfigError, Rejected, Unavailable
 from agentmem.provider import Capabilities, Generation, Request
+from agentmem.types import TokenCount
 
 from ._local_model import DEFAULT, Settings, context_tokens, counter, find, load, load_tokenizer, prepare
 
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     import torch
 
     from ._local_generate import Engine
+    from ._local_prompt import Template
 
 __all__ = ["LocalProvider", "Tensors", "create"]
 
@@ -62,12 +64,18 @@ class LocalProvider:
         self._path = find(model)
         self.name = f"local:{model or DEFAULT}"
         self.capabilities = Capabilities(
-            chat=True, kv="tensors", loras=True, trains=True, context_tokens=context_tokens(self._path)
+            chat=True,
+            kv="tensors",
+            loras=True,
+            trains=True,
+            context_tokens=context_tokens(self._path),
+            exact_tokens=True,
         )
         self._loading = threading.RLock()
         self._lock = threading.RLock()
         self._folder: Path | None = None
         self._counter: Callable[[str], int] | None = None
+        self._template: Template | None = None
         self._engine: Engine | None = None
         self._closed = False
 
@@ -123,9 +131,16 @@ class LocalProvider:
             await _in_thread(pieces.close, cancel)
 
     def _streamed(self, request: Request, cancel: threading.Event | None) -> Generator[str | Generation]:
+        self._refuse(request)
+        return self._begun(request, cancel)
+
+    def _refuse(self, request: Request) -> None:
         if request.tools:
             raise Rejected(f"{self.name} takes no tools")
-        return self._begun(request, cancel)
+        if request.options.schema is not None:
+            raise Rejected(f"{self.name} can't answer by a schema")
+        if any(message.images for segment in request.segments for message in segment.messages):
+            raise Rejected(f"{self.name} reads no images")
 
     def _begun(self, request: Request, cancel: threading.Event | None) -> Generator[str | Generation]:
         yield from self._ready().stream(request, cancel)
@@ -152,6 +167,21 @@ class LocalProvider:
             count = self._counter = counter(self._prepared())
         return count(text)
 
+    def count_request(self, request: Request) -> TokenCount:
+        """Tokens of the whole prompt as the model's chat template writes it; loads the tokenizer, not the weights."""
+        self._refuse(request)
+        template = self._template
+        if template is None:
+            from ._local_prompt import Template
+
+            template = self._template = Template(load_tokenizer(self._prepared()))
+        prompt = template.prompt(request.segments, request.options.extra.get("chat_template_kwargs"))
+        return TokenCount(tokens=len(prompt.tokens), exact=True)
+
+    async def acount_request(self, request: Request) -> TokenCount:
+        """As `count_request`, in a worker thread."""
+        return await asyncio.to_thread(self.count_request, request)
+
     def tensors(self) -> Tensors:
         """The loaded model, for training."""
         engine = self._ready()
@@ -173,7 +203,7 @@ class LocalProvider:
             self._closed = True
             if self._engine is not None:
                 self._engine.records.close()
-            self._engine = self._counter = None
+            self._engine = self._counter = self._template = None
 
 
 async def _in_thread(work: Callable[[], _Result], cancel: threading.Event) -> _Result:

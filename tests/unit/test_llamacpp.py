@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import importlib
+import json
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,9 +16,9 @@ import pytest
 from agentmem import Memory
 from agentmem.activation.slots import SlotStore
 from agentmem.database import Database
-from agentmem.provider import Generation, load
+from agentmem.provider import Generation, Request, load
 from agentmem.testing import chat_request
-from agentmem.types import Usage
+from agentmem.types import Image, Message, Segment, TokenCount, ToolCall, Usage
 
 adapter = importlib.import_module("agentmem.adapters.providers.llamacpp")
 planning = importlib.import_module("agentmem.adapters.providers._llamacpp_slots")
@@ -138,3 +140,110 @@ def test_a_stream_may_be_ended_by_the_collector_while_its_planner_works(tmp_path
     assert not worker.is_alive()
     planner.done(turns[1])
     assert planner._busy == {0: 0}
+
+
+# What a request holds beside text, and what is asked of the server.
+
+
+def of(*messages: Message, **fields: Any) -> Request:
+    return Request(segments=(Segment(name="turn", messages=messages, stable=False),), **fields)
+
+
+PICTURE = Message(role="user", content="What is it?", images=(Image(data="aGk=", media_type="image/png"),))
+
+
+def test_images_and_schemas_go_in_the_form_that_the_server_takes() -> None:
+    whole = {"required": ["n"], "additionalProperties": False}
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, **whole}
+    body = adapter.build_request(of(PICTURE, options=chat_request("", schema=schema).options))
+    assert body["messages"][0]["content"] == [
+        {"type": "image_url", "image_url": {"url": "data:image/png;base64,aGk="}},
+        {"type": "text", "text": "What is it?"},
+    ]
+    assert body["response_format"]["type"] == "json_schema"
+    assert body["response_format"]["json_schema"]["schema"] == schema
+
+
+def test_reasoning_goes_back_with_the_results_of_tools_to_its_own_model() -> None:
+    call = {"id": "a", "function": {"name": "f", "arguments": "{}"}}
+    message = {"content": None, "reasoning_content": "hm", "tool_calls": [call]}
+    provider: Any = load("llamacpp:m", {"base_url": NOWHERE, "context_tokens": 9})
+    whole = provider._parse({"choices": [{"message": message, "finish_reason": "tool_calls"}]})
+    assert whole.text == ""
+    said = Message(
+        role="assistant",
+        content="",
+        tool_calls=(ToolCall(id="a", name="f"),),
+        blocks=whole.blocks,
+        blocks_of=provider.name,
+    )
+    assert provider._build(of(said), stream=False)["messages"][0]["reasoning_content"] == "hm"
+    assert "reasoning_content" not in adapter.build_request(of(said), model="other")["messages"][0]
+
+
+@pytest.fixture
+def served(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """Makes a provider whose real clients are answered by these replies, and the list of what they sent."""
+    httpx = pytest.importorskip("httpx")
+    made: list[Any] = []
+
+    def make(replies: dict[str, Any], **settings: Any) -> tuple[Any, list[Any]]:
+        seen: list[Any] = []
+
+        def answer(request: Any) -> Any:
+            seen.append((request.url.path, json.loads(request.content) if request.content else None))
+            return httpx.Response(200, json=replies[request.url.path])
+
+        def connect(self: Any, *, asynchronous: bool) -> Any:
+            kind = httpx.AsyncClient if asynchronous else httpx.Client
+            return kind(base_url="http://127.0.0.1:9", transport=httpx.MockTransport(answer))
+
+        monkeypatch.setattr(adapter.LlamaCpp, "_connect", connect)
+        made.append(load("llamacpp:m", {"base_url": NOWHERE, **settings}))
+        return made[-1], seen
+
+    yield make
+    for provider in made:
+        provider.close()
+
+
+def props(**fields: Any) -> dict[str, Any]:
+    return {"/props": {"default_generation_settings": {"n_ctx": 2048}, **fields}}
+
+
+@pytest.mark.parametrize(
+    ("replies", "settings", "expected"),
+    [
+        (props(), {}, (2048, False, True)),
+        (props(modalities={"vision": True}), {}, (2048, True, True)),
+        (props(modalities={"vision": True}), {"images": False}, (2048, False, True)),
+        (props(chat_template_caps={"supports_tools": False}), {}, (2048, False, False)),
+        (props(chat_template_caps={"supports_tools": True}), {}, (2048, False, True)),
+        (props(chat_template_caps=3), {}, (None, False, True)),
+        ({"/props": []}, {"images": True}, (None, True, True)),
+        ({"/props": {"default_generation_settings": {"n_ctx": "much"}}}, {}, (None, False, True)),
+    ],
+)
+def test_what_the_server_says_of_itself_is_believed_as_far_as_it_makes_sense(
+    served: Any, replies: dict[str, Any], settings: dict[str, Any], expected: tuple[int | None, bool, bool]
+) -> None:
+    able = served(replies, **settings)[0].capabilities
+    assert (able.context_tokens, able.images, able.tools) == expected
+    assert able.exact_tokens
+    assert able.schemas
+    assert not able.cache.priced
+
+
+def test_a_whole_request_is_counted_as_the_server_will_read_it(served: Any) -> None:
+    replies = {"/apply-template": {"prompt": "<s>Hi"}, "/tokenize": {"tokens": [1, 2, 3]}}
+    provider, seen = served(replies, context_tokens=9, images=True)
+    request = chat_request("Hi", max_tokens=5, temperature=0.0)
+    assert provider.count_request(request) == TokenCount(tokens=3, exact=True)
+    assert seen == [
+        ("/apply-template", {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}),
+        ("/tokenize", {"content": "<s>Hi", "add_special": True, "parse_special": True}),
+    ]
+    assert asyncio.run(provider.acount_request(request)) == TokenCount(tokens=3, exact=True)
+    seeing = provider.count_request(of(PICTURE))
+    assert seeing.tokens > 3
+    assert not seeing.exact
