@@ -154,7 +154,7 @@ class Accounts:
         requests, spent, bare = 0, 0.0, 0.0
         for model, whose, chats in conversations:
             rules, token = self._ledger.rules(model), self._input_price(model)
-            if rules is None or token is None:
+            if rules is None or not rules.priced or token is None:
                 continue
             before = self._before(model, whose, chats[0], rules.context_tokens)
             turns = [Turn.model_validate_json(row["turn"]) for row in chats]
@@ -220,7 +220,7 @@ class Accounts:
         found = []
         for row in rows:
             rules = self._ledger.rules(row["model"])
-            if rules is None or not rules.lifetimes:
+            if rules is None or not rules.priced:
                 continue
             short, long = rules.lifetimes[0].write - 1.0, rules.lifetimes[-1].write - 1.0
             per_token = 1.0 - rules.read
@@ -303,7 +303,7 @@ class Accounts:
         )
 
     def _input_price(self, model: str) -> float | None:
-        return input_price(model, vendor=self._ledger.vendor(model), at=self._ledger.clock())
+        return input_price(model, rules=self._ledger.rules(model), at=self._ledger.clock())
 
     @cached_property
     def _next_level(self) -> str | None:

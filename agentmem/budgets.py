@@ -15,6 +15,7 @@ from typing import Literal, get_args
 
 from .database import Database
 from .errors import BudgetExceeded, InvalidInput
+from .plaintext.drafts import shown
 from .types import LEVELS, Scope, Value
 
 __all__ = ["Action", "Budget", "Budgets", "Period", "Spent", "begin", "end"]
@@ -98,25 +99,23 @@ class Budgets:
         Raises `InvalidInput` for anything but a finite number of dollars of 0 or more and for unknown words.
         """
         if per not in get_args(Period):
-            raise InvalidInput(f"per is {per!r}: give 'day', 'month' or 'ever'")
+            raise InvalidInput(f"per is {shown(per)}: give 'day', 'month' or 'ever'")
         if action not in get_args(Action):
-            raise InvalidInput(f"action is {action!r}: give 'stop' or 'warn'")
+            raise InvalidInput(f"action is {shown(action)}: give 'stop' or 'warn'")
+        limit = None if dollars is None else _limit(dollars)
         names = _names(scope)
         with self._database.write() as connection:
-            if dollars is None:
+            if limit is None:
                 connection.execute(
                     "DELETE FROM budgets WHERE tenant = ? AND user = ? AND agent = ? AND session = ? AND per = ?",
                     (*names, per),
                 )
                 return None
-            given: object = dollars
-            if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given < math.inf:
-                raise InvalidInput(f"dollars is {dollars!r}: give a number of 0 or more, or None to remove the budget")
             connection.execute(
                 "INSERT OR REPLACE INTO budgets VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-                (*names, per, float(dollars), action, self._clock()),
+                (*names, per, limit, action, self._clock()),
             )
-        return Budget(scope=scope, per=per, dollars=dollars, action=action, spent=self.spent(scope, per))
+        return Budget(scope=scope, per=per, dollars=limit, action=action, spent=self.spent(scope, per))
 
     def applying(self, scope: Scope) -> list[Budget]:
         """The budgets that this scope is under: its own and those above it, the widest first, with what was spent."""
@@ -190,6 +189,16 @@ class Budgets:
                 self._sums.clear()
             self._sums[key] = known
         return known.dollars
+
+
+def _limit(dollars: object) -> float:
+    """A budget's dollars; `InvalidInput` for what is no finite number of 0 or more."""
+    try:
+        if not isinstance(dollars, bool) and isinstance(dollars, int | float) and 0 <= float(dollars) < math.inf:
+            return float(dollars)
+    except OverflowError:  # an int beyond all floats
+        pass
+    raise InvalidInput(f"dollars is {shown(dollars)}: give a number of 0 or more, or None to remove the budget")
 
 
 def begin(per: Period, now: float) -> float:

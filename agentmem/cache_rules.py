@@ -52,6 +52,7 @@ class CacheRules:
     before a mark the host looks for an earlier entry (None: all). ``lifetimes`` are sorted, the shortest first.
     ``renewed`` says that a read starts the lifetime anew. ``diagnoses``: the host says why it missed, if asked;
     ``prewarms``: it fills its cache without an answer. ``per_minute`` is how many requests one routing key can take.
+    ``vendor`` is who sells the tokens, where that is known: the scheme of a model does not always say it.
     """
 
     kind: str
@@ -70,6 +71,7 @@ class CacheRules:
     tokenizer: str | None = None
     seen: str = ""
     source: str = ""
+    vendor: str = ""
 
     @property
     def priced(self) -> bool:
@@ -155,7 +157,7 @@ def _known(model: str) -> CacheRules | None:
         return None
     merged.pop("models", None)
     merged.pop("match", None)
-    return CacheRules(**{"seen": _table()["seen"], **_checked(model, merged)})
+    return CacheRules(**{"seen": _table()["seen"], "vendor": vendor, **_checked(model, merged)})
 
 
 def _plain(model: str) -> str:
@@ -197,7 +199,7 @@ def _field(pattern: str, name: str, value: Any) -> Any:
         good, wanted = value in KINDS, " or ".join(KINDS)
     elif name == "tokenizer":
         good, wanted = value is None or isinstance(value, str), "a name"
-    elif name in ("seen", "source"):
+    elif name in ("seen", "source", "vendor"):
         good, wanted = isinstance(value, str), "a text"
     elif name == "read":
         good, wanted = _number(value) and 0 <= value <= 1, "a price from 0 to 1, in uncached tokens"

@@ -76,16 +76,16 @@ class LocalCosts:
 
 
 def price(
-    model: str, usage: Usage, *, rules: CacheRules | None = None, vendor: str | None = None, at: float | None = None
+    model: str, usage: Usage, *, rules: CacheRules | None = None, at: float | None = None
 ) -> tuple[float, float] | None:
     """(what this use cost, what it would have cost with nothing cached) in dollars, or None where no price is known.
 
     Prices: genai-prices' packaged table, as of ``at`` (Unix seconds, else now), with its tiers by context. Its input
-    count, like ours, includes cached and written tokens. ``vendor`` is whose prices hold where the scheme of ``model``
-    is not its seller. A longer lifetime than an hour is not in that table: such writes cost the input price times the
-    factor that ``rules`` have for it.
+    count, like ours, includes cached and written tokens. The seller is the vendor that ``rules`` name, else the scheme.
+    A longer lifetime than an hour is not in that table: such writes cost the input price times the factor that
+    ``rules`` have for it.
     """
-    table = _Table.of(model, vendor, at)
+    table = _Table.of(model, rules, at)
     if table is None:
         return None
     long = usage.written_long_tokens
@@ -113,9 +113,9 @@ def price(
     return float(paid), float(bare)
 
 
-def input_price(model: str, *, vendor: str | None = None, at: float | None = None) -> float | None:
+def input_price(model: str, *, rules: CacheRules | None = None, at: float | None = None) -> float | None:
     """Dollars for one uncached input token of a short prompt, or None where no price is known."""
-    table = _Table.of(model, vendor, at)
+    table = _Table.of(model, rules, at)
     million = None if table is None else table.total(input_tokens=1000)
     return None if million is None else float(million) / 1000
 
@@ -129,9 +129,10 @@ class _Table:
         self.prices: Any = None
 
     @classmethod
-    def of(cls, model: str, vendor: str | None, at: float | None) -> _Table | None:
+    def of(cls, model: str, rules: CacheRules | None, at: float | None) -> _Table | None:
         scheme, name = split_name(model)
-        seller = SELLERS.get(vendor or scheme, vendor or scheme)
+        vendor = rules.vendor if rules is not None and rules.vendor else scheme
+        seller = SELLERS.get(vendor, vendor)
         if not seller or not name:
             return None
         when = dt.datetime.now(dt.UTC) if at is None else dt.datetime.fromtimestamp(at, dt.UTC)

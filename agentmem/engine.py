@@ -104,7 +104,7 @@ class Engine:
                 clock,
                 costs=settings.costs,
                 day_budget=settings.day_budget,
-                rules=functools.partial(rules_for, overrides=settings.rules),
+                rules=self._rules,
             )
             # Caches of this engine, not of the class: they must not keep it, its model and its texts alive.
             self.count = functools.lru_cache(maxsize=16_384)(self._count)
@@ -191,6 +191,11 @@ class Engine:
             return None
         rules = overridden(self.provider.capabilities.cache, self.provider.name, self.settings.rules)
         return None if rules is None or rules.kind == "engine" else rules
+
+    def _rules(self, model: str) -> CacheRules | None:
+        """What is known of the prompt cache of any model, this engine's or one that the ledger has uses of."""
+        mine = self.cache_rules if self.provider is not None and model == self.provider.name else None
+        return mine or rules_for(model, self.settings.rules)
 
     @functools.cached_property
     def host(self) -> PromptCache:

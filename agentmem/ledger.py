@@ -15,7 +15,6 @@ from .budgets import Budgets
 from .cache_rules import CacheRules
 from .costs import LocalCosts, price
 from .database import Database
-from .provider import split_name
 from .types import CacheUse, Scope, Usage
 
 if TYPE_CHECKING:
@@ -33,7 +32,7 @@ class Ledger:
     """The uses of one folder.
 
     ``costs`` is the setting of that name, ``day_budget`` in dollars. ``rules`` gives a model's cache rules, where they
-    are known; ``vendors`` names, by scheme, whose prices hold for what is sold under it.
+    are known.
     """
 
     def __init__(
@@ -44,22 +43,16 @@ class Ledger:
         costs: Mapping[str, float] | None = None,
         day_budget: float | None = None,
         rules: Callable[[str], CacheRules | None] | None = None,
-        vendors: Mapping[str, str] | None = None,
     ) -> None:
         self.database = database
         self.clock = clock
         self.costs = LocalCosts.of(costs or {})
         self.budgets = Budgets(database, clock, day=day_budget)
         self._rules = rules
-        self._vendors = dict(vendors or {})
 
     def rules(self, model: str) -> CacheRules | None:
         """What the cache of this model's host does and costs, where it is known."""
         return None if self._rules is None else self._rules(model)
-
-    def vendor(self, model: str) -> str | None:
-        """Whose prices hold for this model, where its scheme does not say it."""
-        return self._vendors.get(split_name(model)[0])
 
     def check(self, scope: Scope, model: str) -> None:
         """Call before a model is asked: raises `BudgetExceeded` where a budget of this scope or above it is spent."""
@@ -70,7 +63,7 @@ class Ledger:
 
         ``here`` says that it was computed on this machine: then, where nobody sells the model, its seconds are priced.
         """
-        found = price(model, usage, rules=self.rules(model), vendor=self.vendor(model), at=self.clock())
+        found = price(model, usage, rules=self.rules(model), at=self.clock())
         if found is None and here and (cost := self.costs.computing(usage.total_s)) is not None:
             return cost, None
         return found

@@ -137,6 +137,6 @@ def test_bad_costs_and_bad_spans_are_refused(clock: FakeClock) -> None:
     with Memory(":memory:", embedder="none", clock=clock) as mem:
         for bad in ({"since": "yesterday"}, {"until": 5}, {"since": "2026-02-01", "until": "2026-01-01"}):
             with pytest.raises(InvalidInput):
-                mem.report(**bad)  # type: ignore[arg-type]
+                mem.report(**bad)
         with pytest.raises(InvalidInput):
             mem.budget(-1)

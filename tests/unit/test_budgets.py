@@ -139,7 +139,7 @@ def test_a_budget_is_replaced_and_removed(ledger: Ledger) -> None:
 @pytest.mark.parametrize(
     ("dollars", "words"),
     [
-        *((value, {}) for value in (-1, math.nan, math.inf, "5", True)),
+        *((value, {}) for value in (-1, math.nan, math.inf, "5", True, 10**400)),
         (1.0, {"per": "week"}),
         (1.0, {"action": "shout"}),
     ],

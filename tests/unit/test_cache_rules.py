@@ -151,7 +151,7 @@ def test_every_field_can_be_overridden() -> None:
     told: dict[str, Any] = {
         "kind": "automatic", "minimum": 7, "read": 0.3, "lifetimes": lifetimes, "marked": False, "step": 9, "marks": 2,
         "lookback": 0, "renewed": False, "diagnoses": False, "prewarms": False, "per_minute": 3,
-        "context_tokens": 1234, "tokenizer": "own", "seen": "2027-01-01", "source": "mine",
+        "context_tokens": 1234, "tokenizer": "own", "seen": "2027-01-01", "source": "mine", "vendor": "me",
     }  # fmt: skip
     rules = rules_for("anthropic:claude-opus-5-5", {"anthropic:claude-opus-*": told})
     kept = (Lifetime(name="10m", seconds=600, write=1.5), Lifetime(name="1d", seconds=86400, write=3))

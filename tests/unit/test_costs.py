@@ -104,7 +104,8 @@ def test_an_unknown_price_is_none_and_not_zero(model: str) -> None:
 
 def test_a_vendor_behind_another_scheme_has_its_own_prices() -> None:
     used = Usage(input_tokens=1000, output_tokens=10)
-    found = price("openai_compatible:deepseek-v4-flash", used, vendor="deepseek", at=SEEN)
+    rules = rules_for("deepseek:deepseek-v4-flash")
+    found = price("openai_compatible:deepseek-v4-flash", used, rules=rules, at=SEEN)
     assert found == price("deepseek:deepseek-v4-flash", used, at=SEEN)
     assert found is not None
 
