@@ -11,7 +11,7 @@ import math
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from .database import Database
 from .errors import BudgetExceeded, InvalidInput
@@ -27,6 +27,8 @@ Action = Literal["stop", "warn"]
 
 #: Sums kept in memory at most; a sum that was dropped is read again.
 SUMS = 4096
+#: Budgets told at once.
+LISTED = 50
 #: Every budget that a scope is under: its own and those of the levels above it.
 APPLYING = (
     "SELECT * FROM budgets WHERE tenant IN ('', ?) AND user IN ('', ?) AND agent IN ('', ?) AND session IN ('', ?)"
@@ -56,7 +58,7 @@ class Budget(Value):
 
 
 class Spent(Value):
-    """Dollars spent in a scope and beneath it: today, this month (UTC) and ever, and the budgets that it is under.
+    """Dollars spent in a scope and beneath it: today, this month (UTC) and ever, and the budgets set there.
 
     Uses without a known price count as nothing.
     """
@@ -119,20 +121,27 @@ class Budgets:
 
     def applying(self, scope: Scope) -> list[Budget]:
         """The budgets that this scope is under: its own and those above it, the widest first, with what was spent."""
-        found = [
-            Budget(
-                scope=Scope(**{level: row[level] or None for level in LEVELS}),
-                per=row["per"],
-                dollars=row["dollars"],
-                action=row["action"],
-                spent=0.0,
-            )
-            for row in self._database.query(APPLYING, _names(scope))
-        ]
+        found = [_budget(row) for row in self._database.query(APPLYING, _names(scope))]
         if self._day is not None:  # the setting holds beside what was set by the verb
             found.append(Budget(scope=Scope(), per="day", dollars=self._day, action="stop", spent=0.0))
         found.sort(key=lambda budget: sum(value is not None for _, value in budget.scope.levels()))
-        return [budget.model_copy(update={"spent": self.spent(budget.scope, budget.per)}) for budget in found]
+        return self._with_spent(found)
+
+    def listed(self, scope: Scope) -> list[Budget]:
+        """The budgets that were set on this scope and beneath it, the largest first, at most `LISTED`. What was spent
+        above it is not its to know."""
+        where = "".join(f" AND {level} = ?" for level, value in scope.levels() if value is not None)
+        rows = self._database.query(
+            f"SELECT * FROM budgets WHERE TRUE{where} ORDER BY dollars DESC LIMIT {LISTED}",
+            [value for _, value in scope.levels() if value is not None],
+        )
+        found = [_budget(row) for row in rows]
+        if self._day is not None and scope == Scope():
+            found.insert(0, Budget(scope=scope, per="day", dollars=self._day, action="stop", spent=0.0))
+        return self._with_spent(found)
+
+    def _with_spent(self, budgets: Sequence[Budget]) -> list[Budget]:
+        return [budget.model_copy(update={"spent": self.spent(budget.scope, budget.per)}) for budget in budgets]
 
     def check(self, scope: Scope, model: str) -> None:
         """Raise `BudgetExceeded` if a budget that this scope is under is spent and stops; warn once a day if it warns.
@@ -189,6 +198,11 @@ class Budgets:
                 self._sums.clear()
             self._sums[key] = known
         return known.dollars
+
+
+def _budget(row: Any) -> Budget:
+    scope = Scope(**{level: row[level] or None for level in LEVELS})
+    return Budget(scope=scope, per=row["per"], dollars=row["dollars"], action=row["action"], spent=0.0)
 
 
 def _limit(dollars: object) -> float:

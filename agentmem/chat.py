@@ -17,11 +17,11 @@ from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
 from .cores import within
 from .engine import Engine
-from .errors import ConfigError, ProviderError, StoreError
+from .errors import ConfigError, InvalidInput, ProviderError, StoreError
 from .flow import Flow, Generate
 from .flows import embedded, note_embeddings, search
-from .plaintext.drafts import Draft, check_text
-from .plaintext.records import new_id
+from .plaintext.drafts import Draft, check_text, shown
+from .plaintext.records import check_k, new_id
 from .planning import Measured, Plan, measured
 from .provider import CachePlan, Generation, LoraRef, Options, Provider, RecalledLine, Request
 from .tokens import Calibration, request_tokens
@@ -30,7 +30,7 @@ from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
 if TYPE_CHECKING:
     from .activation.layouts import Layout
 
-__all__ = ["Conversation", "chat", "options_of", "prime"]
+__all__ = ["Conversation", "chat", "options_of", "prime", "warm_every"]
 
 _log = logging.getLogger("agentmem")
 
@@ -138,7 +138,7 @@ def chat(
     generation: Generation = yield Generate(provider, made.request)
     cache = _observe(engine, conversation, made.request, made.sent, generation)
     kept = yield from _stored(
-        engine, conversation, made, generation, cache, shown=shown_here, noted=noted, remember=remember
+        engine, conversation, made, generation, cache, in_prompt=shown_here, noted=noted, remember=remember
     )
     return Reply(
         text=generation.text,
@@ -217,7 +217,7 @@ def _stored(
     generation: Generation,
     cache: CacheUse,
     *,
-    shown: Sequence[str],
+    in_prompt: Sequence[str],
     noted: list[Usage],
     remember: bool,
 ) -> Flow[tuple[str, ...]]:
@@ -267,11 +267,16 @@ def _stored(
     return kept
 
 
-def prime(engine: Engine, conversation: Conversation, *, system: str | None = None) -> Flow[Usage]:
+def prime(
+    engine: Engine, conversation: Conversation, *, system: str | None = None, parallel: int | None = None
+) -> Flow[Usage]:
     """Prefill what the next turn of this conversation will begin with, so that its prefix is cached when it comes."""
+    if parallel is not None:
+        parallel = check_k(parallel, "parallel")
     provider = engine.chat_provider()
     if provider.capabilities.kv == "none":
         raise ConfigError(f"{provider.name} keeps no prefix: there is nothing to prime")
+    engine.ledger.check(conversation.session, provider.name)
     head = _system(engine, system)
     plan = conversation.plan(engine)
     layout = None
@@ -290,6 +295,8 @@ def prime(engine: Engine, conversation: Conversation, *, system: str | None = No
         turn=Message(role="user", content="."),  # every template and API wants a last message; it is never kept
     )
     sent = measured(engine, segments, ())
+    if parallel is not None and not planning.prewarm_pays(engine, sent, parallel):
+        return Usage()
     cache = _asked_of_host(engine, conversation, plan, sent)
     request = _request(engine, conversation, segments, options=Options(max_tokens=0), cache=cache)
     shown_here = _shown(engine, provider, segments)
@@ -301,8 +308,16 @@ def prime(engine: Engine, conversation: Conversation, *, system: str | None = No
         conversation.session,
         generation.usage,
         shown=shown_here,
+        here=provider.capabilities.holds_prefix_s is None,
     )
     return generation.usage
+
+
+def warm_every(engine: Engine, conversation: Conversation, idle_s: float) -> float | None:
+    """Seconds between primes that keep this conversation's prefix at its host through ``idle_s`` seconds."""
+    if isinstance(idle_s, bool) or not isinstance(idle_s, int | float) or not 0 <= idle_s < float("inf"):
+        raise InvalidInput(f"idle_s is {shown(idle_s)}: give seconds, 0 or more")
+    return planning.warm_every(engine, prompt.cost(conversation.prefix, engine.count), float(idle_s))
 
 
 def _shown(engine: Engine, provider: Provider, segments: Sequence[Segment]) -> list[str]:

@@ -308,7 +308,7 @@ def ask(
     if holds_s is not None:
         engine.ledger.note_shown(provider.name, ids, holds_s)
     generation: Generation = yield Generate(provider, request)
-    engine.ledger.note("extract", provider.name, scope, generation.usage)
+    engine.ledger.note("extract", provider.name, scope, generation.usage, here=holds_s is None)
     return generation
 
 

@@ -169,7 +169,7 @@ def train(
     with progress("learning") as moved:
         trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=moved)
     version = engine.registry.add(trained, scope=scope, gate=gate(tensors, trained, corpus))
-    engine.ledger.note("train", provider.name, scope, Usage(total_s=trained.seconds), size=version.bytes)
+    engine.ledger.note("train", provider.name, scope, Usage(total_s=trained.seconds), size=version.bytes, here=True)
     if activate and version.gate.passed:
         return engine.registry.activate(version, scope) or version
     return version

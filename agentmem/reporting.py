@@ -53,7 +53,7 @@ def report(engine: Engine, scope: Scope, *, since: Any = None, until: Any = None
         compared=tuple(compared),
         prefixes=tuple(accounts.prefixes() + _pages(engine, scope, accounts)),
         misses=tuple(accounts.misses()),
-        budgets=tuple(engine.ledger.budgets.applying(scope)),
+        budgets=tuple(engine.ledger.budgets.listed(scope)),
         bytes=held,
         storage_month=engine.ledger.costs.storing(sum(held.values())) if held else None,
         records=engine.records.count(scope),
@@ -70,13 +70,13 @@ def budget(
 
 
 def spent(engine: Engine, scope: Scope) -> Spent:
-    """What was spent in this scope and beneath it, and the budgets that it is under."""
+    """What was spent in this scope and beneath it, and the budgets that were set there."""
     budgets = engine.ledger.budgets
     return Spent(
         day=budgets.spent(scope, "day"),
         month=budgets.spent(scope, "month"),
         ever=budgets.spent(scope, "ever"),
-        budgets=budgets.applying(scope),
+        budgets=budgets.listed(scope),
     )
 
 

@@ -12,8 +12,11 @@ from genai_prices import Usage as Used
 from genai_prices import calc_price
 
 from agentmem import AsyncMemory, Memory
+from agentmem.activation.store import PageEntry
 from agentmem.errors import BudgetExceeded, ConfigError, InvalidInput
+from agentmem.provider import Capabilities
 from agentmem.testing import FakeClock, HostServer, ScriptedProvider
+from agentmem.types import Scope, Usage
 
 SYSTEM = "You help people to remember what they did, and to plan what they want to do. " * 150
 MODELS = ["anthropic:claude-sonnet-5-5", "openai:gpt-6-sol", "openai:gpt-4.1"]
@@ -140,3 +143,55 @@ def test_bad_costs_and_bad_spans_are_refused(clock: FakeClock) -> None:
                 mem.report(**bad)
         with pytest.raises(InvalidInput):
             mem.budget(-1)
+
+
+def test_a_budget_stops_priming_and_extracting_too(host: HostServer, clock: FakeClock) -> None:
+    with opened(host, MODELS[0], clock) as mem:
+        ana = mem.scope(user="ana", session="s")
+        ana.chat("I moved to Lisbon last week.")
+        mem.budget(0.0, per="ever")
+        sent = len(host.requests)
+        for spend in (ana.activation.prime, ana.plaintext.extract):
+            with pytest.raises(BudgetExceeded):
+                spend()
+        assert len(host.requests) == sent
+
+
+def test_pages_pay_by_the_seconds_that_they_spare(clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
+    provider = ScriptedProvider(["Hi."])
+    provider.capabilities = Capabilities(chat=True, kv="tensors")
+    keys = ["aa" * 16, "bb" * 16, "cc" * 16]
+    pages = [
+        PageEntry(
+            key=key,
+            parent=parent,
+            identity="00",
+            number=number,
+            tokens=256,
+            bytes=500_000_000,
+            codec="raw",
+            created=clock() - 86_400 * 365.2425 / 12,
+            used=clock(),
+            uses=uses,
+            pinned=False,
+            records=(),
+        )
+        for key, parent, number, uses in (
+            *((keys[0], "00" * 16, 0, 3), (keys[1], keys[0], 1, 1)),
+            (keys[2], "00" * 16, 0, 0),
+        )
+    ]
+    monkeypatch.setattr("agentmem.reporting.entries", lambda *_: pages)
+    with Memory(":memory:", model=provider, embedder="none", clock=clock, costs={"gb_month_price": 0.5}) as mem:
+        used = Usage(input_tokens=1000, first_token_s=2.0, total_s=3.0)
+        mem._engine.ledger.note("chat", provider.name, Scope(), used, here=True)
+        first, second = mem.report().prefixes
+    assert (first.name, first.tokens, first.read_tokens, first.unit) == (
+        "2 KV pages, aaaaaaaaaaaa",
+        512,
+        1024,
+        "seconds",
+    )
+    assert (first.cost, first.gained, first.money) == pytest.approx((1.024, 2.048, 0.5))
+    assert first.paid
+    assert not second.paid

@@ -136,6 +136,17 @@ def test_a_budget_is_replaced_and_removed(ledger: Ledger) -> None:
     assert ledger.budgets.applying(ANA) == []
 
 
+def test_a_handle_is_told_its_own_budgets_and_those_beneath_it(database: Database, clock: FakeClock) -> None:
+    ledger = Ledger(database, clock, day_budget=9.0)
+    session = Scope(user="ana", session="s")
+    for scope, dollars in ((Scope(), 5.0), (ANA, 2.0), (session, 1.0), (Scope(user="ben"), 3.0)):
+        ledger.budgets.set(scope, dollars)
+    spend(ledger, session, 0.5)
+    told = {scope: ledger.budgets.listed(scope) for scope in (Scope(), ANA, session)}
+    assert [[budget.dollars for budget in budgets] for budgets in told.values()] == [[9, 5, 3, 2, 1], [2, 1], [1]]
+    assert all(budget.spent == (0.0 if budget.scope.user == "ben" else 0.5) for budget in told[Scope()])
+
+
 @pytest.mark.parametrize(
     ("dollars", "words"),
     [
