@@ -62,6 +62,8 @@ class _State:
     #: Tokens of turns that are older than the first place.
     gone: int = 0
     core: int = 0
+    #: Index of the lifetime that the last prefix was believed to be written with.
+    life: int = 0
     #: What staying has cost beside the best other beginning, since the beginning last moved.
     carry: float = 0.0
     #: Per lifetime: gaps that it outlasted, gaps that it did not.
@@ -82,19 +84,20 @@ class _Choice:
 
     place: int
     core: int
-    later: float  # the last of the requests looked ahead at
-    total: float  # all of them
+    life: int
+    later: float  # one of the requests to come, once the prefix is cached
+    total: float  # all of them until the cache is cold
+    count: int
 
 
 @dataclass(frozen=True, slots=True)
 class _Prospect:
     """What the coming requests are expected to be like."""
 
-    write: float
     read: float
     least: int  # the host's minimum
     warm: bool  # the last request's prefix can still be read
-    ahead: int  # requests that follow before the cache is cold
+    lives: tuple[tuple[float, int], ...]  # per lifetime: price of writing, requests before the cache is cold
     growth: float  # tokens that each adds to the history
     recall: float  # tokens recalled for each if all earlier turns were out of sight
     sizes: tuple[int, ...]  # tokens of the history from each place on, and of none
@@ -133,14 +136,15 @@ class Layouts:
         choice, _, ahead = self._weigh(coming)
         places = self._state.places
         start = places[choice.place].id if choice.place < len(places) else None
-        return Layout(start, choice.core, self._keeps(coming, choice, ahead))
+        return Layout(start, choice.core, self._keeps(coming, choice, ahead), choice.life)
 
-    def done(self, turn: Turn, layout: Layout) -> None:
-        """This turn was sent as ``layout`` said, and answered."""
+    def done(self, turn: Turn, layout: Layout, *, held: int | None = None) -> None:
+        """This turn was sent as ``layout`` said, and answered. ``held`` as it was in `Coming`."""
         state = self._state
-        coming = Coming(turn.at, turn.session, turn.system, turn.message)
-        _, carry, ahead = self._weigh(coming)
+        coming = Coming(turn.at, turn.session, turn.system, turn.message, held=held)
+        choice, carry, ahead = self._weigh(coming)
         start = self._index(layout.start)
+        state.life = choice.life
         state.carry = carry if start == state.start else 0.0
         self._learn(turn, ahead.unseen(start))
         kept = sum(tokens for _, tokens in turn.recalled) if layout.keep else 0
@@ -210,33 +214,35 @@ class Layouts:
         return next((at for at, place in enumerate(places) if place.id == start), self._state.start)
 
     def _prospect(self, coming: Coming) -> _Prospect:
-        """What to expect, at the lifetime whose price is least for this history by the gaps that were seen."""
+        """What to expect, by the scope's own turns so far."""
         state, rules = self._state, self._rules
         sizes = [0]
         for place in reversed(state.places):
             sizes.append(sizes[-1] + place.tokens)
         sizes.reverse()
-        growth = max(state.growth or coming.message, 1.0)
-        held = coming.system + sizes[state.start]
-        gap = None if state.at is None else max(0.0, coming.at - state.at)
-        options = []
+        lives = []
         for lifetime, (stayed, lost) in zip(rules.lifetimes, state.gaps, strict=True):
             warm = (stayed + WARM_PRIOR) / (stayed + lost + WARM_PRIOR + COLD_PRIOR)
-            price = held * (warm * rules.read + (1 - warm) * lifetime.write) + growth * lifetime.write
-            there = gap is not None and gap <= lifetime.seconds
-            options.append((price, lifetime.write, there, min(MOST_AHEAD, round(warm / (1 - warm)))))
-        _, write, there, ahead = min(options)
+            lives.append((lifetime.write, 1 + min(MOST_AHEAD, round(warm / (1 - warm)))))
         return _Prospect(
-            write=write,
             read=rules.read,
             least=rules.minimum,
-            warm=there,
-            ahead=ahead,
-            growth=growth,
+            warm=self._warm(coming, sizes[state.start]),
+            lives=tuple(lives),
+            growth=max(state.growth or coming.message, 1.0),
             recall=(state.recalled + RECALL_PRIOR * RECALL_WEIGHT) / (state.out_of_sight + RECALL_WEIGHT),
             sizes=tuple(sizes),
             everything=state.gone + sizes[0],
         )
+
+    def _warm(self, coming: Coming, history: int) -> bool:
+        """Whether the last request's prefix, with its history or the most of it, can still be read."""
+        state = self._state
+        if state.at is None:
+            return False
+        if coming.held is not None and coming.system + state.core + history >= self._rules.minimum:
+            return coming.held > coming.system + state.core + 0.5 * (history - state.places[-1].tokens)
+        return coming.at - state.at <= self._rules.lifetimes[state.life].seconds
 
     # -- the decision ----------------------------------------------------------------------------------------------
 
@@ -249,19 +255,28 @@ class Layouts:
         """
         state = self._state
         ahead = self._prospect(coming)
-        choices = [
-            self._choice(coming, place, core, ahead)
+        options = [
+            (place, core, life)
             for place in self._allowed(coming, ahead)
             for core in self._cores(coming, place, ahead)
+            for life in range(len(ahead.lives))
         ]
-        best = min(choices, key=lambda choice: (choice.total, -choice.place))
-        stay = next((choice for choice in choices if choice.place == state.start and choice.core == state.core), None)
-        if stay is None or not ahead.warm:
+        cold = [self._choice(coming, *option, ahead, cold=True) for option in options]
+        anew = min(cold, key=lambda choice: (choice.total / choice.count, -choice.place))
+        if not ahead.warm:
+            return anew, 0.0, ahead
+        # Lifetimes end after different numbers of requests: each request counts less what it costs on the average.
+        usual = anew.total / anew.count
+        choices = [self._choice(coming, *option, ahead) for option in options]
+        best = min(choices, key=lambda choice: (choice.total - usual * choice.count, -choice.place))
+        staying = [choice for choice in choices if (choice.place, choice.core) == (state.start, state.core)]
+        if not staying:
             return best, 0.0, ahead
+        stay = min(staying, key=lambda choice: choice.total - usual * choice.count)
         saved = stay.later - best.later
         carry = max(0.0, state.carry + saved)
-        rebuild = best.total - stay.total + saved * (ahead.ahead + 1)
-        if best.total < stay.total and carry >= rebuild:
+        gain = (stay.total - usual * stay.count) - (best.total - usual * best.count)
+        if gain > 0 and carry >= saved * best.count - gain:
             return best, 0.0, ahead
         return stay, carry, ahead
 
@@ -294,19 +309,21 @@ class Layouts:
         missing = ahead.least - coming.system - ahead.sizes[place]
         return [0, missing] if 0 < missing <= self._core_tokens else [0]
 
-    def _choice(self, coming: Coming, place: int, core: int, ahead: _Prospect) -> _Choice:
+    def _choice(
+        self, coming: Coming, place: int, core: int, life: int, ahead: _Prospect, *, cold: bool = False
+    ) -> _Choice:
         state = self._state
         prefix = coming.system + core + ahead.sizes[place]
-        cached = 0
-        if ahead.warm:
-            head = coming.system + core * (core == state.core)
-            cached = head if head >= ahead.least else 0
-            if place == state.start < len(state.places) and core == state.core:
-                held = prefix - state.places[-1].tokens
-                cached = held if held >= ahead.least else cached
+        # The system part is written again after every long pause, wherever the history begins.
+        head = coming.system + core * (core == state.core)
+        cached = head if head >= ahead.least else 0
+        if not cold and place == state.start < len(state.places) and core == state.core:
+            held = prefix - state.places[-1].tokens
+            cached = held if held >= ahead.least else cached
         tail = ahead.recall * ahead.unseen(place)
-        later, total = _bills(prefix, cached, ahead)
-        return _Choice(place, core, later + tail, total + tail * (ahead.ahead + 1))
+        later, total = _bills(prefix, cached, ahead, life)
+        count = ahead.lives[life][1]
+        return _Choice(place, core, life, later + tail, total + tail * count, count)
 
     def _keeps(self, coming: Coming, choice: _Choice, ahead: _Prospect) -> bool:
         """Whether what was recalled should stay before its turn: written once and read again, against recalled anew."""
@@ -319,34 +336,35 @@ class Layouts:
         reply = max(0.0, ahead.growth - message)
         held = prefix if prefix >= ahead.least else 0
         dropped = prefix - held + tokens + message + again * tokens
-        dropped += _bills(prefix + message + reply, held, ahead)[1]
+        dropped += _bills(prefix + message + reply, held, ahead, choice.life)[1]
         ends = prefix + tokens + message
-        kept = ahead.write * (ends - held) if ends >= ahead.least else ends
-        kept += _bills(ends + reply, ends if ends >= ahead.least else 0, ahead)[1]
+        kept = ahead.lives[choice.life][0] * (ends - held) if ends >= ahead.least else ends
+        kept += _bills(ends + reply, ends if ends >= ahead.least else 0, ahead, choice.life)[1]
         return kept < dropped
 
 
-def _bills(prefix: float, cached: float, ahead: _Prospect) -> tuple[float, float]:
-    """What the coming requests pay for a prefix that grows: the last one, and all of them together.
+def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[float, float]:
+    """What the coming requests pay for their prefix: one once it is cached, and all of them together.
 
-    What is cached is read, the rest written; below the host's minimum all is paid in full.
+    What is cached is read, the rest written; below the host's minimum all is paid in full until the prefix has grown to
+    it. What reading the growth costs after that is left out: it is the same for all beginnings, and is what moving the
+    beginning later is for.
     """
-    read, write, growth, count = ahead.read, ahead.write, ahead.growth, ahead.ahead + 1
+    read, growth, (write, count) = ahead.read, ahead.growth, ahead.lives[life]
     short = min(count, math.ceil((ahead.least - prefix) / growth)) if prefix < ahead.least else 0
     total = short * prefix + growth * short * (short - 1) / 2
     if short == count:
-        return prefix + growth * (short - 1), total
+        return total / count, total
     reached = prefix + growth * short
-    first = read * cached + write * (reached - cached) if not short else write * reached
-    more = count - short - 1  # requests after the one that reaches the minimum
-    total += first + more * (read * reached + write * growth) + read * growth * more * (more - 1) / 2
-    return (read * (reached + growth * (more - 1)) + write * growth if more else first), total
+    later = read * reached + write * growth
+    first = write * reached if short else read * cached + write * (reached - cached)
+    return later, total + first + later * (count - short - 1)
 
 
 #: The fields of a state that are JSON as they are.
 _PLAIN = (
-    "at", "session", "start", "gone", "core", "carry", "gaps", "turns", "message", "growth", "recalled", "out_of_sight",
-    "seen", "repeated", "recent",
+    "at", "session", "start", "gone", "core", "life", "carry", "gaps", "turns", "message", "growth", "recalled",
+    "out_of_sight", "seen", "repeated", "recent",
 )  # fmt: skip
 
 

@@ -7,7 +7,7 @@ Full history, layers, memories before the history, no cache, no memory, and the 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Literal
 
 from ..cache_rules import CacheRules
@@ -123,16 +123,16 @@ def planned(
     numbers: dict[str, int] = {}
     kept: dict[str, int] = {}  # of a record, the turn before which it stands
     for number, turn in enumerate(turns):
-        coming = Coming(turn.at, turn.session, turn.system, turn.message)
+        coming = Coming(turn.at, turn.session, turn.system, turn.message, held=planner.held(turn.at))
         first = _first(layouts.choose(coming), numbers, number)
         here = {id_ for id_, place in kept.items() if place >= first}
         found = tuple(recall(number, first, here))
-        layout = layouts.choose(Coming(turn.at, turn.session, turn.system, turn.message, found))
+        layout = layouts.choose(replace(coming, recalled=found))
         blocks, levels = _request(turn, layout, history, first, found)
         cache_marks = planner.plan(levels, turn.at)
         yield Sent(cache.request(blocks, cache_marks, turn.at), first, found, frozenset(here))
         planner.done(levels, turn.at)
-        layouts.done(turn.model_copy(update={"recalled": found, "core": layout.core}), layout)
+        layouts.done(turn.model_copy(update={"recalled": found, "core": layout.core}), layout, held=coming.held)
         history.add(turn, found if layout.keep else ())
         numbers[turn.id] = number
         if layout.keep:
@@ -159,9 +159,9 @@ def _request(
     blocks += [*past, *memories, *_said(turn)]
     if not memories or layout.keep:
         size += sum(block.tokens for block in memories) + turn.message
-        levels.append(Level("history", first, size, len(blocks)))
+        levels.append(Level("history", first, size, len(blocks), layout.longest))
     elif past:
-        levels.append(Level("history", first, size, len(blocks) - 2))
+        levels.append(Level("history", first, size, len(blocks) - 2, layout.longest))
     return blocks, levels
 
 

@@ -32,13 +32,18 @@ class Turn(Value):
 
 @dataclass(frozen=True, slots=True)
 class Coming:
-    """A request that is about to be laid out. ``recalled`` is None while the search has not been made."""
+    """A request that is about to be laid out. ``recalled`` is None while the search has not been made.
+
+    ``held``: how many tokens of the last request's prefix the host still holds, as `MarkPlanner.held` knows it; None
+    where it doesn't, and the time that passed has to tell.
+    """
 
     at: float
     session: str
     system: int
     message: int
     recalled: tuple[tuple[str, int], ...] | None = None
+    held: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +52,11 @@ class Layout:
 
     ``start``: the id of the turn at which the verbatim history begins (None: nothing of earlier turns). ``core``: how
     many tokens of core block are wanted, 0 for none. ``keep``: what was recalled for this turn stays in the history,
-    before the turn.
+    before the turn. ``longest``: index of the longest of the host's lifetimes that the history is worth
+    (`marks.Level.longest`); after longer pauses it would begin anew.
     """
 
     start: str | None
     core: int = 0
     keep: bool = False
+    longest: int | None = None

@@ -27,7 +27,7 @@ from agentmem.plaintext.fusion import taken
 
 SYSTEMS = (1500, 200)
 #: Records and tokens recalled at most: for a turn that may ask, and for one that only tells.
-ASKS, TELLS = (10, 500), (3, 150)
+ASKS, TELLS = (6, 500), (3, 150)
 #: The baselines' core block.
 CORE = 1000
 
