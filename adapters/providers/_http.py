@@ -30,6 +30,7 @@ __all__ = [
     "is_host",
     "is_loopback",
     "read_settings",
+    "refused",
     "scrub",
     "sdk_failure",
     "whole",
@@ -279,9 +280,12 @@ def from_status(
     headers = headers or {}
     hint = {401: "check its key", 403: "the key may not do this", **(hints or {})}.get(status, "")
     message = f"{name} answered {status}: {str(detail)[:500]}" + (f" ({hint})" if hint else "")
+    request_id = request_id or headers.get("x-request-id") or headers.get("request-id")
     facts: dict[str, Any] = {"status": status, "request_id": request_id, "body": body}
     if 300 <= status < 400:
-        where = urlsplit(headers.get("location", "")).hostname or "another path"
+        where = "another path"
+        with contextlib.suppress(ValueError):
+            where = urlsplit(headers.get("location", "")).hostname or where
         message = f"{name} answered {status}, a redirect to {where}; none is followed: correct base_url"
     told, wait_s = headers.get("x-should-retry"), _retry_after(headers)
     if status == 429:
@@ -321,6 +325,16 @@ def sdk_failure(sdk: Any, error: Any, *, name: str, model: str, advice: str) -> 
         )
     if isinstance(error, sdk.APIError.__bases__[0]):  # the SDK refused by itself, before sending
         return Failure(ConfigError(f"{name}: {error}"))
+    return None
+
+
+def refused(error: BaseException | None) -> Any:
+    """The response with an error's status over which this exception was raised; None if there was none."""
+    while error is not None:
+        response = getattr(error, "response", None)
+        if getattr(response, "status_code", 0) >= 300:
+            return response
+        error = error.__context__
     return None
 
 

@@ -24,7 +24,7 @@ from agentmem.errors import AgentMemError, ConfigError, InvalidInput, ProviderEr
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
 
-from ._http import Clock, Failure, clean, connection_failed, guard, scrub
+from ._http import Clock, Failure, clean, connection_failed, from_status, guard, refused, scrub
 from ._single_flight import Flights
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ T = TypeVar("T")
 CLOSE_S = 2.0
 #: What the vendor's SDK or an adapter's parser may raise for a reply that is not what it should be.
 NONSENSE = (ArithmeticError, AssertionError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+#: Seconds before the second attempt where the host names none; each further pause is twice the last, up to the longest.
+FIRST_PAUSE_S, LONGEST_PAUSE_S = 0.5, 8.0
 #: Texts per embedding request: below every vendor's limit, and small enough to keep one request short.
 EMBED_BATCH = 128
 
@@ -126,7 +128,7 @@ class Remote(ABC):
         body = self._checked(request, stream=False)
         with self._flights.alone(request, clock):
             reply = self._sync(clock, lambda: self._chat(self._sync_client(), body))
-        return self._finished(request, clock, self._understood(lambda: self._parse(self._plain(reply))))
+        return self._finished(request, clock, self._parsed(reply))
 
     async def agenerate(self, request: Request) -> Generation:
         """`generate`, awaited."""
@@ -136,7 +138,7 @@ class Remote(ABC):
         body = self._checked(request, stream=False)
         async with self._flights.aalone(request, clock):
             reply = await self._async(clock, lambda: self._chat(self._async_client(), body))
-        return self._finished(request, clock, self._understood(lambda: self._parse(self._plain(reply))))
+        return self._finished(request, clock, self._parsed(reply))
 
     def stream(self, request: Request) -> Iterator[str | Generation]:
         """Pieces of text and, last, the `Generation`. Nothing is sent again once the first event has come."""
@@ -249,6 +251,10 @@ class Remote(ABC):
             raise ConfigError(f"{self.name} can't serve LoRA versions; deactivate them or use model='local'")
         if request.tools and not self.capabilities.tools:
             raise ConfigError(f"{self.name} takes no tools")
+        if request.options.schema is not None and not self.capabilities.schemas:
+            raise ConfigError(f"{self.name} can't answer by a schema")
+        if not self.capabilities.images and any(m.images for s in request.segments for m in s.messages):
+            raise ConfigError(f"{self.name} reads no images")
         if not any(segment.messages for segment in request.segments):
             raise InvalidInput("the request has no message")
         body = self._build(request, stream=stream)
@@ -271,8 +277,11 @@ class Remote(ABC):
             generation = replace(generation, text="", tool_calls=(), finish_reason="length")
         return clock.stamp(_counted(request, generation))
 
+    def _parsed(self, reply: Any) -> Generation:
+        return self._understood(lambda: _sound(self._parse(self._plain(reply))))
+
     def _piece(self, reader: Reader, event: Any, clock: Clock) -> str:
-        piece = self._understood(lambda: reader.add(self._plain(event)))
+        piece = self._understood(lambda: _text(reader.add(self._plain(event))))
         if piece:
             clock.piece()
         return piece
@@ -281,7 +290,7 @@ class Remote(ABC):
         generation = self._understood(reader.end)
         if generation is None:
             raise Unavailable(f"{self.name} ended its stream before its last event")
-        return generation
+        return self._understood(lambda: _sound(generation))
 
     def _batches(self, texts: Sequence[str]) -> Iterator[list[str]]:
         if not self.capabilities.embeds:
@@ -321,7 +330,7 @@ class Remote(ABC):
         failure = self._failure(error, clock)
         wait = failure.wait_s
         if wait is None:
-            wait = min(8.0, 0.5 * 2**attempt) * random.uniform(0.75, 1.0)  # noqa: S311 - spreads clients out
+            wait = min(LONGEST_PAUSE_S, FIRST_PAUSE_S * 2**attempt) * random.uniform(0.75, 1.0)  # noqa: S311 - spreads clients out
         tries = self._max_retries if retries is None else retries
         if not failure.again or attempt >= tries or wait >= clock.left():
             raise failure.error from error
@@ -332,7 +341,7 @@ class Remote(ABC):
             return Failure(Unavailable(f"{self.name} did not finish within timeout_s={self._timeout_s:g}"))
         if isinstance(error, UnicodeEncodeError):
             return Failure(InvalidInput(f"a text can't be encoded as UTF-8: {error}"))
-        if (failure := self._map(error)) is not None:
+        if (failure := self._mapped(error)) is not None:
             failure.error.args = clean(failure.error.args, self._secrets)
             if isinstance(failure.error, ProviderError):
                 failure.error.body = clean(failure.error.body, self._secrets)
@@ -342,6 +351,14 @@ class Remote(ABC):
         if isinstance(error, OSError):
             return connection_failed(self.name, error, self.advice)
         raise error
+
+    def _mapped(self, error: Exception) -> Failure | None:
+        with contextlib.suppress(*NONSENSE):
+            if (failure := self._map(error)) is not None:
+                return failure
+        if (response := refused(error)) is not None:  # the SDK, or the mapping, failed over an error's body
+            return from_status(self.name, response.status_code, response.reason_phrase, headers=response.headers)
+        return None
 
     def _sync_client(self) -> Any:
         with self._lock:
@@ -398,6 +415,20 @@ def _counted(request: Request, generation: Generation) -> Generation:
     counter = counter_for("")
     tokens = sum(counter.count(m.content) + 4 for segment in request.segments for m in segment.messages)
     return replace(generation, usage=generation.usage.model_copy(update={"input_tokens": tokens}))
+
+
+def _text(piece: Any) -> str:
+    if not isinstance(piece, str):
+        raise TypeError(f"a piece of text is of type {type(piece).__name__}")
+    return piece
+
+
+def _sound(generation: Generation) -> Generation:
+    """The generation, or TypeError where a text that was taken over from a reply is none."""
+    for text in (generation.text, generation.finish_reason, generation.miss, generation.id):
+        if not isinstance(text, str | None):
+            raise TypeError(f"a text is of type {type(text).__name__}")
+    return generation
 
 
 def _opened(source: Any) -> tuple[Any, Any]:

@@ -133,7 +133,7 @@ class Anthropic(Remote):
         return Reader()
 
     def _plain(self, thing: Any) -> Mapping[str, Any]:
-        plain: Mapping[str, Any] = thing.to_dict()
+        plain: Mapping[str, Any] = thing.to_dict(warnings=False)  # a field of the wrong type is the parser's to judge
         return plain
 
     def _map(self, error: Exception) -> Failure | None:

@@ -159,7 +159,7 @@ class OpenAI(Remote):
         return Reader(self._served)
 
     def _plain(self, thing: Any) -> Mapping[str, Any]:
-        plain: Mapping[str, Any] = thing.to_dict()
+        plain: Mapping[str, Any] = thing.to_dict(warnings=False)  # a field of the wrong type is the parser's to judge
         return plain
 
     def _embed(self, client: Any, texts: Sequence[str]) -> Any:
