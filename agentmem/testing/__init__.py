@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from .doubles import FakeClock, ScriptedProvider, chat_request
+from .fault_shapes import FAULTS, Fault
+from .faults import FaultServer
 from .hosts import HostRequest, HostServer
 from .suite import ProviderSuite
 
@@ -12,7 +14,10 @@ if TYPE_CHECKING:
     from ..plaintext.embed import HashEmbedder
 
 __all__ = [
+    "FAULTS",
     "FakeClock",
+    "Fault",
+    "FaultServer",
     "HashEmbedder",
     "HostRequest",
     "HostServer",
