@@ -362,8 +362,11 @@ class AsyncActivation:
         self._scope = scope
         self._conversation = conversation
 
-    async def prime(self, *, system: str | None = None) -> Usage:
-        return await arun(chats.prime(self._engine, self._conversation, system=system))
+    async def prime(self, *, system: str | None = None, parallel: int | None = None) -> Usage:
+        return await arun(chats.prime(self._engine, self._conversation, system=system, parallel=parallel))
+
+    async def warm_every(self, idle_s: float) -> float | None:
+        return await arun(local(chats.warm_every, self._engine, self._conversation, idle_s))
 
     async def entries(self) -> builtins.list[PageEntry]:
         return await arun(local(kinds.entries, self._engine, self._scope))

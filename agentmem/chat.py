@@ -258,7 +258,15 @@ def _stored(
                 model, request_tokens(made.request, engine.count), generation.usage.input_tokens
             )
             engine.ledger.note(
-                "chat", model, session, generation.usage, cache=cache, shown=shown, money=money, turn=facts, here=here
+                "chat",
+                model,
+                session,
+                generation.usage,
+                cache=cache,
+                shown=in_prompt,
+                money=money,
+                turn=facts,
+                here=here,
             )
     except StoreError as error:
         if new:

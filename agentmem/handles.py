@@ -85,9 +85,18 @@ class Activation:
         self._scope = scope
         self._conversation = conversation
 
-    def prime(self, *, system: str | None = None) -> Usage:
-        """Prefill what the next ``chat`` of this handle begins with (system, core, history), ahead of the turn."""
-        return run(chats.prime(self._engine, self._conversation, system=system))
+    def prime(self, *, system: str | None = None, parallel: int | None = None) -> Usage:
+        """Prefill what the next ``chat`` of this handle begins with (system, core, history), ahead of the turn.
+
+        With ``parallel``, the number of requests that will come at once, a host is asked only where that costs less
+        than letting each of them write the prefix; else nothing is sent.
+        """
+        return run(chats.prime(self._engine, self._conversation, system=system, parallel=parallel))
+
+    def warm_every(self, idle_s: float) -> float | None:
+        """In which steps of seconds `prime` would keep this handle's prefix at its host through ``idle_s`` seconds for
+        less than writing it anew; None where that does not pay, or the prefix stays anyway."""
+        return run(local(chats.warm_every, self._engine, self._conversation, idle_s))
 
     def entries(self) -> builtins.list[PageEntry]:
         """The pages made from this scope's records; on the root handle all of them."""

@@ -35,7 +35,9 @@ __all__ = [
     "keep",
     "measured",
     "planned",
+    "prewarm_pays",
     "sizes",
+    "warm_every",
     "with_kept",
 ]
 
@@ -209,6 +211,23 @@ def expected(engine: Engine, rules: CacheRules, request: Request, sent: Measured
         expected = engine.host.readable(sent.blocks, now)
         engine.host.request(sent.blocks, marks, now)
     return expected
+
+
+def prewarm_pays(engine: Engine, sent: Measured, parallel: int) -> bool:
+    """Whether filling the host's cache ahead costs less than so many requests, sent at once, that each write it; True
+    where nobody is paid for it."""
+    from .activation.marks import prewarm_pays as pays
+
+    rules = engine.cache_rules
+    return rules is None or pays(rules, sent.levels[-1].tokens if sent.levels else 0, 1.0, parallel)
+
+
+def warm_every(engine: Engine, tokens: int, idle_s: float) -> float | None:
+    """Seconds between primes that keep a prefix of so many tokens for less than writing it anew; None if none does."""
+    from .activation.marks import keep_warm
+
+    rules = engine.cache_rules
+    return None if rules is None else keep_warm(rules, idle_s, tokens)
 
 
 def sizes(engine: Engine, hits: Sequence[Hit]) -> tuple[tuple[str, int], ...]:

@@ -13,13 +13,15 @@ from typing import Any
 import pytest
 from genai_prices import Usage as Priced
 from genai_prices import calc_price
+from pydantic import BaseModel
 
-from agentmem import BudgetExceeded, Memory, Reply
+from agentmem import BudgetExceeded, ConfigError, InvalidInput, Memory, Reply
 from agentmem.testing import FakeClock, HostServer
 
 SYSTEM = " ".join(
     f"House rule {number}: be kind and brief, and never promise what is not known." for number in range(90)
 )
+PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
 #: Model, settings of its provider, how the host is dressed, what genai-prices calls it.
 MODELS = {
     "anthropic:claude-sonnet-5-5": ({}, "openai", ("anthropic", "claude-sonnet-5-5")),
@@ -158,3 +160,62 @@ def test_the_planner_can_be_left_out(hosted: Hosted, cache: str) -> None:
     marked = hosted.model in ("anthropic:claude-sonnet-5-5", "openai:gpt-6-sol")
     read = [reply.usage.cached_tokens > 1000 for reply in replies]
     assert read == ([False] * 4 if cache == "off" and marked else [False, True, True, True])
+
+
+def test_a_prefix_is_filled_ahead_only_where_it_pays(hosted: Hosted) -> None:
+    with hosted.open() as memory:
+        ana = memory.scope(user="ana")
+        hosted.talk(ana, 1)
+        marked = hosted.model.startswith("anthropic") or hosted.model.endswith("6-sol")
+        alone = ana.activation.prime(parallel=1)
+        many = ana.activation.prime(parallel=8)
+        assert alone.input_tokens == 0
+        assert (many.input_tokens > 1000) == marked
+        assert (ana.activation.warm_every(1200) is None) == (not hosted.model.startswith("anthropic"))
+
+
+def test_what_the_user_knows_of_a_host_counts(tmp_path: Path) -> None:
+    hosted = Hosted(tmp_path / "m", "anthropic:claude-sonnet-5-5")
+    with hosted.host, hosted.open(rules={"anthropic:claude-sonnet-5-5": {"minimum": 50_000}}) as memory:
+        replies = hosted.talk(memory, 3)
+    assert [reply.usage.written_tokens for reply in replies] == [0, 0, 0]
+    with pytest.raises(ConfigError, match="minimun"), hosted.open(rules={"anthropic:*": {"minimun": 1}}) as memory:
+        memory.chat("hello")
+
+
+def test_an_answer_by_a_schema_comes_parsed(hosted: Hosted) -> None:
+    class Snack(BaseModel):
+        name: str
+        kcal: int
+
+    hosted.host.reply = '{"name": "apple", "kcal": 52}'
+    with hosted.open() as memory:
+        if not memory._engine.chat_provider().capabilities.schemas:
+            with pytest.raises(ConfigError, match="schema"):
+                memory.chat("A snack, please.", schema=Snack)
+            return
+        reply = memory.chat("A snack, please.", schema=Snack)
+        assert reply.parsed == Snack(name="apple", kcal=52)
+        as_json = memory.chat("Another.", schema=Snack.model_json_schema())
+        assert as_json.parsed == {"name": "apple", "kcal": 52}
+        hosted.host.reply = "no JSON at all"
+        assert memory.chat("And now?", schema=Snack).parsed is None
+        with pytest.raises(InvalidInput):
+            memory.chat("x", schema=7)  # type: ignore[call-overload]
+
+
+def test_an_image_is_seen_in_its_turn_and_its_text_remembered(hosted: Hosted) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": "image_url", "image_url": {"url": PIXEL}}]
+    with hosted.open() as memory:
+        if not memory._engine.chat_provider().capabilities.images:
+            with pytest.raises(ConfigError, match="images"):
+                memory.chat({"role": "user", "content": parts})
+            return
+        memory.chat({"role": "user", "content": parts})
+        memory.chat("And what was it?")
+        assert [record.text for record in memory.list()][:1] == ["What is this?"]
+        with pytest.raises(InvalidInput):
+            memory.chat({"role": "user", "content": [{"type": "audio"}]})
+    first, second = (str(entry.body) for entry in hosted.host.requests)
+    assert PIXEL.split(",")[1] in first
+    assert PIXEL.split(",")[1] not in second
