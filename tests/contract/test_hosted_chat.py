@@ -21,7 +21,10 @@ from agentmem.testing import FakeClock, HostServer
 SYSTEM = " ".join(
     f"House rule {number}: be kind and brief, and never promise what is not known." for number in range(90)
 )
-PIXEL = "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAADUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+PIXEL = (
+    "data:image/png;base64,iVBORw0KGgoAAAANSUhEUgAAAAEAAAABCAYAAAAfFcSJAAAA"
+    "DUlEQVR42mNk+M9QDwADhgGAWjR9awAAAABJRU5ErkJggg=="
+)
 #: Model, settings of its provider, how the host is dressed, what genai-prices calls it.
 MODELS = {
     "anthropic:claude-sonnet-5-5": ({}, "openai", ("anthropic", "claude-sonnet-5-5")),
