@@ -69,6 +69,20 @@ class Asked:
         return any(said.role == "tool" for said in self.new)
 
     @property
+    def prefixes(self) -> list[int]:
+        """How many messages begin the next request too, as they stand: up to the last two turns of the user, which the
+        last request and this one have in common, and in a run of tools up to its last two answers."""
+        users = [at for at, said in enumerate(self.messages) if said.role == "user"]
+        found = users[-2:]
+        if self.in_tools:
+            calls = self.begins
+            while calls > 0 and self.messages[calls - 1].role == "assistant":
+                calls -= 1
+            found += [calls] if calls > self.turn + 1 else []
+            found.append(len(self.messages))
+        return [count for count in dict.fromkeys(found) if count]
+
+    @property
     def begins(self) -> int:
         """Where the new input begins in ``messages``: behind the model's last answer."""
         end = self.ends
@@ -100,7 +114,7 @@ class Ready:
     place: int | None = None
     behind: bool = False
     note: str = ""
-    hits: list[Hit] = field(default_factory=list)
+    hits: tuple[Hit, ...] = ()
     held: frozenset[str] = frozenset()
     uses: list[Usage] = field(default_factory=list)
     started: float = field(default_factory=time.perf_counter)
@@ -200,16 +214,14 @@ class Recollection:
         texts = self._texts(asked.messages)
         turns = self.engine.records.turns(self.session, limit=max(TURNS_READ, 2 * len(asked.messages)))
         ready.held |= {turn.id for turn in turns if turn.text in texts}
-        if place < asked.begins:  # the results of tools: the question stands as it stood when the tools were called
-            ready.block, ready.behind, hits = self._blocks.get(key) or ("", False, ())
-            ready.hits = list(hits)
-        else:
-            ready.hits = yield from self._likely(asked.messages[place].content, texts, ready)
-            ready.block = prompt.quote(map(prompt.shown, ready.hits)) if ready.hits else ""
+        # With the results of tools the question stands as it stood when the tools were called.
+        known = self._blocks.get(key) if place < asked.begins else None
+        if known is None:
+            hits = yield from self._likely(asked.messages[place].content, texts, ready)
             # Before a mark of the caller's, the block would be kept in the place of what the next request begins with.
-            ready.behind = asked.marked
-            if ready.block:
-                self._blocks.put(key, (ready.block, ready.behind, tuple(ready.hits)))
+            known = prompt.quote(map(prompt.shown, hits)) if hits else "", asked.marked, tuple(hits)
+            self._blocks.put(key, known)
+        ready.block, ready.behind, ready.hits = known
         ready.place = place if ready.block else None
 
     def _likely(self, query: str, texts: set[str], ready: Ready) -> Flow[list[Hit]]:
@@ -228,12 +240,12 @@ class Recollection:
                 engine, self.scope, query, k=k, noted=ready.uses, words_if_down=True, without=without
             )
             # What stands in the messages makes nothing else look less likely: it is searched again without it.
-            known = {hit.record.id for hit in found if hit.record.text in texts}
+            known = {hit.record.id for hit in found if _stands(hit.record.text, texts)}
             if not known:
                 break
             without |= known
             ready.held |= known
-        found = [hit for hit in found if hit.record.text not in texts]
+        found = [hit for hit in found if hit.record.id not in without]
         likely = found[: min(taken([hit.score for hit in found]), settings.recall_k)]
         fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), settings.recall_tokens, engine.count)}
         return [hit for hit in likely if hit.record.id in fitting]
@@ -336,23 +348,27 @@ class Recollection:
         return [] if self._again(asked, found) else found
 
     def _again(self, asked: Asked, said: Sequence[Draft]) -> bool:
-        """True if the session ends with this very input and an answer to it that the caller's messages don't hold:
+        """True if the session's last turn had this very input, and the caller's messages hold no such turn before it:
         the answer is asked for once more."""
         if not said:
             return False
-        newest = self.engine.records.turns(self.session, limit=len(said) + 8)
+        before = list(asked.messages[: asked.begins])
+        while before and before[-1].role == "assistant":
+            before.pop()
+        new = [(message.role, message.content) for message in asked.new]
+        if [(message.role, message.content) for message in before[-len(new) :]] == new:
+            return False
+        newest = self.engine.records.turns(self.session, limit=len(said) + TURNS_READ)
         answers = 0
         while answers < len(newest) and newest[answers].role == "assistant":
             answers += 1
-        before = newest[answers : answers + len(said)][::-1]
-        if [(turn.role, turn.text) for turn in before] != [(draft.role, draft.text) for draft in said]:
-            return False
-        last = asked.messages[asked.begins - 1] if asked.begins else None
-        return last is None or not any(_answers(turn.text, last) for turn in newest[:answers])
+        last = newest[answers : answers + len(said)][::-1]
+        return [(turn.role, turn.text) for turn in last] == [(draft.role, draft.text) for draft in said]
 
 
-def _answers(text: str, message: Message) -> bool:
-    return text in (message.content, prompt.calls_text(message.tool_calls))
+def _stands(text: str, texts: set[str]) -> bool:
+    """Whether the model reads this text anyway."""
+    return any(text in said for said in texts)
 
 
 def _digest(messages: Sequence[Message]) -> str:

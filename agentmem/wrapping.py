@@ -45,7 +45,7 @@ class Binding(Protocol):
 
 def wrap(
     client: C,
-    memory: str | os.PathLike[str] | Any = "./memory",
+    memory: str | os.PathLike[str] | ScopedMemory | AsyncScopedMemory = "./memory",
     *,
     tenant: str = NOT_GIVEN,
     user: str = NOT_GIVEN,
@@ -70,8 +70,10 @@ def wrap(
     raises `BudgetExceeded`. With ``cache`` prefixes are marked for the host's cache where it wants marks and the caller
     set none, and requests carry the scope's opaque routing key where the host takes one.
 
-    The copy has two attributes more: ``memory``, the handle, and ``scope(user=...)``, a copy for a scope beneath this
-    one, for servers with many users. Closing a copy closes its connections, and the memory if it was given as a folder.
+    The copy has two attributes more: ``memory``, the handle, and ``scope(user=..., session=...)``, a copy for a scope
+    beneath this one, for servers with many users. Of calls whose answer the caller reads from the wire itself
+    (``with_streaming_response``) no answer is remembered. Closing a copy closes its connections, and the memory if it
+    was given as a folder.
 
     Raises `InvalidInput` for what is no such client, and as `Memory` does.
     """

@@ -23,6 +23,8 @@ __all__ = ["bind"]
 
 #: Seconds for which an entry is held after its last use, with the marker's default lifetime of five minutes.
 HOLDS_S = 300.0
+#: Markers that one request may carry.
+MARKS = 4
 MARK = {"cache_control": {"type": "ephemeral"}}
 #: Parts that take no marker.
 UNMARKED = ("thinking", "redacted_thinking")
@@ -87,21 +89,19 @@ class Messages:
         if ready.note:
             system = _with_note([block for block in system if block.get("text")], ready.note)
         if memory.cache and not self._marks:
-            if system:
+            ends = dict.fromkeys(end for count in self.asked.prefixes if (end := self._end(count)) >= 0)
+            if system and len(ends) < MARKS:
                 system = [*system[:-1], {**system[-1], **MARK}]
-            for at in self._ends():
+            for at in list(ends)[-MARKS:]:
                 messages[at] = _ended(messages[at], MARK["cache_control"])
         if system:
             body["system"] = system
         return body
 
-    def _ends(self) -> list[int]:
-        """The messages whose end will stand as it is in the next request: that of the history, and in a run of tools
-        the last one."""
-        asked = self.asked
-        turn = self._places[asked.turn] if asked.messages else 0
-        ends = [turn - 1] if turn else []
-        return [*ends, len(self._messages) - 1] if asked.in_tools else ends
+    def _end(self, count: int) -> int:
+        """The message that ends this prefix; the one before where it ends between the results of tools and a text."""
+        within = count < len(self._places) and self._places[count] == self._places[count - 1]
+        return self._places[count - 1] - within
 
     def whole(self, payload: Mapping[str, Any]) -> Generation | None:
         """The answer, with the beginning that the caller wrote for it."""

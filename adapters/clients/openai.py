@@ -99,8 +99,10 @@ class Chat(_OpenAIRoute):
         if self._cached(body, memory):
             body["prompt_cache_options"] = {"mode": "explicit"}
             own = [self._head - 1] if self._head else []
-            for at in (*own, *(self._head + at for at in _ends(self.asked)))[-MARKS:]:
-                messages[at] = _ended(messages[at], "content", "text")
+            ends = [*own, *(self._head + at for at in _ends(self.asked))][-MARKS:]
+            for at, message in enumerate(messages):
+                if message["role"] != "assistant":
+                    messages[at] = _in_parts(message, "content", "text", marked=at in ends)
         if ready.note and not self._head:
             messages.insert(0, {"role": "system", "content": ready.note})
         if self._counts:
@@ -148,9 +150,11 @@ class Responses(_OpenAIRoute):
         # What the host holds it has with its blocks, so its own breakpoints find it again.
         if self._cached(body, memory) and not self._held and (ends := _ends(self.asked)):
             body["prompt_cache_options"] = {"mode": "explicit"}
-            for at in [self._places[end] for end in ends]:
-                part = "output" if items[at].get("type") == "function_call_output" else "content"
-                items[at] = _ended(items[at], part, "input_text")
+            marks = [self._places[end] for end in ends][-MARKS:]
+            for at in self._places:
+                if items[at].get("role") != "assistant" and items[at].get("type") != "function_call":
+                    part = "output" if items[at].get("type") == "function_call_output" else "content"
+                    items[at] = _in_parts(items[at], part, "input_text", marked=at in marks)
         return body
 
     def whole(self, payload: Mapping[str, Any]) -> Generation | None:
@@ -212,13 +216,10 @@ def _item_message(item: Mapping[str, Any]) -> Message | None:
 
 
 def _ends(asked: Asked) -> list[int]:
-    """The messages whose end will stand as it is in the next request, the last ones that can hold a breakpoint: two of
-    the history, so that the last request's end is found again, and in a run of tools two of that."""
-    found: list[int] = []
-    for first, end in ((0, asked.turn), (asked.turn, len(asked.messages) if asked.in_tools else 0)):
-        can = [at for at in range(first, end) if asked.messages[at].role != "assistant" and asked.messages[at].content]
-        found += can[-MARKS // 2 :]
-    return found
+    """The messages that end a prefix, or stand before its end: the model's own words hold no breakpoint."""
+    can = [at for at, said in enumerate(asked.messages) if said.role != "assistant" and said.content]
+    ends = [max((at for at in can if at < count), default=None) for count in asked.prefixes]
+    return [at for at in dict.fromkeys(ends) if at is not None]
 
 
 def _marked(messages: Sequence[Mapping[str, Any]], *names: str) -> bool:
@@ -236,11 +237,12 @@ def _parts(content: Any, kind: str) -> list[Any]:
     return [{"type": kind, "text": content}] if isinstance(content, str) else list(content or ())
 
 
-def _ended(message: Mapping[str, Any], name: str, kind: str) -> Json:
-    """The message with a breakpoint at its end."""
+def _in_parts(message: Mapping[str, Any], name: str, kind: str, *, marked: bool) -> Json:
+    """The message with its content as parts, as it is written with a breakpoint at its end and without."""
     parts = _parts(message.get(name), kind)
-    parts[-1] = {**parts[-1], **BREAKPOINT}
-    return {**message, name: parts}
+    if marked and parts:
+        parts[-1] = {**parts[-1], **BREAKPOINT}
+    return {**message, name: parts} if parts else dict(message)
 
 
 def _with_note(message: Mapping[str, Any], note: str, kind: str) -> Json:
