@@ -35,16 +35,18 @@ Json = dict[str, Any]
 
 
 def parse_reply(payload: Mapping[str, Any]) -> Generation:
-    """A message as a `Generation`. Raises KeyError or TypeError for what is no message."""
+    """A message as a `Generation`. Raises KeyError, TypeError or ValueError for what is no whole message."""
     blocks: list[Mapping[str, Any]] = list(payload["content"])
-    stopped = payload.get("stop_reason")
+    stopped = payload["stop_reason"]
+    if not isinstance(stopped, str):
+        raise ValueError("the message does not say why it ended")
     calls = [block for block in blocks if block["type"] == "tool_use"]
     text = "".join(block["text"] for block in blocks if block["type"] == "text")
     return Generation(
         text=text or _refusal(payload),
         usage=parse_usage(payload.get("usage") or {}),
         tool_calls=tuple(tool_call(block["id"], block["name"], block["input"]) for block in calls),
-        finish_reason=FINISH.get(stopped, stopped) if stopped else None,
+        finish_reason=FINISH.get(stopped, stopped),
         miss=_miss(payload),
         id=payload.get("id"),
         blocks=_to_give_back(blocks) if calls else (),

@@ -76,13 +76,16 @@ def test_a_refusal_says_why() -> None:
         {"content": [{"type": "text"}]},
         {"content": [{"type": "tool_use", "id": "a"}]},
         {"content": "text"},
-        {"content": [], "usage": [1]},
-        {"content": [], "diagnostics": [1]},
+        {"usage": [1]},
+        {"diagnostics": [1]},
+        {"stop_reason": None},
     ],
 )
 def test_what_is_no_message_is_an_error(payload: dict[str, Any]) -> None:
+    whole = {"content": [{"type": "text", "text": "Hi"}], "stop_reason": "end_turn", "usage": {}}
+    assert adapter.parse_reply(whole).text == "Hi"
     with pytest.raises((AttributeError, LookupError, TypeError, ValueError)):
-        adapter.parse_reply(payload)
+        adapter.parse_reply({**whole, **payload} if payload else {})
 
 
 def test_a_reply_with_a_call_and_a_miss_reason() -> None:
