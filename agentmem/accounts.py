@@ -13,7 +13,7 @@ from typing import Any
 
 from .activation.turns import Turn
 from .costs import input_price
-from .ledger import Ledger, beneath
+from .ledger import Ledger, beneath, read_turns
 from .provider import split_name
 from .report import Comparison, Kind, Line, Miss, Prefix, Share
 from .types import LEVELS, Scope
@@ -156,8 +156,10 @@ class Accounts:
             rules, token = self._ledger.rules(model), self._input_price(model)
             if rules is None or not rules.priced or token is None:
                 continue
-            before = self._before(model, whose, chats[0], rules.context_tokens)
-            turns = [Turn.model_validate_json(row["turn"]) for row in chats]
+            turns = read_turns(row["turn"] for row in chats)
+            if len(turns) < len(chats):  # money and turns would not be of the same requests
+                continue
+            before = self._before(model, whose, chats[0]["id"], turns[0], rules.context_tokens)
             bills, without = replay(rules, [before, *turns]), replay(rules, [before])
             uncached = sum(row["uncached_money"] for row in chats)
             answers = max(uncached - token * sum(row["input"] for row in chats), 0.0)
@@ -190,15 +192,14 @@ class Accounts:
         for (model, *whose), chats in groups.items():
             yield model, whose, chats[-AT_ONCE:]
 
-    def _before(self, model: str, whose: Sequence[str], first: Any, window: int | None) -> Turn:
-        """All that was said in a conversation before this request as one turn of another session, a day before."""
+    def _before(self, model: str, whose: Sequence[str], use: int, turn: Turn, window: int | None) -> Turn:
+        """All that was said in a conversation before this use, as one turn of another session, a day before."""
         said = "json_extract(turn, '$.message') + json_extract(turn, '$.reply')"
         [row] = self._query(
             f"SELECT COALESCE(SUM({said}), 0) FROM uses WHERE model = ? AND tenant = ? AND user = ? AND agent = ?"
             f" AND id < ? AND turn IS NOT NULL AND {self._where}",
-            (model, *whose, first["id"], *self._values),
+            (model, *whose, use, *self._values),
         )
-        turn = Turn.model_validate_json(first["turn"])
         room = max((window or 1_000_000) // 2 - turn.system, 0)
         return Turn(
             id="", at=turn.at - 86_400, session="", system=turn.system, core=0, message=min(row[0], room), reply=0

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import datetime as dt
 import json
-from collections.abc import Callable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .budgets import Budgets
@@ -20,7 +21,9 @@ from .types import CacheUse, Scope, Usage
 if TYPE_CHECKING:
     from .activation.turns import Turn
 
-__all__ = ["LISTED", "Ledger", "beneath"]
+__all__ = ["LISTED", "Ledger", "beneath", "read_turns"]
+
+_log = logging.getLogger("agentmem")
 
 #: Many values bound as one JSON list.
 LISTED = "SELECT value FROM json_each(?)"
@@ -107,14 +110,12 @@ class Ledger:
 
     def turns(self, scope: Scope, model: str, limit: int) -> list[Turn]:
         """What the newest ``limit`` requests of this scope and beneath to this model were made of, oldest first."""
-        from .activation.turns import Turn
-
         where, values = beneath(scope)
         rows = self.database.query(
             f"SELECT turn FROM uses WHERE {where} AND model = ? AND turn IS NOT NULL ORDER BY id DESC LIMIT ?",
             (*values, model, limit),
         )
-        return [Turn.model_validate_json(row["turn"]) for row in reversed(rows)]
+        return read_turns(row["turn"] for row in reversed(rows))
 
     def note_shown(self, model: str, records: Sequence[str], holds_s: float | None) -> None:
         """Write down that these records stand in a prompt, which a host may hold for ``holds_s`` seconds."""
@@ -145,6 +146,19 @@ class Ledger:
             "its logs as its contract says"
             for row in rows
         ]
+
+
+def read_turns(texts: Iterable[str]) -> list[Turn]:
+    """The turns that these texts of ``uses`` hold. One that can't be read is passed over: sums need none."""
+    from .activation.turns import Turn
+
+    turns = []
+    for text in texts:
+        try:
+            turns.append(Turn.model_validate_json(text))
+        except ValueError as error:
+            _log.warning("the turn of a use can't be read: %s", str(error).splitlines()[0])
+    return turns
 
 
 def beneath(scope: Scope, since: float | None = None, until: float | None = None) -> tuple[str, list[Any]]:

@@ -192,12 +192,17 @@ class Report(Value):
         return text
 
     def summary(self) -> list[str]:
-        """At most five sentences: what was spent and saved, against what, the caches, the misses, the budgets."""
+        """At most five lines: what was spent and saved, against what, the prefixes, the misses, the budgets."""
         told = []
+        spared = sum(line.saved_seconds or 0.0 for line in self.lines)
+        here = f"KV pages and slots spared this machine {spared:.1f} s of computing" if spared else ""
         if self.money is not None:
             unpriced = sum(line.unpriced for line in self.lines)
             note = f" ({unpriced} uses have no known price)" if unpriced else ""
-            told.append(f"spent {self.money:.4f} $, saved {self.saved_money or 0.0:.4f} $ by caches{note}")
+            saved = f"spent {self.money:.4f} $, saved {self.saved_money or 0.0:.4f} $ by caches{note}"
+            told.append(f"{saved}; {here}" if here else saved)
+        elif here:
+            told.append(here)
         if self.compared:
             requests = max(compared.requests for compared in self.compared)
             named = [compared for compared in self.compared if compared.policy in NAMED]

@@ -138,9 +138,14 @@ def test_bad_costs_and_bad_spans_are_refused(clock: FakeClock) -> None:
     with pytest.raises(ConfigError, match="kwh_price"):
         Memory(":memory:", embedder="none", costs={"watts": 5})
     with Memory(":memory:", embedder="none", clock=clock) as mem:
-        for bad in ({"since": "yesterday"}, {"until": 5}, {"since": "2026-02-01", "until": "2026-01-01"}):
+        bad: list[dict[str, Any]] = [
+            {"since": "yesterday"},
+            {"until": 5},
+            {"since": "2026-02-01", "until": "2026-01-01"},
+        ]
+        for span in bad:
             with pytest.raises(InvalidInput):
-                mem.report(**bad)
+                mem.report(**span)
         with pytest.raises(InvalidInput):
             mem.budget(-1)
 

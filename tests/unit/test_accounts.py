@@ -224,6 +224,17 @@ def test_full_history_counts_what_was_said_before_what_is_replayed(
     assert old["no memory"] == pytest.approx(young["no memory"], rel=0.2)
 
 
+def test_a_turn_that_cannot_be_read_spoils_no_sum(ledger: Ledger, database: Database, clock: FakeClock) -> None:
+    for number in range(3):
+        ledger.note("chat", HOSTED, ANA, Usage(input_tokens=2000), turn=turn(number, clock))
+    with database.write() as connection:
+        connection.execute("UPDATE uses SET turn = '{\"id\": 5}' WHERE id = 2")
+    assert [one.id for one in ledger.turns(ANA, HOSTED, 9)] == ["t0", "t2"]
+    accounts = Accounts(ledger, Scope())
+    assert accounts.compared() == []
+    assert accounts.lines()[0].uses == 3
+
+
 @pytest.mark.parametrize("model", [LOCAL, "openai:unheard-of"])
 def test_what_has_no_price_is_not_compared(ledger: Ledger, clock: FakeClock, model: str) -> None:
     ledger.note("chat", model, ANA, Usage(input_tokens=9, total_s=1.0), turn=turn(0, clock), here=True)

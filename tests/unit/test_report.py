@@ -1,4 +1,4 @@
-"""How a report looks: a table and five sentences as text, JSON, and a page that needs nothing from elsewhere."""
+"""How a report looks: a table and a few sentences as text, JSON, and a page that needs nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def report() -> Report:
     )
 
 
-def test_text_is_the_table_and_at_most_five_sentences(report: Report) -> None:
+def test_text_is_the_table_and_a_summary(report: Report) -> None:
     text = str(report)
     assert "anthropic:claude-sonnet-5-5" in text
     assert "2.0 KiB" in text
@@ -88,6 +88,14 @@ def test_text_is_the_table_and_at_most_five_sentences(report: Report) -> None:
     assert "with full history 0.5000 $" in text
     assert "5 expected cache hits did not come, 4 of them" in text
     assert report.cached_share == 0.9
+
+
+def test_seconds_that_were_spared_are_told(report: Report) -> None:
+    local = line("local:small", spent=None, saved=None).model_copy(update={"saved_seconds": 12.34})
+    for lines in ([local], [local, line()]):
+        told = report.model_copy(update={"lines": lines})
+        assert "spared this machine 12.3 s" in str(told)
+        assert len(told.summary()) <= 5
 
 
 def test_an_empty_report_is_only_its_table() -> None:
