@@ -7,21 +7,14 @@ and size; no text, no clock, no provider.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from ..cache_rules import CacheRules
 from ..errors import InvalidInput
-
-if TYPE_CHECKING:
-    import numpy as np
-    import numpy.typing as npt
-
-    Floats = npt.NDArray[np.float64]
-    Indices = npt.NDArray[np.intp]
+from .keeping import GOING_ON, keeping
 
 __all__ = ["Level", "MarkPlanner", "keep_warm", "prewarm_pays"]
 
@@ -33,13 +26,11 @@ NAMES = ("system", "core", "history")
 GAPS_BEFORE = 1.0
 DEPTHS_BEFORE = (0.05, 0.1, 0.25, 1.6)
 #: How far the depths after gaps of one length are drawn to those after all gaps, in requests.
-DRAWN = 4.0
-#: What a request counts after the next one: about the last hundred decide.
+DRAWN = 1.0
+#: What a request counts once another of its kind was seen: about the last hundred decide.
 FADING = 0.99
-#: The chance that another request follows, for the worth of what is kept.
-GOING_ON = 0.97
 #: No account of requests ends above this times what never or always caching would have cost; see `MarkPlanner`.
-BOUND = 1.45
+BOUND = 1.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,6 +45,9 @@ class Level:
     key: Hashable
     tokens: int
     blocks: int
+    #: Index of the longest lifetime that is worth its price here, where the caller knows better than the gaps tell: a
+    #: history that begins anew after every pause is not kept beyond it.
+    longest: int | None = None
 
 
 class Entry(NamedTuple):
@@ -94,7 +88,9 @@ class MarkPlanner:
     def __init__(self, rules: CacheRules, *, state: Mapping[str, Any] | None = None) -> None:
         self.rules = rules
         self._buckets = len(rules.lifetimes) + 1
-        self._counts = [[0.0] * 4 for _ in range(self._buckets)]
+        #: How often a gap of each bucket was seen, and what stayed the same after it (last of a row: all).
+        self._gaps = [0.0] * self._buckets
+        self._depths = [[0.0] * 4 for _ in range(self._buckets)]
         self._growth = 0.0
         self._last: tuple[float, list[Level]] | None = None
         self._ours: list[Entry] = []
@@ -116,16 +112,27 @@ class MarkPlanner:
         return list(self._choice(levels, at)[0].marks)
 
     def done(self, levels: Sequence[Level], at: float) -> None:
-        """This request was sent with the marks of `plan`: learn from it."""
+        """This request was sent: learn from it. Where `plan` was the last call, with the same levels, its marks and its
+        time count."""
+        planned = self._planned
+        if planned is not None and planned[0] == tuple(levels):
+            at = planned[1]  # a lifetime counts from when the request was sent
         ours, always = self._choice(levels, at)
         self._planned = None
         if not self.rules.marked:
             return
-        self._counts, self._growth = self._observed(levels, at)
+        self._gaps, self._depths, self._growth = self._observed(levels, at)
         self._last = (at, list(levels))
         self._ours, self._always = ours.entries, always.entries
         never = float(levels[-1].tokens) if levels else 0.0
         self._account = [a + b for a, b in zip(self._account, (ours.cost, always.cost, never), strict=True)]
+
+    def held(self, at: float) -> int | None:
+        """Tokens of the last request's prefix that the host still holds, as far as is known; None where it takes no
+        marks or was sent nothing yet."""
+        if self._last is None:
+            return None
+        return max((entry.tokens for entry in self._kept(self._ours, self._last[1], at)), default=0)
 
     def restart(self) -> None:
         """The host's cache is empty and a new account begins; what was learnt of the gaps stays."""
@@ -136,7 +143,8 @@ class MarkPlanner:
         """All that was learnt and is held, JSON-able, about a kilobyte."""
         last = None if self._last is None else [self._last[0], [[*_told(level)] for level in self._last[1]]]
         return {
-            "counts": [[round(count, 4) for count in row] for row in self._counts],
+            "gaps": [round(count, 4) for count in self._gaps],
+            "depths": [[round(count, 4) for count in row] for row in self._depths],
             "growth": round(self._growth, 2),
             "last": last,
             "ours": [list(entry) for entry in self._ours],
@@ -146,10 +154,11 @@ class MarkPlanner:
 
     def _restore(self, state: Mapping[str, Any]) -> None:
         try:
-            counts = [[float(count) for count in row] for row in state["counts"]]
-            if [len(row) for row in counts] != [4] * self._buckets or not all(
-                0 <= count < math.inf for row in counts for count in row
-            ):
+            gaps = [float(count) for count in state["gaps"]]
+            depths = [[float(count) for count in row] for row in state["depths"]]
+            if [len(row) for row in depths] != [4] * self._buckets or len(gaps) != self._buckets:
+                return
+            if not all(0 <= count < math.inf for row in (gaps, *depths) for count in row):
                 return
             growth = float(state["growth"])
             ours, always = ([_entry(values) for values in state[name]] for name in ("ours", "always"))
@@ -160,15 +169,15 @@ class MarkPlanner:
                 return
         except (KeyError, TypeError, ValueError):
             return
-        self._counts, self._growth, self._account = counts, growth, account
+        self._gaps, self._depths, self._growth, self._account = gaps, depths, growth, account
         self._ours, self._always, self._last = ours, always, told
 
     # What was seen.
 
-    def _observed(self, levels: Sequence[Level], at: float) -> tuple[list[list[float]], float]:
-        """The counts and the history's growth with the gap before this request."""
+    def _observed(self, levels: Sequence[Level], at: float) -> tuple[list[float], list[list[float]], float]:
+        """Gaps, depths and the history's growth, with the gap before this request and what stayed the same."""
         if self._last is None:
-            return self._counts, self._growth
+            return self._gaps, self._depths, self._growth
         before, known = self._last
         bucket = sum(at - before >= life.seconds for life in self.rules.lifetimes)
         now = {level.name: level for level in levels}
@@ -181,22 +190,23 @@ class MarkPlanner:
         if depth == len(NAMES) and known and levels:
             grown = levels[-1].tokens - known[-1].tokens
             growth = float(grown) if not growth else 0.8 * growth + 0.2 * grown
-        counts = [[count * FADING for count in row] for row in self._counts]
-        counts[bucket][depth] += 1.0
-        return counts, growth
+        gaps = [count * FADING for count in self._gaps]
+        gaps[bucket] += 1.0
+        # What stays after a rare gap is remembered as long as after a common one.
+        depths = [[*row] for row in self._depths]
+        depths[bucket] = [count * FADING for count in depths[bucket]]
+        depths[bucket][depth] += 1.0
+        return gaps, depths, growth
 
-    def _chances(self, counts: Sequence[Sequence[float]]) -> list[float]:
+    def _chances(self, gaps: Sequence[float], depths: Sequence[Sequence[float]]) -> list[float]:
         """The chance of each cell (gap's bucket, depth that stays), bucket by bucket."""
-        rows = [sum(row) for row in counts]
-        columns = [sum(row[depth] for row in counts) for depth in range(4)]
-        seen = sum(rows)
-        prior = sum(DEPTHS_BEFORE)
-        overall = [(columns[d] + DEPTHS_BEFORE[d]) / (seen + prior) for d in range(4)]
-        weights = _gaps_before(self._buckets)
+        columns = [sum(row[depth] for row in depths) for depth in range(4)]
+        overall = [(a + b) / (sum(columns) + sum(DEPTHS_BEFORE)) for a, b in zip(columns, DEPTHS_BEFORE, strict=True)]
+        weights = [GAPS_BEFORE, *[GAPS_BEFORE / 2] * (self._buckets - 1)]  # short gaps are the likeliest
         found: list[float] = []
-        for row, total, weight in zip(counts, rows, weights, strict=True):
-            gap = (total + weight) / (seen + sum(weights))
-            found.extend(gap * (row[d] + DRAWN * overall[d]) / (total + DRAWN) for d in range(4))
+        for seen, row, weight in zip(gaps, depths, weights, strict=True):
+            gap = (seen + weight) / (sum(gaps) + sum(weights))
+            found.extend(gap * (row[d] + DRAWN * overall[d]) / (sum(row) + DRAWN) for d in range(4))
         return found
 
     # What to do.
@@ -213,6 +223,11 @@ class MarkPlanner:
         shelf = self._kept(self._ours, levels, at)
         always = self._marked(levels, self._kept(self._always, levels, at), [0, 0, 0], at)
         wanted = self._best(levels, shelf, at)
+        for level in levels:
+            index = NAMES.index(level.name)
+            life = wanted[index]
+            if level.longest is not None and life is not None:
+                wanted[index] = min(life, level.longest)
         ours = self._marked(levels, shelf, wanted, at)
         if not self._within(ours, always, levels):
             ours = self._marked(levels, shelf, [0, 0, 0], at)
@@ -262,7 +277,7 @@ class MarkPlanner:
         return Choice(self._chosen(marks, made, alive), _thinned(entries), cost)
 
     def _chosen(self, marks: Mapping[int, int], made: Sequence[int], alive: Sequence[Entry]) -> list[tuple[int, int]]:
-        """At most as many marks as the host takes: the new ones, the longest entry that is read, then from the front."""
+        """As many marks as the host takes: the new ones, the longest entry that is read, then from the front."""
         deepest = max((entry.blocks for entry in alive), default=0)
         order = [*reversed(made), deepest, *sorted(marks)]
         kept = [blocks for blocks in dict.fromkeys(order) if blocks in marks][: self.rules.marks]
@@ -287,8 +302,7 @@ class MarkPlanner:
 
     def _best(self, levels: Sequence[Level], alive: Sequence[Entry], at: float) -> list[int | None]:
         """The lifetime that each level is best marked for now; None where it is not."""
-        counts, growth = self._observed(levels, at)
-        game = _game(len(self.rules.lifetimes))
+        gaps, depths, growth = self._observed(levels, at)
         tokens = {level.name: level.tokens for level in levels}
         ends = [0, 0, 0]
         done = 0
@@ -304,171 +318,10 @@ class MarkPlanner:
             end >= self.rules.minimum and (index == 2 or name in tokens)
             for index, (name, end) in enumerate(zip(NAMES, ends, strict=True))
         ]
-        return game.solve(held, parts, valid, self._chances(counts), self.rules)
-
-
-class Game:
-    """The states and moves of the decision process for a number of lifetimes; the same for all hosts that have so many.
-
-    A state says for how long each level is kept: 0 not, else the lifetime's index + 1. Those behind never have a longer
-    one. In the second half of the states the history has just begun anew, and is nothing worth keeping.
-    """
-
-    def __init__(self, lifetimes: int) -> None:
-        import numpy as np
-
-        self.lifetimes = lifetimes
-        held = [
-            (s, c, h)
-            for s in range(lifetimes + 1)
-            for c in range(lifetimes + 1)
-            for h in range(lifetimes + 1)
-            if _falling((s, c, h))
-        ]
-        self.states = [(state, True) for state in held] + [(state, False) for state in held if not state[2]]
-        index = {state: number for number, state in enumerate(self.states)}
-        self.index = index
-        moves: list[tuple[int, int, tuple[int, int, int, int]]] = []
-        for number, (state, grown) in enumerate(self.states):
-            for result, prices in _moves(state, lifetimes):
-                if grown or not result[2]:
-                    moves.append((number, index[result, grown], prices))
-        self.begin: Indices = np.array([move[0] for move in moves])
-        self.end: Indices = np.array([move[1] for move in moves])
-        #: Per move and part of the prompt: 0 read, 1 in full, 2 + i written for lifetime i.
-        self.prices: Indices = np.array([move[2] for move in moves])
-        self.first: Indices = np.flatnonzero(np.r_[True, self.begin[1:] != self.begin[:-1]])
-        self.count: Indices = np.diff(np.r_[self.first, len(moves)])
-        self.writes = np.array([[wrote > 1 for wrote in self._written(move)] for move in moves])
-        #: Per move, the lifetime of a history that is read and whose newest piece is not written; -1 for other moves.
-        self.keeps: Indices = np.array([self._keeps(move) for move in moves])
-        following = [
-            [index[_after(state, grown, bucket, depth)] for bucket in range(lifetimes + 1) for depth in range(4)]
-            for state, grown in self.states
-        ]
-        self.following: Indices = np.array(following)
-        grown_part = np.array([[1.0, 1.0, float(grown), float(grown)] for _, grown in self.states])
-        self.sizes: Floats = grown_part[self.begin]
-
-    def _written(self, move: tuple[int, int, tuple[int, int, int, int]]) -> tuple[int, int, int]:
-        """Per level, 2 where this move makes an entry for it, else 0."""
-        before, after = self.states[move[0]][0], self.states[move[1]][0]
-        wrote = [2 * (a != b) for a, b in zip(before, after, strict=True)]
-        if move[2][3] > 1:
-            wrote[2] = 2
-        return wrote[0], wrote[1], wrote[2]
-
-    def _keeps(self, move: tuple[int, int, tuple[int, int, int, int]]) -> int:
-        state, grown = self.states[move[0]]
-        return state[2] - 1 if state[2] and grown and move[2][3] == 1 else -1
-
-    def solve(
-        self,
-        held: Sequence[int],
-        parts: Sequence[float],
-        valid: Sequence[bool],
-        chances: Sequence[float],
-        rules: CacheRules,
-    ) -> list[int | None]:
-        """The best move from ``held``: for each level the lifetime to mark it for, None for no new mark."""
-        import numpy as np
-
-        price = np.array([rules.read, 1.0, *(life.write for life in rules.lifetimes)])
-        cost = (price[self.prices] * self.sizes * np.array(parts)).sum(axis=1)
-        cost[(self.writes & ~np.array(valid)).any(axis=1)] = np.inf
-        # What is not written of a history that is read will have to be paid again at the next request that reads it.
-        again = np.cumsum(np.array(chances).reshape(-1, 4)[:-1, 3])
-        for life, lifetime in enumerate(rules.lifetimes):
-            cost[self.keeps == life] += parts[3] * GOING_ON * again[life] * (lifetime.write - rules.read)
-        number = len(self.states)
-        chance = np.zeros((number, number))
-        np.add.at(chance, (np.arange(number)[:, None], self.following), np.array(chances))
-        move = self._cheapest(cost)
-        for _ in range(20):
-            after = self.end[move]
-            worth = np.linalg.solve(np.eye(number) - GOING_ON * chance[after], cost[move])
-            better = self._cheapest(cost + GOING_ON * (chance @ worth)[self.end])
-            if (better == move).all():
-                break
-            move = better
-        state = self.index[self._plain(held), True]
-        chosen = move[state]
-        result, wrote = self.states[self.end[chosen]][0], self.writes[chosen]
-        return [result[level] - 1 if wrote[level] else None for level in range(3)]
-
-    def _plain(self, held: Sequence[int]) -> tuple[int, int, int]:
-        """What is held, as a state: a longer lifetime behind a shorter one counts as the shorter."""
-        least, found = self.lifetimes, []
-        for life in held:
-            least = min(least, life) if life else least
-            found.append(least if life else 0)
-        return found[0], found[1], found[2]
-
-    def _cheapest(self, cost: Floats) -> Indices:
-        """The cheapest move of each state; of equal ones the first."""
-        import numpy as np
-
-        least = np.minimum.reduceat(cost, self.first)
-        hit = np.flatnonzero(cost <= np.repeat(least, self.count))
-        return hit[np.searchsorted(hit, self.first)]
-
-
-@functools.lru_cache(maxsize=4)
-def _game(lifetimes: int) -> Game:
-    return Game(lifetimes)
-
-
-def _falling(lives: Sequence[int]) -> bool:
-    kept = [life for life in lives if life]
-    return all(a >= b for a, b in zip(kept, kept[1:], strict=False))
-
-
-def _moves(state: tuple[int, int, int], lifetimes: int) -> list[tuple[tuple[int, int, int], tuple[int, int, int, int]]]:
-    """What can be done where ``state`` is readable: the state that comes of it, and how each part is paid.
-
-    Parts: system, core, the history but its newest piece, and that. What lies in front of the longest entry is read and
-    can't be marked for another time; what lies behind may be marked, the parts in between being paid with the next mark.
-    """
-    depth = max((level + 1 for level in range(3) if state[level]), default=0)
-    least = min((life for life in state if life), default=lifetimes)
-    found: list[tuple[tuple[int, int, int], tuple[int, int, int, int]]] = []
-    if depth == 3:
-        found.append((state, (0, 0, 0, 1)))
-        for life in range(1, least + 1):
-            found.append(((state[0], state[1], life), (0, 0, 0, 1 + life)))
-        return found
-    options = [[state[level]] if level < depth else list(range(least + 1)) for level in range(3)]
-    for s in options[0]:
-        for c in options[1]:
-            for h in options[2]:
-                result = (s, c, h)
-                if not _falling(result):
-                    continue
-                paid = [1, 1, 1, 1]
-                price = 1
-                for part in (3, 2, 1, 0):
-                    level = min(part, 2)
-                    if level < depth:
-                        paid[part] = 0
-                        continue
-                    if result[level] and part != 3:
-                        price = 1 + result[level]
-                    elif part == 3 and result[2]:
-                        price = 1 + result[2]
-                    paid[part] = price
-                found.append((result, (paid[0], paid[1], paid[2], paid[3])))
-    return found
-
-
-def _after(state: tuple[int, int, int], grown: bool, bucket: int, depth: int) -> tuple[tuple[int, int, int], bool]:
-    """What is left of a state after a gap of this bucket, where only the first ``depth`` levels stayed the same."""
-    left = tuple(life if life > bucket and level < depth else 0 for level, life in enumerate(state))
-    return (left[0], left[1], left[2]), grown and depth != 2
-
-
-def _gaps_before(buckets: int) -> list[float]:
-    """The prior of the gap: shortest most likely."""
-    return [GAPS_BEFORE, *[GAPS_BEFORE / 2] * (buckets - 1)]
+        chances = self._chances(gaps, depths)
+        same = GOING_ON * (1.0 - sum(chances[2::4]))
+        later = [*parts[:2], parts[2] + newest + max(growth, 1.0) * same / (1.0 - same), max(growth, 1.0)]
+        return keeping(len(self.rules.lifetimes)).solve(held, parts, later, valid, chances, self.rules)
 
 
 def _thinned(entries: Sequence[Entry]) -> list[Entry]:

@@ -17,6 +17,10 @@ and begins a new history with 0, 0.03 or 0.15: drawn for each trace, each with t
 "cold": a planner that has seen nothing. "ledger": it has seen 60 requests of the same kind before, and the cache is
 empty again. The planner was tuned on seed 1; seeds 7 and up were never used for that.
 
+Recorded conversations: the four of ../shared/data/locomo as requests (cache_traces.py), laid out in one fixed way: a
+core of 1,000 tokens that is new in each session, the session's history, 400 recalled tokens and the message; "days" as
+recorded, "busy" with the sessions twenty minutes apart.
+
 Oracle: dynamic programming over what is marked for how long at the ends of system, core and history, knowing all gaps
 and edits. As the planner, it never puts a longer lifetime behind a live shorter one (no rule says that the host keeps
 the part in front for longer then), and may leave the newest part of the history unmarked.
@@ -25,21 +29,21 @@ the part in front for longer then), and may leave the newest part of the history
 from __future__ import annotations
 
 import argparse
-import datetime as dt
 import json
 import math
 import random
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cache_traces import Trace as Talk
+from cache_traces import locomo
 
 from agentmem.activation.cache_model import Block, PromptCache
 from agentmem.activation.marks import Level, MarkPlanner
 from agentmem.cache_rules import CacheRules, rules_for
 
-ROOT = Path(__file__).parents[2]
-LOCOMO = ROOT.parent / "shared" / "data" / "locomo" / "locomo_dev.json"
 RESULTS = Path(__file__).parent / "results" / "cache_oracle.json"
 
 #: Price classes, by a model that has them.
@@ -51,6 +55,8 @@ CLASSES = {
 }
 
 DAY = 86_400.0
+#: Of the recorded conversations: tokens of the system part, the core, and what is recalled for a turn.
+SYSTEMS, CORE, RECALLED = (200, 1500, 3000), 1000, 400
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +120,8 @@ def random_trace(chance: random.Random, before: int) -> tuple[Trace, Trace]:
     core = 0 if chance.random() < 0.25 else core
     growth, tail = spread(chance, 50, 800), round(spread(chance, 50, 1000))
     edits = chance.choice([0.0, 0.01]), chance.choice([0.0, 0.02, 0.1]), chance.choice([0.0, 0.03, 0.15])
-    at, versions, turns = 0.0, [0, 0, 0], ()
+    at, versions = 0.0, [0, 0, 0]
+    turns: tuple[int, ...] = ()
     made: Trace = []
     for _ in range(before + length):
         at += gap()
@@ -220,7 +227,7 @@ def pruned(states: dict[tuple[Entry, ...], float]) -> dict[tuple[Entry, ...], fl
     """Without the states that cost no less than another that has all their entries or better ones."""
     kept: list[tuple[tuple[Entry, ...], float, int]] = []
     for state, spent in sorted(states.items(), key=lambda item: item[1]):
-        # What is alive for a short time forbids longer lifetimes behind it, so the better state must allow as long ones.
+        # What lives for a short time forbids longer lifetimes behind it: the better state must allow as long ones.
         least = min((entry[3] for entry in state), default=9)
         if not any(free >= least and all(any(covers(a, b) for a in better) for b in state) for better, _, free in kept):
             kept.append((state, spent, least))
@@ -244,7 +251,7 @@ def random_class(rules: CacheRules, traces: Sequence[tuple[Trace, Trace]]) -> di
     sums = {name: sum(values) for name, values in costs.items()}
     floor = min(sums["never"], sums["always"])
     least = [min(a, b) for a, b in zip(costs["never"], costs["always"], strict=True)]
-    found: dict[str, Any] = {"never": sums["never"] / floor, "always": sums["always"] / floor}
+    found: dict[str, Any] = {name: sums[name] / floor for name in ("never", "always")}
     found["oracle"] = sums["oracle"] / floor
     for name in ("cold", "ledger"):
         ratios = [cost / other for cost, other in zip(costs[name], least, strict=True)]
@@ -256,3 +263,69 @@ def random_class(rules: CacheRules, traces: Sequence[tuple[Trace, Trace]]) -> di
             "above_1.01": sum(ratio > 1.01 for ratio in ratios) / len(ratios),
         }
     return found
+
+
+def layered(talk: Talk, system: int) -> Trace:
+    """A recorded conversation in one fixed layout: the core is new and the history empty in each session."""
+    made: Trace = []
+    session, number = "", -1
+    turns: tuple[int, ...] = ()
+    for asked in talk.requests:
+        if asked.session != session:
+            session, number, turns = asked.session, number + 1, ()
+        made.append(Step(asked.at, (0, number, number), system, CORE, turns, RECALLED + asked.message))
+        turns = (*turns, asked.message, asked.reply)
+    return made
+
+
+def recorded_class(rules: CacheRules, talks: Sequence[Talk]) -> dict[str, dict[str, float]]:
+    """The planner and always caching against the oracle, on recorded conversations."""
+    found: dict[str, dict[str, float]] = {}
+    for kind in ("days", "busy"):
+        for system in SYSTEMS:
+            traces = [layered(talk if kind == "days" else talk.busy(), system) for talk in talks]
+            least = sum(oracle(rules, trace) for trace in traces)
+            found[f"{kind}, system {system}"] = {
+                "cold": sum(planned(rules, trace) for trace in traces) / least,
+                "always short": sum(always(rules, trace) for trace in traces) / least,
+                "always long": sum(always(rules, trace, len(rules.lifetimes) - 1) for trace in traces) / least,
+                "never": sum(never(rules, trace) for trace in traces) / least,
+            }
+    return found
+
+
+def main() -> None:
+    """Run what is asked for, print it, write it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--traces", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    told = parser.parse_args()
+    results: dict[str, Any] = {"seed": told.seed, "traces": told.traces, "random": {}, "recorded": {}}
+    talks = locomo()
+    for name, model in CLASSES.items():
+        rules = rules_for(model)
+        assert rules is not None
+        results["recorded"][name] = recorded = recorded_class(rules, talks)
+        for variant, ratios in recorded.items():
+            line = "  ".join(f"{policy} {ratio:.3f}" for policy, ratio in ratios.items())
+            print(f"{name:16} {variant:18} to the oracle: {line}", flush=True)
+    for name, model in CLASSES.items():
+        rules = rules_for(model)
+        assert rules is not None
+        chance = random.Random(told.seed)
+        traces = [random_trace(chance, 60) for _ in range(told.traces)]
+        results["random"][name] = ratios = random_class(rules, traces)
+        for kind in ("cold", "ledger"):
+            got = ratios[kind]
+            print(
+                f"{name:16} random, {kind:6}  to min(never, always) {got['to_floor']:.3f}  to the oracle "
+                f"{got['to_oracle']:.3f}  worst trace {got['worst']:.2f}  (never {ratios['never']:.2f}, always "
+                f"{ratios['always']:.2f}, oracle {ratios['oracle']:.2f})",
+                flush=True,
+            )
+    told.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
