@@ -24,7 +24,7 @@ EXAMPLES = ROOT / "examples"
 pytestmark = pytest.mark.slow
 
 
-def run(script: str, *arguments: str, said: str = "", cwd: Path | None = None, **environment: str) -> str:
+def run(script: str, *arguments: str, said: str = "", folder: str = ".", **environment: str) -> str:
     done = subprocess.run(
         [sys.executable, str(EXAMPLES / script), *arguments],
         input=said,
@@ -32,7 +32,7 @@ def run(script: str, *arguments: str, said: str = "", cwd: Path | None = None, *
         text=True,
         timeout=300,
         check=False,
-        cwd=cwd,
+        cwd=folder,
         env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
     )
     assert done.returncode == 0, done.stderr[-3000:]
@@ -167,8 +167,8 @@ def test_providers_are_swapped_with_a_local_model() -> None:
 
 
 def test_a_wrapped_client_remembers_across_runs(host: HostServer, tmp_path: Path) -> None:
-    run("07_wrap_your_client.py", said="My dog is called Biscuit.\n\n", cwd=tmp_path, **environment(host))
-    out = run("07_wrap_your_client.py", said="What is my dog called?\n\n", cwd=tmp_path, **environment(host))
+    run("07_wrap_your_client.py", said="My dog is called Biscuit.\n\n", folder=str(tmp_path), **environment(host))
+    out = run("07_wrap_your_client.py", said="What is my dog called?\n\n", folder=str(tmp_path), **environment(host))
     assert "bot> Biscuit, I think." in out
     assert "My dog is called Biscuit." in str(host.requests[-1].body["messages"][-1])
 
