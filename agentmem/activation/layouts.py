@@ -22,9 +22,9 @@ __all__ = ["Coming", "Layout", "Layouts", "Turn"]
 
 #: Of the state; another one is not read.
 FORM = 1
-#: Requests looked ahead at most, and what is believed at first of how many come before the cache is cold.
-MOST_AHEAD = 50
-WARM_PRIOR, COLD_PRIOR = 9.0, 1.0
+#: Requests looked ahead at most, how many are believed at first to come before the cache is cold, and the runs of
+#: requests that tell better.
+MOST_AHEAD, FIRST_AHEAD, RUNS = 50, 9, 16
 #: What is recalled for a turn when all earlier turns are out of sight, until turns have shown it: tokens, and how many
 #: turns that belief weighs.
 RECALL_PRIOR, RECALL_WEIGHT = 250.0, 3.0
@@ -66,8 +66,9 @@ class _State:
     life: int = 0
     #: What staying has cost beside the best other beginning, since the beginning last moved.
     carry: float = 0.0
-    #: Per lifetime: gaps that it outlasted, gaps that it did not.
-    gaps: list[list[float]] = field(default_factory=list)
+    #: Per lifetime: how many requests followed without a longer gap, now and in the last runs that ended.
+    run: list[int] = field(default_factory=list)
+    runs: list[list[int]] = field(default_factory=list)
     turns: float = 0.0
     message: float = 0.0
     growth: float = 0.0
@@ -127,8 +128,9 @@ class Layouts:
         self._core_tokens = core_tokens
         self._window = window
         self._state = _State() if state is None else _read(state)
-        while len(self._state.gaps) < len(rules.lifetimes):
-            self._state.gaps.append([0.0, 0.0])
+        missing = len(rules.lifetimes) - len(self._state.run)
+        self._state.run += [0] * missing
+        self._state.runs += [[] for _ in range(missing)]
 
     def choose(self, coming: Coming) -> Layout:
         """How to lay the coming request out. Changes nothing; ``start`` and ``core`` don't depend on what is recalled,
@@ -167,9 +169,12 @@ class Layouts:
     def _learn(self, turn: Turn, unseen: float) -> None:
         state = self._state
         if state.at is not None:
-            gap = max(0.0, turn.at - state.at)
-            for counts, life in zip(state.gaps, self._rules.lifetimes, strict=True):
-                counts[0 if gap <= life.seconds else 1] += 1
+            for life, lifetime in enumerate(self._rules.lifetimes):
+                if turn.at - state.at <= lifetime.seconds:
+                    state.run[life] += 1
+                else:
+                    state.runs[life] = [*state.runs[life], state.run[life]][-RUNS:]
+                    state.run[life] = 0
         state.turns = min(state.turns + 1, MEMORY)
         state.message += (turn.message - state.message) / state.turns
         state.growth += (turn.message + turn.reply - state.growth) / state.turns
@@ -220,20 +225,27 @@ class Layouts:
         for place in reversed(state.places):
             sizes.append(sizes[-1] + place.tokens)
         sizes.reverse()
-        lives = []
-        for lifetime, (stayed, lost) in zip(rules.lifetimes, state.gaps, strict=True):
-            warm = (stayed + WARM_PRIOR) / (stayed + lost + WARM_PRIOR + COLD_PRIOR)
-            lives.append((lifetime.write, 1 + min(MOST_AHEAD, round(warm / (1 - warm)))))
+        lives = tuple((life.write, 1 + self._ahead(index, coming.at)) for index, life in enumerate(rules.lifetimes))
         return _Prospect(
             read=rules.read,
             least=rules.minimum,
             warm=self._warm(coming, sizes[state.start]),
-            lives=tuple(lives),
+            lives=lives,
             growth=max(state.growth or coming.message, 1.0),
             recall=(state.recalled + RECALL_PRIOR * RECALL_WEIGHT) / (state.out_of_sight + RECALL_WEIGHT),
             sizes=tuple(sizes),
             everything=state.gone + sizes[0],
         )
+
+    def _ahead(self, life: int, at: float) -> int:
+        """How many requests will follow the one at ``at`` before a gap that this lifetime doesn't outlast: as many as
+        in the earlier runs that came so far, and as if runs ended by chance."""
+        state = self._state
+        runs, lasts = state.runs[life], state.at is not None and at - state.at <= self._rules.lifetimes[life].seconds
+        so_far = state.run[life] + 1 if lasts else 0
+        by_chance = min(MOST_AHEAD, (sum(runs) + so_far + FIRST_AHEAD) / (len(runs) + 1))
+        longer = [run - so_far for run in runs if run > so_far]
+        return min(MOST_AHEAD, round((sum(longer) + by_chance) / (len(longer) + 1)))
 
     def _warm(self, coming: Coming, history: int) -> bool:
         """Whether the last request's prefix, with its history or the most of it, can still be read."""
@@ -363,7 +375,7 @@ def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[f
 
 #: The fields of a state that are JSON as they are.
 _PLAIN = (
-    "at", "session", "start", "gone", "core", "life", "carry", "gaps", "turns", "message", "growth", "recalled",
+    "at", "session", "start", "gone", "core", "life", "carry", "run", "runs", "turns", "message", "growth", "recalled",
     "out_of_sight", "seen", "repeated", "recent",
 )  # fmt: skip
 
@@ -376,7 +388,10 @@ def _read(state: Mapping[str, Any]) -> _State:
             places=[_Place(str(a), str(b), int(c), float(d)) for a, b, c, d in state["places"]],
             **{name: state[name] for name in _PLAIN},
         )
-        found.gaps = [[float(a), float(b)] for a, b in found.gaps]
+        found.run = [int(count) for count in found.run]
+        found.runs = [[int(count) for count in counts] for counts in found.runs]
+        if len(found.run) != len(found.runs):
+            raise ValueError(f"{len(found.run)} runs and the past of {len(found.runs)}")
         found.recent = [str(id_) for id_ in found.recent]
         if not 0 <= found.start <= len(found.places):
             raise ValueError(f"start {found.start} of {len(found.places)} places")
