@@ -121,7 +121,8 @@ def embedded(
     """The vectors of these (text, name), passage by passage, or None where search is lexical only.
 
     They know their space: the folder may turn to another one before they are stored. What an embedder outside this
-    machine was asked for is appended to ``noted``, for `note_embeddings`. ``by`` is another embedder than what serves.
+    machine was asked for, or any one where this machine's seconds have a price, is appended to ``noted``, for
+    `note_embeddings`. ``by`` is another embedder than what serves.
     """
     served = by or engine.serving.now()
     if served is None or not said:
@@ -142,7 +143,7 @@ def embedded(
     codes: list[bytes] = []
     # Token vectors are large until they are packed: a long list is never in memory whole.
     for first in range(0, len(texts), BATCH):
-        encoded = yield from _encoded(embedder, texts[first : first + BATCH], noted)
+        encoded = yield from _encoded(engine, embedder, texts[first : first + BATCH], noted)
         vectors.append(encoded.vectors)
         codes += map(pack, encoded.tokens or ())
     packed = codes if len(codes) == len(texts) else None
@@ -152,24 +153,30 @@ def embedded(
 def encoded_query(engine: Engine, query: str, noted: list[Usage]) -> Flow[Encoded | None]:
     """What is searched with: the query's vector and those of its tokens, or None where search is lexical only."""
     while (served := engine.serving.now()) is not None:
-        encoded = yield from _encoded(served.embedder, [query], noted, query=True)
+        encoded = yield from _encoded(engine, served.embedder, [query], noted, query=True)
         if engine.space == served.space:  # else the folder turned to another embedder meanwhile
             return encoded
     return None
 
 
-def _encoded(embedder: Embedder, texts: Sequence[str], noted: list[Usage], *, query: bool = False) -> Flow[Encoded]:
+def _encoded(
+    engine: Engine, embedder: Embedder, texts: Sequence[str], noted: list[Usage], *, query: bool = False
+) -> Flow[Encoded]:
     begun = time.perf_counter()
     encoded: Encoded = yield Embed(embedder, texts, query=query)
     if (count := getattr(embedder, "count_tokens", None)) is not None:
         noted.append(Usage(input_tokens=count(texts), total_s=time.perf_counter() - begun))
+    elif engine.ledger.costs.second is not None:  # this machine's: only where its seconds were given a price
+        noted.append(Usage(total_s=time.perf_counter() - begun))
     return encoded
 
 
 def note_embeddings(engine: Engine, scope: Scope, noted: Sequence[Usage]) -> None:
     """Write uses of the embedder into the ledger, in the transaction that is open, if one is."""
+    embedder = engine.embedder if noted else None
+    here = getattr(embedder, "count_tokens", None) is None
     for usage in noted:
-        engine.ledger.note("embed", engine.embedder.name if engine.embedder else "", scope, usage)
+        engine.ledger.note("embed", embedder.name if embedder else "", scope, usage, here=here)
 
 
 def catch_up(engine: Engine) -> Flow[int]:

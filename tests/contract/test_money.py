@@ -134,6 +134,18 @@ def test_this_machine_costs_what_the_user_says(clock: FakeClock) -> None:
         assert mem.report().money == pytest.approx(reply.usage.total_s)
 
 
+def test_embedding_on_this_machine_costs_its_seconds_where_they_have_a_price(clock: FakeClock) -> None:
+    for costs in ({}, {"watts": 1000.0, "kwh_price": 3600.0}):
+        with Memory(":memory:", embedder="hash", clock=clock, costs=costs) as mem:
+            mem.add(["I like hazelnuts.", "I live in Lisbon."])
+            mem.search("Where do I live?")
+            lines = mem.report().lines
+            assert len(lines) == bool(costs)
+            if costs:
+                assert (lines[0].verb, lines[0].uses) == ("embed", 2)
+                assert lines[0].money == pytest.approx(lines[0].seconds)
+
+
 def test_bad_costs_and_bad_spans_are_refused(clock: FakeClock) -> None:
     with pytest.raises(ConfigError, match="kwh_price"):
         Memory(":memory:", embedder="none", costs={"watts": 5})
