@@ -261,11 +261,11 @@ def test_a_hundred_thousand_uses_are_summed_in_two_seconds(
             ],
         )
     accounts = Accounts(ledger, Scope())
-    begun = time.perf_counter()
+    begun = time.process_time()
     lines, compared = accounts.lines(), accounts.compared()
     kinds, shares = accounts.kinds({}, compared), [accounts.days(), accounts.scopes(), accounts.providers()]
     rest = [accounts.prefixes(), accounts.misses()]
-    took = time.perf_counter() - begun
+    took = time.process_time() - begun
     assert lines[0].uses == 100_000
     assert all([*kinds, *shares, *rest])
-    assert took < 6.0  # 2 where nothing else runs
+    assert took < 3.0  # about 1.4, of this process alone

@@ -194,8 +194,8 @@ def test_a_check_is_cheap_over_a_hundred_thousand_uses(ledger: Ledger, database:
     took = []
     for _ in range(50):
         spend(ledger, ANA, 0.001)
-        begun = time.perf_counter()
+        begun = time.thread_time()
         ledger.check(Scope(user="ana", session="s"), "a:b")
-        took.append(time.perf_counter() - begun)
-    assert sorted(took)[25] < 0.003  # 0.1 ms where nothing else runs
+        took.append(time.thread_time() - begun)
+    assert sorted(took)[25] < 0.001  # about 0.1 ms, of this thread alone
     assert ledger.budgets.spent(ANA, "ever") == pytest.approx(50.05)
