@@ -25,7 +25,7 @@ TESTS = [
     "tests/contract/test_openai_wire.py",
 ]
 #: Of the faults, those in which an SDK has a part of its own: statuses, streams, what it makes of half a reply.
-FAULTS = "test_a_fault_gives and (responses or anthropic or ollama) and (cut or error or empty or 429)"
+FAULTS = "test_a_fault_gives and (responses or anthropic or ollama) and (cut or event or empty or 429)"
 
 
 def lowest() -> dict[str, str]:
