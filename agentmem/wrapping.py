@@ -77,7 +77,7 @@ def wrap(
 
     Raises `InvalidInput` for what is no such client, and as `Memory` does.
     """
-    if hasattr(client, MARK):
+    if MARK in getattr(client, "__dict__", ()):
         raise InvalidInput("this client is wrapped already: its scope(user=...) gives a copy for another scope")
     bind = _binding(client)
     with contextlib.ExitStack() as undo:

