@@ -338,21 +338,24 @@ class Layouts:
         return _Choice(place, core, life, later + tail, total + tail * count, count)
 
     def _keeps(self, coming: Coming, choice: _Choice, ahead: _Prospect) -> bool:
-        """Whether what was recalled should stay before its turn: written once and read again, against recalled anew."""
+        """Whether what was recalled should stay behind its turn: written once and read again, against recalled anew."""
         if not coming.recalled:
             return False
         state = self._state
-        tokens, message = sum(count for _, count in coming.recalled), coming.message
-        prefix = coming.system + choice.core + ahead.sizes[choice.place]
+        write, count = ahead.lives[choice.life]
+        tokens = sum(count for _, count in coming.recalled)
+        ends = coming.system + choice.core + ahead.sizes[choice.place] + coming.message
         again = (state.repeated + REPEAT_PRIOR * REPEAT_WEIGHT) / (state.seen + REPEAT_WEIGHT)
-        reply = max(0.0, ahead.growth - message)
-        held = prefix if prefix >= ahead.least else 0
-        dropped = prefix - held + tokens + message + again * tokens
-        dropped += _bills(prefix + message + reply, held, ahead, choice.life)[1]
-        ends = prefix + tokens + message
-        kept = ahead.lives[choice.life][0] * (ends - held) if ends >= ahead.least else ends
-        kept += _bills(ends + reply, ends if ends >= ahead.least else 0, ahead, choice.life)[1]
-        return kept < dropped
+        stays = float(count - 1)
+        if ahead.read:  # a long session is folded before the cache is cold
+            tail = max(TAIL_TOKENS, TAIL_TURNS * ahead.growth)
+            stays = min(stays, math.sqrt(2 * write * tail / (ahead.read * ahead.growth)))
+        if ends + tokens < ahead.least:
+            return (
+                _bills(ends + tokens, 0, ahead, choice.life)[1]
+                < _bills(ends, 0, ahead, choice.life)[1] + again * tokens
+            )
+        return write + ahead.read * stays < 1 + again
 
 
 def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[float, float]:

@@ -35,10 +35,10 @@ class Sent:
 class Policy:
     """A way to lay prompts out that never changes.
 
-    ``start``: the verbatim history is the session's, or the scope's. ``recalled``: where records stand; with "none" no
-    record is recalled. ``marks``: index of the lifetime with which the end of the system part (and core) and that of
-    the history are marked; None marks nothing there. ``core``: tokens of a core block, chosen anew at each session's start from what was said
-    before it, so that it can't hold more than that.
+    ``start``: the verbatim history is the session's, or the scope's. ``recalled``: where records stand, before the
+    history or after it; with "none" no record is recalled. ``marks``: index of the lifetime with which the end of the
+    system part (and core) and that of the history are marked; None marks nothing there. ``core``: tokens of a core
+    block, chosen anew at each session's start from what was said before it, so that it can't hold more than that.
     """
 
     start: Literal["session", "scope"] = "session"
@@ -59,7 +59,7 @@ class _History:
     def add(self, turn: Turn, kept: Sequence[tuple[str, int]] = ()) -> None:
         self.sessions.setdefault(turn.session, len(self.begins))
         self.begins.append(len(self.blocks))
-        for block in (*_memories(turn, kept, "kept"), *_said(turn), Block(("reply", turn.id), turn.reply)):
+        for block in (*_said(turn), *_memories(turn, kept, "kept"), Block(("reply", turn.id), turn.reply)):
             self.blocks.append(block)
             self.tokens.append(self.tokens[-1] + block.tokens)
 
@@ -156,12 +156,10 @@ def _request(
     begin = history.begins[first] if first < len(history.begins) else len(history.blocks)
     size = sum(block.tokens for block in blocks) + history.tokens[-1] - history.tokens[begin]
     memories = _memories(turn, found, "kept" if layout.keep else "recalled")
-    blocks += [*past, *memories, *_said(turn)]
-    if not memories or layout.keep:
-        size += sum(block.tokens for block in memories) + turn.message
-        levels.append(Level("history", first, size, len(blocks), layout.longest))
-    elif past:
-        levels.append(Level("history", first, size, len(blocks) - 2, layout.longest))
+    blocks += [*past, *_said(turn), *memories]
+    size += turn.message + (sum(block.tokens for block in memories) if layout.keep else 0)
+    end = len(blocks) - (len(memories) if not layout.keep else 0)
+    levels.append(Level("history", first, size, end, layout.longest))
     return blocks, levels
 
 

@@ -37,8 +37,8 @@ FORM = 5
 @dataclass(frozen=True, slots=True)
 class Asked:
     """One request: tokens of its message and reply (each with what the format adds), the records that the search
-    found in earlier sessions (id, tokens of its line, probability), best first, the ids of the evidence, and whether the
-    message surely asks for nothing."""
+    found in earlier sessions (id, tokens of its line, probability), best first, the ids of the evidence, and whether
+    the message surely asks for nothing."""
 
     id: str
     at: float
@@ -105,8 +105,8 @@ def _as_json(trace: Trace) -> dict[str, Any]:
 
 def _from_json(case: dict[str, Any]) -> Trace:
     requests = tuple(
-        Asked(*plain, tuple((i, t, p) for i, t, p in hits), tuple(evidence), tells)
-        for *plain, hits, evidence, tells in case["requests"]
+        Asked(id_, at, session, message, reply, tuple((i, t, p) for i, t, p in hits), tuple(evidence), tells)
+        for id_, at, session, message, reply, hits, evidence, tells in case["requests"]
     )
     return Trace(case["name"], requests, case["home"])
 
@@ -170,17 +170,18 @@ def _trace(case: dict[str, Any]) -> Trace:
             said = talk.get(name, [])
             for place, (message, reply) in enumerate(_exchanges(said, talk["speaker_a"])):
                 id_ = f"{number}:{place}"
-                tokens = [sum(_count(_text(turn)) + PER_MESSAGE for turn in part) for part in (message, reply)]
+                asked, answered = (sum(_count(_text(t)) + PER_MESSAGE for t in part) for part in (message, reply))
                 query = _text(message[-1])
-                requests.append(Asked(id_, clock, name, *tokens, found(query), tells=tells(query)))
+                requests.append(Asked(id_, clock, name, asked, answered, found(query), tells=tells(query)))
                 home |= {turn["dia_id"]: id_ for turn in (*message, *reply)}
                 clock += TURN_S
             for place, item in enumerate(asked_in.get(number, [])):
                 answer = str(item.get("answer") or "I don't know.")
                 evidence = tuple(dict.fromkeys(re.findall(r"D\d+:\d+", " ".join(item["evidence"]))))
-                tokens = [_count(text) + PER_MESSAGE for text in (item["question"], answer)]
+                asked, answered = (_count(text) + PER_MESSAGE for text in (item["question"], answer))
                 id_ = f"{number}:q{place}"
-                requests.append(Asked(id_, clock, name, *tokens, found(item["question"]), evidence))
+                hits = found(item["question"])
+                requests.append(Asked(id_, clock, name, asked, answered, hits, evidence))
                 clock += QUESTION_S
             if said:
                 messages = [
