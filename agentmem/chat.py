@@ -36,6 +36,8 @@ _log = logging.getLogger("agentmem")
 
 #: Tokens of the running conversation in a prompt, where nothing is known of what they cost.
 HISTORY_TOKENS = 3000
+#: Longer than any host keeps anything: a century.
+LONGEST_S = 3.2e9
 #: Recalled at most, records and tokens, for a turn that surely asks for nothing.
 TOLD_K, TOLD_TOKENS = 3, 150
 #: Turns read at once, from the newest back, until the history's budget is full.
@@ -323,9 +325,10 @@ def prime(
 
 def warm_every(engine: Engine, conversation: Conversation, idle_s: float) -> float | None:
     """Seconds between primes that keep this conversation's prefix at its host through ``idle_s`` seconds."""
-    if isinstance(idle_s, bool) or not isinstance(idle_s, int | float) or not 0 <= idle_s < float("inf"):
-        raise InvalidInput(f"idle_s is {shown(idle_s)}: give seconds, 0 or more")
-    return planning.warm_every(engine, prompt.cost(conversation.prefix, engine.count), float(idle_s))
+    given: Any = idle_s
+    if isinstance(given, bool) or not isinstance(given, int | float) or not 0 <= given <= LONGEST_S:
+        raise InvalidInput(f"idle_s is {shown(given)}: give seconds, 0 or more")
+    return planning.warm_every(engine, prompt.cost(conversation.prefix, engine.count), float(given))
 
 
 def _shown(engine: Engine, provider: Provider, segments: Sequence[Segment]) -> list[str]:

@@ -146,7 +146,7 @@ class Plan:
         self._layouts = Layouts(rules, core_tokens=settings.core_tokens, window=window, state=state.get("layouts"))
         self._marks = MarkPlanner(rules, state=state.get("marks"))
         #: The last history that was sent: the name that it goes by, its blocks, the digest of all its bytes.
-        self._history: tuple[str, int, str] = tuple(state.get("history", ("", 0, "")))  # type: ignore[assignment]
+        self._history: tuple[str, int, str] = tuple(state.get("history", ("", 0, "")))
 
     def choose(self, session: str, system: int, message: int, recalled: Sequence[tuple[str, int]] | None) -> Layout:
         """How this turn is laid out, of the tokens of its parts; ``recalled`` is None while it is not known: where the
