@@ -29,6 +29,8 @@ DEPTHS_BEFORE = (0.05, 0.1, 0.25, 1.6)
 DRAWN = 1.0
 #: What a request counts once another of its kind was seen: about the last hundred decide.
 FADING = 0.99
+#: How many entries are remembered that the latest request did not read.
+OTHERS = 12
 #: No account of requests ends above this times what never or always caching would have cost; see `MarkPlanner`.
 BOUND = 1.5
 
@@ -75,11 +77,11 @@ class MarkPlanner:
     Each choice (which levels are marked, for which lifetime) is a move of a Markov decision process whose states are
     what the host holds and whose chances come from the scope's own requests: a Dirichlet posterior of the gap (within
     each lifetime, or longer) and of how much of the prompt stays the same. It is solved exactly, by policy iteration
-    (Howard 1960), for requests that go on with chance 0.97. In the steady state that is: write where the chance of the
+    (Howard 1960), for requests that go on with chance 0.95. In the steady state that is: write where the chance of the
     next use exceeds (w - 1) / (w - r).
 
     A second account holds what never caching and always caching (every end, the shortest lifetime) would have cost so
-    far. A choice that could end above 1.45 times the cheaper of them, were always caching followed from then on, is
+    far. A choice that could end above 1.5 times the cheaper of them, were always caching followed from then on, is
     not made. The account runs until `restart`.
 
     ``state`` is what `state` gave, for the same rules; one that can't be read is as none.
@@ -123,7 +125,8 @@ class MarkPlanner:
             return
         self._gaps, self._depths, self._growth = self._observed(levels, at)
         self._last = (at, list(levels))
-        self._ours, self._always = ours.entries, always.entries
+        self._ours = [*self._others(self._ours, levels, at), *ours.entries]
+        self._always = [*self._others(self._always, levels, at), *always.entries]
         never = float(levels[-1].tokens) if levels else 0.0
         self._account = [a + b for a, b in zip(self._account, (ours.cost, always.cost, never), strict=True)]
 
@@ -167,7 +170,7 @@ class MarkPlanner:
             told = None if last is None else (float(last[0]), [Level(*values) for values in last[1]])
             if len(account) != 3 or any(entry.life >= self._buckets - 1 for entry in ours + always):
                 return
-        except (KeyError, TypeError, ValueError):
+        except (LookupError, TypeError, ValueError):
             return
         self._gaps, self._depths, self._growth, self._account = gaps, depths, growth, account
         self._ours, self._always, self._last = ours, always, told
@@ -226,7 +229,7 @@ class MarkPlanner:
         for level in levels:
             index = NAMES.index(level.name)
             life = wanted[index]
-            if level.longest is not None and life is not None:
+            if life is not None and level.longest is not None:
                 wanted[index] = min(life, level.longest)
         ours = self._marked(levels, shelf, wanted, at)
         if not self._within(ours, always, levels):
@@ -246,6 +249,11 @@ class MarkPlanner:
             and entry.tokens <= level.tokens
             and entry.blocks <= level.blocks
         ]
+
+    def _others(self, entries: Sequence[Entry], levels: Sequence[Level], at: float) -> list[Entry]:
+        """The latest entries that this request does not read but another may: of a second conversation."""
+        read = set(self._kept(entries, levels, at))
+        return [entry for entry in entries if entry.until > at and entry not in read][-OTHERS:]
 
     def _marked(
         self, levels: Sequence[Level], alive: Sequence[Entry], wanted: Sequence[int | None], at: float
@@ -363,7 +371,7 @@ def prewarm_pays(rules: CacheRules, tokens: int, chance: float, parallel: int = 
     """Whether to write a prefix before it is asked for costs less than not to.
 
     ``chance`` that it is used within its lifetime, by ``parallel`` requests at once: an entry is readable only once the
-    first answer begins, so that without it each of them pays the write.
+    first answer begins, so that without it each of them pays the write. For a single request it only saves time.
     """
     life = rules.lifetimes[0]
     if not rules.prewarms or tokens < rules.minimum:
@@ -375,10 +383,11 @@ def prewarm_pays(rules: CacheRules, tokens: int, chance: float, parallel: int = 
 def keep_warm(rules: CacheRules, expected_gap_s: float, tokens: int) -> float | None:
     """In how many seconds a ping should renew an idle prefix, where it costs less than writing it again; else None.
 
-    A ping reads the prefix, once a lifetime, until the next request is expected: at most (w - r) / r of them pay.
+    ``expected_gap_s`` lies between the last request and the next one. A ping reads the prefix; at nine tenths of the
+    shortest lifetime each, as many are sent as keep it until then, and at most (w - r) / r of them pay.
     """
     life = rules.lifetimes[0]
-    if not rules.renewed or tokens < rules.minimum or expected_gap_s <= life.seconds:
+    if not rules.renewed or tokens < rules.minimum or not life.seconds <= expected_gap_s < math.inf:
         return None
     every = life.seconds * 0.9
     pings = math.ceil(expected_gap_s / every) - 1
