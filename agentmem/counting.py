@@ -6,7 +6,7 @@ the endpoint only where the caller wants the exact number: that is a request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
@@ -41,21 +41,19 @@ def count_tokens(
     the errors of `ProviderError` from the endpoint.
     """
     provider = engine.provider
-    count: Callable[[str], int] = engine.count
-    if provider is not None and provider.capabilities.exact_tokens:
-        count = provider.count_tokens
     asked = exact and isinstance(provider, CountsRequests)
     if isinstance(content, str) and system is None and not tools and not asked:
         text = check_text(content, "the content")
         if provider is not None and provider.capabilities.exact_tokens:
-            return TokenCount(tokens=count(text), exact=True)
-        return _calibrated(engine, count(text))
+            return TokenCount(tokens=provider.count_tokens(text), exact=True)
+        return _calibrated(engine, engine.count(text))
     request = _request(content, system, tools)
     if asked and isinstance(provider, CountsRequests):
         answer: TokenCount = yield Count(provider, request)
         if answer.exact:
             return answer
-    return _calibrated(engine, request_tokens(request, count))
+    # By the engine's count, as what was learned of the model's requests was (chat.py).
+    return _calibrated(engine, request_tokens(request, engine.count))
 
 
 def _calibrated(engine: Engine, tokens: int) -> TokenCount:

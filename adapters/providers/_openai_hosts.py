@@ -15,7 +15,19 @@ from agentmem.errors import ConfigError
 
 from ._http import is_host
 
-__all__ = ["COMPATIBLE", "HOLDS_S", "HOSTS", "OPENAI", "Host", "Served", "host_for", "may_reason", "reasons", "sees"]
+__all__ = [
+    "COMPATIBLE",
+    "HOLDS_S",
+    "HOSTS",
+    "OPENAI",
+    "Host",
+    "Served",
+    "follows_schemas",
+    "host_for",
+    "may_reason",
+    "reasons",
+    "sees",
+]
 
 #: The longest time for which OpenAI documents a prefix to be held: retention "24h", the default of older models.
 HOLDS_S = 86400.0
@@ -131,7 +143,8 @@ def host_for(base_url: str, told: str | None) -> Host:
 _REASONS = re.compile(r"o\d|gpt-(5(?![.]|-chat)|5[.]\d+-(chat|pro)|5[.]1-codex|5[.][5-9]|[6-9]|\d\d)")
 #: Those that can reason at all.
 _MAY_REASON = re.compile(r"o\d|gpt-(5(?!-chat)|[6-9]|\d\d)")
-#: Those that read no images.
+#: Those that know no JSON schemas, and those that read no images.
+_FREE = re.compile(r"gpt-3[.]5|gpt-4(-|$)|gpt-4o-2024-05-13|chatgpt-4o|o1-mini|o1-preview|davinci|babbage")
 _BLIND = re.compile(r"gpt-3[.]5|gpt-4(-\d|$)|gpt-4-32k|o1-mini|o3-mini|o1-preview|davinci|babbage")
 
 
@@ -147,6 +160,11 @@ def reasons(model: str) -> bool:
 def may_reason(model: str) -> bool:
     """True if this model of OpenAI can reason, so that an answer may have reasoning that goes back to it."""
     return _MAY_REASON.match(_plain(model)) is not None
+
+
+def follows_schemas(model: str) -> bool:
+    """True if this model of OpenAI answers by a JSON schema."""
+    return _FREE.match(_plain(model)) is None
 
 
 def sees(model: str) -> bool:

@@ -22,7 +22,7 @@ from agentmem.types import TokenCount
 from . import _openai_chat as chat
 from . import _openai_responses as responses
 from ._http import Failure, is_host, is_loopback, read_settings, sdk_failure
-from ._openai_hosts import HOLDS_S, OPENAI, Host, Served, host_for, sees
+from ._openai_hosts import HOLDS_S, OPENAI, Host, Served, follows_schemas, host_for, sees
 from ._remote import Remote
 
 __all__ = ["SETTINGS", "OpenAI", "Reader", "create"]
@@ -92,7 +92,7 @@ class OpenAI(Remote):
             tools=True,
             kv="breakpoints" if self._served.marked else "auto",
             images=values.get("images", sees(model) if official else host.images),
-            schemas=values.get("schemas", host.schemas),
+            schemas=values.get("schemas", follows_schemas(model) if official else host.schemas),
             context_tokens=rules.context_tokens if told is None and rules is not None else told,
             exact_tokens=counter_for(model).exact and (official or "gpt-oss" in model),
             cache=rules,

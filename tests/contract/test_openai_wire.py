@@ -15,7 +15,7 @@ import pytest
 from agentmem.database import Database
 from agentmem.errors import ConfigError, Rejected, Unavailable
 from agentmem.provider import CachePlan, CountsRequests, Generation, Mark, Options, Request, load
-from agentmem.testing import FakeClock, HostServer, chat_request
+from agentmem.testing import FakeClock, HostServer, ProviderSuite, chat_request
 from agentmem.tokens import Calibration, request_tokens
 from agentmem.types import Image, Message, Segment
 
@@ -203,6 +203,27 @@ def test_embeddings_come_through_the_same_client(host: HostServer) -> None:
     assert rows.shape[0] == 3
     assert (rows[0] == rows[2]).all()
     assert (rows[0] != rows[1]).any()
+
+
+class Conforms(ProviderSuite):
+    """The suite that every provider passes. The host's one answer is short enough for the least that may be asked."""
+
+    prefix_words = 1500
+    api = "responses"
+
+    @pytest.fixture
+    def provider(self, host: HostServer) -> Iterator[Any]:
+        host.reply = "Hello there"
+        with official(host, api=self.api) as provider:
+            yield provider
+
+
+class TestChat(Conforms):
+    api = "chat"
+
+
+class TestResponses(Conforms):
+    deterministic = False  # the API has no stop texts
 
 
 DONE = {"id": "r", "status": "completed", "output": [], "usage": {"input_tokens": 3, "output_tokens": 2}}

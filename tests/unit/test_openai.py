@@ -372,24 +372,27 @@ def test_the_sdks_own_strict_schema_of_a_class_is_ours() -> None:
 
 
 @pytest.mark.parametrize(
-    ("model", "thinks", "may", "images"),
+    ("model", "thinks", "may", "images", "schemas"),
     [
-        ("gpt-4o", False, False, True),
-        ("gpt-4.1-mini", False, False, True),
-        ("gpt-3.5-turbo", False, False, False),
-        ("o3", True, True, True),
-        ("gpt-5-mini", True, True, True),
-        ("gpt-5-chat-latest", False, False, True),
-        ("gpt-5.1", False, True, True),
-        ("gpt-5.1-codex", True, True, True),
-        ("gpt-5.4", False, True, True),
-        ("gpt-5.4-pro", True, True, True),
-        ("gpt-5.6-sol", True, True, True),
-        ("gpt-6-astra", True, True, True),
+        ("gpt-4o", False, False, True, True),
+        ("gpt-4.1-mini", False, False, True, True),
+        ("gpt-3.5-turbo", False, False, False, False),
+        ("gpt-4-turbo", False, False, True, False),
+        ("gpt-4o-2024-05-13", False, False, True, False),
+        ("o3", True, True, True, True),
+        ("gpt-5-mini", True, True, True, True),
+        ("gpt-5-chat-latest", False, False, True, True),
+        ("gpt-5.1", False, True, True, True),
+        ("gpt-5.1-codex", True, True, True, True),
+        ("gpt-5.4", False, True, True, True),
+        ("gpt-5.4-pro", True, True, True, True),
+        ("gpt-5.6-sol", True, True, True, True),
+        ("gpt-6-astra", True, True, True, True),
     ],
 )
-def test_what_a_model_of_openai_can_do(model: str, thinks: bool, may: bool, images: bool) -> None:
-    assert (hosts.reasons(model), hosts.may_reason(model), hosts.sees(model)) == (thinks, may, images)
+def test_what_a_model_of_openai_can_do(model: str, thinks: bool, may: bool, images: bool, schemas: bool) -> None:
+    assert (hosts.reasons(model), hosts.may_reason(model)) == (thinks, may)
+    assert (hosts.sees(model), hosts.follows_schemas(model)) == (images, schemas)
 
 
 def test_capabilities_follow_the_model() -> None:
