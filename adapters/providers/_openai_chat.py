@@ -68,7 +68,8 @@ def samples(request: Request, served: Served) -> bool:
     """False where OpenAI's model refuses temperature and top_p, because it reasons and was not told not to."""
     extra = request.options.extra
     reasoning = extra.get("reasoning")
-    effort = reasoning.get("effort") if isinstance(reasoning, Mapping) else extra.get("reasoning_effort")
+    effort = reasoning.get("effort") if isinstance(reasoning, Mapping) else None
+    effort = effort or extra.get("reasoning_effort")
     return served.host.vendor != "openai" or not reasons(served.model) or effort == "none"
 
 

@@ -45,7 +45,8 @@ def build_request(
     """The JSON body of ``POST /responses``. The same bytes for the same segments.
 
     ``seed`` is not known there and left out; fewer than 16 tokens can't be asked for, so a smaller ``max_tokens`` is
-    16. ``salted`` as in `_openai_chat.build_request`.
+    16. Chat Completions' ``reasoning_effort`` and ``verbosity`` are understood in ``extra``. ``salted`` as in
+    `_openai_chat.build_request`.
     """
     options = request.options
     if options.stop:
@@ -69,12 +70,17 @@ def build_request(
     body |= cache
     if stream:
         body["stream"] = True
-    body |= {**options.extra, **(salted or {})}
+    extra = dict(options.extra)
+    if (effort := extra.pop("reasoning_effort", None)) is not None:
+        body["reasoning"] = {"effort": effort}
     if options.schema is not None:
-        told = options.extra.get("text")  # such as a verbosity, which stands beside the format
-        text = {"format": {"type": "json_schema", **named_schema(options.schema)}}
-        body["text"] = {**text, **told} if isinstance(told, Mapping) else text
-    return body
+        body["text"] = {"format": {"type": "json_schema", **named_schema(options.schema)}}
+    if (verbosity := extra.pop("verbosity", None)) is not None:
+        body["text"] = {**body.get("text", {}), "verbosity": verbosity}
+    for name in ("reasoning", "text"):  # what is told in the API's own form stands beside what was put there
+        if name in body and isinstance(extra.get(name), Mapping):
+            extra[name] = {**body[name], **extra[name]}
+    return {**body, **extra, **(salted or {})}
 
 
 def build_count(request: Request, served: Served) -> dict[str, Any]:

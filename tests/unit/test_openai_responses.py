@@ -148,6 +148,18 @@ def test_options_are_sent_where_the_model_takes_them() -> None:
     assert adapter.build_request(conversation(options=calm), served())["temperature"] == 0.2
 
 
+def test_chat_completions_words_for_reasoning_and_verbosity_are_understood() -> None:
+    told = {"reasoning_effort": "none", "verbosity": "low", "reasoning": {"summary": "auto"}}
+    body = adapter.build_request(chat_request("Hi", schema={"type": "object"}, temperature=0.1, extra=told), served())
+    assert body["reasoning"] == {"effort": "none", "summary": "auto"}
+    assert (body["text"]["verbosity"], body["text"]["format"]["type"], body["temperature"]) == (
+        "low",
+        "json_schema",
+        0.1,
+    )
+    assert not {"reasoning_effort", "verbosity"} & body.keys()
+
+
 def test_stop_texts_are_refused_by_name() -> None:
     with pytest.raises(InvalidInput, match="api = 'chat'"):
         adapter.build_request(conversation(options=Options(stop=("END",))), served())
