@@ -105,6 +105,8 @@ class Reader:
     def add(self, event: Mapping[str, Any]) -> str:
         """The text in this event. What it does not know is passed over, as the vendor asks of clients."""
         piece = ""
+        if self._stopped:
+            return ""  # what comes after the last event belongs to no answer
         kind = event["type"]
         if kind == "message_start":
             self._take(event["message"])

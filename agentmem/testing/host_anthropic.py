@@ -24,10 +24,10 @@ COUNTED = names("messages model cache_control output_config speed system thinkin
 #: The fields of each block of a message, without ``type`` and ``cache_control``.
 BLOCKS = {
     "text": ("text", "citations"),
-    "image": ("source",),
+    "image": ("source", "transformations"),
     "document": ("source", "title", "context", "citations"),
-    "tool_use": ("id", "name", "input", "caller"),
-    "tool_result": ("tool_use_id", "content", "is_error"),
+    "tool_use": ("id", "name", "input", "caller", "toolset_name"),
+    "tool_result": ("tool_use_id", "content", "is_error", "toolset_name"),
     "thinking": ("thinking", "signature"),
     "redacted_thinking": ("data",),
 }
@@ -113,11 +113,15 @@ class Messages:
         if prompt.model != earlier.model:
             return {"cache_miss_reason": {"type": "model_changed", **missed}}
         last = max((i for i, piece in enumerate(earlier.pieces) if piece.lifetime is not None), default=-1)
+        whole = earlier.pieces[: last + 1]
         for level in LEVELS:
-            before = [(p.facts, p.content) for p in earlier.pieces[: last + 1] if p.level == level]
-            now = [(p.facts, p.content) for p in prompt.pieces if p.level == level]
-            if now[: len(before)] != before:
+            before = [(piece.facts, piece.content) for piece in whole if piece.level == level]
+            now = [(piece.facts, piece.content) for piece in prompt.pieces if piece.level == level]
+            grows = not whole or whole[-1].level == level  # the marked prefix ends here: more may follow
+            if (now[: len(before)] if grows else now) != before:
                 return {"cache_miss_reason": {"type": f"{level}_changed", **missed}}
+            if grows:
+                break
         return None if visit.read else {"cache_miss_reason": {"type": "unavailable"}}
 
     def refusal(self, error: Refused) -> dict[str, Any]:
