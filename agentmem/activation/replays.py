@@ -6,7 +6,7 @@ Full history, layers, memories before the history, no cache, no memory, and the 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -76,18 +76,20 @@ def _memories(turn: Turn, recalled: Sequence[tuple[str, int]], how: str) -> list
     return [Block((how, turn.id), tokens)] if tokens else []
 
 
-def _as_sent(turns: Sequence[Turn]) -> Recall:
+def _as_sent(turns: Sequence[Turn], home: Mapping[str, str]) -> Recall:
     """What the turns themselves recalled, less what the history holds."""
+    numbers = {turn.id: number for number, turn in enumerate(turns)}
+    held = numbers | {record: numbers[turn] for record, turn in home.items() if turn in numbers}
 
-    def recall(number: int, first: int, kept: set[str]) -> Sequence[tuple[str, int]]:  # noqa: ARG001
-        return [(id_, tokens) for id_, tokens in turns[number].recalled if id_ not in kept]
+    def recall(number: int, first: int, kept: set[str]) -> Sequence[tuple[str, int]]:
+        found = turns[number].recalled
+        return [(id_, tokens) for id_, tokens in found if id_ not in kept and not first <= held.get(id_, -1) < number]
 
     return recall
 
 
-def fixed(rules: CacheRules, turns: Sequence[Turn], policy: Policy, recall: Recall | None = None) -> Iterator[Sent]:
+def fixed(rules: CacheRules, turns: Sequence[Turn], policy: Policy, recall: Recall) -> Iterator[Sent]:
     """The turns under a policy that never changes, in order."""
-    recall = recall or _as_sent(turns)
     cache, history = PromptCache(rules), _History()
     cores: dict[str, int] = {}
     for number, turn in enumerate(turns):
@@ -111,13 +113,12 @@ def fixed(rules: CacheRules, turns: Sequence[Turn], policy: Policy, recall: Reca
 def planned(
     rules: CacheRules,
     turns: Sequence[Turn],
-    recall: Recall | None = None,
+    recall: Recall,
     *,
     window: int | None = None,
     core_tokens: int = 0,
 ) -> Iterator[Sent]:
     """The turns as `Layouts` and `MarkPlanner` would have sent them, knowing at each only what came before."""
-    recall = recall or _as_sent(turns)
     layouts, planner = Layouts(rules, core_tokens=core_tokens, window=window), MarkPlanner(rules)
     cache, history = PromptCache(rules), _History()
     numbers: dict[str, int] = {}
@@ -168,18 +169,24 @@ def _total(rules: CacheRules, sent: Iterable[Sent]) -> Bill:
     return sum((one.bill for one in sent), nothing)
 
 
-def replay(rules: CacheRules, turns: Iterable[Turn], *, window: int | None = None) -> dict[str, Bill]:
+def replay(
+    rules: CacheRules, turns: Iterable[Turn], *, window: int | None = None, home: Mapping[str, str] | None = None
+) -> dict[str, Bill]:
     """What these turns, in order, would have cost under each policy by name, all requests together.
 
     "planned" is this SDK's own way and "layered" its fixed part (session, recalled records at the tail); "full history"
     and "no memory" (nothing recalled, the session alone) have the best of the host's lifetimes in hindsight; "no cache"
     is "layered" paid in full, "memories first" has the recalled records before the history.
+
+    A record is recalled where its turn said so and the history doesn't hold it. ``home`` names the turn in whose
+    message or reply a record was said; one with a turn's own id is that turn's message.
     """
     known = list(turns)
+    recall = _as_sent(known, home or {})
     lives = [(life, life) for life in range(len(rules.lifetimes))] if rules.marked else [(0, 0)]
 
     def best(**how: str) -> Bill:
-        bills = [_total(rules, fixed(rules, known, Policy(marks=marks, **how))) for marks in lives]  # type: ignore[arg-type]
+        bills = [_total(rules, fixed(rules, known, Policy(marks=marks, **how), recall)) for marks in lives]  # type: ignore[arg-type]
         return min(bills, key=lambda bill: bill.cost(rules))
 
     def unread(bill: Bill) -> Bill:
@@ -187,7 +194,7 @@ def replay(rules: CacheRules, turns: Iterable[Turn], *, window: int | None = Non
 
     full, layered = best(start="scope", recalled="none"), best()
     return {
-        "planned": _total(rules, planned(rules, known, window=window)),
+        "planned": _total(rules, planned(rules, known, recall, window=window)),
         "layered": layered,
         "full history": full,
         "full history uncached": unread(full),

@@ -268,15 +268,14 @@ def agents(names: Sequence[str]) -> tuple[list[dict[str, object]], bool]:
         trace = agent(count)
         for name in names:
             rules, turns = CLASSES[name], turns_of(trace, 200)
-            full = min(
-                outcome(trace, rules, fixed(rules, turns, Policy(start="scope", recalled="none", marks=marks))).each
-                for marks in marks_of(rules)
-            )
+            recall = recall_of(trace, ten)
+            everything = (Policy(start="scope", recalled="none", marks=marks) for marks in marks_of(rules))
+            full = min(outcome(trace, rules, fixed(rules, turns, policy, recall)).each for policy in everything)
             mine = ours(trace, rules, 200, ten)
             ratio = full / mine.each
             least = 1 / 1.02 if count == 40 else AGENTS.get(rules.read, 1.0)
             good &= ratio >= least
-            longest = max(one.bill.tokens for one in planned(rules, turns, recall_of(trace, ten)))
+            longest = max(one.bill.tokens for one in planned(rules, turns, recall))
             print(
                 f"{count:4} {name:9} full {full:,.0f}  planned {mine.each:,.0f}  {ratio:.2f}x"
                 f"{'' if ratio >= least else ' FAILS'}  recalled {mine.recalled:.0f}  longest prompt {longest:,}",
