@@ -41,7 +41,7 @@ def build_request(request: Request, *, model: str, stream: bool = False) -> Json
     System messages at the head become ``system`` blocks; a later one becomes fenced text of the user, since most models
     take no other. A user's ``name`` is written before the text: the API has no field for it. ``max_tokens=0`` fills the
     cache only, and goes without what the API refuses beside it (thinking, a forced tool, an answer's format). Raises
-    `InvalidInput` for a mark behind the last message.
+    `InvalidInput` for a mark behind the last message, and for images that are neither a user's nor a tool's.
     """
     options = request.options
     extra = dict(options.extra)
@@ -126,6 +126,8 @@ def _blocks(message: Message, name: str, *, at_head: bool) -> list[Json]:
         text = f"<system>\n{text}\n</system>"
     if message.role == "user" and message.name:
         text = f"{message.name}: {text}"
+    if message.images and message.role not in ("user", "tool"):
+        raise InvalidInput(f"Anthropic's API takes no images from the {message.role}: give them in a user's message")
     shown: list[Json] = [_image(image) for image in message.images]
     if text.strip():
         shown.append({"type": "text", "text": text})

@@ -112,7 +112,7 @@ class Ollama(Remote):
         try:
             show = self._quick("show", self._model)
             able = {str(word) for word in show.get("capabilities") or ()}
-            window = capabilities.context_tokens or self._loaded_window() or _written_window(show.get("parameters"))
+            window = capabilities.context_tokens or _written_window(show.get("parameters")) or self._loaded_window()
             longest = _longest_window(show.get("modelinfo") or {})
         except (AgentMemError, AttributeError, LookupError, TypeError, ValueError):
             return capabilities

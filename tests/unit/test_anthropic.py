@@ -158,6 +158,13 @@ def test_images_stand_before_the_text_and_in_a_tools_result() -> None:
     assert answered["content"] == [{"type": "tool_result", "tool_use_id": "a", "content": [first, text("a cat")]}]
 
 
+@pytest.mark.parametrize("role", ["system", "assistant"])
+def test_images_of_others_are_refused(role: Any) -> None:
+    said = Message(role=role, content="Look.", images=(Image(url="https://example.com/a.png"),))
+    with pytest.raises(InvalidInput, match=role):
+        adapter.build_request(Request(segments=(Segment(name="turn", messages=(said,), stable=False),)), model="claude")
+
+
 def test_a_schema_is_the_form_of_the_answer_and_keeps_the_effort() -> None:
     schema = {"type": "object", "properties": {"n": {"type": "integer"}}}
     options = Options(schema=schema, extra={"output_config": {"effort": "low"}})

@@ -210,6 +210,12 @@ def show(length: int = 131072, parameters: str = "", **fields: Any) -> Answers:
         (show(4000, parameters="num_ctx 8192"), {}, 4000),
         (show(), {"num_ctx": 16384}, 16384),
         ({**show(), "/api/ps": {"models": [{"model": "m:latest", "context_length": 32768}]}}, {}, 32768),
+        # Another program's window: a request of ours loads the model anew, with that of its own file.
+        (
+            {**show(parameters="num_ctx 8192"), "/api/ps": {"models": [{"model": "m", "context_length": 32768}]}},
+            {},
+            8192,
+        ),
         ({"/api/show": {"error": "no"}}, {"num_ctx": 16384}, 16384),
     ],
 )
