@@ -53,6 +53,7 @@ class Host:
     counts: bool = False
     images: bool = False
     schemas: bool = True
+    embeds: bool = True
     back: tuple[str, ...] = ()
     salt: str | None = None
 
@@ -89,7 +90,9 @@ HOSTS: Mapping[str, Host] = {
         images=True,
     ),
     # Thinking models answer 400 when the reasoning of a turn that called tools is missing later.
-    "deepseek": Host(vendor="deepseek", domains=("deepseek.com",), schemas=False, back=("reasoning_content",)),
+    "deepseek": Host(
+        vendor="deepseek", domains=("deepseek.com",), schemas=False, embeds=False, back=("reasoning_content",)
+    ),
     # Gemini 3 answers 400 when the thought signature of a tool call is missing later.
     "gemini": Host(
         vendor="gemini",

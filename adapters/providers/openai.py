@@ -88,7 +88,7 @@ class OpenAI(Remote):
         told = values.get("context_tokens")
         capabilities = Capabilities(
             chat=True,
-            embeds=True,
+            embeds=host.embeds,
             tools=True,
             kv="breakpoints" if self._served.marked else "auto",
             images=values.get("images", sees(model) if official else host.images),

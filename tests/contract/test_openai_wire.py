@@ -12,11 +12,12 @@ from typing import Any
 
 import pytest
 
+from agentmem import Memory
 from agentmem.database import Database
 from agentmem.errors import ConfigError, Rejected, Unavailable
 from agentmem.provider import CachePlan, CountsRequests, Generation, Mark, Options, Request, load
 from agentmem.testing import FakeClock, HostServer, ProviderSuite, chat_request
-from agentmem.tokens import Calibration, request_tokens
+from agentmem.tokens import Calibration, counter_for, request_tokens
 from agentmem.types import Image, Message, Segment
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
@@ -195,6 +196,35 @@ def test_other_hosts_have_no_counting_endpoint_and_are_not_asked() -> None:
         provider.close()
     assert (counted.exact, counted.tokens) == (False, 9)
     assert not server.got
+
+
+def test_deepseeks_own_fields_tell_what_was_cached() -> None:
+    with HostServer(clock=FakeClock(), openai="deepseek", strict=False) as host:
+        settings = {"base_url": host.openai_url, "api_key": "k", "host": "deepseek"}
+        provider: Any = load("openai_compatible:deepseek-v4-flash", settings)
+        first, second = (provider.generate(asked(text)).usage for text in ("How are you?", "And now?"))
+        provider.close()
+    assert (first.cached_tokens, first.written_tokens) == (0, 0)
+    assert 1024 < second.cached_tokens < second.input_tokens
+    assert second.cached_tokens % 64 == 0
+
+
+def test_a_memorys_counts_are_exact_where_asked_and_else_learned(host: HostServer, tmp_path: Path) -> None:
+    settings = {"api_key": "k", "base_url": host.openai_url, "host": "openai"}
+    told = [{"role": "user", "content": SYSTEM}, {"role": "assistant", "content": "I see."}]
+    with Memory(tmp_path, model="openai:gpt-4o", embedder="none", providers={"openai": settings}) as mem:
+        alone = mem.count_tokens(SYSTEM)
+        before = mem.count_tokens(told)
+        for number in range(8):
+            mem.chat(f"Of {number}: {SYSTEM}", remember=False, recall=False)
+        after, exact = mem.count_tokens(told), mem.count_tokens(told, exact=True)
+    assert (alone.exact, alone.tokens) == (True, counter_for("gpt-4o").count(SYSTEM))
+    assert (before.exact, before.error, exact.exact) == (False, None, True)
+    assert after.error is not None
+    assert after.error < 0.02
+    assert abs(after.tokens - exact.tokens) <= 0.02 * exact.tokens
+    counted = [noted.path for noted in host.requests if noted.path.endswith("input_tokens")]
+    assert len(counted) == 1
 
 
 def test_embeddings_come_through_the_same_client(host: HostServer) -> None:

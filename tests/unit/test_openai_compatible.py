@@ -101,7 +101,7 @@ def test_a_host_decides_what_is_sent_and_what_is_known_of_its_cache() -> None:
         return load(f"openai_compatible:{model}", {"base_url": URL, **settings}).capabilities
 
     deepseek = known("deepseek-v4-flash", base_url="https://api.deepseek.com")
-    assert (deepseek.schemas, deepseek.kv, deepseek.cache.read) == (False, "auto", 0.02)
+    assert (deepseek.schemas, deepseek.embeds, deepseek.kv, deepseek.cache.read) == (False, False, "auto", 0.02)
     assert known("m", host="vllm").cache.kind == "engine"
     assert known("m").cache is None
     assert known("grok-4.5", base_url="https://api.x.ai/v1").cache.read == 0.15  # no row of its own: by its address
