@@ -197,7 +197,9 @@ def _prepared(
         recalled=recalled,
         turn=turn,
         memories=recall,
-        settled=layout is not None and remember and not images and (layout.keep or not recalled),
+        behind=layout is not None,
+        settled=layout is not None and remember and not images,
+        keep=layout is not None and layout.keep,
     )
     sent = measured(engine, segments, tools)
     request = _request(
@@ -207,7 +209,7 @@ def _prepared(
         tools=tools,
         options=options,
         recalled=recalled,
-        cache=_asked_of_host(engine, conversation, plan, sent),
+        cache=_asked_of_host(engine, conversation, plan, layout, sent),
     )
     return _Prepared(request, sent, layout, asked, hits, in_turn, in_core)
 
@@ -307,7 +309,7 @@ def prime(
     sent = measured(engine, segments, ())
     if parallel is not None and not planning.prewarm_pays(engine, sent, parallel):
         return Usage()
-    cache = _asked_of_host(engine, conversation, plan, sent)
+    cache = _asked_of_host(engine, conversation, plan, layout, sent)
     request = _request(engine, conversation, segments, options=Options(max_tokens=0), cache=cache)
     shown_here = _shown(engine, provider, segments)
     generation: Generation = yield Generate(provider, request)
@@ -416,10 +418,12 @@ def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: 
     return [hit for hit in likely if hit.record.id in fitting]
 
 
-def _asked_of_host(engine: Engine, conversation: Conversation, plan: Plan | None, sent: Measured) -> CachePlan | None:
+def _asked_of_host(
+    engine: Engine, conversation: Conversation, plan: Plan | None, layout: Layout | None, sent: Measured
+) -> CachePlan | None:
     """What the host's cache is asked for; None leaves it to the adapter."""
     if plan is not None:
-        return plan.cache_plan(sent, conversation.answer)
+        return plan.cache_plan(sent, layout, conversation.answer)
     return CachePlan() if engine.settings.cache == "off" else None
 
 

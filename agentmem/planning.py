@@ -145,6 +145,7 @@ class Plan:
             window = min(window, settings.history_tokens)
         self._layouts = Layouts(rules, core_tokens=settings.core_tokens, window=window, state=state.get("layouts"))
         self._marks = MarkPlanner(rules, state=state.get("marks"))
+        self._held: int | None = None
         #: The last history that was sent: the name that it goes by, its blocks, the digest of all its bytes.
         self._history: tuple[str, int, str] = tuple(state.get("history", ("", 0, "")))
 
@@ -156,12 +157,15 @@ class Plan:
         known = None if recalled is None else tuple(recalled)
         now = self._engine.clock()
         with self._lock:
-            return self._layouts.choose(Coming(at=now, session=session, system=system, message=message, recalled=known))
+            self._held = self._marks.held(now)
+            return self._layouts.choose(
+                Coming(at=now, session=session, system=system, message=message, recalled=known, held=self._held)
+            )
 
-    def cache_plan(self, prompt_: Measured, previous: str | None) -> CachePlan:
+    def cache_plan(self, prompt_: Measured, layout: Layout | None, previous: str | None) -> CachePlan:
         """What the host is asked to keep of this request."""
         with self._lock:
-            marks = self._marks.plan(self._named(prompt_), self._engine.clock())
+            marks = self._marks.plan(self._named(prompt_, layout), self._engine.clock())
         found: dict[int, str] = {}
         for blocks, lifetime in marks:
             # A mark stands at the end of a message; the tools stand before them all.
@@ -171,22 +175,26 @@ class Plan:
         placed = tuple(Mark(messages=messages, lifetime=name) for messages, name in sorted(found.items()))
         return CachePlan(marks=placed, previous=previous, diagnose=self._rules.diagnoses and previous is not None)
 
-    def _named(self, prompt_: Measured) -> list[Level]:
+    def _named(self, prompt_: Measured, layout: Layout | None) -> list[Level]:
         """The levels, with a history that only grew under the name that it had."""
         name, blocks, digest = self._history
         grown = 0 < blocks <= len(prompt_.digests) and prompt_.digests[blocks - 1] == digest
-        return [replace(level, key=name) if grown and level.name == "history" else level for level in prompt_.levels]
+        longest = None if layout is None else layout.longest
+        return [
+            replace(level, key=name if grown else level.key, longest=longest) if level.name == "history" else level
+            for level in prompt_.levels
+        ]
 
     def done(self, connection: sqlite3.Connection, prompt_: Measured, turn: Turn | None, layout: Layout | None) -> None:
         """This request was answered: learn from it, and keep what was learnt, in the caller's transaction."""
         now = self._engine.clock()
         with self._lock:
-            levels = self._named(prompt_)
+            levels = self._named(prompt_, layout)
             self._marks.done(levels, now)
             if levels and levels[-1].name == "history":
                 self._history = str(levels[-1].key), levels[-1].blocks, prompt_.digests[levels[-1].blocks - 1]
             if turn is not None and layout is not None:
-                self._layouts.done(turn, layout)
+                self._layouts.done(turn, layout, held=self._held)
             state = json.dumps(
                 {"layouts": self._layouts.state(), "marks": self._marks.state(), "history": self._history}
             )
@@ -260,7 +268,7 @@ def facts(
 
 
 def keep(connection: sqlite3.Connection, turn: str, hits: Sequence[Hit]) -> None:
-    """Note that these recalled records stay in the history, before the turn that they were recalled for."""
+    """Note that these recalled records stay in the history, behind the turn that they were recalled for."""
     connection.executemany(
         "INSERT OR REPLACE INTO kept SELECT ?, ?, id, ?, ? FROM records WHERE id = ?",
         [(turn, place, hit.start, hit.stop, hit.record.id) for place, hit in enumerate(hits)],
@@ -283,9 +291,9 @@ def with_kept(engine: Engine, scope: Scope, messages: Sequence[Message]) -> list
         if (record := held.get(row["record"])) is not None:
             hit = Hit(record=record, score=0.0, start=row["start"], stop=row["stop"])
             lines.setdefault(row["turn"], []).append(prompt.shown(hit))
-    return [
-        prompt.with_recalled(message, lines[message.records[0]])
-        if message.records and message.records[0] in lines
-        else message
-        for message in messages
-    ]
+    found: list[Message] = []
+    for message in messages:
+        found.append(message)
+        if message.records and message.records[0] in lines:
+            found.append(prompt.quoted(lines[message.records[0]]))
+    return found

@@ -32,10 +32,10 @@ __all__ = [
     "made_up",
     "paired",
     "quote",
+    "quoted",
     "recent",
     "record_line",
     "shown",
-    "with_recalled",
 ]
 
 Count = Callable[[str], int]
@@ -264,13 +264,17 @@ def lay_out(
     recalled: Sequence[Record] = (),
     turn: Message | Sequence[Message] = (),
     memories: bool = True,
+    behind: bool = False,
     settled: bool = False,
+    keep: bool = False,
 ) -> tuple[Segment, ...]:
     """The segments of a prompt, in order of their rate of change; empty ones are left out.
 
     ``core`` is the rendered core block, ``recalled`` the records for this turn, ``turn`` the new message or the results
     of tools. With ``memories=False`` nothing speaks of memory: the prompt is what it would be without agentmem.
-    ``settled`` says that the turn will stand in the next request's history as it is: what was recalled stays with it.
+    With ``behind`` the recalled records stand in a message of their own behind the turn, so that the turn's own text
+    can be cached at once: ``settled`` says that it will stand in the next request's history as it is, ``keep`` that
+    the records will too.
     """
     segments: list[Segment] = []
     texts = [text for text in (system, MEMORY_NOTE if memories else None) if text]
@@ -285,14 +289,16 @@ def lay_out(
         segments.append(Segment(name="history", messages=tuple(history), stable=True))
     new = [turn] if isinstance(turn, Message) else list(turn)
     if new:
-        if recalled:
-            new[0] = with_recalled(new[0], recalled)
+        if recalled and not behind:
+            lineage = (*new[0].records, *(record.id for record in recalled))
+            content = f"{quote(recalled)}\n\n{new[0].content}"
+            new[0] = new[0].model_copy(update={"content": content, "records": lineage})
         segments.append(Segment(name="turn", messages=tuple(new), stable=settled))
+        if recalled and behind:
+            segments.append(Segment(name="turn", messages=(quoted(recalled),), stable=settled and keep))
     return tuple(segments)
 
 
-def with_recalled(message: Message, recalled: Sequence[Record]) -> Message:
-    """A turn's message with the records that were recalled for it before its text."""
-    lineage = (*message.records, *(record.id for record in recalled))
-    content = f"{quote(recalled)}\n\n{message.content}"
-    return message.model_copy(update={"content": content, "records": lineage})
+def quoted(recalled: Sequence[Record]) -> Message:
+    """Recalled records as a message of their own."""
+    return Message(role="user", content=quote(recalled), records=tuple(record.id for record in recalled))
