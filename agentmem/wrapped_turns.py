@@ -27,6 +27,7 @@ from .plaintext.drafts import Draft, drafts, redacted
 from .plaintext.records import TURN, new_id
 from .provider import Generation
 from .types import CacheUse, Hit, Message, Scope, Usage
+from .wrapped_marks import Marked, learn, plan
 
 __all__ = ["Asked", "Ready", "Recollection"]
 
@@ -45,14 +46,15 @@ KEPT_IN_MIND = 1024
 class Asked:
     """One request of a wrapped client, as its adapter read it.
 
-    ``model`` is ``"scheme:model"``. ``messages`` is the conversation in the request, in order, without the system part.
-    ``kv`` and ``holds_s`` as in `Capabilities`. ``previous`` is the host's name of what it holds already of this
-    conversation (an answer, a conversation): then ``messages`` are only what is new. ``marked``: the caller marks
-    prefixes for the host's cache itself.
+    ``model`` is ``"scheme:model"``. ``messages`` is the conversation in the request, in order, without the system part;
+    ``head`` is the text of the tools and the system part. ``kv`` and ``holds_s`` as in `Capabilities`. ``previous`` is
+    the host's name of what it holds already of this conversation (an answer, a conversation): then ``messages`` are
+    only what is new. ``marked``: the caller marks prefixes for the host's cache itself.
     """
 
     model: str
     messages: tuple[Message, ...]
+    head: str = ""
     kv: Literal["none", "auto", "breakpoints"] = "auto"
     holds_s: float | None = None
     previous: str | None = None
@@ -107,13 +109,15 @@ class Asked:
 @dataclass(kw_only=True)
 class Ready:
     """What memory found for a request. ``block`` is to stand in the message ``place`` of `Asked.messages`, before its
-    text, or ``behind`` it; "" where nothing is recalled. The system part is to end with ``note``, "" where not."""
+    text, or ``behind`` it; "" where nothing is recalled. The system part is to end with ``note``, "" where not.
+    ``marked`` says which prefixes to mark; None where that is left to the caller or the host."""
 
     asked: Asked
     block: str = ""
     place: int | None = None
     behind: bool = False
     note: str = ""
+    marked: Marked | None = None
     hits: tuple[Hit, ...] = ()
     held: frozenset[str] = frozenset()
     uses: list[Usage] = field(default_factory=list)
@@ -196,6 +200,16 @@ class Recollection:
                 yield from self._recall(ready)
                 ready.note = prompt.MEMORY_NOTE
                 self._note_shown(ready)
+            if self.cache and asked.kv == "breakpoints" and not asked.marked and asked.previous is None:
+                ready.marked = plan(
+                    self.engine,
+                    self.scope,
+                    model=asked.model,
+                    head=asked.head,
+                    messages=asked.messages,
+                    prefixes=asked.prefixes,
+                    turn=asked.turn,
+                )
         except BudgetExceeded:
             raise
         except Exception as error:  # noqa: BLE001 - whatever fails in memory, the caller's request goes out
@@ -313,6 +327,8 @@ class Recollection:
                     [(ids[-1], record) for record in made_from],
                 )
             note_embeddings(engine, session, ready.uses)
+            if ready.marked is not None:
+                learn(engine, connection, self.scope, asked.model, ready.marked)
             engine.ledger.note(
                 "chat",
                 asked.model,

@@ -38,7 +38,7 @@ class Route(Protocol):
 
     @property
     def asked(self) -> Asked: ...
-    def placed(self, ready: Ready, memory: Recollection) -> dict[str, Any]:
+    def placed(self, ready: Ready, memory: Recollection, /) -> dict[str, Any]:
         """The body with what was recalled."""
         ...
 

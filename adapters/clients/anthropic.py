@@ -16,16 +16,15 @@ from agentmem.wrapped_turns import Asked, Ready, Recollection
 
 from ..providers._anthropic_replies import Reader, parse_reply
 from ..providers._http import is_loopback
-from ..providers._tools import tool_call
+from ..providers._tools import canonical, tool_call
 from ._sdk import Reads, bound
 
 __all__ = ["bind"]
 
 #: Seconds for which an entry is held after its last use, with the marker's default lifetime of five minutes.
 HOLDS_S = 300.0
-#: Markers that one request may carry.
-MARKS = 4
-MARK = {"cache_control": {"type": "ephemeral"}}
+#: The shortest lifetime by its name in the rules; a marker without a ``ttl`` is of it.
+SHORT = "5m"
 #: Parts that take no marker.
 UNMARKED = ("thinking", "redacted_thinking")
 
@@ -69,12 +68,13 @@ class Messages:
         self.asked = Asked(
             model=f"anthropic:{given.get('model') or ''}",
             messages=tuple(message for _, message in told),
+            head=canonical([self._tools, self._system]),
             kv="breakpoints",
             holds_s=None if is_loopback(str(client.base_url)) else HOLDS_S,
             marked=self._marks,
         )
 
-    def placed(self, ready: Ready, memory: Recollection) -> Json:
+    def placed(self, ready: Ready, _: Recollection, /) -> Json:
         """The body with the note, the recalled block and marks."""
         messages = list(self._messages)
         system = [{"type": "text", "text": self._system}] if isinstance(self._system, str) else self._system or []
@@ -88,12 +88,12 @@ class Messages:
             messages[at] = _with_block(messages[at], ready)
         if ready.note:
             system = _with_note([block for block in system if block.get("text")], ready.note)
-        if memory.cache and not self._marks:
-            ends = dict.fromkeys(end for count in self.asked.prefixes if (end := self._end(count)) >= 0)
-            if system and len(ends) < MARKS:
-                system = [*system[:-1], {**system[-1], **MARK}]
-            for at in list(ends)[-MARKS:]:
-                messages[at] = _ended(messages[at], MARK["cache_control"])
+        for count, lifetime in ready.marked.marks if ready.marked is not None else ():
+            mark = _mark(lifetime)
+            if count and (end := self._end(count)) >= 0:
+                messages[end] = _ended(messages[end], mark)
+            elif not count and system:
+                system = [*system[:-1], {**system[-1], "cache_control": mark}]
         if system:
             body["system"] = system
         return body
@@ -184,6 +184,10 @@ def _blocks(content: Any) -> list[Any]:
     return [{"type": "text", "text": content}] if isinstance(content, str) else list(content)
 
 
+def _mark(lifetime: str | None) -> Json:
+    return {"type": "ephemeral", **({} if lifetime in (None, SHORT) else {"ttl": lifetime})}
+
+
 def _ended(message: Mapping[str, Any], mark: Any) -> Json:
     """The message with a marker on its last block that takes one."""
     blocks = _blocks(message["content"])
@@ -197,9 +201,10 @@ def _ended(message: Mapping[str, Any], mark: Any) -> Json:
 
 def _with_note(system: list[Json], note: str) -> list[Json]:
     """The system part with the note at its end, within the mark that ends it."""
-    mark = {name: system[-1][name] for name in MARK if system and name in system[-1]}
-    if mark:
-        last = {name: value for name, value in system[-1].items() if name not in mark}
+    mark: Json = {}
+    if system and "cache_control" in system[-1]:
+        last = dict(system[-1])
+        mark["cache_control"] = last.pop("cache_control")
         system = [*system[:-1], last]
     return [*system, {"type": "text", "text": note, **mark}]
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from agentmem.cache_rules import rules_for
+from agentmem.cache_rules import rules_for, vendors
 from agentmem.provider import Generation
 from agentmem.types import Message
 from agentmem.wrapped_turns import Asked, Ready, Recollection
@@ -18,15 +18,13 @@ from agentmem.wrapped_turns import Asked, Ready, Recollection
 from ..providers import _openai_chat, _openai_responses
 from ..providers._http import is_loopback
 from ..providers._openai_hosts import HOLDS_S, Served, host_for
-from ..providers._tools import tool_call
+from ..providers._tools import canonical, tool_call
 from ._sdk import Reads, Routes, bound
 
 __all__ = ["bind"]
 
-#: Ends of prefixes that one request may have written.
-MARKS = 4
 HEAD = ("system", "developer")
-BREAKPOINT = {"prompt_cache_breakpoint": {"mode": "explicit"}}
+BREAKPOINT = "prompt_cache_breakpoint"
 
 Json = dict[str, Any]
 
@@ -45,33 +43,44 @@ def bind(client: Any, memory: Recollection) -> tuple[Any, bool] | None:
 class _OpenAIRoute:
     """What both endpoints share: whose model it is, what its cache wants."""
 
+    asked: Asked
+
     def __init__(self, body: Mapping[str, Any], client: Any) -> None:
         self.body = body
         self._address = str(client.base_url)
         host = host_for(self._address, None)
-        scheme = "openai" if host.vendor == "openai" else "openai_compatible"
+        vendor = host.vendor or vendors(self._address)
         model = str(body.get("model") or "")
-        rules = rules_for(f"{host.vendor}:{model}") if host.vendor else None
-        self.served = Served(model=model, name=f"{scheme}:{model}", host=host, rules=rules)
+        name = f"{vendor or 'openai_compatible'}:{model}"
+        self.served = Served(model=model, name=name, host=host, rules=rules_for(name) if vendor else None)
         self._marks = False
 
-    def _asked(self, messages: Sequence[Message], previous: str | None = None) -> Asked:
+    def _asked(self, messages: Sequence[Message], head: Any, previous: str | None = None) -> Asked:
+        own = self.served.marked and not self.body.get("prompt_cache_options")
         return Asked(
             model=self.served.name,
             messages=tuple(messages),
-            kv="breakpoints" if self.served.marked else "auto",
+            head=canonical([self.body.get("tools"), head]),
+            kv="breakpoints" if own else "auto",
             holds_s=None if is_loopback(self._address) else HOLDS_S,
             previous=previous,
             marked=self._marks,
         )
 
-    def _cached(self, body: Json, memory: Recollection) -> bool:
-        """Give the request the scope's routing key where it has none; whether its prefixes are ours to mark."""
-        if not memory.cache:
-            return False
-        if self.served.keyed and not body.get("prompt_cache_key"):
+    def _keyed(self, body: Json, memory: Recollection) -> None:
+        """Give the request the scope's routing key where it has none and the host takes one."""
+        if memory.cache and self.served.keyed and not body.get("prompt_cache_key"):
             body["prompt_cache_key"] = memory.cache_key
-        return self.served.marked and not self._marks and not body.get("prompt_cache_options")
+
+    def _ends(self, ready: Ready) -> dict[int, Json]:
+        """Where breakpoints stand: by the message of `Asked.messages` (-1: the system part), the last ones first asked
+        for. The model's own words hold none, so those before them do."""
+        can = [at for at, said in enumerate(self.asked.messages) if said.role != "assistant" and said.content]
+        found: dict[int, Json] = {}
+        for count, lifetime in ready.marked.marks if ready.marked is not None else ():
+            at = max((at for at in can if at < count), default=-1)
+            found.setdefault(at, {"mode": "explicit", **({"ttl": lifetime} if lifetime else {})})
+        return found
 
 
 class Chat(_OpenAIRoute):
@@ -83,12 +92,14 @@ class Chat(_OpenAIRoute):
         # The system part stands at the head; whatever else the caller wrote is conversation.
         self._head = next((i for i, m in enumerate(self._messages) if m["role"] not in HEAD), len(self._messages))
         self._marks = _marked(self._messages, "content")
-        self.asked = self._asked([_chat_message(message) for message in self._messages[self._head :]])
+        self.asked = self._asked(
+            [_chat_message(message) for message in self._messages[self._head :]], self._messages[: self._head]
+        )
         # Without a count of tokens the ledger knows nothing of a stream: the vendor is asked for one, unseen.
         counted = self.served.host.vendor == "openai" or is_loopback(self._address)
         self._counts = bool(body.get("stream")) and counted and not body.get("stream_options")
 
-    def placed(self, ready: Ready, memory: Recollection) -> Json:
+    def placed(self, ready: Ready, memory: Recollection, /) -> Json:
         """The body with the note, the recalled block, marks and the routing key."""
         body = {**self.body, "messages": list(self._messages)}
         messages = body["messages"]
@@ -97,13 +108,13 @@ class Chat(_OpenAIRoute):
             messages[at] = _with_block(messages[at], ready, "text")
         if ready.note and self._head:
             messages[self._head - 1] = _with_note(messages[self._head - 1], ready.note, "text")
-        if self._cached(body, memory):
+        self._keyed(body, memory)
+        if ready.marked is not None:
             body["prompt_cache_options"] = {"mode": "explicit"}
-            own = [self._head - 1] if self._head else []
-            ends = [*own, *(self._head + at for at in _ends(self.asked))][-MARKS:]
+            marks = {self._head + at: mark for at, mark in self._ends(ready).items()}
             for at, message in enumerate(messages):
                 if message["role"] != "assistant":
-                    messages[at] = _in_parts(message, "content", "text", marked=at in ends)
+                    messages[at] = _in_parts(message, "content", "text", marks.get(at))
         if ready.note and not self._head:
             messages.insert(0, {"role": "system", "content": ready.note})
         if self._counts:
@@ -136,9 +147,9 @@ class Responses(_OpenAIRoute):
         held = conversation.get("id") if isinstance(conversation, Mapping) else conversation
         self._held = body.get("previous_response_id") or held
         self._marks = _marked(self._items, "content", "output")
-        self.asked = self._asked([message for _, message in told], self._held)
+        self.asked = self._asked([message for _, message in told], body.get("instructions"), self._held)
 
-    def placed(self, ready: Ready, memory: Recollection) -> Json:
+    def placed(self, ready: Ready, memory: Recollection, /) -> Json:
         """The body with the note, the recalled block, marks and the routing key."""
         body = {**self.body, "input": list(self._items)}
         items = body["input"]
@@ -151,14 +162,14 @@ class Responses(_OpenAIRoute):
             items[at] = _with_block(items[at], ready, "input_text")
         if ready.note:
             body["instructions"] = f"{told}\n\n{ready.note}" if told else ready.note
-        # What the host holds it has with its blocks, so its own breakpoints find it again.
-        if self._cached(body, memory) and not self._held and (ends := _ends(self.asked)):
+        self._keyed(body, memory)
+        if ready.marked is not None:
             body["prompt_cache_options"] = {"mode": "explicit"}
-            marks = [self._places[end] for end in ends][-MARKS:]
+            marks = {self._places[at]: mark for at, mark in self._ends(ready).items() if at >= 0}
             for at in self._places:
                 if items[at].get("role") != "assistant" and items[at].get("type") != "function_call":
                     part = "output" if items[at].get("type") == "function_call_output" else "content"
-                    items[at] = _in_parts(items[at], part, "input_text", marked=at in marks)
+                    items[at] = _in_parts(items[at], part, "input_text", marks.get(at))
         return body
 
     def whole(self, payload: Mapping[str, Any]) -> Generation | None:
@@ -219,18 +230,11 @@ def _item_message(item: Mapping[str, Any]) -> Message | None:
 # Writing into copies of it.
 
 
-def _ends(asked: Asked) -> list[int]:
-    """The messages that end a prefix, or stand before its end: the model's own words hold no breakpoint."""
-    can = [at for at, said in enumerate(asked.messages) if said.role != "assistant" and said.content]
-    ends = [max((at for at in can if at < count), default=None) for count in asked.prefixes]
-    return [at for at in dict.fromkeys(ends) if at is not None]
-
-
 def _marked(messages: Sequence[Mapping[str, Any]], *names: str) -> bool:
     """Whether the caller marks prefixes itself."""
     contents = (message.get(name) for message in messages for name in names)
     return any(
-        isinstance(part, Mapping) and "prompt_cache_breakpoint" in part
+        isinstance(part, Mapping) and BREAKPOINT in part
         for content in contents
         if isinstance(content, list)
         for part in content
@@ -241,11 +245,11 @@ def _parts(content: Any, kind: str) -> list[Any]:
     return [{"type": kind, "text": content}] if isinstance(content, str) else list(content or ())
 
 
-def _in_parts(message: Mapping[str, Any], name: str, kind: str, *, marked: bool) -> Json:
+def _in_parts(message: Mapping[str, Any], name: str, kind: str, mark: Json | None) -> Json:
     """The message with its content as parts, as it is written with a breakpoint at its end and without."""
     parts = _parts(message.get(name), kind)
-    if marked and parts:
-        parts[-1] = {**parts[-1], **BREAKPOINT}
+    if mark and parts:
+        parts[-1] = {**parts[-1], BREAKPOINT: mark}
     return {**message, name: parts} if parts else dict(message)
 
 
@@ -254,9 +258,10 @@ def _with_note(message: Mapping[str, Any], note: str, kind: str) -> Json:
     if isinstance(content, str):
         return {**message, "content": f"{content}\n\n{note}" if content else note}
     parts = _parts(content, kind)
-    mark = {name: parts[-1][name] for name in BREAKPOINT if parts and name in parts[-1]}
-    if mark:  # it ends the system part, and the note is one more piece of that
-        parts[-1] = {name: value for name, value in parts[-1].items() if name not in mark}
+    mark: Json = {}
+    if parts and BREAKPOINT in parts[-1]:  # it ends the system part, and the note is one more piece of that
+        last = parts[-1] = dict(parts[-1])
+        mark[BREAKPOINT] = last.pop(BREAKPOINT)
     return {**message, "content": [*parts, {"type": kind, "text": note, **mark}]}
 
 

@@ -15,7 +15,7 @@ import pytest
 
 import agentmem
 from agentmem import Memory
-from agentmem.testing import HostServer
+from agentmem.testing import FakeClock, HostServer
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
 
@@ -218,3 +218,54 @@ def test_a_run_of_tools_reads_its_breakpoints(host: HostServer, memory: Memory, 
     talk(bot, messages, model="gpt-5.6-luna")
     assert all(share > 0.85 for share in read_shares(host)[1:])
     bot.close()
+
+
+def bill(host: HostServer) -> tuple[float, int]:
+    """What Claude's prompts cost, in uncached input tokens, and how many tokens they had."""
+    price, tokens = 0.0, 0
+    for request in host.requests:
+        used = request.usage
+        fresh = used.input_tokens - used.cached_tokens - used.written_tokens
+        price += fresh + 0.1 * used.cached_tokens + 1.25 * used.written_tokens + 0.75 * used.written_long_tokens
+        tokens += used.input_tokens
+    return price, tokens
+
+
+@pytest.mark.parametrize(
+    ("gap_s", "share"),
+    [(60.0, 0.35), (1200.0, 0.5), (90_000.0, 1.1)],
+    ids=["each minute", "each twenty minutes", "each day"],
+)
+def test_prefixes_are_kept_for_as_long_as_that_pays(gap_s: float, share: float) -> None:
+    clock = FakeClock()
+    with HostServer(reply=ANSWER, clock=clock) as host, Memory(":memory:", embedder="none", clock=clock) as memory:
+        client = CLAUDES.sync(host)
+        messages: list[Any] = []
+        for number in range(14):
+            bot: Any = agentmem.wrap(client, memory, user="ana", session="s")  # as after a restart
+            messages.append(user(f"Turn {number}. " + "I walk my dog every morning. " * 30))
+            messages.append(assistant(claude_create(bot, messages, system=SYSTEM)))
+            clock.advance(gap_s)
+        price, tokens = bill(host)
+    assert price / tokens < share
+
+
+@pytest.mark.parametrize(("cache", "marks"), [("off", 0), ("fixed", 3)])
+def test_the_setting_says_how_prefixes_are_marked(host: HostServer, cache: Any, marks: int) -> None:
+    with Memory(":memory:", embedder="none", cache=cache) as memory:
+        messages = [user("One."), assistant("A."), user("Two."), assistant("B."), user("Three.")]
+        claude_create(agentmem.wrap(CLAUDES.sync(host), memory), messages, system=SYSTEM)
+    assert json.dumps(host.requests[-1].body).count("cache_control") == marks
+
+
+def test_a_host_of_another_vendor_has_its_own_prices(memory: Memory) -> None:
+    with HostServer(reply=ANSWER, openai="deepseek", strict=False) as host:
+        http = httpx2.Client(transport=_Redirected(host))
+        client = openai.OpenAI(api_key="x", base_url="https://api.deepseek.com/v1", http_client=http, max_retries=0)
+        bot = agentmem.wrap(client, memory)
+        asked: Any = [user(QUESTION)]
+        bot.chat.completions.create(model="deepseek-v4-flash", messages=asked)
+        bot.close()
+    [row] = memory._engine.database.query("SELECT model, money FROM uses WHERE verb = 'chat'")
+    assert row["model"] == "deepseek:deepseek-v4-flash"
+    assert row["money"] > 0
