@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 __all__ = ["GOING_ON", "Keeping", "keeping"]
 
 #: The chance that another request follows, for the worth of what is kept.
-GOING_ON = 0.95
+GOING_ON = 0.93
 
 
 class Keeping:

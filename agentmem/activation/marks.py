@@ -77,7 +77,7 @@ class MarkPlanner:
     Each choice (which levels are marked, for which lifetime) is a move of a Markov decision process whose states are
     what the host holds and whose chances come from the scope's own requests: a Dirichlet posterior of the gap (within
     each lifetime, or longer) and of how much of the prompt stays the same. It is solved exactly, by policy iteration
-    (Howard 1960), for requests that go on with chance 0.95. In the steady state that is: write where the chance of the
+    (Howard 1960), for requests that go on with chance 0.93. In the steady state that is: write where the chance of the
     next use exceeds (w - 1) / (w - r).
 
     A second account holds what never caching and always caching (every end, the shortest lifetime) would have cost so
