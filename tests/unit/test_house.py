@@ -25,7 +25,7 @@ ORDER = [
     ["handles"],
     ["reply_stream", "opening", "reporting"],
     ["kinds", "chat", "transfer", "histories", "reconciling", "reembedding", "wrapped_turns", "counting"],
-    ["extraction", "asking", "planning", "cores"],
+    ["extraction", "asking", "planning", "cores", "wrapped_marks"],
     ["flows"],
     ["engine"],
     ["importers", "serving"],
