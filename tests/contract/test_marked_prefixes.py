@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agentmem.provider import CachePlan, Generation, Mark, Options, Request, load
-from agentmem.testing import FakeClock, HostServer
+from agentmem.testing import FakeClock, HostServer, ProviderSuite
 from agentmem.types import Image, Message, Segment, TokenCount
 
 MODEL = "claude-sonnet-4-6"
@@ -211,3 +211,27 @@ def test_ollama_answers_by_a_schema_within_one_window(host: HostServer) -> None:
     assert [body["format"] for body in bodies] == [schema, schema]
     assert [body["options"] for body in bodies] == [{"num_ctx": 8192}] * 2
     assert bodies[0]["messages"][:-1] == bodies[1]["messages"][:-1]
+
+
+class TestAnthropic(ProviderSuite):
+    """The conformance suite, with a model whose cache is only where it is marked."""
+
+    prefix_words = 1200  # above the model's minimum
+
+    @pytest.fixture
+    def provider(self, host: HostServer) -> Iterator[Any]:
+        host.reply = "Hello to you and to all of yours."
+        with contextlib.closing(load(f"anthropic:{MODEL}", {"base_url": host.anthropic_url, "api_key": "k"})) as one:
+            yield one
+
+
+class TestOllama(ProviderSuite):
+    """The conformance suite, with a server that tells no cached tokens."""
+
+    reports_cached = False
+
+    @pytest.fixture
+    def provider(self, host: HostServer) -> Iterator[Any]:
+        host.reply = "Hello to you and to all of yours."
+        with contextlib.closing(load("ollama:m", {"base_url": host.ollama_url})) as one:
+            yield one
