@@ -22,14 +22,16 @@ POLICIES = ["planned", "layered", "memories first", "full history", "full histor
 SYSTEM = 1500  # tokens of instructions and tools, as usual for an agent
 
 
-def turns(recorded: list[dict[str, Any]]) -> list[Turn]:
-    """The conversation as the planner sees it: sizes, times, and what memory would have recalled for each turn."""
+def turns(recorded: list[dict[str, Any]]) -> tuple[list[Turn], dict[str, str]]:
+    """The conversation in sizes, times and what memory would have recalled; and in which turn each record was said."""
     count = counter_for("openai:gpt-6.1-sol").count
-    found = []
+    found: list[Turn] = []
+    home: dict[str, str] = {}
     with Memory(":memory:") as memory:
         for number, said in enumerate(recorded):
             hits = memory.context(said["user"], max_tokens=500).hits if number else []
-            memory.add([{"role": role, "content": said[role], "at": said["at"]} for role in ("user", "assistant")])
+            told = [{"role": role, "content": said[role], "at": said["at"]} for role in ("user", "assistant")]
+            home |= {record.id: str(number) for record in memory.add(told)}
             found.append(
                 Turn(
                     id=str(number),
@@ -42,17 +44,16 @@ def turns(recorded: list[dict[str, Any]]) -> list[Turn]:
                     recalled=tuple((hit.record.id, count(hit.passage) + 12) for hit in hits),
                 )
             )
-    return found
+    return found, home
 
 
 if __name__ == "__main__":
     source = Path(sys.argv[1]) if len(sys.argv) > 1 else RECORDED
-    spoken = turns([json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()])
+    spoken, home = turns([json.loads(line) for line in source.read_text(encoding="utf-8").splitlines()])
     print(f"{len(spoken)} turns; dollars for their prompts, a thousand times")
     print(f"{'':28}" + "".join(f"{name:>23}" for name in POLICIES))
     for model in MODELS:
-        rules, price = rules_for(model), input_price(model)
+        rules, price = rules_for(model), input_price(model) or 0.0
         assert rules is not None
-        assert price is not None
-        bills = replay(rules, spoken)
+        bills = replay(rules, spoken, home=home)
         print(f"{model:28}" + "".join(f"{1000 * price * bills[name].cost(rules):23.2f}" for name in POLICIES))
