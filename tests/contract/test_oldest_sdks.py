@@ -22,7 +22,8 @@ SDKS = ("openai", "anthropic", "ollama")
 TESTS = [
     *("tests/unit/test_openai.py", "tests/unit/test_openai_responses.py", "tests/unit/test_openai_compatible.py"),
     *("tests/unit/test_anthropic.py", "tests/unit/test_anthropic_replies.py", "tests/unit/test_ollama.py"),
-    *("tests/contract/test_openai_wire.py", "tests/contract/test_wrap.py", "tests/contract/test_wrap_caches.py"),
+    *("tests/contract/test_openai_wire.py", "tests/contract/test_marked_prefixes.py"),
+    *("tests/contract/test_wrap.py", "tests/contract/test_wrap_caches.py"),
 ]
 #: Of the faults, those in which an SDK has a part of its own: statuses, streams, what it makes of half a reply.
 FAULTS = "test_a_fault_gives and (responses or anthropic or ollama) and (cut or event or empty or 429)"
