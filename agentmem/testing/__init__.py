@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from .doubles import FakeClock, ScriptedProvider, chat_request
-from .fault_shapes import FAULTS, Fault
-from .faults import FaultServer
-from .hosts import HostRequest, HostServer
 from .suite import ProviderSuite
 
 if TYPE_CHECKING:
     from ..plaintext.embed import HashEmbedder
+    from .fault_shapes import FAULTS, Fault
+    from .faults import FaultServer
+    from .hosts import HostRequest, HostServer
 
 __all__ = [
     "FAULTS",
@@ -26,10 +27,18 @@ __all__ = [
     "chat_request",
 ]
 
+#: Where the names are that few tests need and that take time to load: numpy, a server, a long table.
+_LAZY = {
+    "FAULTS": ".fault_shapes",
+    "Fault": ".fault_shapes",
+    "FaultServer": ".faults",
+    "HashEmbedder": "..plaintext.embed",
+    "HostRequest": ".hosts",
+    "HostServer": ".hosts",
+}
+
 
 def __getattr__(name: str) -> Any:
-    if name == "HashEmbedder":  # loads numpy, which nothing else here needs
-        from ..plaintext.embed import HashEmbedder
-
-        return HashEmbedder
+    if name in _LAZY:
+        return getattr(importlib.import_module(_LAZY[name], __name__), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from email.utils import formatdate
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 from .faults import Call, good, reframed
@@ -310,6 +310,7 @@ def _truncated(call: Call) -> None:
     call.reply(content[: len(content) // 2])
 
 
+@cache
 def _bomb() -> bytes:
     """80 MB of spaces, packed."""
     return gzip.compress(b" " * (80 << 20), 1)

@@ -177,12 +177,12 @@ def test_what_never_ends_ends_at_the_deadline(rig: Rig, fault: Fault) -> None:
     assert len(rig.server.requests) - before <= len(replies) * (RETRIES + 1)
 
 
-def test_a_host_that_is_not_there_is_told(rig: Rig) -> None:
-    del rig
-    for name, path, settings in ADAPTERS.values():
-        provider = load(name, {"api_key": KEY, "base_url": f"http://127.0.0.1:9{path}", "max_retries": 0, **settings})
-        with contextlib.closing(provider), pytest.raises(Unavailable, match="base_url"):
-            provider.generate(REQUEST)
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_a_host_that_is_not_there_is_told(adapter: str) -> None:
+    name, path, settings = ADAPTERS[adapter]
+    provider = load(name, {"api_key": KEY, "base_url": f"http://127.0.0.1:9{path}", "max_retries": 0, **settings})
+    with contextlib.closing(provider), pytest.raises(Unavailable, match="base_url"):
+        provider.generate(REQUEST)
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in ("silence", "status 503")], ids=lambda f: f.name)
