@@ -97,6 +97,29 @@ def test_what_changes_with_every_pause_is_kept_for_less_long_than_what_stays() -
     assert marks == {1: 1, 2: 0}
 
 
+def test_a_busy_day_costs_little_more_than_the_best_fixed_marks_chosen_when_it_is_over() -> None:
+    requests: list[tuple[list[Level], float]] = []
+    at = 0.0
+    for session in range(25):
+        at += 1200
+        for turn in range(18):
+            requests.append((prompt(turn, system=3000, version=session), at))
+            at += 30
+    planner, cache, spent = MarkPlanner(ANTHROPIC), PromptCache(ANTHROPIC), 0.0
+    for levels, at in requests:
+        spent += cache.request(blocks_of(levels), planner.plan(levels, at), at).cost(ANTHROPIC)
+        planner.done(levels, at)
+    fixed = []
+    for lives in ([0, 0, 0], [1, 0, 0], [1, 1, 0], [1, 1, 1]):
+        cache, total = PromptCache(ANTHROPIC), 0.0
+        for levels, at in requests:
+            marks = [(level.blocks, life) for level, life in zip(levels, lives, strict=False)]
+            total += cache.request(blocks_of(levels), marks, at).cost(ANTHROPIC)
+        fixed.append(total)
+    assert min(fixed) < 0.9 * fixed[0]
+    assert spent < 1.02 * min(fixed)
+
+
 @pytest.mark.parametrize("tokens", [100, 511])
 def test_a_prompt_below_the_minimum_has_no_marks(tokens: int) -> None:
     assert MarkPlanner(ANTHROPIC).plan([Level("system", "s", tokens, 1)], 0.0) == []
