@@ -6,6 +6,7 @@ Knows the vendor's fields; which of them a host takes is `Served`'s to say (_ope
 from __future__ import annotations
 
 import hashlib
+import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -211,11 +212,12 @@ def parse_usage(payload: Mapping[str, Any]) -> Usage:
     written = whole(details.get("cache_write_tokens"))
     long_written = whole((details.get("cache_write_tokens_details") or {}).get("ttl_12h_tokens"))
     prefill_ms = timings.get("prompt_ms")
+    told = isinstance(prefill_ms, int | float) and 0 <= prefill_ms < math.inf
     return Usage(
         input_tokens=prompt,
         cached_tokens=min(cached, prompt),
         written_tokens=min(written, prompt),
         written_long_tokens=min(long_written, written, prompt),
         output_tokens=whole(usage.get("completion_tokens", usage.get("output_tokens"))),
-        first_token_s=None if prefill_ms is None else float(prefill_ms) / 1000,
+        first_token_s=prefill_ms / 1000 if told else None,
     )

@@ -189,6 +189,8 @@ def _finish(payload: Mapping[str, Any], calls: Sequence[ToolCall], *, refused: b
         return "content_filter"
     if reason is not None:
         return "length" if reason == "max_output_tokens" else str(reason)
+    if (status := payload.get("status") or "completed") not in ("completed", "incomplete"):
+        return str(status)  # cancelled, or queued where the caller asked for that
     return "tool_calls" if calls else "stop"
 
 

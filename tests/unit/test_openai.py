@@ -218,6 +218,13 @@ def test_cached_tokens_are_found_wherever_a_vendor_puts_them(
     assert (usage.input_tokens, usage.cached_tokens, usage.written_tokens) == (9, cached, written)
 
 
+@pytest.mark.parametrize(
+    ("told", "seconds"), [(250, 0.25), (None, None), ("soon", None), (float("nan"), None), (-1, None)]
+)
+def test_a_servers_own_time_to_the_first_token_is_taken_if_it_is_one(told: Any, seconds: float | None) -> None:
+    assert fields.parse_usage({"timings": {"prompt_ms": told}}).first_token_s == seconds
+
+
 def test_a_streamed_call_is_put_together_from_its_fragments() -> None:
     reader = adapter.Reader()
     text = json.dumps(CALL.arguments)

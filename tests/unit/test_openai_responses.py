@@ -254,6 +254,7 @@ def test_plain_answers_leave_no_blocks() -> None:
         ({"type": "output_text", "text": "x"}, {}, "stop"),
         ({"type": "output_text", "text": "x"}, {"incomplete_details": {"reason": "max_output_tokens"}}, "length"),
         ({"type": "output_text", "text": "x"}, {"incomplete_details": {"reason": "content_filter"}}, "content_filter"),
+        ({"type": "output_text", "text": "x"}, {"status": "cancelled"}, "cancelled"),
         ({"type": "refusal", "refusal": "x"}, {}, "content_filter"),
     ],
 )
