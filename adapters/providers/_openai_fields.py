@@ -211,13 +211,13 @@ def parse_usage(payload: Mapping[str, Any]) -> Usage:
     prompt = whole(usage.get("prompt_tokens", usage.get("input_tokens")))
     written = whole(details.get("cache_write_tokens"))
     long_written = whole((details.get("cache_write_tokens_details") or {}).get("ttl_12h_tokens"))
-    prefill_ms = timings.get("prompt_ms")
-    told = isinstance(prefill_ms, int | float) and 0 <= prefill_ms < math.inf
+    told_ms = timings.get("prompt_ms")
+    prefill_ms = told_ms if isinstance(told_ms, int | float) and 0 <= told_ms < math.inf else None
     return Usage(
         input_tokens=prompt,
         cached_tokens=min(cached, prompt),
         written_tokens=min(written, prompt),
         written_long_tokens=min(long_written, written, prompt),
         output_tokens=whole(usage.get("completion_tokens", usage.get("output_tokens"))),
-        first_token_s=prefill_ms / 1000 if told else None,
+        first_token_s=None if prefill_ms is None else prefill_ms / 1000,
     )
