@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import sqlite3
 import threading
 from collections.abc import Mapping, Sequence
@@ -40,6 +41,8 @@ __all__ = [
     "warm_every",
     "with_kept",
 ]
+
+_log = logging.getLogger("agentmem")
 
 #: What a chat format adds to each message, in tokens: OpenAI's published count, near enough for the others.
 MESSAGE_TOKENS = 4
@@ -138,16 +141,21 @@ class Plan:
             "SELECT state FROM layouts WHERE model = ? AND tenant = ? AND user = ? AND agent = ? AND session = ?",
             (self._model, *self._levels),
         )
-        state = json.loads(stored[0]["state"]) if stored else {}
         settings = engine.settings
         window = int((rules.context_tokens or WINDOW_TOKENS / WINDOW_SHARE) * WINDOW_SHARE)
         if settings.history_tokens is not None:
             window = min(window, settings.history_tokens)
-        self._layouts = Layouts(rules, core_tokens=settings.core_tokens, window=window, state=state.get("layouts"))
+        try:
+            state: dict[str, Any] = json.loads(stored[0]["state"]) if stored else {}
+            self._layouts = Layouts(rules, core_tokens=settings.core_tokens, window=window, state=state.get("layouts"))
+        except (AttributeError, TypeError, ValueError) as error:  # InvalidInput is a ValueError
+            _log.warning("how %s's prompts were laid out can't be read, they are laid out anew: %s", self._model, error)
+            state = {}
+            self._layouts = Layouts(rules, core_tokens=settings.core_tokens, window=window)
         self._marks = MarkPlanner(rules, state=state.get("marks"))
         self._held: int | None = None
         #: The last history that was sent: the name that it goes by, its blocks, the digest of all its bytes.
-        self._history: tuple[str, int, str] = tuple(state.get("history", ("", 0, "")))
+        self._history: tuple[str, int, str] = _history_of(state.get("history"))
 
     def choose(self, session: str, system: int, message: int, recalled: Sequence[tuple[str, int]] | None) -> Layout:
         """How this turn is laid out, of the tokens of its parts; ``recalled`` is None while it is not known: where the
@@ -265,6 +273,13 @@ def facts(
         reply=engine.count(reply) + MESSAGE_TOKENS,
         recalled=sizes(engine, recalled),
     )
+
+
+def _history_of(stored: Any) -> tuple[str, int, str]:
+    """What was kept of the last history, nothing where that is not what it should be."""
+    if isinstance(stored, list) and [type(part) for part in stored] == [str, int, str]:
+        return stored[0], stored[1], stored[2]
+    return "", 0, ""
 
 
 def keep(connection: sqlite3.Connection, turn: str, hits: Sequence[Hit]) -> None:
