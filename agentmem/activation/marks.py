@@ -269,10 +269,15 @@ class MarkPlanner:
         ]
         marks = {entry.blocks: entry.life for entry in alive}
         made: list[int] = []
-        for level in levels:
-            index = NAMES.index(level.name)
-            life = wanted[index]
-            if life is None or level.tokens <= done or level.tokens < rules.minimum:
+        asked = [
+            (index, level, life)
+            for level in levels
+            if (life := wanted[index := NAMES.index(level.name)]) is not None
+            and level.tokens > read
+            and level.tokens >= rules.minimum
+        ]
+        for index, level, life in asked[-max(rules.marks - bool(alive), 1) :]:
+            if level.tokens == done:
                 continue
             least = min(least, life)
             cost += (level.tokens - done) * rules.lifetimes[least].write
