@@ -115,14 +115,14 @@ class LlamaServer:
         self._server: Process | None = None
         self._prefixes: OrderedDict[str, tuple[int, ...]] = OrderedDict()
 
-    def known(self) -> Generator[Call, Any, tuple[Process, bool]]:
-        """The server as it is now, and whether it is another process than before."""
+    def known(self, restarted: Callable[[], None]) -> Generator[Call, Any, Process]:
+        """The server as it is now. ``restarted`` is called before anyone can see that it is another process."""
         props = yield Call("GET", "/props")
         mark = str(props.get("media_marker") or "")  # made anew by each process of the server
         with self._lock:
             server = self._server
         if server is not None and mark and server.mark == mark:
-            return server, False
+            return server
         window = int(props["default_generation_settings"]["n_ctx"])
         adapters = yield Call("GET", "/lora-adapters")
         facts: dict[str, str | int] | None = None
@@ -144,13 +144,13 @@ class LlamaServer:
             )
         server = Process(mark, int(props["total_slots"]), facts, bool(adapters))
         with self._lock:
-            anew = self._server is not None and bool(mark)
             if self._server is not None and not mark:  # an older build does not tell: the planner finds out
                 server.probes = self._server.probes
+            elif self._server is not None:
+                logger.info("%s: the server was started again", self._name)
+                restarted()
             self._server = server
-        if anew:
-            logger.info("%s: the server was started again", self._name)
-        return server, anew
+        return server
 
     def loras(self, server: Process, request: Request) -> Generator[Call, Any, tuple[str, list[Json] | None]]:
         """What the request is computed under: a digest per adapter and scale, and the list to pin it by.
@@ -178,7 +178,8 @@ class LlamaServer:
         rest = [message for segment in request.segments if not segment.stable for message in segment.messages]
         if not stable or not rest:
             return ()
-        mark = rest[0].model_copy(update={"content": MARK, "name": None if rest[0].role == "user" else rest[0].name})
+        named = None if rest[0].role == "user" else rest[0].name
+        mark = rest[0].model_copy(update={"content": MARK, "name": named, "images": ()})
         shown = replace(request, segments=(*stable, Segment(name="turn", messages=(mark,), stable=False)))
         body = _prompt_fields(self._build(shown))
         key = json.dumps(body, sort_keys=True)

@@ -45,10 +45,7 @@ class SlotPlanner:
         """Fill in ``turn``. An error leaves it as far as it got, which is always safe to send."""
         turn.fields["cache_prompt"] = False  # until it is sure what the slot holds
         slots = turn.slots
-        server, anew = yield from self._asked.known()
-        if anew:
-            with self._lock:
-                self._live.clear()
+        server = yield from self._asked.known(self._forget)
         states = yield from self._states(server)
         loras, pinned = yield from self._asked.loras(server, turn.request)
         if pinned is not None:
@@ -79,6 +76,10 @@ class SlotPlanner:
             return
         turn.facts = facts
         yield from self._files.exchange(turn, have)
+
+    def _forget(self) -> None:
+        with self._lock:
+            self._live.clear()
 
     def _states(self, server: Process) -> Generator[Call, Any, dict[int, Json] | None]:
         """The state of each slot, ``{}`` for one that holds nothing; None where the server does not tell."""

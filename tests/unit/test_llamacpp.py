@@ -247,3 +247,14 @@ def test_a_whole_request_is_counted_as_the_server_will_read_it(served: Any) -> N
     seeing = provider.count_request(of(PICTURE))
     assert seeing.tokens > 3
     assert not seeing.exact
+
+
+def test_the_stable_prefix_of_a_turn_with_an_image_holds_no_part_of_it(tmp_path: Path) -> None:
+    asked = server.LlamaServer("llamacpp:m", tmp_path, adapter.build_request, told={})
+    system = Segment(name="system", messages=(Message(role="system", content="Be kind."),), stable=True)
+    steps = asked.prefix(Request(segments=(system, *of(PICTURE).segments)))
+    rendering = next(steps)
+    assert rendering.path == "/apply-template"
+    assert "image" not in json.dumps(rendering.body)
+    prompt = "".join(f"{message['role']}:{message['content']};" for message in rendering.body["messages"])
+    assert steps.send({"prompt": prompt}).body["content"] == "system:Be kind.;user:"
