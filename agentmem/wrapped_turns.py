@@ -39,7 +39,7 @@ QUERY_CHARACTERS = 2000
 #: The session's newest turns that are looked at for what the caller's messages hold.
 TURNS_READ = 128
 #: Conversations of one client whose recalled block, or whose records at the host, are kept in mind.
-KEPT_IN_MIND = 1024
+KEPT_IN_MIND = 2048
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,9 +137,9 @@ class _Latest(Generic[V]):
         self._values: OrderedDict[str, V] = OrderedDict()
         self._lock = threading.Lock()
 
-    def get(self, key: str | None) -> V | None:
+    def get(self, key: str) -> V | None:
         with self._lock:
-            if key is None or key not in self._values:
+            if key not in self._values:
                 return None
             self._values.move_to_end(key)
             return self._values[key]
@@ -169,8 +169,11 @@ class Recollection:
         self._held: _Latest[frozenset[str]] = _Latest()
 
     def narrowed(self, handle: Any) -> Recollection:
-        """The same for another scope."""
-        return Recollection(handle, recall=self.recall, remember=self.remember, cache=self.cache)
+        """The same for another scope. What is kept in mind is shared, under each scope's name: a server makes a copy of
+        its client for every request."""
+        narrow = Recollection(handle, recall=self.recall, remember=self.remember, cache=self.cache)
+        narrow._blocks, narrow._held = self._blocks, self._held
+        return narrow
 
     @property
     def scope(self) -> Scope:
@@ -188,6 +191,9 @@ class Recollection:
     def cache_key(self) -> str:
         """An opaque routing key of this scope for hosts that take one."""
         return self.engine.cache_key(self.scope)
+
+    def _name(self, key: str | None) -> str:
+        return json.dumps([key, *(value for _, value in self.scope.levels())])
 
     # ---- before the request ---------------------------------------------------------------------------------------
 
@@ -219,12 +225,12 @@ class Recollection:
 
     def _recall(self, ready: Ready) -> Flow[None]:
         asked = ready.asked
-        ready.held = self._held.get(asked.previous) or frozenset()
+        ready.held = self._held.get(self._name(asked.previous)) or frozenset()
         users = [place for place, said in enumerate(asked.messages) if said.role == "user" and said.content.strip()]
         if not users:
             return
         place = users[-1]
-        key = _digest(asked.messages[: place + 1])
+        key = self._name(_digest(asked.messages[: place + 1]))
         texts = self._texts(asked.messages)
         turns = self.engine.records.turns(self.session, limit=max(TURNS_READ, 2 * len(asked.messages)))
         ready.held |= {turn.id for turn in turns if turn.text in texts}
@@ -340,7 +346,7 @@ class Recollection:
         if generation.id is not None:
             held = frozenset([*ready.held, *(hit.record.id for hit in ready.hits), *ids])
             for name in {generation.id, *([asked.previous] if asked.previous else ())}:
-                self._held.put(name, held)
+                self._held.put(self._name(name), held)
 
     def _unheard(self, asked: Asked) -> list[Draft]:
         """The new input as it is remembered; nothing where it was remembered already and is only asked again."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import importlib
+import inspect
 import os
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
@@ -189,4 +190,4 @@ def _close_too(bound: Any, engine: Engine) -> None:
         finally:
             await asyncio.to_thread(engine.close)
 
-    bound.__dict__["close"] = aclosed if asyncio.iscoroutinefunction(close) else closed
+    bound.__dict__["close"] = aclosed if inspect.iscoroutinefunction(close) else closed

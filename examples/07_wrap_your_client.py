@@ -4,6 +4,7 @@ python examples/07_wrap_your_client.py    (needs OPENAI_API_KEY; the second run 
 """
 
 import openai
+from openai.types.chat import ChatCompletionMessageParam
 
 import agentmem
 
@@ -11,7 +12,7 @@ MODEL = "gpt-5.6-luna"
 
 if __name__ == "__main__":
     with agentmem.wrap(openai.OpenAI(), "./memory", user="ana") as client:  # the one line
-        messages: list[openai.types.chat.ChatCompletionMessageParam] = []
+        messages: list[ChatCompletionMessageParam] = []
         while line := input("you> ").strip():
             messages.append({"role": "user", "content": line})
             answer = client.chat.completions.create(model=MODEL, messages=messages).choices[0].message.content or ""

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
 import logging
 import sys
 import types
-from collections.abc import AsyncGenerator, Callable, Generator, Mapping
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Mapping
 from typing import Any, Protocol
 
 from agentmem.flow import arun, run
@@ -23,7 +24,7 @@ __all__ = ["Reads", "Route", "Routes", "bound", "twin"]
 _log = logging.getLogger("agentmem")
 
 #: The header by which both SDKs mark calls whose answer is given as it came.
-RAW = "X-Stainless-Raw-Response"
+RAW = "x-stainless-raw-response"
 
 
 class Reads(Protocol):
@@ -79,13 +80,16 @@ def bound(client: Any, memory: Recollection, routes: Routes, *, asynchronous: bo
 def _post(client: Any, post: Callable[..., Any], memory: Recollection, routes: Routes) -> Callable[..., Any]:
     @functools.wraps(post)
     def posted(path: str, **how: Any) -> Any:
+        how = _read_once(path, how, routes)
         route = _route(client, path, how, routes)
         if route is None:
             return post(path, **how)
         ready = run(memory.before(route.asked))
         answer = post(path, **_through(route, ready, memory, how))
-        if not how.get("stream") and (generation := _generation(route, answer, how)) is not None:
-            run(memory.after(ready, generation))
+        if _is_whole(how):
+            whole = _parsed(answer) if _is_raw(how) else answer
+            if (generation := _generation(route, whole)) is not None:
+                run(memory.after(ready, generation))
         return answer
 
     return posted
@@ -94,16 +98,28 @@ def _post(client: Any, post: Callable[..., Any], memory: Recollection, routes: R
 def _apost(client: Any, post: Callable[..., Any], memory: Recollection, routes: Routes) -> Callable[..., Any]:
     @functools.wraps(post)
     async def posted(path: str, **how: Any) -> Any:
+        how = _read_once(path, how, routes)
         route = _route(client, path, how, routes)
         if route is None:
             return await post(path, **how)
         ready = await arun(memory.before(route.asked))
         answer = await post(path, **_through(route, ready, memory, how))
-        if not how.get("stream") and (generation := _generation(route, answer, how)) is not None:
-            await arun(memory.after(ready, generation))
+        if _is_whole(how):
+            whole = await _aparsed(answer) if _is_raw(how) else answer
+            if (generation := _generation(route, whole)) is not None:
+                await arun(memory.after(ready, generation))
         return answer
 
     return posted
+
+
+def _read_once(path: str, how: dict[str, Any], routes: Routes) -> dict[str, Any]:
+    """The arguments with lists in the place of iterators: the SDKs take those too, and they can be read only once."""
+    body = how.get("body")
+    if path not in routes or not isinstance(body, Mapping):
+        return how
+    lists = {name: list(value) for name, value in body.items() if isinstance(value, Iterator)}
+    return {**how, "body": {**body, **lists}} if lists else how
 
 
 def _route(client: Any, path: str, how: Mapping[str, Any], routes: Routes) -> Route | None:
@@ -131,16 +147,47 @@ def _through(route: Route, ready: Ready, memory: Recollection, how: Mapping[str,
     return sent
 
 
-def _generation(route: Route, answer: Any, how: Mapping[str, Any]) -> Generation | None:
-    """What the answer says; None where it is not read yet or can't be understood."""
+def _wire(how: Mapping[str, Any]) -> str | None:
+    """How much of the wire the caller wants to see: "stream" leaves the body to the caller, others not."""
     headers = (how.get("options") or {}).get("headers") or {}
-    raw = next((value for name, value in headers.items() if name.lower() == RAW.lower()), None)
-    if raw == "stream":
-        return None  # its body is the caller's to read
+    return next((str(value) for name, value in headers.items() if name.lower() == RAW), None)
+
+
+def _is_raw(how: Mapping[str, Any]) -> bool:
+    """Whether the answer comes with its status and headers, to be parsed: both SDKs keep what was parsed."""
+    return _wire(how) is not None
+
+
+def _is_whole(how: Mapping[str, Any]) -> bool:
+    return not how.get("stream") and _wire(how) != "stream"
+
+
+def _parsed(answer: Any) -> Any:
+    """The whole of an answer that is given as it came; None where it is none: that is for the caller to find out."""
     try:
-        whole = answer.parse() if raw is not None else answer
-        return route.whole(whole.to_dict(warnings=False))
+        return answer.parse()
     except Exception as error:  # noqa: BLE001
+        _log.warning("an answer is not remembered: it can't be parsed (%r)", error)
+        return None
+
+
+async def _aparsed(answer: Any) -> Any:
+    """As `_parsed`; where parsing is awaited, awaited."""
+    whole = _parsed(answer)
+    try:
+        return await whole if inspect.isawaitable(whole) else whole
+    except Exception as error:  # noqa: BLE001
+        _log.warning("an answer is not remembered: it can't be parsed (%r)", error)
+        return None
+
+
+def _generation(route: Route, whole: Any) -> Generation | None:
+    """What the answer says; None where it is none yet or can't be understood."""
+    if whole is None:
+        return None
+    try:
+        return route.whole(whole.to_dict(warnings=False))
+    except Exception as error:  # noqa: BLE001 - the caller has an answer, and must get it
         _log.warning("an answer is not remembered: it can't be read (%r)", error)
         return None
 

@@ -30,7 +30,7 @@ from agentmem.testing import HostServer, ScriptedProvider
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
 
-from servers.loopback import Loopback, json_reply, stream_reply
+from servers.loopback import Loopback, json_reply, raw_reply, stream_reply
 from servers.sdk_calls import (
     CLAUDE,
     CLAUDES,
@@ -483,3 +483,44 @@ def test_what_hides_personal_data_hides_it_here(host: HostServer) -> None:
         assert "ana@example.org" in json.dumps(host.requests[-1].body)  # the caller's own words are sent as they are
         assert "ana@example.org" not in str(turns(memory))
         assert "tulips" in str(turns(memory))
+
+
+async def test_raw_answers_are_remembered_too(host: HostServer, memory: Memory) -> None:
+    async with agentmem.wrap(OPENAI.amake(host), memory) as bot:
+        raw = await bot.chat.completions.with_raw_response.create(model=GPT, messages=[user("One?")])
+        assert raw.parse().choices[0].message.content == ANSWER
+    async with agentmem.wrap(CLAUDES.amake(host), memory) as claude:
+        told = await claude.messages.with_raw_response.create(model=CLAUDE, max_tokens=9, messages=[user("Two?")])
+        assert told.headers["content-type"].startswith("application/json")
+        asked: Any = {"model": CLAUDE, "max_tokens": 9, "messages": [user("Three?")]}
+        async with claude.messages.with_streaming_response.create(**asked) as response:
+            assert ANSWER in await response.text()
+    assert turns(memory) == [("user", "One?"), ("assistant", ANSWER), ("user", "Two?"), ("assistant", ANSWER)]
+
+
+@pytest.mark.parametrize(("sdk", "ask"), WHOLE, ids=[sdk.name for sdk, _ in WHOLE])
+def test_messages_that_can_be_read_once_are_sent_whole(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    bot = agentmem.wrap(sdk.client(host, ask), memory)
+    ask(bot, iter([user("Hello."), assistant("Hi!"), user(QUESTION)]))
+    assert [text_of(message)[-6:] for message in sdk.said(host.requests[-1].body)] == ["Hello.", "Hi!", "lnuts?"]
+    assert len(turns(memory)) == 2
+
+
+def test_copies_made_for_each_request_share_what_is_in_mind(host: HostServer, memory: Memory) -> None:
+    responses_create(OPENAI.sync(host), [user("Hi!")])
+    payload = asked_again(host).json()
+    with answering(*(json_reply({**payload, "id": f"resp_{number}"}) for number in (1, 2, 3))) as holding:
+        bot: Any = agentmem.wrap(OPENAI.sync(holding), memory)
+        bot.scope(user="ana", session="s").responses.create(model=GPT, input=QUESTION)
+        again: Any = {"model": GPT, "input": "Peanuts or walnuts, what of the two?", "previous_response_id": "resp_1"}
+        bot.scope(user="ana", session="s").responses.create(**again)
+        bot.scope(user="ben", session="s").responses.create(**again)
+        assert [FACT in json.dumps(body) for body in holding.bodies] == [True, False, True]
+
+
+def test_a_raw_answer_that_is_none_is_the_callers_to_see(memory: Memory) -> None:
+    with answering(raw_reply(b"{not json")) as broken:
+        bot: Any = agentmem.wrap(OPENAI.sync(broken), memory)
+        raw = bot.chat.completions.with_raw_response.create(model=GPT, messages=[user(QUESTION)])
+        assert raw.http_response.text == "{not json"
+    assert turns(memory) == []

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Callable, Iterator
+import inspect
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from typing import Any
 
@@ -158,7 +159,7 @@ class Sdk:
     field: str = "messages"
 
     def client(self, host: HostServer, ask: Callable[..., Any]) -> Any:
-        made = (self.amake if asyncio.iscoroutinefunction(ask) else self.make)(host)
+        made = (self.amake if inspect.iscoroutinefunction(ask) else self.make)(host)
         OPEN.append(made)
         return made
 
@@ -177,7 +178,7 @@ LOOPS: list[asyncio.Runner] = []
 
 
 @contextlib.contextmanager
-def closing_clients() -> Iterator[None]:
+def closing_clients() -> Generator[None, None, None]:
     """A loop for the clients of one test, which are closed at its end."""
     with asyncio.Runner() as runner:
         LOOPS.append(runner)
