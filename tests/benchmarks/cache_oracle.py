@@ -1,6 +1,6 @@
 """The planner of marks and lifetimes against an oracle that knows the trace: random traces, and recorded conversations.
 
-    python tests/benchmarks/cache_oracle.py [--traces 1000] [--seed 7] [--out FILE]
+    python tests/benchmarks/cache_oracle.py [--traces 1000] [--seed 7] [--only random] [--out FILE]
 
 Every policy's requests go through `PromptCache`, the model of the host's cache; the prompt is system | core | history |
 tail, the history grows by a message and a reply a request, and the tail (recalled records and the message) is never
@@ -305,37 +305,43 @@ def recorded_class(rules: CacheRules, talks: Sequence[Talk]) -> dict[str, dict[s
     return found
 
 
+def told(name: str, kind: str, sums: dict[str, Any]) -> str:
+    """A line of the planner's results on random traces."""
+    got = sums[kind]
+    others = ", ".join(f"{policy} {sums[policy]:.2f}" for policy in ("never", "always", "hindsight", "oracle"))
+    return (
+        f"{name:16} random, {kind:6}  to min(never, always) {got['to_floor']:.3f}  to the oracle {got['to_oracle']:.3f}  "
+        f"worst trace {got['worst']:.2f}  ({others})"
+    )
+
+
 def main() -> None:
-    """Run what is asked for, print it, write it."""
+    """Run what is asked for, print it, write it; what is not asked for stays as it was written before."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--traces", type=int, default=1000)
+    parser.add_argument("--traces", type=int, default=1000, help="random traces, for each class")
     parser.add_argument("--seed", type=int, default=7)
+    parser.add_argument("--only", choices=("recorded", "random"))
     parser.add_argument("--out", type=Path, default=RESULTS)
-    told = parser.parse_args()
-    results: dict[str, Any] = {"seed": told.seed, "traces": told.traces, "random": {}, "recorded": {}}
-    talks = locomo()
+    asked = parser.parse_args()
+    kept = json.loads(asked.out.read_text(encoding="utf-8")) if asked.out.exists() else {}
+    results: dict[str, Any] = {"recorded": {}, "random": {}} | kept
+
     for name, model in CLASSES.items():
         rules = rules_for(model)
         assert rules is not None
-        results["recorded"][name] = recorded = recorded_class(rules, talks)
-        for variant, ratios in recorded.items():
-            line = "  ".join(f"{policy} {ratio:.3f}" for policy, ratio in ratios.items())
-            print(f"{name:16} {variant:18} to the oracle: {line}", flush=True)
-    for name, model in CLASSES.items():
-        rules = rules_for(model)
-        assert rules is not None
-        chance = random.Random(told.seed)
-        traces = [random_trace(chance, 60) for _ in range(told.traces)]
-        results["random"][name] = sums = random_class(rules, traces)
-        for kind in ("cold", "ledger"):
-            got = sums[kind]
-            print(
-                f"{name:16} random, {kind:6}  to min(never, always) {got['to_floor']:.3f}  to the oracle "
-                f"{got['to_oracle']:.3f}  worst trace {got['worst']:.2f}  (never {sums['never']:.2f}, always "
-                f"{sums['always']:.2f}, hindsight {sums['hindsight']:.2f}, oracle {sums['oracle']:.2f})",
-                flush=True,
-            )
-        told.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if asked.only != "random":
+            results["recorded"][name] = recorded = recorded_class(rules, locomo())
+            for variant, ratios in recorded.items():
+                line = "  ".join(f"{policy} {ratio:.3f}" for policy, ratio in ratios.items())
+                print(f"{name:16} {variant:18} to the oracle: {line}", flush=True)
+        if asked.only != "recorded":
+            chance = random.Random(asked.seed)
+            traces = [random_trace(chance, 60) for _ in range(asked.traces)]
+            sums = {"seed": asked.seed, "traces": asked.traces, **random_class(rules, traces)}
+            results["random"][name] = sums
+            for kind in ("cold", "ledger"):
+                print(told(name, kind, sums), flush=True)
+        asked.out.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -75,6 +75,15 @@ def test_every_read_price_of_the_second_table_belongs_to_a_cache() -> None:
         assert ("read" in prices) == (rules_for(name) is not None), name
 
 
+def test_no_window_is_wider_than_the_second_table_s_input_and_answer_together() -> None:
+    for name, prices in second_table().items():
+        rules = rules_for(name)
+        if rules is not None and rules.context_tokens is not None and "max_input_tokens" in prices:
+            assert 0.75 * prices["max_input_tokens"] <= rules.context_tokens <= prices["max_input_tokens"] + 130_000, (
+                name
+            )
+
+
 def test_minimums_are_those_of_the_second_table() -> None:
     told = {name: prices["minimum"] for name, prices in second_table().items() if "minimum" in prices}
     assert len(told) > 20
