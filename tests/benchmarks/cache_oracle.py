@@ -310,8 +310,8 @@ def told(name: str, kind: str, sums: dict[str, Any]) -> str:
     got = sums[kind]
     others = ", ".join(f"{policy} {sums[policy]:.2f}" for policy in ("never", "always", "hindsight", "oracle"))
     return (
-        f"{name:16} random, {kind:6}  to min(never, always) {got['to_floor']:.3f}  to the oracle {got['to_oracle']:.3f}  "
-        f"worst trace {got['worst']:.2f}  ({others})"
+        f"{name:16} random, {kind:6}  to min(never, always) {got['to_floor']:.3f}  to the oracle "
+        f"{got['to_oracle']:.3f}  worst trace {got['worst']:.2f}  ({others})"
     )
 
 
