@@ -30,6 +30,8 @@ MOST_AHEAD, FIRST_AHEAD, RUNS = 50, 9, 16
 RECALL_PRIOR, RECALL_WEIGHT = 250.0, 3.0
 #: The part of recalled tokens that will be recalled again in the same history, and the tokens that belief weighs.
 REPEAT_PRIOR, REPEAT_WEIGHT = 0.3, 500.0
+#: By what share more history than needed has to be cheaper, as far as is foreseen, to be sent anew: it is foreseen badly.
+HESITANCE = 0.05
 #: A session is never folded into less than this verbatim.
 TAIL_TURNS, TAIL_TOKENS = 5, 2000
 #: A session that was used within these seconds is still going on: its turns are not dropped as another's past.
@@ -239,12 +241,13 @@ class Layouts:
 
     def _ahead(self, life: int, at: float) -> int:
         """How many requests will follow the one at ``at`` before a gap that this lifetime doesn't outlast: as many as
-        in the earlier runs that came so far, and as if runs ended by chance."""
+        in the earlier runs that came so far (where none did, those that came half as far speak for an end), and as if
+        runs ended by chance."""
         state = self._state
         runs, lasts = state.runs[life], state.at is not None and at - state.at <= self._rules.lifetimes[life].seconds
         so_far = state.run[life] + 1 if lasts else 0
         by_chance = min(MOST_AHEAD, (sum(runs) + so_far + FIRST_AHEAD) / (len(runs) + 1))
-        longer = [run - so_far for run in runs if run > so_far]
+        longer = [run - so_far for run in runs if run > so_far] or [0 for run in runs if 2 * run > so_far]
         return min(MOST_AHEAD, round((sum(longer) + by_chance) / (len(longer) + 1)))
 
     def _warm(self, coming: Coming, history: int) -> bool:
@@ -274,7 +277,8 @@ class Layouts:
             for life in range(len(ahead.lives))
         ]
         cold = [self._choice(coming, *option, ahead, cold=True) for option in options]
-        anew = min(cold, key=lambda choice: (choice.total / choice.count, -choice.place))
+        newest = max(choice.place for choice in cold)
+        anew = min(cold, key=lambda choice: (self._each(choice, newest), -choice.place))
         if not ahead.warm:
             return anew, 0.0, ahead
         # Lifetimes end after different numbers of requests: each request counts less what it costs on the average.
@@ -288,9 +292,15 @@ class Layouts:
         saved = stay.later - best.later
         carry = max(0.0, state.carry + saved)
         gain = (stay.total - usual * stay.count) - (best.total - usual * best.count)
-        if gain > 0 and carry >= saved * best.count - gain:
+        least = HESITANCE * stay.total if best.place < stay.place else 0.0
+        if gain > least and carry >= saved * best.count - gain:
             return best, 0.0, ahead
         return stay, carry, ahead
+
+    @staticmethod
+    def _each(choice: _Choice, newest: int) -> float:
+        """The price of a request; what is written beyond need has to pay for sure."""
+        return choice.total / choice.count * (1 + HESITANCE * (choice.place < newest))
 
     def _allowed(self, coming: Coming, ahead: _Prospect) -> list[int]:
         """The places at which the history may begin now. Sessions that are going on stay in it, but for the oldest

@@ -207,6 +207,11 @@ def bars(name: str, variant: str, system: int, each: dict[str, float]) -> list[t
     return found
 
 
+def verdict(what: str, ratio: float, most: float) -> str:
+    """A bar that was missed, and an aim that was."""
+    return "" if ratio <= most else " missed" if "aim" in what else " FAILS"
+
+
 def chats(names: Sequence[str], gate: Gate) -> tuple[list[dict[str, object]], bool]:
     """All classes, days and busy, both system parts; True if every bar holds."""
     rows: list[dict[str, object]] = []
@@ -239,7 +244,7 @@ def chats(names: Sequence[str], gate: Gate) -> tuple[list[dict[str, object]], bo
                     + "/".join(f"{share / plan.bill.tokens:.2f}" for share in shares)
                     + f"  evidence {plan.evidence:.3f} (d {tail.evidence:.3f})"
                     + f"  recalled {plan.recalled:.0f} (d {tail.recalled:.0f})  "
-                    + "  ".join(f"{what} {ratio:.3f}{'' if ratio <= most else ' FAILS'}" for what, ratio, most in tests)
+                    + "  ".join(f"{what} {ratio:.3f}{verdict(what, ratio, most)}" for what, ratio, most in tests)
                     + f" ({where})",
                     flush=True,
                 )
