@@ -21,6 +21,8 @@ __all__ = ["FAULTS", "Fault"]
 
 #: The first line of a good reply.
 OK = b"HTTP/1.1 200 OK\r\n"
+#: Makes a stream's parts of its right events.
+Parts = Callable[[tuple[bytes, ...]], list[bytes]]
 #: What is owed: an ``error`` of the SDK's tree, an ``answer``, or ``either``; ``late``: an error at the deadline.
 Owed = Literal["error", "answer", "either", "late"]
 
@@ -203,7 +205,6 @@ def _redirects() -> Iterator[Fault]:
 
 def _streams() -> Iterator[Fault]:
     """Streams that go wrong."""
-    Parts = Callable[[tuple[bytes, ...]], list[bytes]]  # noqa: N806 - a type
 
     def stream(name: str, parts: Parts, owed: Owed = "error", *, ends: bool = True) -> Fault:
         def behave(call: Call) -> None:

@@ -119,7 +119,7 @@ class _Machine:
 
     def _marked(self, prompt: Prompt, now: float) -> Visit:
         rules, ends = self._rules, list(_piece_ends(prompt.pieces))
-        marks = [(at, piece.lifetime) for at, piece in enumerate(prompt.pieces) if piece.lifetime is not None]
+        marks = [(at, life) for at, piece in enumerate(prompt.pieces) if (life := piece.lifetime) is not None]
         hit = -1
         for at, _ in marks:
             first = 0 if rules.lookback is None else max(0, at - rules.lookback)
@@ -129,7 +129,7 @@ class _Machine:
         written, paid, new = [0] * len(rules.lifetimes), read, []
         for at, lifetime in marks:
             digest, tokens = ends[at]
-            if at > hit and tokens >= rules.minimum and lifetime is not None:
+            if at > hit and tokens >= rules.minimum:
                 written[lifetime] += tokens - paid
                 paid = tokens
                 new.append((digest, prompt.seconds or rules.lifetimes[lifetime].seconds))

@@ -93,9 +93,8 @@ class Wire(Protocol):
 
 def chosen(reply: Any, body: Mapping[str, Any], prompt: Prompt) -> Answer:
     """The answer that ``HostServer.reply`` names, cut at a stop text and at ``max_tokens``."""
-    told = reply(body) if callable(reply) else reply
-    if isinstance(told, str):
-        told = {"text": told}
+    said: Any = reply(body) if callable(reply) else reply
+    told: Mapping[str, Any] = {"text": said} if isinstance(said, str) else said
     text, finish = str(told.get("text", "")), "stop"
     ends = [at for stop in prompt.stop if (at := text.find(stop)) >= 0]
     text = text[: min(ends, default=len(text))]

@@ -13,7 +13,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Mapping
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 from ..cache_rules import CacheRules, rules_for
 from ..types import Usage
@@ -201,7 +201,6 @@ class _Server(http.server.ThreadingHTTPServer):
 class _Handler(http.server.BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     disable_nagle_algorithm = True
-    server: _Server
 
     def do_POST(self) -> None:
         """Answer one request."""
@@ -213,7 +212,7 @@ class _Handler(http.server.BaseHTTPRequestHandler):
             self.whole(400, {"error": {"message": "the body is no JSON", "type": "invalid_request_error"}})
             return
         try:
-            self.server.answer(self, self.path.partition("?")[0], body, headers)
+            cast(_Server, self.server).answer(self, self.path.partition("?")[0], body, headers)
         except (BrokenPipeError, ConnectionResetError):
             self.close_connection = True
         except Exception as error:  # noqa: BLE001 - a fault of the test's reply function: told, not hidden

@@ -152,7 +152,7 @@ def test_what_stands_first_voids_what_follows(claude: Any) -> None:
     assert tokens(ask(claude, block(OTHER, "5m"), **common))[3] == 0
     read = tokens(ask(claude, block(OTHER, "5m"), **common, tool_choice={"type": "any"}))[0]
     assert 1500 < read < 2000  # the messages only
-    assert tokens(ask(claude, block(OTHER, "5m"), **{**common, "tools": []}))[0] == 0
+    assert tokens(ask(claude, block(OTHER, "5m"), system=common["system"]))[0] == 0
 
 
 def test_the_automatic_mark_moves_with_the_conversation(claude: Any) -> None:
@@ -200,10 +200,9 @@ def test_a_prewarm_fills_the_cache_and_says_nothing(claude: Any) -> None:
 def test_anthropic_says_why_it_missed(
     claude: Any, host: HostServer, change: dict[str, Any], reason: str | None
 ) -> None:
-    common = {"system": "Be kind."}
-    first = ask(claude, block(LONG, "5m"), **common)
-    told = {"diagnostics": {"previous_message_id": first.id}}
-    second = ask(claude, block(LONG, "5m"), **{**common, **change}, extra_body=told)
+    first = ask(claude, block(LONG, "5m"), system="Be kind.")
+    more: dict[str, Any] = {"system": "Be kind.", **change}
+    second = ask(claude, block(LONG, "5m"), **more, extra_body={"diagnostics": {"previous_message_id": first.id}})
     why = second.diagnostics and second.diagnostics.cache_miss_reason
     assert (why and why.type) == reason == host.requests[-1].miss
     assert why is None or why.cache_missed_input_tokens > 1500

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import gzip
+import importlib
 import math
 import threading
 import time
@@ -13,9 +14,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from agentmem.adapters.providers import _http, _single_flight
-from agentmem.adapters.providers._http import Clock, from_status, guard, whole
-from agentmem.adapters.providers._single_flight import Flights
 
 from agentmem.cache_rules import CacheRules, Lifetime
 from agentmem.errors import RateLimited, Rejected, Unavailable
@@ -23,6 +21,11 @@ from agentmem.provider import CachePlan, Mark, Request
 from agentmem.testing import FaultServer
 from agentmem.testing.faults import Call
 from agentmem.types import Message, Segment
+
+_http = importlib.import_module("agentmem.adapters.providers._http")
+_single_flight = importlib.import_module("agentmem.adapters.providers._single_flight")
+Clock, from_status, guard, whole = _http.Clock, _http.from_status, _http.guard, _http.whole
+Flights = _single_flight.Flights
 
 RULES = CacheRules(
     kind="breakpoints",
@@ -152,7 +155,7 @@ def request(*texts: str, marks: tuple[int, ...] = (1,), lifetime: str | None = N
     return Request(segments=(Segment(name="turn", messages=messages, stable=False),), cache=plan)
 
 
-def waits(flights: Flights, second: Request, *, limit_s: float = 0.2) -> bool:
+def waits(flights: Any, second: Request, *, limit_s: float = 0.2) -> bool:
     """Whether this request has to wait now, as seen within ``limit_s``."""
     passed = threading.Event()
 
