@@ -181,7 +181,8 @@ class Plan:
             if messages or blocks >= prompt_.tools > 0:
                 found[messages] = self._rules.lifetimes[lifetime].name
         placed = tuple(Mark(messages=messages, lifetime=name) for messages, name in sorted(found.items()))
-        return CachePlan(marks=placed, previous=previous, diagnose=self._rules.diagnoses and previous is not None)
+        # Asked for from the first request on: Anthropic compares only with answers to requests that asked, too.
+        return CachePlan(marks=placed, previous=previous, diagnose=self._rules.diagnoses)
 
     def _named(self, prompt_: Measured, layout: Layout | None) -> list[Level]:
         """The levels, with a history that only grew under the name that it had."""

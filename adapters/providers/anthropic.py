@@ -34,7 +34,7 @@ OFFICIAL = "https://api.anthropic.com"
 HOLDS_S = 300.0
 
 #: What a host can do that is not Anthropic's and serves none of its models can only be told.
-SETTINGS: Mapping[str, type] = {"images": bool, "schemas": bool}
+SETTINGS: Mapping[str, type] = {"images": bool, "schemas": bool, "diagnostics": bool}
 
 
 def create(model: str, settings: Mapping[str, Any]) -> Anthropic:
@@ -42,7 +42,8 @@ def create(model: str, settings: Mapping[str, Any]) -> Anthropic:
 
     Settings: ``api_key`` (else ANTHROPIC_API_KEY), ``base_url`` (else ANTHROPIC_BASE_URL), ``timeout_s`` (120, over all
     attempts), ``max_retries`` (2), ``context_tokens``. For another vendor's model at another host: ``images=True`` and
-    ``schemas=True`` if it takes them.
+    ``schemas=True`` if it takes them. ``diagnostics=True`` if a gateway on another machine takes the field that asks
+    why a cache missed; else it is sent to Anthropic and to this machine only.
     """
     importlib.import_module("anthropic")  # a missing package is told here, not at the first request
 
@@ -65,9 +66,12 @@ class Anthropic(Remote):
     """Anthropic's API, or another host that speaks it, through the ``anthropic`` SDK."""
 
     def __init__(self, name: str, model: str, values: Mapping[str, Any]) -> None:
-        own = is_host(values["base_url"], "anthropic.com") or "claude" in model.lower()
+        official, near = is_host(values["base_url"], "anthropic.com"), is_loopback(values["base_url"])
+        own = official or "claude" in model.lower()
         vendor = "anthropic" if own else vendors(values["base_url"])
         rules = None if vendor is None else rules_for(f"{vendor}:{model}")
+        if rules is not None and not values.get("diagnostics", official or near):
+            rules = replace(rules, diagnoses=False)
         capabilities = Capabilities(
             chat=True,
             tools=True,
@@ -76,7 +80,7 @@ class Anthropic(Remote):
             schemas=values.get("schemas", own),
             context_tokens=values.get("context_tokens") or (None if rules is None else rules.context_tokens),
             cache=rules,
-            holds_prefix_s=None if is_loopback(values["base_url"]) else _longest(rules),
+            holds_prefix_s=None if near else _longest(rules),
         )
         super().__init__(name, capabilities, values)
         self._model = model

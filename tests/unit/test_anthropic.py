@@ -342,6 +342,22 @@ def test_capabilities_are_those_of_the_model_and_its_host(
     assert not able.exact_tokens
 
 
+@pytest.mark.parametrize(
+    ("settings", "asks"),
+    [
+        ({}, True),
+        ({"base_url": "http://127.0.0.1:9"}, True),
+        ({"base_url": "https://gateway.example.com"}, False),  # it may refuse fields that it does not know
+        ({"base_url": "https://gateway.example.com", "diagnostics": True}, True),
+        ({"diagnostics": False}, False),
+    ],
+)
+def test_a_diagnosis_is_asked_for_where_the_field_is_known(settings: dict[str, Any], asks: bool) -> None:
+    rules = load("anthropic:claude-sonnet-4-6", {"api_key": "k", **settings}).capabilities.cache
+    assert rules is not None
+    assert rules.diagnoses == asks
+
+
 def test_a_whole_request_is_counted_by_the_vendor() -> None:
     anthropic, httpx2 = pytest.importorskip("anthropic"), pytest.importorskip("httpx2")
     seen: list[tuple[str, dict[str, Any]]] = []
