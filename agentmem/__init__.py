@@ -12,8 +12,6 @@ if TYPE_CHECKING:
     from .activation.store import Swapped as Swapped
     from .async_memory import AsyncMemory as AsyncMemory
     from .async_memory import AsyncScopedMemory as AsyncScopedMemory
-    from .budgets import Budget as Budget
-    from .budgets import Spent as Spent
     from .errors import AgentMemError as AgentMemError
     from .errors import BudgetExceeded as BudgetExceeded
     from .errors import ConfigError as ConfigError
@@ -31,12 +29,14 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .errors import TrainingError as TrainingError
     from .errors import Unavailable as Unavailable
+    from .ledger.budgets import Budget as Budget
+    from .ledger.budgets import Spent as Spent
+    from .ledger.report import Report as Report
     from .memory import Memory as Memory
     from .memory import ScopedMemory as ScopedMemory
     from .parametric.registry import LoraVersion as LoraVersion
     from .reply_stream import AsyncReplyStream as AsyncReplyStream
     from .reply_stream import ReplyStream as ReplyStream
-    from .report import Report as Report
     from .types import Attended as Attended
     from .types import CacheUse as CacheUse
     from .types import Change as Change
@@ -63,12 +63,12 @@ __version__ = "0.1.0"
 _MODULES = {
     "activation.store": "PageEntry Swapped",
     "async_memory": "AsyncMemory AsyncScopedMemory",
-    "budgets": "Budget Spent",
+    "ledger.budgets": "Budget Spent",
     "errors": (
         "AgentMemError BudgetExceeded ConfigError Corrupt Full Incompatible InvalidInput Locked MissingDependency "
         "NotFound ProviderError RateLimited Rejected ScopeError StoreError TrainingError Unavailable"
     ),
-    "report": "Report",
+    "ledger.report": "Report",
     "memory": "Memory ScopedMemory",
     "parametric.registry": "LoraVersion",
     "reply_stream": "AsyncReplyStream ReplyStream",

@@ -28,7 +28,7 @@ from .cache_rules import CacheRules, overridden, rules_for
 from .config import Settings
 from .database import Database
 from .errors import ConfigError, Corrupt, Full, StoreError
-from .ledger import Ledger
+from .ledger.uses import Ledger
 from .plaintext.records import Records
 from .plaintext.redact import redactor
 from .plaintext.search import Searcher

@@ -19,7 +19,7 @@ from . import prompt
 from .engine import Engine
 from .errors import InvalidInput, ProviderError, ScopeError, StoreError
 from .flow import Embed, Flow
-from .ledger import LISTED
+from .ledger.uses import LISTED
 from .plaintext import lineage
 from .plaintext import search as searching
 from .plaintext.conditions import matching

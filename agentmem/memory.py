@@ -14,16 +14,16 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 from . import chat as chats
 from . import counting, flows, histories, reporting, transfer
 from .asking import Schema
-from .budgets import Budget, Spent
 from .chat import Conversation
 from .engine import Engine
 from .flow import local, run
 from .flows import When
 from .handles import Activation, Parametric, Plaintext
+from .ledger.budgets import Budget, Spent
+from .ledger.report import Report
 from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
 from .reply_stream import ReplyStream
-from .report import Report
 from .types import (
     Change,
     Compaction,

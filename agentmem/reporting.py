@@ -7,14 +7,14 @@ from __future__ import annotations
 
 from typing import Any
 
-from .accounts import Accounts
-from .budgets import Action, Budget, Period, Spent
 from .engine import Engine
 from .errors import InvalidInput
 from .kinds import entries
+from .ledger.accounts import Accounts
+from .ledger.budgets import Action, Budget, Period, Spent
+from .ledger.report import Prefix, Report
 from .plaintext.conditions import beneath
 from .plaintext.drafts import moment, utc_seconds
-from .report import Prefix, Report
 from .types import Scope
 
 __all__ = ["budget", "report", "spent"]

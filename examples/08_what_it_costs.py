@@ -13,7 +13,7 @@ from agentmem import Memory
 from agentmem.activation.replays import replay
 from agentmem.activation.turns import Turn
 from agentmem.cache_rules import rules_for
-from agentmem.costs import input_price
+from agentmem.ledger.costs import input_price
 from agentmem.tokens import counter_for
 
 RECORDED = Path(__file__).parent / "data" / "conversation.jsonl"

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from agentmem.accounts import Accounts
 from agentmem.database import Database
-from agentmem.ledger import Ledger
-from agentmem.report import Report
+from agentmem.ledger.accounts import Accounts
+from agentmem.ledger.report import Report
+from agentmem.ledger.uses import Ledger
 from agentmem.types import Attended, CacheUse, Scope, Usage
 
 sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package

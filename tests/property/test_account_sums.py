@@ -12,11 +12,11 @@ from genai_prices import calc_price
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from agentmem.accounts import Accounts
 from agentmem.cache_rules import rules_for
 from agentmem.database import Database
-from agentmem.ledger import Ledger
-from agentmem.report import Line, Share
+from agentmem.ledger.accounts import Accounts
+from agentmem.ledger.report import Line, Share
+from agentmem.ledger.uses import Ledger
 from agentmem.testing import FakeClock
 from agentmem.types import Scope, Usage
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from agentmem.accounts import REPLAYED, Accounts
 from agentmem.activation.turns import Turn
 from agentmem.cache_rules import rules_for
 from agentmem.database import Database
-from agentmem.ledger import TURNS_KEPT, Ledger
+from agentmem.ledger.accounts import REPLAYED, Accounts
+from agentmem.ledger.uses import TURNS_KEPT, Ledger
 from agentmem.testing import FakeClock
 from agentmem.types import CacheUse, Scope, Usage
 
@@ -184,7 +184,7 @@ def test_turns_come_back_oldest_first_by_scope_and_model(ledger: Ledger, clock: 
 
 def test_old_turns_go_and_their_sums_stay(ledger: Ledger, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) -> None:
     assert TURNS_KEPT > REPLAYED
-    monkeypatch.setattr("agentmem.ledger.TURNS_KEPT", 3)
+    monkeypatch.setattr("agentmem.ledger.uses.TURNS_KEPT", 3)
     for number in range(8):
         ledger.note("chat", HOSTED, ANA, Usage(input_tokens=1), turn=turn(number, clock))
     assert [one.id for one in ledger.turns(ANA, HOSTED, 100)] == ["t5", "t6", "t7"]
@@ -212,7 +212,7 @@ def test_other_policies_are_priced_by_the_hosts_rules(ledger: Ledger, clock: Fak
 def test_full_history_counts_what_was_said_before_what_is_replayed(
     ledger: Ledger, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("agentmem.accounts.AT_ONCE", 5)
+    monkeypatch.setattr("agentmem.ledger.accounts.AT_ONCE", 5)
     for number in range(5):
         ledger.note("chat", HOSTED, ANA, Usage(input_tokens=2000), turn=turn(number, clock))
     young = {one.policy: one.money for one in Accounts(ledger, Scope()).compared()}

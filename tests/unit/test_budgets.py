@@ -13,10 +13,10 @@ from typing import Any
 
 import pytest
 
-from agentmem.budgets import begin, end
 from agentmem.database import Database
 from agentmem.errors import BudgetExceeded, InvalidInput
-from agentmem.ledger import Ledger
+from agentmem.ledger.budgets import begin, end
+from agentmem.ledger.uses import Ledger
 from agentmem.testing import FakeClock
 from agentmem.types import Scope, Usage
 

@@ -14,8 +14,8 @@ from genai_prices import Usage as Used
 from genai_prices import calc_price
 
 from agentmem.cache_rules import CacheRules, Lifetime, rules_for
-from agentmem.costs import LocalCosts, input_price, price
 from agentmem.errors import ConfigError
+from agentmem.ledger.costs import LocalCosts, input_price, price
 from agentmem.types import Usage
 
 TABLE = max((Path(__file__).parents[1] / "golden/prices").glob("*.json"))

@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from agentmem.accounts import Accounts
 from agentmem.database import Database
-from agentmem.ledger import Ledger
+from agentmem.ledger.accounts import Accounts
+from agentmem.ledger.uses import Ledger
 from agentmem.testing import FakeClock
 from agentmem.types import CacheUse, Scope, Usage
 

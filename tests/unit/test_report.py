@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from agentmem.budgets import Budget
 from agentmem.errors import StoreError
-from agentmem.report import Comparison, Kind, Line, Miss, Prefix, Report, Share
+from agentmem.ledger.budgets import Budget
+from agentmem.ledger.report import Comparison, Kind, Line, Miss, Prefix, Report, Share
 from agentmem.types import Scope
 
 NASTY = "<script>alert('x')</script>&\"quoted\""

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Any
 
-from .cache_rules import CacheRules
-from .errors import ConfigError
-from .provider import split_name
-from .types import Usage
+from ..cache_rules import CacheRules
+from ..errors import ConfigError
+from ..provider import split_name
+from ..types import Usage
 
 __all__ = ["LocalCosts", "input_price", "price"]
 

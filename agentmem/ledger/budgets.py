@@ -13,10 +13,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from .database import Database
-from .errors import BudgetExceeded, InvalidInput
-from .plaintext.drafts import shown
-from .types import LEVELS, Scope, Value
+from ..database import Database
+from ..errors import BudgetExceeded, InvalidInput
+from ..plaintext.drafts import shown
+from ..types import LEVELS, Scope, Value
 
 __all__ = ["Action", "Budget", "Budgets", "Period", "Spent", "begin", "end"]
 

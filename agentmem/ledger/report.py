@@ -1,6 +1,6 @@
 """What a report says: uses and their money by verb, day, scope, provider and kind of memory, and what was saved.
 
-Values and how they look as text; knows no database. The page for browsers is in report_html.py.
+Values and how they look as text; knows no database. The page for browsers is in html.py.
 """
 
 from __future__ import annotations
@@ -11,9 +11,9 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from ..errors import StoreError
+from ..types import Value
 from .budgets import Budget
-from .errors import StoreError
-from .types import Value
 
 __all__ = ["Comparison", "Kind", "Line", "Miss", "Prefix", "Report", "Share", "money", "size"]
 
@@ -181,7 +181,7 @@ class Report(Value):
 
         With ``path`` it is written there too. Raises `StoreError` where that can't be done.
         """
-        from .report_html import page
+        from .html import page
 
         text = page(self)
         if path is not None:
@@ -289,7 +289,7 @@ class Report(Value):
         return Group(self._table(), *(Text(sentence) for sentence in self.summary()))
 
     def _repr_html_(self) -> str:
-        from .report_html import body
+        from .html import body
 
         return body(self)
 

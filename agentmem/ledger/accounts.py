@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from .activation.turns import Turn
+from ..activation.turns import Turn
+from ..provider import split_name
+from ..types import LEVELS, Scope
 from .costs import input_price
-from .ledger import Ledger, beneath, read_turns
-from .provider import split_name
 from .report import Comparison, Kind, Line, Miss, Prefix, Share
-from .types import LEVELS, Scope
+from .uses import Ledger, beneath, read_turns
 
 __all__ = ["Accounts"]
 
@@ -148,7 +148,7 @@ class Accounts:
         conversations = list(self._conversations())
         if not conversations:
             return []
-        from .activation.replays import replay
+        from ..activation.replays import replay
 
         totals: dict[str, float] = {}
         requests, spent, bare = 0, 0.0, 0.0

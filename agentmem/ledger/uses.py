@@ -12,14 +12,14 @@ import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..cache_rules import CacheRules
+from ..database import Database
+from ..types import CacheUse, Scope, Usage
 from .budgets import Budgets
-from .cache_rules import CacheRules
 from .costs import LocalCosts, price
-from .database import Database
-from .types import CacheUse, Scope, Usage
 
 if TYPE_CHECKING:
-    from .activation.turns import Turn
+    from ..activation.turns import Turn
 
 __all__ = ["LISTED", "Ledger", "beneath", "read_turns"]
 
@@ -150,7 +150,7 @@ class Ledger:
 
 def read_turns(texts: Iterable[str]) -> list[Turn]:
     """The turns that these texts of ``uses`` hold. One that can't be read is passed over: sums need none."""
-    from .activation.turns import Turn
+    from ..activation.turns import Turn
 
     turns = []
     for text in texts:

@@ -1,0 +1,1 @@
+"""What every use cost and saved: uses, prices, budgets, sums and the report."""
