@@ -19,6 +19,7 @@ from typing import Any, Generic, Literal, TypeVar
 
 from . import prompt
 from .asking import reply_drafts
+from .chat import QUERY_CHARACTERS, TOLD_K, TOLD_TOKENS
 from .engine import Engine
 from .errors import AgentMemError, BudgetExceeded, InvalidInput, ProviderError, StoreError
 from .flow import Flow
@@ -34,8 +35,6 @@ __all__ = ["Asked", "Ready", "Recollection"]
 V = TypeVar("V")
 _log = logging.getLogger("agentmem")
 
-#: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
-QUERY_CHARACTERS = 2000
 #: The session's newest turns that are looked at for what the caller's messages hold.
 TURNS_READ = 128
 #: Conversations of one client whose recalled block, or whose records at the host, are kept in mind.
@@ -236,6 +235,8 @@ class Recollection:
         ready.held |= {turn.id for turn in turns if turn.text in texts}
         # With the results of tools the question stands as it stood when the tools were called.
         known = self._blocks.get(key) if place < asked.begins else None
+        if known is not None and not self._holds(known[2]):
+            known = None
         if known is None:
             hits = yield from self._likely(asked.messages[place].content, texts, ready)
             # Before a mark of the caller's, the block would be kept in the place of what the next request begins with.
@@ -244,13 +245,22 @@ class Recollection:
         ready.block, ready.behind, ready.hits = known
         ready.place = place if ready.block else None
 
+    def _holds(self, hits: Sequence[Hit]) -> bool:
+        """Whether these records are what they were: what is forgotten or corrected meanwhile is not shown again."""
+        held = self.engine.records.named([hit.record.id for hit in hits], self.scope)
+        return [(record.id, record.version) for record in held] == [(hit.record.id, hit.record.version) for hit in hits]
+
     def _likely(self, query: str, texts: set[str], ready: Ready) -> Flow[list[Hit]]:
         """The records that this turn needs and that the model does not read anyway, within the budget."""
+        from .plaintext.asking import tells
         from .plaintext.fusion import TOGETHER, taken
 
         engine, settings = self.engine, self.engine.settings
         if settings.recall_k == 0 or settings.recall_tokens == 0:
             return []
+        most, tokens = settings.recall_k, settings.recall_tokens
+        if tells(query):
+            most, tokens = min(most, TOLD_K), min(tokens, TOLD_TOKENS)
         k = max(settings.recall_k, TOGETHER)
         query = query.strip()[:QUERY_CHARACTERS]
         without = set(ready.held)
@@ -266,8 +276,8 @@ class Recollection:
             without |= known
             ready.held |= known
         found = [hit for hit in found if hit.record.id not in without]
-        likely = found[: min(taken([hit.score for hit in found]), settings.recall_k)]
-        fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), settings.recall_tokens, engine.count)}
+        likely = found[: min(taken([hit.score for hit in found]), most)]
+        fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), tokens, engine.count)}
         return [hit for hit in likely if hit.record.id in fitting]
 
     def _texts(self, messages: Sequence[Message]) -> set[str]:

@@ -21,6 +21,7 @@ sys.path.insert(0, str(Path(__file__).parent))  # tests/ is no package
 
 from servers.sdk_calls import (
     CLAUDES,
+    OPENAI,
     TOOLS,
     Sdk,
     assistant,
@@ -269,3 +270,16 @@ def test_a_host_of_another_vendor_has_its_own_prices(memory: Memory) -> None:
     [row] = memory._engine.database.query("SELECT model, money FROM uses WHERE verb = 'chat'")
     assert row["model"] == "deepseek:deepseek-v4-flash"
     assert row["money"] > 0
+
+
+def test_what_is_forgotten_during_a_run_of_tools_is_not_shown_again(host: HostServer, memory: Memory) -> None:
+    host.reply = calls_often(2)
+    bot: Any = agentmem.wrap(OPENAI.sync(host), memory)
+    tools: Any = [{"type": "function", "function": {"name": "weather", "parameters": {"type": "object"}}}]
+    messages: list[Any] = [user(QUESTION)]
+    for _ in range(2):
+        answer = bot.chat.completions.create(model="gpt-4.1", messages=messages, tools=tools).choices[0].message
+        call = answer.tool_calls[0].id
+        messages += [answer, {"role": "tool", "tool_call_id": call, "content": "sunny"}]
+        memory.forget([record.id for record in memory.list() if record.text == FACT])
+    assert [FACT in json.dumps(request.body) for request in host.requests] == [True, False]
