@@ -202,8 +202,8 @@ class _Punctual:
     def connect_unix_socket(self, *args: Any, **options: Any) -> _Punctual:
         return _Punctual(self._inner.connect_unix_socket(*args, **options))
 
-    def start_tls(self, context: Any, server_hostname: str | None = None, timeout: float | None = None) -> _Punctual:
-        return _Punctual(self._inner.start_tls(context, server_hostname, _at_most(timeout)))
+    def start_tls(self, *args: Any, timeout: float | None = None, **options: Any) -> _Punctual:
+        return _Punctual(self._inner.start_tls(*args, timeout=_at_most(timeout), **options))
 
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         return self._inner.read(max_bytes, _at_most(timeout))  # type: ignore[no-any-return]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -125,14 +126,16 @@ class FaultServer:
     """``with FaultServer() as server:`` answers every request as ``server.behave`` does, on ``server.url``.
 
     ``behave`` is a function of a `Call` and may be changed between requests; until it is set replies are good.
-    ``requests`` holds the (path, headers, body) of what came; ``elsewhere`` is where redirects lead.
+    ``requests`` holds the (path, headers, body) of what came; ``elsewhere`` is where redirects lead. With ``tls``, a
+    server's context, it speaks HTTPS.
     """
 
-    def __init__(self, behave: Callable[[Call], None] | None = None) -> None:
+    def __init__(self, behave: Callable[[Call], None] | None = None, *, tls: ssl.SSLContext | None = None) -> None:
         self.behave = behave or good
         self.requests: list[tuple[str, dict[str, str], Any]] = []
         self.elsewhere = "http://localhost:9/elsewhere"
         self.stopping = threading.Event()
+        self._tls = tls
         wires: list[Wire] = [ChatCompletions(strict=False), Responses(), Messages(), Chat()]
         self._wires = {wire.path: wire for wire in wires}
         self._listener = socket.create_server(("127.0.0.1", 0), backlog=128)
@@ -141,7 +144,8 @@ class FaultServer:
     @property
     def url(self) -> str:
         """The server's address, without a path."""
-        return f"http://127.0.0.1:{self._listener.getsockname()[1]}"
+        scheme = "http" if self._tls is None else "https"
+        return f"{scheme}://127.0.0.1:{self._listener.getsockname()[1]}"
 
     def __enter__(self) -> FaultServer:
         self._thread.start()
@@ -166,8 +170,11 @@ class FaultServer:
 
     def _connection(self, connection: socket.socket) -> None:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.settimeout(10)
+        with contextlib.suppress(OSError):
+            if self._tls is not None:
+                connection = self._tls.wrap_socket(connection, server_side=True)
         with contextlib.suppress(OSError), connection:
-            connection.settimeout(10)
             request = _read(connection)
             if request is None:
                 return

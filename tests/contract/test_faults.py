@@ -8,7 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import datetime as dt
+import ipaddress
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -183,6 +186,72 @@ def test_a_host_that_is_not_there_is_told(adapter: str) -> None:
     provider = load(name, {"api_key": KEY, "base_url": f"http://127.0.0.1:9{path}", "max_retries": 0, **settings})
     with contextlib.closing(provider), pytest.raises(Unavailable, match="base_url"):
         provider.generate(REQUEST)
+
+
+@pytest.fixture(scope="module")
+def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ssl.SSLContext]:
+    """A certificate of this machine's own address that nobody trusts yet, and a server's context with it."""
+    x509 = pytest.importorskip("cryptography.x509")
+    from cryptography.hazmat.primitives import hashes, serialization
+    from cryptography.hazmat.primitives.asymmetric import ec
+
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "loopback")])
+    now = dt.datetime.now(dt.UTC)
+    address = x509.IPAddress(ipaddress.ip_address("127.0.0.1"))
+    signed = (
+        x509.CertificateBuilder()
+        .subject_name(name)
+        .issuer_name(name)
+        .public_key(key.public_key())
+        .serial_number(7)
+        .not_valid_before(now - dt.timedelta(days=1))
+        .not_valid_after(now + dt.timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([address]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )
+    path = tmp_path_factory.mktemp("tls") / "certificate.pem"
+    path.write_bytes(signed.public_bytes(serialization.Encoding.PEM))
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+    (path.parent / "key.pem").write_bytes(private)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(path, path.parent / "key.pem")
+    return path, context
+
+
+@pytest.mark.parametrize("adapter", ADAPTERS)
+def test_https_works_and_keeps_the_deadline_and_trusts_nobody_unknown(
+    adapter: str, certificate: tuple[Path, ssl.SSLContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, context = certificate
+    name, prefix, settings = ADAPTERS[adapter]
+    with FaultServer(tls=context) as server:
+        common = {"api_key": KEY, "base_url": server.url + prefix, "max_retries": 0, **settings}
+        stranger = load(name, {**common, "timeout_s": LONG_S})
+        with contextlib.closing(stranger), pytest.raises(Unavailable, match=r"(?i)certificate"):
+            stranger.generate(REQUEST)
+        assert not server.requests
+        monkeypatch.setenv("SSL_CERT_FILE", str(path))
+        with contextlib.closing(load(name, {**common, "timeout_s": 2.0})) as provider:
+            assert provider.generate(REQUEST).text == TEXT
+            assert list(provider.stream(REQUEST))[-1].text == TEXT
+            assert asyncio.run(_and_close(provider)).text == TEXT
+        with contextlib.closing(load(name, {**common, "timeout_s": SHORT_S})) as provider:
+            server.behave = next(fault.behave for fault in FAULTS if fault.name == "a dripping head")
+            started = time.monotonic()
+            with pytest.raises(Unavailable, match="timeout_s"):
+                provider.generate(REQUEST)
+            assert time.monotonic() - started < SHORT_S + LATE_S
+
+
+async def _and_close(provider: Any) -> Any:
+    try:
+        return await provider.agenerate(REQUEST)
+    finally:
+        await provider.aclose()
 
 
 @pytest.mark.parametrize("fault", [f for f in FAULTS if f.name in ("silence", "status 503")], ids=lambda f: f.name)
