@@ -142,16 +142,18 @@ class Plan:
             (self._model, *self._levels),
         )
         settings = engine.settings
-        window = int((rules.context_tokens or WINDOW_TOKENS / WINDOW_SHARE) * WINDOW_SHARE)
-        if settings.history_tokens is not None:
-            window = min(window, settings.history_tokens)
+        limits: dict[str, Any] = {
+            "core_tokens": settings.core_tokens,
+            "window": int((rules.context_tokens or WINDOW_TOKENS / WINDOW_SHARE) * WINDOW_SHARE),
+            "history_tokens": settings.history_tokens,
+        }
         try:
             state: dict[str, Any] = json.loads(stored[0]["state"]) if stored else {}
-            self._layouts = Layouts(rules, core_tokens=settings.core_tokens, window=window, state=state.get("layouts"))
+            self._layouts = Layouts(rules, **limits, state=state.get("layouts"))
         except (AttributeError, TypeError, ValueError) as error:  # InvalidInput is a ValueError
             _log.warning("how %s's prompts were laid out can't be read, they are laid out anew: %s", self._model, error)
             state = {}
-            self._layouts = Layouts(rules, core_tokens=settings.core_tokens, window=window)
+            self._layouts = Layouts(rules, **limits)
         self._marks = MarkPlanner(rules, state=state.get("marks"))
         self._held: int | None = None
         #: The last history that was sent: the name that it goes by, its blocks, the digest of all its bytes.

@@ -30,7 +30,7 @@ MOST_AHEAD, FIRST_AHEAD, RUNS = 50, 9, 16
 RECALL_PRIOR, RECALL_WEIGHT = 250.0, 3.0
 #: The part of recalled tokens that will be recalled again in the same history, and the tokens that belief weighs.
 REPEAT_PRIOR, REPEAT_WEIGHT = 0.3, 500.0
-#: By what share more history than needed has to be cheaper, as far as is foreseen, to be sent anew: it is foreseen badly.
+#: By what share more history than needed has to be cheaper to be sent anew: what is to come is foreseen badly.
 HESITANCE = 0.05
 #: A session is never folded into less than this verbatim.
 TAIL_TURNS, TAIL_TOKENS = 5, 2000
@@ -114,8 +114,9 @@ class _Prospect:
 class Layouts:
     """The layouts of one scope for one model.
 
-    ``core_tokens`` is the most a core block may have, ``window`` the most a prompt may (None: unlimited). ``state`` is
-    what `state` returned before; a state of another form or with other content raises `InvalidInput`. Not locked.
+    ``core_tokens`` is the most a core block may have, ``window`` the most a prompt may, ``history_tokens`` the most its
+    verbatim history may (None: unlimited). ``state`` is what `state` returned before; a state of another form or with
+    other content raises `InvalidInput`. Not locked.
     """
 
     def __init__(
@@ -124,11 +125,13 @@ class Layouts:
         *,
         core_tokens: int = 0,
         window: int | None = None,
+        history_tokens: int | None = None,
         state: Mapping[str, Any] | None = None,
     ) -> None:
         self._rules = rules
         self._core_tokens = core_tokens
         self._window = window
+        self._history_tokens = history_tokens
         self._state = _State() if state is None else _read(state)
         missing = len(rules.lifetimes) - len(self._state.run)
         self._state.run += [0] * missing
@@ -313,9 +316,9 @@ class Layouts:
         while tail > latest and (len(places) - tail < TAIL_TURNS or sizes[tail] < TAIL_TOKENS):
             tail -= 1
         allowed = [*range(tail + 1), *([state.start] if state.start > tail else [])]
-        if self._window is None:
-            return allowed
-        room = self._window - coming.system - coming.message - round(ahead.recall)
+        room = math.inf if self._history_tokens is None else self._history_tokens
+        if self._window is not None:
+            room = min(room, self._window - coming.system - coming.message - round(ahead.recall))
         if sizes[state.start] <= room:
             return [at for at in allowed if sizes[at] <= room]
         # Once it must move it moves far enough to stay for a while.

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from agentmem.activation.layouts import Coming, Layout, Layouts, Turn
-from agentmem.activation.replays import Policy, fixed, planned, replay
+from agentmem.activation.replays import Policy, Recall, fixed, planned, replay
 from agentmem.cache_rules import CacheRules, Lifetime
 from agentmem.errors import InvalidInput
 
@@ -37,7 +37,7 @@ def coming(like: Turn) -> Coming:
 
 def sessions(count: int, requests: int, gap: float, **sizes: int) -> list[Turn]:
     """So many sessions, half a minute between their requests and ``gap`` seconds between them."""
-    turns = []
+    turns: list[Turn] = []
     clock = 0.0
     for session in range(count):
         for _ in range(requests):
@@ -61,11 +61,7 @@ def told(layouts: Layouts, turns: list[Turn], recalled: int = 0, *, again: int =
     return found
 
 
-def no_recall(number: int, first: int, kept: set[str]) -> list[tuple[str, int]]:
-    return []
-
-
-def recalls(tokens: int) -> object:
+def recalls(tokens: int) -> Recall:
     def recall(number: int, first: int, kept: set[str]) -> list[tuple[str, int]]:
         return [(f"r{number}", tokens)] if first and number else []
 
@@ -172,6 +168,19 @@ def test_the_history_fits_the_window() -> None:
         starts.append(begin)
         layouts.done(one, layout)
     assert len(set(starts)) < 40, "a history at the window's edge must not move at every turn"
+
+
+def test_the_history_stays_below_what_it_may_have() -> None:
+    layouts = Layouts(automatic(), history_tokens=1000)
+    turns = [turn(n, n * 20.0, message=60, reply=40) for n in range(60)]
+    number = {one.id: place for place, one in enumerate(turns)}
+    sizes = []
+    for place, one in enumerate(turns):
+        layout = layouts.choose(coming(one))
+        sizes.append(100 * (place - number.get(layout.start or "", place)))
+        layouts.done(one, layout)
+    assert max(sizes) == 1000
+    assert min(sizes[10:]) >= 400
 
 
 def test_a_window_too_small_for_any_history_leaves_none() -> None:
@@ -282,8 +291,7 @@ def test_planned_is_never_dearer_than_the_fixed_ways_on_plain_traces() -> None:
         for gap in (1200.0, DAY):
             turns = sessions(20, 15, gap)
             recall = recalls(200)
-            mine = sum(one.bill.cost(rules) for one in planned(rules, turns, recall))  # type: ignore[arg-type]
-            for start, how in (("scope", "none"), ("session", "after")):
-                policy = Policy(start=start, recalled=how)  # type: ignore[arg-type]
-                theirs = sum(one.bill.cost(rules) for one in fixed(rules, turns, policy, recall))  # type: ignore[arg-type]
-                assert mine <= 1.03 * theirs, (rules.read, gap, start)
+            mine = sum(one.bill.cost(rules) for one in planned(rules, turns, recall))
+            for policy in (Policy(start="scope", recalled="none"), Policy(start="session")):
+                theirs = sum(one.bill.cost(rules) for one in fixed(rules, turns, policy, recall))
+                assert mine <= 1.03 * theirs, (rules.read, gap, policy.start)
