@@ -426,8 +426,15 @@ def test_ollama_counts_the_whole_prompt_and_a_hit_shows_in_its_time_only(host: H
 def test_an_entry_can_be_read_only_once_the_answer_that_wrote_it_began(clock: FakeClock) -> None:
     import anthropic
 
+    together = threading.Barrier(4, timeout=10)
+
+    def reply(body: Any) -> str:
+        if len(body["messages"][0]["content"]) > 1:
+            together.wait()
+        return "Fine."
+
     with (
-        HostServer(clock=clock, delay_s=0.3) as host,
+        HostServer(clock=clock, delay_s=0.3, reply=reply) as host,
         anthropic.Anthropic(api_key="k", base_url=host.anthropic_url, max_retries=0) as client,
         ThreadPoolExecutor(4) as pool,
     ):
