@@ -10,7 +10,7 @@ text, no clock and no provider.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -39,7 +39,7 @@ OPEN_S = 600.0
 #: Places at which a history may begin: the newest one by one, older ones merged.
 MOST_PLACES, SINGLE_PLACES = 64, 24
 #: Record ids remembered to learn how often what is recalled comes back.
-RECENT = 128
+RECENT = 48
 #: Means forget what is older than about so many turns.
 MEMORY = 100.0
 
@@ -163,9 +163,13 @@ class Layouts:
     def state(self) -> dict[str, Any]:
         """What has to be kept until the next turn, as JSON: a few kilobytes however long the scope is."""
         state = self._state
+        before = [None, *(place.session for place in state.places)]
         return {
             "form": FORM,
-            "places": [[place.id, place.session, place.tokens, place.last] for place in state.places],
+            "places": [
+                [place.id, None if place.session == last else place.session, place.tokens, place.last]
+                for place, last in zip(state.places, before, strict=False)
+            ],
             **{name: getattr(state, name) for name in _PLAIN},
         }
 
@@ -396,12 +400,20 @@ _PLAIN = (
 )  # fmt: skip
 
 
+def _places(stored: Sequence[Sequence[Any]]) -> list[_Place]:
+    places: list[_Place] = []
+    for id_, session, tokens, last in stored:
+        same = places[-1].session if session is None else str(session)
+        places.append(_Place(str(id_), same, int(tokens), float(last)))
+    return places
+
+
 def _read(state: Mapping[str, Any]) -> _State:
     if state.get("form") != FORM:
         raise InvalidInput(f"the layout's state has form {state.get('form')!r}; this version reads {FORM}: drop it")
     try:
         found = _State(
-            places=[_Place(str(a), str(b), int(c), float(d)) for a, b, c, d in state["places"]],
+            places=_places(state["places"]),
             **{name: state[name] for name in _PLAIN},
         )
         found.run = [int(count) for count in found.run]
@@ -411,7 +423,7 @@ def _read(state: Mapping[str, Any]) -> _State:
         found.recent = [str(id_) for id_ in found.recent]
         if not 0 <= found.start <= len(found.places):
             raise ValueError(f"start {found.start} of {len(found.places)} places")
-    except (KeyError, TypeError, ValueError) as error:
+    except (IndexError, KeyError, TypeError, ValueError) as error:
         raise InvalidInput(
             f"the layout's state can't be read ({error!r}): drop it, a new one costs a rebuild"
         ) from error

@@ -244,9 +244,11 @@ def test_ten_thousand_turns_are_chosen_for_in_milliseconds_from_a_small_state() 
         clock = 0.0
         for number in range(10_000):
             clock += chance.choice([20, 30, 60, 2000, DAY])
-            one = turn(number, clock, f"s{number // 20}", message=chance.randint(5, 200), reply=chance.randint(5, 400))
+            session = f"{number // 20:032x}"  # ids as long as real ones
+            one = turn(number, clock, session, message=chance.randint(5, 200), reply=chance.randint(5, 400))
+            one = one.model_copy(update={"id": f"{number:032x}", "recalled": ((f"{number:032x}", 40),)})
             if number < 9_900 and number % 50:  # a long past is built up without asking each time
-                layouts.done(one, Layout(None if rules.marked else "t0"))
+                layouts.done(one, Layout(None if rules.marked else f"{0:032x}"))
             else:
                 layouts.done(one, layouts.choose(coming(one)))
         begun = time.perf_counter()
@@ -257,7 +259,15 @@ def test_ten_thousand_turns_are_chosen_for_in_milliseconds_from_a_small_state() 
 
 
 @pytest.mark.parametrize(
-    "broken", [{}, {"form": 99}, {"form": 1}, {"form": 1, "places": [[1, 2]]}, {"form": 1, "places": 7}]
+    "broken",
+    [
+        {},
+        {"form": 99},
+        {"form": 1, "places": [["t", None, 1, 2.0]]},
+        {"form": 1},
+        {"form": 1, "places": [[1, 2]]},
+        {"form": 1, "places": 7},
+    ],
 )
 def test_a_state_that_cannot_be_read_is_named(broken: dict[str, object]) -> None:
     with pytest.raises(InvalidInput, match="state"):
@@ -295,3 +305,14 @@ def test_planned_is_never_dearer_than_the_fixed_ways_on_plain_traces() -> None:
             for policy in (Policy(start="scope", recalled="none"), Policy(start="session")):
                 theirs = sum(one.bill.cost(rules) for one in fixed(rules, turns, policy, recall))
                 assert mine <= 1.03 * theirs, (rules.read, gap, policy.start)
+
+
+@pytest.mark.parametrize(("read", "times"), [(0.1, 2.5), (0.05, 1.8), (0.02, 1.2)])
+def test_a_long_run_of_an_agent_costs_a_fraction_of_its_full_cached_history(read: float, times: float) -> None:
+    turns = [turn(n, n * 20.0, message=600, reply=80, system=200) for n in range(200)]
+    rules = marked(read=read)
+    full = Policy(start="scope", recalled="none")
+    theirs = sum(one.bill.cost(rules) for one in fixed(rules, turns, full, recalls(400)))
+    sent = list(planned(rules, turns, recalls(400)))
+    assert theirs >= times * sum(one.bill.cost(rules) for one in sent)
+    assert max(one.bill.tokens for one in sent) < 40_000  # the full history has 136,000 at the end
