@@ -30,8 +30,12 @@ MOST_AHEAD, FIRST_AHEAD, RUNS = 50, 9, 16
 RECALL_PRIOR, RECALL_WEIGHT = 250.0, 3.0
 #: The part of recalled tokens that will be recalled again in the same history, and the tokens that belief weighs.
 REPEAT_PRIOR, REPEAT_WEIGHT = 0.3, 500.0
+#: How far above the host's minimum a prefix is planned: counts are estimates, and records can be forgotten.
+MARGIN = 0.02
+#: After so many requests that found nothing kept of such a prefix, none is planned to be kept until one is.
+MOST_UNKEPT, UNREACHED = 2, 1e12
 #: By what share more history than needed has to be cheaper to be sent anew: what is to come is foreseen badly.
-HESITANCE = 0.05
+HESITANCE = 0.07
 #: A session is never folded into less than this verbatim.
 TAIL_TURNS, TAIL_TOKENS = 5, 2000
 #: A session that was used within these seconds is still going on: its turns are not dropped as another's past.
@@ -64,6 +68,10 @@ class _State:
     #: Tokens of turns that are older than the first place.
     gone: int = 0
     core: int = 0
+    #: Tokens of a core block that there were when more was wanted; None where none was missing in this session.
+    core_most: int | None = None
+    #: Requests in a row that found nothing kept of a prefix that should have been.
+    unkept: int = 0
     #: Index of the lifetime that the last prefix was believed to be written with.
     life: int = 0
     #: What staying has cost beside the best other beginning, since the beginning last moved.
@@ -98,7 +106,7 @@ class _Prospect:
     """What the coming requests are expected to be like."""
 
     read: float
-    least: int  # the host's minimum
+    least: float  # the fewest tokens of a prefix that the host keeps
     warm: bool  # the last request's prefix can still be read
     lives: tuple[tuple[float, int], ...]  # per lifetime: price of writing, requests before the cache is cold
     growth: float  # tokens that each adds to the history
@@ -151,6 +159,11 @@ class Layouts:
         coming = Coming(turn.at, turn.session, turn.system, turn.message, held=held)
         choice, carry, ahead = self._weigh(coming)
         start = self._index(layout.start)
+        self._note_kept(coming, ahead)
+        if turn.session != state.session:
+            state.core_most = None
+        if turn.core < layout.core:
+            state.core_most = turn.core
         state.life = choice.life
         state.carry = carry if start == state.start else 0.0
         self._learn(turn, ahead.unseen(start))
@@ -174,6 +187,17 @@ class Layouts:
         }
 
     # -- what is known of the scope --------------------------------------------------------------------------------
+
+    def _note_kept(self, coming: Coming, ahead: _Prospect) -> None:
+        """Learn whether the last request's prefix was kept at all."""
+        state = self._state
+        if coming.held is None or not state.places or not self._recent(coming.at):
+            return
+        prefix = coming.system + state.core + ahead.sizes[state.start] - state.places[-1].tokens
+        if coming.held >= self._rules.minimum:
+            state.unkept = 0
+        elif prefix >= self._rules.minimum * (1 + MARGIN):
+            state.unkept += 1
 
     def _learn(self, turn: Turn, unseen: float) -> None:
         state = self._state
@@ -237,7 +261,7 @@ class Layouts:
         lives = tuple((life.write, 1 + self._ahead(index, coming.at)) for index, life in enumerate(rules.lifetimes))
         return _Prospect(
             read=rules.read,
-            least=rules.minimum,
+            least=UNREACHED if state.unkept > MOST_UNKEPT else rules.minimum * (1 + MARGIN),
             warm=self._warm(coming, sizes[state.start]),
             lives=lives,
             growth=max(state.growth or coming.message, 1.0),
@@ -257,6 +281,10 @@ class Layouts:
         longer = [run - so_far for run in runs if run > so_far] or [0 for run in runs if 2 * run > so_far]
         return min(MOST_AHEAD, round((sum(longer) + by_chance) / (len(longer) + 1)))
 
+    def _recent(self, at: float) -> bool:
+        state = self._state
+        return state.at is not None and at - state.at <= self._rules.lifetimes[state.life].seconds
+
     def _warm(self, coming: Coming, history: int) -> bool:
         """Whether the last request's prefix, with its history or the most of it, can still be read."""
         state = self._state
@@ -264,7 +292,7 @@ class Layouts:
             return False
         if coming.held is not None and coming.system + state.core + history >= self._rules.minimum:
             return coming.held > coming.system + state.core + 0.5 * (history - state.places[-1].tokens)
-        return coming.at - state.at <= self._rules.lifetimes[state.life].seconds
+        return self._recent(coming.at)
 
     # -- the decision ----------------------------------------------------------------------------------------------
 
@@ -287,6 +315,12 @@ class Layouts:
         newest = max(choice.place for choice in cold)
         anew = min(cold, key=lambda choice: (self._each(choice, newest), -choice.place))
         if not ahead.warm:
+            staying = [choice for choice in cold if (choice.place, choice.core) == (state.start, state.core)]
+            if staying and self._recent(coming.at):
+                # Nothing was kept of it, though it is not long ago: a beginning that moves each time never will be.
+                stay = min(staying, key=lambda choice: choice.total / choice.count)
+                if stay.total / stay.count * (1 - HESITANCE) <= anew.total / anew.count:
+                    return stay, 0.0, ahead
             return anew, 0.0, ahead
         # Lifetimes end after different numbers of requests: each request counts less what it costs on the average.
         usual = anew.total / anew.count
@@ -335,8 +369,9 @@ class Layouts:
         state = self._state
         if place == state.start and place < len(state.places) and ahead.warm:
             return [state.core]
-        missing = ahead.least - coming.system - ahead.sizes[place]
-        return [0, missing] if 0 < missing <= self._core_tokens else [0]
+        missing = math.ceil(ahead.least - coming.system - ahead.sizes[place])
+        most = self._core_tokens if state.core_most is None else min(self._core_tokens, state.core_most)
+        return [0, missing] if 0 < missing <= most else [0]
 
     def _choice(
         self, coming: Coming, place: int, core: int, life: int, ahead: _Prospect, *, cold: bool = False
@@ -395,8 +430,8 @@ def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[f
 
 #: The fields of a state that are JSON as they are.
 _PLAIN = (
-    "at", "session", "start", "gone", "core", "life", "carry", "run", "runs", "turns", "message", "growth", "recalled",
-    "out_of_sight", "seen", "repeated", "recent",
+    "at", "session", "start", "gone", "core", "core_most", "unkept", "life", "carry", "run", "runs", "turns", "message",
+    "growth", "recalled", "out_of_sight", "seen", "repeated", "recent",
 )  # fmt: skip
 
 

@@ -140,7 +140,8 @@ def test_a_minimum_far_away_is_left_alone() -> None:
 
 def test_a_core_fills_the_prefix_where_nothing_was_said_yet() -> None:
     rules = marked(minimum=1024)
-    assert Layouts(rules, core_tokens=512).choose(coming(turn(0, 0.0, system=800))).core == 224
+    # 1,024 and a margin of 2 % are 1,045 tokens.
+    assert Layouts(rules, core_tokens=512).choose(coming(turn(0, 0.0, system=800))).core == 245
     assert Layouts(rules, core_tokens=100).choose(coming(turn(0, 0.0, system=800))).core == 0
     assert Layouts(rules, core_tokens=512).choose(coming(turn(0, 0.0, system=1500))).core == 0
 
@@ -153,7 +154,32 @@ def test_a_core_stands_still_while_the_history_grows() -> None:
         layout = layouts.choose(coming(one))
         cores.append(layout.core)
         layouts.done(one.model_copy(update={"core": layout.core}), layout)
-    assert cores == [224] * 8
+    assert cores == [245] * 8
+
+
+def test_a_core_that_came_smaller_than_wanted_is_not_wanted_again() -> None:
+    layouts = Layouts(marked(minimum=1024), core_tokens=512)
+    first = turn(0, 0.0, system=800)
+    layout = layouts.choose(coming(first))
+    assert layout.core == 245
+    layouts.done(first.model_copy(update={"core": 80}), layout)
+    later = turn(1, 1000.0, "s", system=800)
+    assert layouts.choose(coming(later)).core <= 80
+
+
+def test_a_prefix_that_the_host_never_keeps_is_not_filled_again_and_again() -> None:
+    # The host keeps nothing (our counts may be off): what is sent beyond the session would be paid in full each time.
+    layouts = Layouts(marked(minimum=1024))
+    told(layouts, sessions(8, 14, DAY, system=200), recalled=250)
+    starts = []
+    for number in range(1000, 1018):
+        one = turn(number, 30 * DAY + number * 30.0, "new", system=200)
+        asked = dataclasses.replace(coming(one), held=0)
+        layout = layouts.choose(asked)
+        starts.append(layout.start)
+        layouts.done(one, layout, held=0)
+    assert len(set(starts)) <= 4, "a beginning that moves each time can never be kept"
+    assert starts[-1] == "t1000", "in the end only the session itself is sent"
 
 
 def test_the_history_fits_the_window() -> None:
