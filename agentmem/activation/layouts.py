@@ -35,7 +35,7 @@ MARGIN = 0.02
 #: After so many requests that found nothing kept of such a prefix, none is planned to be kept until one is.
 MOST_UNKEPT, UNREACHED = 2, 1e12
 #: By what share more history than needed has to be cheaper to be sent anew: what is to come is foreseen badly.
-HESITANCE = 0.07
+HESITANCE = 0.1
 #: A session is never folded into less than this verbatim.
 TAIL_TURNS, TAIL_TOKENS = 5, 2000
 #: A session that was used within these seconds is still going on: its turns are not dropped as another's past.
