@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import itertools
-import math
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
@@ -105,7 +104,8 @@ def overridden(rules: CacheRules | None, model: str, overrides: Mapping[str, Map
             if missing:
                 raise ConfigError(f"rules.{pattern!r}: nothing is known of this model; give {', '.join(missing)} too")
             kind = "breakpoints" if values.get("marked") else "automatic"
-            rules = CacheRules(**{"kind": kind, **values})
+            told: dict[str, Any] = {"kind": kind, **values}
+            rules = CacheRules(**told)
         else:
             rules = replace(rules, **values)
         if rules.marked and not rules.marks:
@@ -157,7 +157,8 @@ def _known(model: str) -> CacheRules | None:
         return None
     merged.pop("models", None)
     merged.pop("match", None)
-    return CacheRules(**{"seen": _table()["seen"], "vendor": vendor, **_checked(model, merged)})
+    told: dict[str, Any] = {"seen": _table()["seen"], "vendor": vendor, **_checked(model, merged)}
+    return CacheRules(**told)
 
 
 def _plain(model: str) -> str:
@@ -202,14 +203,14 @@ def _field(pattern: str, name: str, value: Any) -> Any:
     elif name in ("seen", "source", "vendor"):
         good, wanted = isinstance(value, str), "a text"
     elif name == "read":
-        good, wanted = _number(value) and 0 <= value <= 1, "a price from 0 to 1, in uncached tokens"
+        good, wanted = _price(value, 1), "a price from 0 to 1, in uncached tokens"
     else:
         least = 0 if name in ("minimum", "marks") else 1
         good = isinstance(value, int) and not isinstance(value, bool) and value >= least
         wanted = f"a whole number, at least {least}"
     if not good:
         raise ConfigError(f"rules.{pattern!r}: {name} is {value!r}; give {wanted}")
-    return float(value) if name == "read" else value
+    return value
 
 
 def _lifetimes(pattern: str, value: Any) -> tuple[Lifetime, ...]:
@@ -226,7 +227,7 @@ def _lifetimes(pattern: str, value: Any) -> tuple[Lifetime, ...]:
         name, seconds, write = told["name"], told["seconds"], told["write"]
         if not isinstance(name, str) or not name:
             raise ConfigError(f"rules.{pattern!r}: a lifetime's name is {name!r}; give the vendor's, such as '5m'")
-        if not _number(seconds) or seconds <= 0 or not _number(write) or not 0 <= write <= 10:
+        if not _price(seconds, 1e12) or seconds == 0 or not _price(write, 10):
             raise ConfigError(
                 f"rules.{pattern!r}: lifetime {name!r} has seconds {seconds!r} and write {write!r}; give seconds "
                 "above 0 and a price from 0 to 10, in uncached tokens"
@@ -239,5 +240,5 @@ def _lifetimes(pattern: str, value: Any) -> tuple[Lifetime, ...]:
     return tuple(found)
 
 
-def _number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+def _price(value: Any, most: float) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value <= most

@@ -103,7 +103,7 @@ class Keeping:
         number = len(self.states)
         chance = np.zeros((number, number))
         np.add.at(chance, (np.arange(number)[:, None], self.following), np.array(chances))
-        move = self._cheapest(cost)
+        move, ahead = self._cheapest(cost), np.zeros(len(cost))
         for _ in range(20):
             after = self.end[move]
             worth = np.linalg.solve(np.eye(number) - GOING_ON * chance[after], cost[move])

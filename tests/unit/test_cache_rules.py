@@ -164,7 +164,8 @@ def test_every_field_can_be_overridden() -> None:
     }  # fmt: skip
     rules = rules_for("anthropic:claude-opus-5-5", {"anthropic:claude-opus-*": told})
     kept = (Lifetime(name="10m", seconds=600, write=1.5), Lifetime(name="1d", seconds=86400, write=3))
-    assert rules == CacheRules(**{**told, "lifetimes": kept, "lookback": None})
+    wanted: dict[str, Any] = {**told, "lifetimes": kept, "lookback": None}
+    assert rules == CacheRules(**wanted)
     assert rules_for("anthropic:claude-sonnet-5", {"anthropic:claude-opus-*": told}) == rules_for(
         "anthropic:claude-sonnet-5"
     )

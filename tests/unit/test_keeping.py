@@ -76,7 +76,7 @@ def test_the_move_is_the_one_that_long_value_iteration_finds(seed: int) -> None:
     for move, begin in enumerate(process.begin):
         moves.setdefault(int(begin), []).append(move)
     costs = [cost(move) for move in range(len(process.begin))]
-    worth = [0.0] * len(process.states)
+    worth, ahead = [0.0] * len(process.states), [0.0]
     for _ in range(400):
         ahead = [
             GOING_ON * sum(p * worth[after] for p, after in zip(chances, row, strict=True)) for row in process.following
