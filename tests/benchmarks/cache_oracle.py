@@ -6,8 +6,9 @@ Every policy's requests go through `PromptCache`, the model of the host's cache;
 tail, the history grows by a message and a reply a request, and the tail (recalled records and the message) is never
 cached. Costs are in uncached input tokens, output is left out.
 
-Random traces. The family was fixed before the planner was tuned; nothing is known of the one in the literature. A
-trace has 1 to 100 requests (uniform). Gaps are independent: log-uniform from 20 s to 2 days, or log-uniform within a
+Random traces. The family was fixed before the planner was tuned, but for one fault that was mended meanwhile: a trace
+had begun with the history of the requests before it. Nothing is known of the family in the literature.
+A trace has 1 to 100 requests (uniform). Gaps are independent: log-uniform from 20 s to 2 days, or log-uniform within a
 band of that (its ends log-uniform, at least a factor of 3 apart), or a mixture of 20 s-4 min with a share q and
 10 min-2 days, q uniform in 0.3-0.98; a third of the traces each. System 200-4,000 tokens, log-uniform; no core in a
 quarter of the traces, else 200-2,000; a turn adds 50-800 tokens to the history, log-uniform for the trace, then times
