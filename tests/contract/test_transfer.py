@@ -288,7 +288,7 @@ def test_only_the_named_class_is_taken_and_as_a_state() -> None:
     plain: Any = [{"a": (1, 2.5, None, True, b"x", "é" * 300)}, {1, 2}, frozenset(), (), (1,), (1, 2), (1, 2, 3), 2**80]
     for protocol in (4, 5):  # before 4 a set is made by a call
         assert read_pickle(pickle.dumps(plain, protocol=protocol)) == plain
-    state = read_pickle(data, classes=["agentmem.types.Scope"])
+    state = read_pickle(data, classes=[f"{Scope.__module__}.Scope"])
     assert type(state) is State
     assert state["user"] == "ana"
 
