@@ -78,7 +78,11 @@ def deltas(part: dict[str, Any], cut: int) -> list[dict[str, Any]]:
         "tool_use": ("partial_json", json.dumps(part.get("input"))),
     }.get(kind, ("", ""))
     pieces = [whole[at : at + cut] for at in range(0, len(whole or ""), cut)] if whole else []
-    empty = {"text": {"text": ""}, "thinking": {"thinking": "", "signature": ""}, "tool_use": {"input": {}}}
+    empty: dict[str, dict[str, Any]] = {
+        "text": {"text": ""},
+        "thinking": {"thinking": "", "signature": ""},
+        "tool_use": {"input": {}},
+    }
     delta = "input_json_delta" if kind == "tool_use" else f"{field}_delta"
     grown = [{"type": delta, field: piece} for piece in pieces]
     if kind == "thinking":
