@@ -84,6 +84,7 @@ class _State:
     growth: float = 0.0
     recalled: float = 0.0
     out_of_sight: float = 0.0
+    most_recalled: float = 0.0
     seen: float = 0.0
     repeated: float = 0.0
     recent: list[str] = field(default_factory=list)
@@ -141,6 +142,7 @@ class Layouts:
         self._window = window
         self._history_tokens = history_tokens
         self._state = _State() if state is None else _read(state)
+        self._state.life = min(self._state.life, len(rules.lifetimes) - 1)  # the rules may be others now
         missing = len(rules.lifetimes) - len(self._state.run)
         self._state.run += [0] * missing
         self._state.runs += [[] for _ in range(missing)]
@@ -171,6 +173,17 @@ class Layouts:
         state.start = start
         state.places.append(_Place(turn.id, turn.session, turn.message + turn.reply + kept, turn.at))
         state.at, state.session, state.core = turn.at, turn.session, turn.core
+        self._merge()
+
+    def recount(self, start: str, turns: Sequence[tuple[str, str, int, float]]) -> None:
+        """The history from ``start`` on is other than what was told here (another handle or model went on with it):
+        ``turns`` are its turns as they are, each with its session, its tokens and its Unix seconds."""
+        state = self._state
+        first = self._index(start)
+        begins = state.places[state.start].id if first < state.start < len(state.places) else None
+        state.places[first:] = [_Place(*turn) for turn in turns]
+        if state.start > first:
+            state.start = next((at for at, place in enumerate(state.places) if place.id == begins), first)
         self._merge()
 
     def state(self) -> dict[str, Any]:
@@ -216,6 +229,7 @@ class Layouts:
         if unseen > 0:
             state.recalled = state.recalled * fade + tokens
             state.out_of_sight = state.out_of_sight * fade + unseen
+            state.most_recalled = max(state.most_recalled * fade, float(tokens))
         known = set(state.recent)
         state.seen = state.seen * fade + tokens
         state.repeated = state.repeated * fade + sum(count for id_, count in turn.recalled if id_ in known)
@@ -245,6 +259,10 @@ class Layouts:
         if state.start > at:
             state.start -= 1
 
+    def tokens(self, start: str) -> int:
+        """How many tokens a history from this turn on has, as far as is known here."""
+        return sum(place.tokens for place in self._state.places[self._index(start) :])
+
     def _index(self, start: str | None) -> int:
         places = self._state.places
         if start is None:
@@ -265,7 +283,7 @@ class Layouts:
             warm=self._warm(coming, sizes[state.start]),
             lives=lives,
             growth=max(state.growth or coming.message, 1.0),
-            recall=(state.recalled + RECALL_PRIOR * RECALL_WEIGHT) / (state.out_of_sight + RECALL_WEIGHT),
+            recall=self._recall(),
             sizes=tuple(sizes),
             everything=state.gone + sizes[0],
         )
@@ -280,6 +298,13 @@ class Layouts:
         by_chance = min(MOST_AHEAD, (sum(runs) + so_far + FIRST_AHEAD) / (len(runs) + 1))
         longer = [run - so_far for run in runs if run > so_far] or [0 for run in runs if 2 * run > so_far]
         return min(MOST_AHEAD, round((sum(longer) + by_chance) / (len(longer) + 1)))
+
+    def _recall(self) -> float:
+        """Tokens recalled for a turn if all earlier turns were out of sight: in proportion to what was out of sight so
+        far, but never more than a turn was seen to recall, since a little out of sight may fill the gate."""
+        state = self._state
+        expected = (state.recalled + RECALL_PRIOR * RECALL_WEIGHT) / (state.out_of_sight + RECALL_WEIGHT)
+        return min(expected, max(state.most_recalled, RECALL_PRIOR))
 
     def _recent(self, at: float) -> bool:
         state = self._state
@@ -431,7 +456,7 @@ def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[f
 #: The fields of a state that are JSON as they are.
 _PLAIN = (
     "at", "session", "start", "gone", "core", "core_most", "unkept", "life", "carry", "run", "runs", "turns", "message",
-    "growth", "recalled", "out_of_sight", "seen", "repeated", "recent",
+    "growth", "recalled", "out_of_sight", "most_recalled", "seen", "repeated", "recent",
 )  # fmt: skip
 
 

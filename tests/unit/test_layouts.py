@@ -333,6 +333,16 @@ def test_planned_is_never_dearer_than_the_fixed_ways_on_plain_traces() -> None:
                 assert mine <= 1.03 * theirs, (rules.read, gap, policy.start)
 
 
+def test_a_search_that_always_fills_its_budget_does_not_make_the_history_precious() -> None:
+    # Whatever is out of sight, each turn recalls 500 tokens: that is all that a longer history can ever save.
+    turns = sessions(24, 15, 1200.0)
+    rules = marked(read=0.05)
+    mine = sum(one.bill.cost(rules) for one in planned(rules, turns, recalls(500)))
+    short_and_long = (Policy(start="session", marks=marks) for marks in ((0, 0), (1, 1), (1, 0)))
+    theirs = min(sum(one.bill.cost(rules) for one in fixed(rules, turns, p, recalls(500))) for p in short_and_long)
+    assert mine <= 1.1 * theirs
+
+
 @pytest.mark.parametrize(("read", "times"), [(0.1, 2.5), (0.05, 1.8), (0.02, 1.2)])
 def test_a_long_run_of_an_agent_costs_a_fraction_of_its_full_cached_history(read: float, times: float) -> None:
     turns = [turn(n, n * 20.0, message=600, reply=80, system=200) for n in range(200)]
