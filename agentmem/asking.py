@@ -89,7 +89,7 @@ def parsed(schema: Any, text: str) -> Any:
             return schema.model_validate_json(text)
         return TypeAdapter(Any).validate_json(text)
     except ValidationError as error:
-        _log.warning("the answer does not follow the schema (%d errors)", error.error_count())
+        _log.warning("the answer does not follow the schema; errors: %d", error.error_count())
         return None
 
 

@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from .errors import ConfigError
 
-__all__ = ["CacheRules", "Lifetime", "overridden", "pattern_of", "rules_for", "vendors"]
+__all__ = ["CacheRules", "Lifetime", "check_overrides", "overridden", "pattern_of", "rules_for", "vendors"]
 
 KINDS = ("breakpoints", "automatic", "engine")
 
@@ -87,6 +87,12 @@ def rules_for(model: str, overrides: Mapping[str, Mapping[str, Any]] | None = No
     return overridden(_known(model), model, overrides or {})
 
 
+def check_overrides(overrides: Mapping[str, Mapping[str, Any]]) -> None:
+    """`ConfigError` that names the first wrong pattern, field or value."""
+    for pattern, values in overrides.items():
+        _checked(pattern, values)
+
+
 def overridden(rules: CacheRules | None, model: str, overrides: Mapping[str, Mapping[str, Any]]) -> CacheRules | None:
     """``rules`` with what the user knows better: ``{"anthropic:claude-opus-*": {"minimum": 1024}}``.
 
@@ -94,8 +100,7 @@ def overridden(rules: CacheRules | None, model: str, overrides: Mapping[str, Map
     names at least minimum, read and lifetimes makes them. ``lifetimes`` is a list of {name, seconds, write} and
     replaces the known ones. All overrides are checked, also those of other models: `ConfigError`.
     """
-    for pattern, values in overrides.items():
-        _checked(pattern, values)
+    check_overrides(overrides)
     matching = [pattern for pattern in overrides if fnmatchcase(_plain(model), _plain(pattern))]
     for pattern in sorted(matching, key=_literal):
         values = _checked(pattern, overrides[pattern])

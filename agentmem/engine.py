@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 
 from . import prompt
 from . import provider as providers
-from .cache_rules import CacheRules, overridden, rules_for
+from .cache_rules import CacheRules, check_overrides, overridden, rules_for
 from .config import Settings
 from .database import Database
 from .errors import ConfigError, Corrupt, Full, StoreError
@@ -85,6 +85,7 @@ class Engine:
         if provider is None and settings.model is not None:
             scheme, _ = providers.split_name(settings.model)
             self.provider = providers.load(settings.model, settings.providers.get(scheme, {}))
+        check_overrides(settings.rules)  # a wrong one is told here, not by the first chat
         self._kept = settings.path != ":memory:"
         with contextlib.ExitStack() as undo:
             if provider is None and self.provider is not None:

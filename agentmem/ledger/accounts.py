@@ -167,7 +167,7 @@ class Accounts:
                 cost = (bill.cost(rules) - without[policy].cost(rules)) * token + answers
                 totals[policy] = totals.get(policy, 0.0) + cost
             requests += len(chats)
-            spent += sum(row["money"] for row in chats)
+            spent += sum(row["money"] for row in chats) + self._primed(model, whose, chats)
             bare += uncached
         if not requests:
             return []
@@ -191,6 +191,17 @@ class Accounts:
             groups.setdefault((row["model"], row["tenant"], row["user"], row["agent"]), []).append(row)
         for (model, *whose), chats in groups.items():
             yield model, whose, chats[-AT_ONCE:]
+
+    def _primed(self, model: str, whose: Sequence[str], chats: Sequence[Any]) -> float:
+        """Dollars of the primes that filled the cache for these requests: those since the request before them."""
+        mine = f"model = ? AND tenant = ? AND user = ? AND agent = ? AND {self._where}"
+        values = (model, *whose, *self._values)
+        [row] = self._query(
+            f"SELECT COALESCE(SUM(money), 0) FROM uses WHERE verb = 'prime' AND id < ? AND {mine} AND id >"
+            f" (SELECT COALESCE(MAX(id), 0) FROM uses WHERE turn IS NOT NULL AND id < ? AND {mine})",
+            (chats[-1]["id"], *values, chats[0]["id"], *values),
+        )
+        return float(row[0])
 
     def _before(self, model: str, whose: Sequence[str], use: int, turn: Turn, window: int | None) -> Turn:
         """All that was said in a conversation before this use, as one turn of another session, a day before."""

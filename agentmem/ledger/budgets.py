@@ -54,7 +54,7 @@ class Budget(Value):
         return max(self.dollars - self.spent, 0.0)
 
     def __str__(self) -> str:
-        return f"{self.scope}: {self.spent:.4f} of {self.dollars:.2f} $ {_per(self.per)} spent ({self.action})"
+        return f"{self.scope}: {self.spent:.4f} of {_limit_text(self.dollars)} $ {_per(self.per)} spent ({self.action})"
 
 
 class Spent(Value):
@@ -156,7 +156,7 @@ class Budgets:
             until = end(budget.per, now)
             frees = "" if until is None else f"; it is free again at {_utc(until)}"
             said = (
-                f"the budget of {budget.dollars:.2f} dollars {_per(budget.per)} of {budget.scope} is spent "
+                f"the budget of {_limit_text(budget.dollars)} dollars {_per(budget.per)} of {budget.scope} is spent "
                 f"({budget.spent:.4f} dollars){frees}"
             )
             if budget.action == "stop":
@@ -213,6 +213,11 @@ def _limit(dollars: object) -> float:
     except OverflowError:  # an int beyond all floats
         pass
     raise InvalidInput(f"dollars is {shown(dollars)}: give a number of 0 or more, or None to remove the budget")
+
+
+def _limit_text(dollars: float) -> str:
+    """Whole cents; a limit below a cent with the digits it has."""
+    return f"{dollars:.2f}" if dollars == 0 or dollars >= 0.01 else f"{dollars:.2g}"
 
 
 def begin(per: Period, now: float) -> float:

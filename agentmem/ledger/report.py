@@ -87,7 +87,8 @@ class Kind(Value):
 
 
 class Comparison(Value):
-    """What the newest ``requests`` would have cost under another ``policy``, and what was ``spent`` on them.
+    """What the newest ``requests`` would have cost under another ``policy``, and what was ``spent`` on them, on
+    priming the cache for them too.
 
     Replayed by the rules of their host's cache from the tokens that each request was made of; "no cache" is exact.
     """

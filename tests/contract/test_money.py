@@ -162,6 +162,25 @@ def test_bad_costs_and_bad_spans_are_refused(clock: FakeClock) -> None:
             mem.budget(-1)
 
 
+def test_wrong_rules_are_refused_at_once_also_those_of_other_models() -> None:
+    for rules in ({"openai:gpt-*": {"minimun": 3}}, {"gpt": {"minimum": 3}}, {"openai:gpt-*": {"minimum": -3}}):
+        with pytest.raises(ConfigError, match="rules"):
+            Memory(":memory:", embedder="none", rules=rules)
+    Memory(":memory:", embedder="none", rules={"*:*": {"minimum": 3}}).close()
+
+
+def test_what_priming_cost_is_no_saving(host: HostServer, clock: FakeClock) -> None:
+    with opened(host, MODELS[0], clock) as mem:
+        ana, ben = mem.scope(user="ana", session="s"), mem.scope(user="ben", session="s")
+        for handle in (ana, ben):
+            handle.activation.prime()
+            handle.chat("Hello, what do you know of me?")
+        for report in (mem.report(), ana.report()):
+            assert report.compared[0].spent == pytest.approx(report.money)
+        ana.activation.prime()  # for a request that has not come
+        assert ana.report().compared[0].spent < (ana.report().money or 0.0)
+
+
 def test_a_budget_stops_priming_and_extracting_too(host: HostServer, clock: FakeClock) -> None:
     with opened(host, MODELS[0], clock) as mem:
         ana = mem.scope(user="ana", session="s")

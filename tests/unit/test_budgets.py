@@ -68,6 +68,14 @@ def test_a_spent_budget_stops_its_scope_and_no_other(ledger: Ledger, clock: Fake
     ledger.check(ANA, "a:b")
 
 
+def test_a_limit_below_a_cent_is_told_as_it_is(ledger: Ledger) -> None:
+    budget = ledger.budgets.set(ANA, 0.0025)
+    assert "of 0.0025 $ a day" in str(budget)
+    spend(ledger, ANA, 0.003)
+    with pytest.raises(BudgetExceeded, match=r"of 0\.0025 dollars a day"):
+        ledger.check(ANA, "a:b")
+
+
 def test_a_level_above_stops_what_lies_beneath(ledger: Ledger) -> None:
     ledger.budgets.set(Scope(tenant="acme"), 0.0)
     with pytest.raises(BudgetExceeded, match="tenant='acme'"):
