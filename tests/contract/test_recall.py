@@ -112,3 +112,14 @@ def test_what_the_model_reads_anyway_has_no_say_in_what_is_recalled() -> None:
         ids = {turn.id for turn in turns}
         found = run(flows.search(engine, Scope(), "Where does my sister live?", without=ids))
         assert [(hit.record.text, hit.score) for hit in found] == [(hit.record.text, hit.score) for hit in expected]
+
+
+def test_a_turn_that_only_tells_recalls_few_records_and_a_question_all_that_speak_for_it() -> None:
+    model = ScriptedProvider(lambda _: "Nice.")
+    with Memory(":memory:", model=model, embedder="hash", recall_k=6) as memory:
+        ana = memory.scope(user="ana")
+        ana.add([f"My dog Rex ate {food} in the park." for food in ("ham", "tofu", "rice", "figs", "corn", "kale")])
+        asked = ana.chat("What did my dog Rex eat in the park?", remember=False)
+        told = ana.chat("My dog Rex ate something in the park.", remember=False)
+        assert len(asked.recalled) == 6
+        assert 0 < len(told.recalled) <= 3

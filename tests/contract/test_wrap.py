@@ -244,6 +244,15 @@ def test_what_the_messages_hold_is_not_recalled(sdk: Sdk, ask: Any, host: HostSe
 
 
 @every_sdk
+def test_a_turn_that_only_tells_recalls_few_records(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    memory.add([f"My dog Rex ate {food} in the park." for food in ("ham", "tofu", "rice", "figs", "corn", "kale")])
+    bot = agentmem.wrap(sdk.client(host, ask), memory, session="s", remember=False)
+    for text, least, most in (("What did my dog Rex eat in the park?", 6, 6), ("My dog Rex ate in the park.", 1, 3)):
+        done(ask(bot, [user(text)]))
+        assert least <= json.dumps(host.requests[-1].body).count("My dog Rex ate ") - text.count("Rex ate ") <= most
+
+
+@every_sdk
 def test_recall_and_remember_can_be_off(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
     client = sdk.client(host, ask)
     ask(agentmem.wrap(client, memory, recall=False), [user(QUESTION)])
