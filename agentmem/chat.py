@@ -26,6 +26,7 @@ from .planning import Measured, Plan, measured
 from .provider import CachePlan, Generation, LoraRef, Options, Provider, RecalledLine, Request
 from .tokens import Calibration, request_tokens
 from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
+from .verbatim import begun
 
 if TYPE_CHECKING:
     from .activation.layouts import Layout
@@ -34,14 +35,10 @@ __all__ = ["Conversation", "chat", "options_of", "prime", "warm_every"]
 
 _log = logging.getLogger("agentmem")
 
-#: Tokens of the running conversation in a prompt, where nothing is known of what they cost.
-HISTORY_TOKENS = 3000
 #: Longer than any host keeps anything: a century.
 LONGEST_S = 3.2e9
 #: Recalled at most, records and tokens, for a turn that surely asks for nothing.
 TOLD_K, TOLD_TOKENS = 3, 150
-#: Turns read at once, from the newest back, until the history's budget is full.
-TURNS_READ = 64
 #: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
 QUERY_CHARACTERS = 2000
 #: Where a host's rules are not known: it keeps no prefix shorter than this, so none is expected back.
@@ -122,7 +119,10 @@ def chat(
         raise ConfigError(f"{provider.name} can't answer by a schema: leave schema out, or choose a model that can")
     asked = asked_of(engine, message, conversation.session)
     if any(said.images for _, said in asked) and not provider.capabilities.images:
-        raise ConfigError(f"{provider.name} reads no images: leave them out, or choose a model that reads them")
+        raise ConfigError(
+            f"{provider.name} reads no images: leave them out, choose a model that reads them, "
+            "or set images = true for its provider if it does"
+        )
     engine.ledger.check(conversation.session, provider.name)
     noted: list[Usage] = []
     made = yield from _prepared(
@@ -171,10 +171,9 @@ def _prepared(
     turn = [said for _, said in asked]
     session = conversation.session
     plan = conversation.plan(engine)
-    head = sum(engine.count(text) for text in (system or "", prompt.MEMORY_NOTE if recall else ""))
+    head = planning.head_tokens(engine, system, tools, memories=recall)
     told = prompt.cost(turn, engine.count)
-    layout = None if plan is None else plan.choose(session.session or "", head, told, None)
-    history = _history(engine, conversation, layout, carried=recall, answers=turn)
+    layout, history = begun(engine, conversation, head, told, carried=recall, answers=turn)
     hits: list[Hit] = []
     core: list[Record] = []
     if recall:
@@ -242,7 +241,7 @@ def _stored(
             _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
     # What the answer was made from, beside the conversation so far.
     before_it = {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core
-    facts = planning.facts(engine, session, made.sent, made.turn, recalled=made.recalled, reply=generation.text)
+    facts = planning.facts(engine, session, made.sent, made.turn, recalled=made.recalled, reply=generation)
     try:
         with engine.database.write() as connection:
             if new:
@@ -291,11 +290,8 @@ def prime(
     engine.ledger.check(conversation.session, provider.name)
     head = _system(engine, system)
     plan = conversation.plan(engine)
-    layout = None
-    if plan is not None:
-        sizes = engine.count(head or "") + engine.count(prompt.MEMORY_NOTE)
-        layout = plan.choose(conversation.session.session or "", sizes, 0, None)
-    history = _history(engine, conversation, layout)
+    sizes = engine.count(head or "") + engine.count(prompt.MEMORY_NOTE)
+    layout, history = begun(engine, conversation, sizes, 0)
     present = {record for said in history for record in said.records}
     fresh = not engine.records.count_turns(conversation.session)
     core = cores.core(engine, conversation.scope, layout, present, new_session=fresh)
@@ -348,44 +344,6 @@ def _shown(engine: Engine, provider: Provider, segments: Sequence[Segment]) -> l
     except StoreError as error:  # reading must go on where nothing can be written
         _log.warning("what %s is shown could not be noted: %s", provider.name, error)
     return []
-
-
-def _history(
-    engine: Engine,
-    conversation: Conversation,
-    layout: Layout | None,
-    *,
-    carried: bool = True,
-    answers: Sequence[Message] = (),
-) -> list[Message]:
-    """The verbatim end of the conversation: from where the layout lets it begin, which may be in an earlier session;
-    without one the session's own turns within the budget. Records added by hand are no part of it."""
-    session = conversation.session
-    if layout is not None:
-        if layout.start is None:
-            return []
-        beside = carried and conversation.scope.session is None
-        turns = engine.records.turns_from(session, layout.start, carried=beside)
-        messages = prompt.from_user(prompt.conversation(turns))
-        return prompt.paired(planning.with_kept(engine, conversation.scope, messages), answers)
-    return _newest(engine, session, answers)
-
-
-def _newest(engine: Engine, session: Scope, answers: Sequence[Message]) -> list[Message]:
-    """The end of the session's own turns, within the budget. The cost is that of what is kept, however long the
-    session is."""
-    tokens = engine.settings.history_tokens
-    budget = within(engine, HISTORY_TOKENS if tokens is None else tokens, 0.4)
-    turns: list[Record] = []
-    messages: list[Message] = []
-    while prompt.cost(messages, engine.count) <= budget:
-        older = engine.records.turns(session, limit=TURNS_READ, before=turns[0].id if turns else None)
-        turns[:0] = older[::-1]
-        messages = prompt.conversation(turns)
-        if len(older) < TURNS_READ:
-            break
-    before = engine.records.count_turns(session, before=turns[0].id) if turns else 0
-    return prompt.paired(prompt.recent(messages, budget, engine.count, before=before), answers)
 
 
 def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: list[Usage]) -> Flow[list[Hit]]:

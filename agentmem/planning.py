@@ -16,7 +16,8 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import prompt
-from .provider import CachePlan, Mark, Request
+from .plaintext.drafts import utc_seconds
+from .provider import CachePlan, Generation, Mark, Request
 from .types import Hit, Message, Record, Scope, Segment
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ __all__ = [
     "Plan",
     "expected",
     "facts",
+    "head_tokens",
     "keep",
     "measured",
     "planned",
@@ -101,7 +103,7 @@ def measured(engine: Engine, segments: Sequence[Segment], tools: Sequence[Mappin
         for message in segment.messages:
             block(_key(message), engine.count(message.content) + MESSAGE_TOKENS)
             for call in message.tool_calls:
-                text = json.dumps([call.name, call.arguments], sort_keys=True)
+                text = prompt.call_text(call)
                 block(text, engine.count(text) + MESSAGE_TOKENS)
             ends.append(len(blocks))
         if segment.stable:
@@ -123,6 +125,10 @@ def planned(engine: Engine, scope: Scope) -> Plan | None:
     if rules is None or engine.settings.cache != "auto":
         return None
     return Plan(engine, scope, rules)
+
+
+#: A history may have this many times the tokens it was chosen for, and so many more: counts are estimates.
+TOLERANCE, SLACK_TOKENS = 1.25, 300
 
 
 class Plan:
@@ -171,6 +177,18 @@ class Plan:
             return self._layouts.choose(
                 Coming(at=now, session=session, system=system, message=message, recalled=known, held=self._held)
             )
+
+    def outgrown(self, layout: Layout, turns: Sequence[Record], said: Sequence[Message]) -> bool:
+        """Whether the history (stored turns, and the messages they make) has far more tokens than its layout was chosen
+        for: another handle, process or model went on with the conversation. It is known then; choose again."""
+        if layout.start is None:
+            return False
+        tokens = prompt.cost(said, self._engine.count)
+        with self._lock:
+            if tokens <= TOLERANCE * self._layouts.tokens(layout.start) + SLACK_TOKENS:
+                return False
+            self._layouts.recount(layout.start, _told(self._engine, turns, said))
+        return True
 
     def cache_plan(self, prompt_: Measured, layout: Layout | None, previous: str | None) -> CachePlan:
         """What the host is asked to keep of this request."""
@@ -232,6 +250,15 @@ def expected(engine: Engine, rules: CacheRules, request: Request, sent: Measured
     return expected
 
 
+def head_tokens(
+    engine: Engine, system: str | None, tools: Sequence[Mapping[str, Any]], *, memories: bool
+) -> int:
+    """Tokens of what stands at the head of a prompt, as `measured` will count them: the tools and the system part."""
+    texts = [text for text in (system, prompt.MEMORY_NOTE if memories else None) if text]
+    said = engine.count("\n\n".join(texts)) + MESSAGE_TOKENS if texts else 0
+    return said + sum(engine.count(json.dumps(dict(tool), sort_keys=True)) for tool in tools)
+
+
 def prewarm_pays(engine: Engine, sent: Measured, parallel: int) -> bool:
     """Whether filling the host's cache ahead costs less than so many requests, sent at once, that each write it; True
     where nobody is paid for it."""
@@ -261,11 +288,12 @@ def facts(
     turn: Sequence[Message],
     *,
     recalled: Sequence[Hit],
-    reply: str,
+    reply: Generation,
 ) -> Turn:
     """What this request was made of, in tokens: what other layouts and other hosts would have cost is told from it."""
     from .activation.turns import Turn
 
+    answer = Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls)
     return Turn(
         id=turn[0].records[0],
         at=engine.clock(),
@@ -273,9 +301,28 @@ def facts(
         system=sent.of("system"),
         core=sent.of("core"),
         message=prompt.cost(turn, engine.count),
-        reply=engine.count(reply) + MESSAGE_TOKENS,
+        reply=prompt.cost([answer], engine.count),
         recalled=sizes(engine, recalled),
     )
+
+
+def _told(engine: Engine, turns: Sequence[Record], said: Sequence[Message]) -> list[tuple[str, str, int, float]]:
+    """A history as the planner takes it, an answer with what it answers: (id, session, tokens, Unix seconds)."""
+    records = {record.id: record for record in turns}
+    found: list[tuple[str, str, int, float]] = []
+    answered = True
+    for message in said:
+        record = records.get(message.records[0]) if message.records else None
+        tokens = prompt.cost([message], engine.count)
+        if record is not None and (answered or record.role == "user") and record.role != "assistant":
+            said_at = record.at or record.created
+            at = utc_seconds(said_at) if said_at else engine.clock()
+            found.append((record.id, record.scope.session or "", tokens, at))
+        elif found:  # an answer, or what was recalled
+            id_, session, before, at = found[-1]
+            found[-1] = id_, session, before + tokens, at
+        answered = message.role == "assistant"
+    return found
 
 
 def _history_of(stored: Any) -> tuple[str, int, str]:

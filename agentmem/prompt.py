@@ -22,6 +22,7 @@ from .types import Hit, Message, Record, Segment, ToolCall
 
 __all__ = [
     "MEMORY_NOTE",
+    "call_text",
     "calls_text",
     "choose_core",
     "conversation",
@@ -230,7 +231,15 @@ def paired(history: Sequence[Message], answers: Sequence[Message] = ()) -> list[
 
 def cost(messages: Iterable[Message], count: Count) -> int:
     """Tokens of these messages, with what a chat format adds to each."""
-    return sum(count(message.content) + 4 for message in messages)
+    return sum(
+        count(message.content) + 4 + sum(count(call_text(call)) + 4 for call in message.tool_calls)
+        for message in messages
+    )
+
+
+def call_text(call: ToolCall) -> str:
+    """A tool call as its tokens are counted: an agent may write whole files by them."""
+    return json.dumps([call.name, call.arguments], sort_keys=True)
 
 
 def recent(messages: Sequence[Message], budget: int, count: Count, *, before: int = 0) -> list[Message]:

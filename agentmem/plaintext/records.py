@@ -229,7 +229,8 @@ class Records:
             "SELECT seq FROM records WHERE id = ? UNION ALL SELECT MIN(seq) FROM records WHERE id > ? LIMIT 1",
             (start, start),
         )
-        since = first[0][0] if first and first[0][0] is not None else 0
+        # Where it was forgotten and nothing came after it, nothing is left of a history that began with it.
+        since = first[0][0] if first and first[0][0] is not None else 2**63 - 1
         own = [*levels(session), since]
         mine = self._database.query(f"SELECT * FROM records WHERE {TURNS} AND seq >= ? ORDER BY seq", own)
         earlier: builtins.list[Any] = []

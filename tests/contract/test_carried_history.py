@@ -10,11 +10,13 @@ import pytest
 
 from agentmem import Memory
 from agentmem.cache_rules import rules_for
-from agentmem.provider import Capabilities, Request
+from agentmem.provider import Capabilities, Generation, Request
 from agentmem.testing import FakeClock, ScriptedProvider
+from agentmem.types import ToolCall, Usage
 
 #: Reading costs a fiftieth there, so a young memory is carried whole.
 RULES = rules_for("deepseek:deepseek-v4-flash")
+TOOLS = [{"name": "write", "description": "d", "parameters": {"type": "object", "properties": {}}}]
 SYSTEM = " ".join(f"Rule {number} of the house stands." for number in range(200))
 
 
@@ -105,3 +107,87 @@ def test_the_layout_outlives_the_process_and_a_damaged_one_costs_a_rebuild_only(
     once_more = Host(tmp_path / "m")
     with once_more.memory:
         once_more.say(once_more.memory.scope(user="ana", session="s"), "Four.")
+
+
+def test_a_history_whose_only_turn_was_forgotten_is_empty(host: Host) -> None:
+    for session in range(3):
+        ana = host.memory.scope(user="ana")
+        for number in range(12):
+            host.say(ana, f"Session {session}, {number}: " + "what was said then. " * 100)
+        host.clock.advance(86400 * 3)
+    ana = host.memory.scope(user="ana")
+    reply = ana.chat("Only this.")
+    assert history(host.provider.requests[-1]) == []
+    for record in reply.records:
+        ana.forget(record)
+    assert host.say(ana, "And now?") == []
+
+
+def limited(folder: Path, clock: FakeClock, model: str = "host:model", replies: Any = "Noted.") -> Any:
+    can = Capabilities(chat=True, tools=True, kv="auto", cache=RULES, holds_prefix_s=300, context_tokens=100_000)
+    provider = ScriptedProvider(replies, name=model, capabilities=can)
+    return provider, Memory(folder, model=provider, embedder="hash", clock=clock, system=SYSTEM, history_tokens=3000)
+
+
+def words(request: Request) -> int:
+    messages = [m for segment in request.segments if segment.name == "history" for m in segment.messages]
+    return sum(len(f"{m.content} {m.tool_calls}".split()) for m in messages)
+
+
+def test_what_another_model_was_told_counts_against_the_historys_limit(tmp_path: Path) -> None:
+    clock = FakeClock(1_767_600_000.0)
+    for model, turns in (("host:a", 3), ("host:b", 30), ("host:a", 3)):
+        provider, memory = limited(tmp_path, clock, model)
+        with memory:
+            ana = memory.scope(user="ana", session="s")
+            for _ in range(turns):
+                ana.chat("hi " * 300)
+                clock.advance(20)
+                assert words(provider.requests[-1]) <= 3000
+    assert words(provider.requests[-1]) >= 300
+
+
+def test_turns_of_two_handles_at_once_count_in_the_next_process(tmp_path: Path) -> None:
+    clock = FakeClock(1_767_600_000.0)
+    provider, memory = limited(tmp_path, clock)
+    with memory:
+        one, other = memory.scope(user="ana"), memory.scope(user="ana")
+        for _ in range(20):
+            one.chat("hi " * 300)
+            other.chat("ho.")
+            clock.advance(5)
+    provider, memory = limited(tmp_path, clock)
+    with memory:
+        memory.scope(user="ana").chat("Hello.")
+        assert words(provider.requests[-1]) <= 3000
+
+
+@pytest.mark.parametrize("size", [300, 6000])
+def test_what_tools_are_called_with_counts_and_no_result_stands_without_its_call(tmp_path: Path, size: int) -> None:
+    def write(request: Request) -> Generation:
+        call = ToolCall(id=f"c{len(provider.requests)}", name="write", arguments={"text": "word " * size})
+        return Generation(text="", usage=Usage(), tool_calls=(call,))
+
+    clock = FakeClock(1_767_600_000.0)
+    provider, memory = limited(tmp_path, clock, replies=write)
+    with memory:
+        ana = memory.scope(user="ana")
+        ana.chat("Write it.", tools=TOOLS)
+        for number in range(1, 15):
+            clock.advance(5)
+            ana.chat({"role": "tool", "content": "ok", "tool_call_id": f"c{number}"}, tools=TOOLS)
+            request = provider.requests[-1]
+            calls = {call.id for part in request.segments for said in part.messages for call in said.tool_calls}
+            assert f"c{number}" in calls
+            assert words(request) <= 3000 or size > 3000
+            assert len(calls) == 1 or size < 3000
+
+
+def test_a_layout_is_read_where_the_rules_know_fewer_lifetimes_now(host: Host, tmp_path: Path) -> None:
+    host.say(host.memory.scope(user="ana", session="s"), "One.")
+    with host.memory._engine.database.write() as connection:
+        connection.execute("UPDATE layouts SET state = json_set(state, '$.layouts.life', 1)")
+    host.memory.close()
+    again = Host(tmp_path / "m")
+    with again.memory:
+        assert again.say(again.memory.scope(user="ana", session="s"), "Two.") == ["One."]

@@ -26,6 +26,7 @@ ORDER = [
     ["reply_stream", "opening", "reporting"],
     ["wrapped_turns"],
     ["kinds", "chat", "transfer", "histories", "reconciling", "reembedding", "counting"],
+    ["verbatim"],
     ["extraction", "asking", "planning", "cores", "wrapped_marks"],
     ["flows"],
     ["engine"],

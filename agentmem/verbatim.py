@@ -1,0 +1,78 @@
+"""The verbatim end of a conversation as it enters a prompt: from where it begins, and never without what it needs.
+
+Reads stored turns; where the history begins is decided by the layout (planning.py), or by a budget where there is none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from . import planning, prompt
+from .cores import within
+from .engine import Engine
+from .types import Message, Record, Scope
+
+if TYPE_CHECKING:
+    from .activation.layouts import Layout
+    from .chat import Conversation
+
+__all__ = ["begun"]
+
+#: Tokens of the running conversation in a prompt, where nothing is known of what they cost.
+HISTORY_TOKENS = 3000
+#: Turns read at once, from the newest back, until the history's budget is full.
+TURNS_READ = 64
+
+
+def begun(
+    engine: Engine,
+    conversation: Conversation,
+    head: int,
+    told: int,
+    *,
+    carried: bool = True,
+    answers: Sequence[Message] = (),
+) -> tuple[Layout | None, list[Message]]:
+    """The layout of a turn of ``told`` tokens after a system part of ``head``, and the verbatim end of the
+    conversation: from where the layout lets it begin, which may be in an earlier session; without a layout the
+    session's own turns within the budget. Records added by hand are no part of it."""
+    session, plan = conversation.session, conversation.plan(engine)
+    if plan is None:
+        return None, _newest(engine, session, answers)
+    beside = carried and conversation.scope.session is None
+    for known in (False, True):
+        layout = plan.choose(session.session or "", head, told, None)
+        if layout.start is None:
+            return layout, _calls(engine, session, answers)
+        turns = engine.records.turns_from(session, layout.start, carried=beside)
+        said = planning.with_kept(engine, conversation.scope, prompt.from_user(prompt.conversation(turns)))
+        if known or not plan.outgrown(layout, turns, said):
+            break
+    return layout, prompt.paired(said, answers)
+
+
+def _calls(engine: Engine, session: Scope, answers: Sequence[Message]) -> list[Message]:
+    """The answer whose calls these results of tools are for: without it no vendor takes them, whatever the budget."""
+    if not answers or answers[0].role != "tool":
+        return []
+    turns = engine.records.turns(session, limit=TURNS_READ)
+    newest = next((at for at, turn in enumerate(turns) if turn.role == "assistant"), -1)
+    return prompt.paired(prompt.conversation(turns[newest::-1]), answers) if newest >= 0 else []
+
+
+def _newest(engine: Engine, session: Scope, answers: Sequence[Message]) -> list[Message]:
+    """The end of the session's own turns, within the budget. The cost is that of what is kept, however long the
+    session is."""
+    tokens = engine.settings.history_tokens
+    budget = within(engine, HISTORY_TOKENS if tokens is None else tokens, 0.4)
+    turns: list[Record] = []
+    messages: list[Message] = []
+    while prompt.cost(messages, engine.count) <= budget:
+        older = engine.records.turns(session, limit=TURNS_READ, before=turns[0].id if turns else None)
+        turns[:0] = older[::-1]
+        messages = prompt.conversation(turns)
+        if len(older) < TURNS_READ:
+            break
+    before = engine.records.count_turns(session, before=turns[0].id) if turns else 0
+    return prompt.paired(prompt.recent(messages, budget, engine.count, before=before), answers)
