@@ -18,7 +18,7 @@ from ..errors import BudgetExceeded, InvalidInput
 from ..plaintext.drafts import shown
 from ..types import LEVELS, Scope, Value
 
-__all__ = ["Action", "Budget", "Budgets", "Period", "Spent", "begin", "end"]
+__all__ = ["Action", "Budget", "Budgets", "Period", "Spent", "amount", "begin", "end"]
 
 _log = logging.getLogger("agentmem")
 
@@ -54,7 +54,7 @@ class Budget(Value):
         return max(self.dollars - self.spent, 0.0)
 
     def __str__(self) -> str:
-        return f"{self.scope}: {self.spent:.4f} of {_limit_text(self.dollars)} $ {_per(self.per)} spent ({self.action})"
+        return f"{self.scope}: {amount(self.spent)} of {_limit_text(self.dollars)} $ {_per(self.per)} spent ({self.action})"
 
 
 class Spent(Value):
@@ -69,7 +69,8 @@ class Spent(Value):
     budgets: list[Budget]
 
     def __str__(self) -> str:
-        lines = [f"spent today {self.day:.4f} $, this month {self.month:.4f} $, ever {self.ever:.4f} $"]
+        day, month, ever = map(amount, (self.day, self.month, self.ever))
+        lines = [f"spent today {day} $, this month {month} $, ever {ever} $"]
         return "\n".join([*lines, *(str(budget) for budget in self.budgets)])
 
 
@@ -157,7 +158,7 @@ class Budgets:
             frees = "" if until is None else f"; it is free again at {_utc(until)}"
             said = (
                 f"the budget of {_limit_text(budget.dollars)} dollars {_per(budget.per)} of {budget.scope} is spent "
-                f"({budget.spent:.4f} dollars){frees}"
+                f"({amount(budget.spent)} dollars){frees}"
             )
             if budget.action == "stop":
                 raise BudgetExceeded(
@@ -216,8 +217,14 @@ def _limit(dollars: object) -> float:
 
 
 def _limit_text(dollars: float) -> str:
-    """Whole cents; a limit below a cent with the digits it has."""
-    return f"{dollars:.2f}" if dollars == 0 or dollars >= 0.01 else f"{dollars:.2g}"
+    """Whole cents; a limit below a cent with the digits it needs."""
+    return f"{dollars:.2f}" if dollars == 0 or dollars >= 0.01 else amount(dollars)
+
+
+def amount(value: float) -> str:
+    """A number as text with four decimals, or more where it is so small that two digits of it need them."""
+    digits = 4 if abs(value) >= 0.001 or abs(value) < 1e-9 else 1 - math.floor(math.log10(abs(value)))
+    return f"{value:,.{digits}f}"
 
 
 def begin(per: Period, now: float) -> float:

@@ -11,6 +11,8 @@ from collections.abc import Callable, Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
+from .budgets import amount
+
 if TYPE_CHECKING:
     from .report import Report, Share
 
@@ -200,7 +202,7 @@ def _table(names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
 def _number(value: float | None) -> str:
     if value is None:
         return "&ndash;"
-    return f"{value:,}" if isinstance(value, int) else f"{value:,.4f}"
+    return f"{value:,}" if isinstance(value, int) else amount(value)
 
 
 def _scale(rows: Rows, room: float) -> tuple[Callable[[float], float], float, float]:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..errors import StoreError
 from ..types import Value
-from .budgets import Budget
+from .budgets import Budget, amount
 
 __all__ = ["Comparison", "Kind", "Line", "Miss", "Prefix", "Report", "Share", "money", "size"]
 
@@ -24,7 +24,7 @@ NAMED = ("no memory", "full history", "no cache")
 class Line(Value):
     """The uses of one model by one verb. Money is in US dollars; None where no price is known.
 
-    ``saved_tokens`` were read from a cache instead of being computed; ``saved_money`` is what they would have cost at
+    ``cached_tokens`` were read from a cache instead of being computed; ``saved_money`` is what they would have cost at
     the uncached price, less what writing the cache cost. For a model on this machine it is the time that computing them
     takes (`saved_seconds`) at the price of a second. ``unpriced`` uses have no known price and are not in ``money``.
     ``attended_tokens`` were attended to in place, as KV pages of ``attended_codec``; ``spared_bytes`` is the most that
@@ -200,15 +200,15 @@ class Report(Value):
         if self.money is not None:
             unpriced = sum(line.unpriced for line in self.lines)
             note = f" ({unpriced} uses have no known price)" if unpriced else ""
-            saved = f"spent {self.money:.4f} $, saved {self.saved_money or 0.0:.4f} $ by caches{note}"
+            saved = f"spent {amount(self.money)} $, saved {amount(self.saved_money or 0.0)} $ by caches{note}"
             told.append(f"{saved}; {here}" if here else saved)
         elif here:
             told.append(here)
         if self.compared:
             requests = max(compared.requests for compared in self.compared)
             named = [compared for compared in self.compared if compared.policy in NAMED]
-            against = ", ".join(f"with {compared.policy} {compared.money:.4f} $" for compared in named)
-            told.append(f"the newest {requests} requests cost {self.compared[0].spent:.4f} $; {against}")
+            against = ", ".join(f"with {compared.policy} {amount(compared.money)} $" for compared in named)
+            told.append(f"the newest {requests} requests cost {amount(self.compared[0].spent)} $; {against}")
         if self.prefixes:
             paid = sum(prefix.paid for prefix in self.prefixes)
             told.append(f"{paid} of {len(self.prefixes)} stored prefixes have paid for themselves")
@@ -222,7 +222,7 @@ class Report(Value):
 
     def _disk(self) -> str:
         sizes = ", ".join(f"{kind} {size(count)}" for kind, count in self.bytes.items())
-        month = "" if self.storage_month is None else f" ({self.storage_month:.4f} $ a month)"
+        month = "" if self.storage_month is None else f" ({amount(self.storage_month)} $ a month)"
         return f"; on disk: {sizes}{month}" if sizes else ""
 
     def _table(self) -> Any:
@@ -297,7 +297,7 @@ class Report(Value):
 
 def money(value: float | None) -> str:
     """Dollars as text; a dash where they are not known."""
-    return "-" if value is None else f"{value:.4f}"
+    return "-" if value is None else amount(value)
 
 
 def size(count: int) -> str:

@@ -15,7 +15,7 @@ import pytest
 
 from agentmem.database import Database
 from agentmem.errors import BudgetExceeded, InvalidInput
-from agentmem.ledger.budgets import begin, end
+from agentmem.ledger.budgets import amount, begin, end
 from agentmem.ledger.uses import Ledger
 from agentmem.testing import FakeClock
 from agentmem.types import Scope, Usage
@@ -74,6 +74,20 @@ def test_a_limit_below_a_cent_is_told_as_it_is(ledger: Ledger) -> None:
     spend(ledger, ANA, 0.003)
     with pytest.raises(BudgetExceeded, match=r"of 0\.0025 dollars a day"):
         ledger.check(ANA, "a:b")
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0.0000"),
+        (12345.678, "12,345.6780"),
+        (0.00123456, "0.0012"),
+        (0.0000421, "0.000042"),
+        (-0.0000421, "-0.000042"),
+    ],
+)
+def test_no_amount_is_told_as_nothing(value: float, text: str) -> None:
+    assert amount(value) == text
 
 
 def test_a_level_above_stops_what_lies_beneath(ledger: Ledger) -> None:
