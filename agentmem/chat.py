@@ -200,7 +200,7 @@ def _prepared(
         settled=layout is not None and remember and not images,
         keep=layout is not None and layout.keep,
     )
-    sent = measured(engine, segments, tools)
+    sent = measured(engine, segments, tools, options.schema)
     request = _request(
         engine,
         conversation,

@@ -81,8 +81,14 @@ class Measured:
         return 0
 
 
-def measured(engine: Engine, segments: Sequence[Segment], tools: Sequence[Mapping[str, Any]]) -> Measured:
-    """The request's blocks and levels; a message is one block, each tool call in it another."""
+def measured(
+    engine: Engine,
+    segments: Sequence[Segment],
+    tools: Sequence[Mapping[str, Any]],
+    schema: Mapping[str, Any] | None = None,
+) -> Measured:
+    """The request's blocks and levels; a message is one block, each tool call in it another. Hosts put the ``schema``
+    of an answer before all of it."""
     from .activation.cache_model import Block
     from .activation.marks import Level
 
@@ -95,8 +101,10 @@ def measured(engine: Engine, segments: Sequence[Segment], tools: Sequence[Mappin
     def block(key: str, tokens: int) -> None:
         chain.update(key.encode() + b"\0")
         digests.append(chain.copy().hexdigest())
-        blocks.append(Block(key=key, tokens=tokens))
+        blocks.append(Block(key=digests[-1], tokens=tokens))  # no text: the model of the host outlives the request
 
+    if schema is not None:
+        chain.update(json.dumps(dict(schema), sort_keys=True).encode() + b"\0")
     for tool in sorted(json.dumps(dict(tool), sort_keys=True) for tool in tools):
         block(tool, engine.count(tool))
     for segment in segments:
@@ -250,9 +258,7 @@ def expected(engine: Engine, rules: CacheRules, request: Request, sent: Measured
     return expected
 
 
-def head_tokens(
-    engine: Engine, system: str | None, tools: Sequence[Mapping[str, Any]], *, memories: bool
-) -> int:
+def head_tokens(engine: Engine, system: str | None, tools: Sequence[Mapping[str, Any]], *, memories: bool) -> int:
     """Tokens of what stands at the head of a prompt, as `measured` will count them: the tools and the system part."""
     texts = [text for text in (system, prompt.MEMORY_NOTE if memories else None) if text]
     said = engine.count("\n\n".join(texts)) + MESSAGE_TOKENS if texts else 0

@@ -18,6 +18,8 @@ __all__ = ["Bill", "Block", "PromptCache"]
 
 #: Of no entry: it can't be read at any time.
 NEVER = float("-inf")
+#: Prefixes remembered before those that can't be read any more are forgotten for the first time.
+REMEMBERED = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,7 @@ class PromptCache:
         self._nodes: dict[tuple[int, Hashable], int] = {}
         self._until: list[float] = [NEVER]
         self._life: list[int] = [0]
+        self._most = REMEMBERED
 
     def request(self, blocks: Sequence[Block], marks: Sequence[tuple[int, int]], at: float) -> Bill:
         """Send a request of ``blocks`` at the Unix time ``at``; returns what is charged and changes the cache.
@@ -83,6 +86,8 @@ class PromptCache:
         rules = self.rules
         if rules.marked:
             self._check(blocks, marks)
+        if len(self._nodes) > self._most:
+            self._forget(at)
         path, ends = self._walk(blocks)
         if not rules.marked:
             return self._automatic(path, ends, at)
@@ -107,6 +112,20 @@ class PromptCache:
             ends.append(ends[-1] + block.tokens)
         found = self._found(path, [len(blocks)], at)
         return self._whole_steps(ends[found])
+
+    def _forget(self, at: float) -> None:
+        """Drop the prefixes that lead to nothing readable: a process that serves for months must not keep them all."""
+        alive = [until > at for until in self._until]
+        for (before, _), node in reversed(self._nodes.items()):  # each stands behind the one it extends
+            alive[before] = alive[before] or alive[node]
+        number, nodes = {0: 0}, {}
+        for (before, key), node in self._nodes.items():
+            if alive[node]:
+                number[node] = nodes[number[before], key] = len(number)
+        self._until = [self._until[node] for node in number]
+        self._life = [self._life[node] for node in number]
+        self._nodes = nodes
+        self._most = max(REMEMBERED, 2 * len(nodes))
 
     def _walk(self, blocks: Sequence[Block]) -> tuple[list[int], list[int]]:
         """The nodes of all prefixes, from the empty one on, and their tokens."""

@@ -3,6 +3,7 @@ that was forgotten."""
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any
 
@@ -191,3 +192,15 @@ def test_a_layout_is_read_where_the_rules_know_fewer_lifetimes_now(host: Host, t
     again = Host(tmp_path / "m")
     with again.memory:
         assert again.say(again.memory.scope(user="ana", session="s"), "Two.") == ["One."]
+
+
+def test_an_answer_by_a_schema_is_expected_to_share_no_prefix_with_one_without(host: Host) -> None:
+    ana = host.memory.scope(user="ana")
+    schema = {"type": "object", "properties": {"a": {"type": "string"}}}
+    can = host.provider.capabilities
+    host.provider.capabilities = dataclasses.replace(can, schemas=True)
+    host.provider._always = '{"a": "b"}'
+    ana.chat("One.")
+    assert ana.chat("Two.", schema=schema).cache.expected_tokens == 0
+    assert ana.chat("Three.", schema=schema).cache.expected_tokens > 0
+    assert ana.chat("Four.").cache.expected_tokens > 0

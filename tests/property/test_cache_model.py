@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from agentmem.activation.cache_model import Bill, Block, PromptCache
+from agentmem.activation.cache_model import REMEMBERED, Bill, Block, PromptCache
 from agentmem.cache_rules import CacheRules, Lifetime, rules_for
 from agentmem.errors import InvalidInput
 
@@ -84,10 +84,12 @@ def requests(draw: st.DrawFn) -> list[Request]:
 
 
 @pytest.mark.parametrize("rules", [MARKED, ANYWHERE, FIXED, STEPS], ids=["lookback", "anywhere", "fixed", "steps"])
-@given(trace=requests())
-def test_it_bills_as_the_rules_say(rules: CacheRules, trace: list[Request]) -> None:
+@given(trace=requests(), forgetful=st.booleans())
+def test_it_bills_as_the_rules_say(rules: CacheRules, trace: list[Request], forgetful: bool) -> None:
     cache, slow = PromptCache(rules), Slow(rules)
     for blocks, marks, at in trace:
+        if forgetful:  # what can't be read any more may be dropped at any time
+            cache._forget(at)
         told = cache.readable(blocks, at)
         bill = cache.request(blocks, marks, at)
         assert bill == slow.request(blocks, marks, at)
@@ -177,3 +179,12 @@ def test_bills_add_up_and_have_a_price() -> None:
     bill = Bill(100, (10, 20), 5) + Bill(0, (0, 1), 2)
     assert bill == Bill(100, (10, 21), 7)
     assert bill.cost(rules) == pytest.approx(100 * 0.05 + 12.5 + 42 + 7)
+
+
+@pytest.mark.parametrize("rules", [MARKED, STEPS], ids=["marked", "automatic"])
+def test_a_long_life_takes_no_more_memory_than_what_can_be_read(rules: CacheRules) -> None:
+    cache = PromptCache(rules)
+    for turn in range(5000):
+        cache.request([Block(0, 5000), Block((turn, 0), 10), Block((turn, 1), 10)], [(1, 0)], float(turn))
+    assert len(cache._nodes) <= 2 * REMEMBERED
+    assert cache.readable([Block(0, 5000)], 5000.0) > 4000
