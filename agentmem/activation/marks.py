@@ -25,6 +25,9 @@ NAMES = ("system", "core", "history")
 #: prompt is the same at the next request (nothing, the system, system and core, all).
 GAPS_BEFORE = 1.0
 DEPTHS_BEFORE = (0.05, 0.1, 0.25, 1.6)
+#: A lifetime that costs a whole uncached prompt more than the shortest is not gambled on: so many gaps have to be seen
+#: first that it would have covered and a shorter one not.
+PROVEN = 1.9
 #: How far the depths after gaps of one length are drawn to those after all gaps, in requests.
 DRAWN = 1.0
 #: What a request counts once another of its kind was seen: about the last hundred decide.
@@ -226,11 +229,18 @@ class MarkPlanner:
         shelf = self._kept(self._ours, levels, at)
         always = self._marked(levels, self._kept(self._always, levels, at), [0, 0, 0], at)
         wanted = self._best(levels, shelf, at)
+        gaps = self._observed(levels, at)[0]
+        lifetimes = self.rules.lifetimes
+        proven = max(
+            life
+            for life, told in enumerate(lifetimes)
+            if told.write - lifetimes[0].write <= 1.0 or gaps[life] >= PROVEN
+        )
         for level in levels:
             index = NAMES.index(level.name)
             life = wanted[index]
-            if life is not None and level.longest is not None:
-                wanted[index] = min(life, level.longest)
+            if life is not None:
+                wanted[index] = min(life, proven if level.longest is None else min(proven, level.longest))
         ours = self._marked(levels, shelf, wanted, at)
         if not self._within(ours, always, levels):
             ours = self._marked(levels, shelf, [0, 0, 0], at)
