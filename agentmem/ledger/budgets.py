@@ -54,7 +54,8 @@ class Budget(Value):
         return max(self.dollars - self.spent, 0.0)
 
     def __str__(self) -> str:
-        return f"{self.scope}: {amount(self.spent)} of {_limit_text(self.dollars)} $ {_per(self.per)} spent ({self.action})"
+        limit = f"{_limit_text(self.dollars)} $ {_per(self.per)}"
+        return f"{self.scope}: {amount(self.spent)} of {limit} spent ({self.action})"
 
 
 class Spent(Value):
