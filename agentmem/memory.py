@@ -267,7 +267,8 @@ class ScopedMemory:
         the request that they make.
 
         By the model's own tokenizer where it is at hand, else an estimate that learns from what the host counted.
-        ``exact=True`` asks the vendor's counting endpoint where there is one: a request.
+        ``exact=True`` asks the vendor's counting endpoint where there is one: that is a request, and it counts a str,
+        too, as the request that it makes.
         """
         return run(counting.count_tokens(self._engine, content, system=system, tools=tools, exact=exact))
 

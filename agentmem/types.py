@@ -277,7 +277,7 @@ class TokenCount(Value):
     def __str__(self) -> str:
         if self.exact:
             return f"{self.tokens} tokens"
-        return f"about {self.tokens} tokens" + ("" if self.error is None else f" (within {self.error:.0%})")
+        return f"about {self.tokens} tokens" + ("" if self.error is None else f" (such estimates were {self.error:.0%} off)")
 
 
 class Reply(Value):

@@ -68,4 +68,6 @@ def test_counts_are_learned_from_what_the_host_counted() -> None:
         after = memory.count_tokens(text)
     assert not before.exact
     assert not after.exact
+    assert str(before) == f"about {before.tokens} tokens"
+    assert str(after).endswith("% off)")
     assert after.tokens == pytest.approx(1.5 * before.tokens, rel=0.03)
