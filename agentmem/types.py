@@ -277,7 +277,8 @@ class TokenCount(Value):
     def __str__(self) -> str:
         if self.exact:
             return f"{self.tokens} tokens"
-        return f"about {self.tokens} tokens" + ("" if self.error is None else f" (such estimates were {self.error:.0%} off)")
+        off = "" if self.error is None else f" (such estimates were {self.error:.0%} off)"
+        return f"about {self.tokens} tokens{off}"
 
 
 class Reply(Value):

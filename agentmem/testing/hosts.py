@@ -79,8 +79,8 @@ class HostServer:
 
     @property
     def openai_url(self) -> str:
-        """What ``base_url`` of an OpenAI client is to be. With agentmem's own provider ``host="openai"`` goes with it: at
-        an address that is not OpenAI's nothing is taken for granted."""
+        """What ``base_url`` of an OpenAI client is to be. Give agentmem's own provider ``host="openai"`` beside it: at
+        an address that is not OpenAI's it takes nothing for granted."""
         return f"{self.anthropic_url}/v1"
 
     @property
