@@ -251,10 +251,13 @@ def expected(engine: Engine, rules: CacheRules, request: Request, sent: Measured
         ]
     else:
         marks = [(level.blocks, 0) for level in sent.levels[-rules.marks :]]
+    blocks = list(sent.blocks)
+    if rules.per_minute is not None and blocks:  # requests of another routing key go to another machine
+        blocks[0] = replace(blocks[0], key=(request.cache_key, blocks[0].key))
     now = engine.clock()
     with engine.lock:
-        expected = engine.host.readable(sent.blocks, now)
-        engine.host.request(sent.blocks, marks, now)
+        expected = engine.host.readable(blocks, now)
+        engine.host.request(blocks, marks, now)
     return expected
 
 

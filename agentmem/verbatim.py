@@ -21,6 +21,8 @@ __all__ = ["begun"]
 
 #: Tokens of the running conversation in a prompt, where nothing is known of what they cost.
 HISTORY_TOKENS = 3000
+#: What stands for a question that is no longer remembered.
+LEFT_OUT = "(The question is left out.)"
 #: Turns read at once, from the newest back, until the history's budget is full.
 TURNS_READ = 64
 
@@ -39,17 +41,35 @@ def begun(
     session's own turns within the budget. Records added by hand are no part of it."""
     session, plan = conversation.session, conversation.plan(engine)
     if plan is None:
-        return None, _newest(engine, session, answers)
+        return None, _opened(engine, session, _newest(engine, session, answers))
     beside = carried and conversation.scope.session is None
     for known in (False, True):
         layout = plan.choose(session.session or "", head, told, None)
         if layout.start is None:
-            return layout, _calls(engine, session, answers)
+            return layout, _opened(engine, session, _calls(engine, session, answers))
         turns = engine.records.turns_from(session, layout.start, carried=beside)
-        said = planning.with_kept(engine, conversation.scope, prompt.from_user(prompt.conversation(turns)))
+        said = planning.with_kept(engine, conversation.scope, prompt.conversation(turns))
         if known or not plan.outgrown(layout, turns, said):
             break
-    return layout, prompt.paired(said, answers)
+    begins = session if not turns else turns[0].scope
+    return layout, _opened(engine, begins, prompt.paired(said, answers))
+
+
+def _opened(engine: Engine, session: Scope, said: Sequence[Message]) -> list[Message]:
+    """The history from its first question or call on. One that begins amid a run of tools begins with the question that
+    the run is about: the model has to know it, and vendors take no conversation that the user doesn't begin."""
+    first = next((at for at, message in enumerate(said) if message.role == "user" or message.tool_calls), len(said))
+    said = said[first:]
+    if not said or said[0].role == "user":
+        return list(said)
+    before: str | None = said[0].records[0]
+    while before is not None:
+        older = engine.records.turns(session, limit=TURNS_READ, before=before)
+        question = next((turn for turn in older if turn.role == "user"), None)
+        if question is not None:
+            return [*prompt.conversation([question]), *said]
+        before = older[-1].id if older else None
+    return [Message(role="user", content=LEFT_OUT), *said]
 
 
 def _calls(engine: Engine, session: Scope, answers: Sequence[Message]) -> list[Message]:

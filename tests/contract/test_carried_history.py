@@ -180,6 +180,8 @@ def test_what_tools_are_called_with_counts_and_no_result_stands_without_its_call
             request = provider.requests[-1]
             calls = {call.id for part in request.segments for said in part.messages for call in said.tool_calls}
             assert f"c{number}" in calls
+            said = [said for part in request.segments for said in part.messages if said.role != "system"]
+            assert (said[0].role, said[0].content) == ("user", "Write it.")  # vendors refuse another beginning
             assert words(request) <= 3000 or size > 3000
             assert len(calls) == 1 or size < 3000
 
@@ -204,3 +206,19 @@ def test_an_answer_by_a_schema_is_expected_to_share_no_prefix_with_one_without(h
     assert ana.chat("Two.", schema=schema).cache.expected_tokens == 0
     assert ana.chat("Three.", schema=schema).cache.expected_tokens > 0
     assert ana.chat("Four.").cache.expected_tokens > 0
+
+
+def test_a_run_of_tools_whose_question_was_forgotten_still_begins_with_the_user(tmp_path: Path) -> None:
+    def write(request: Request) -> Generation:
+        call = ToolCall(id=f"c{len(provider.requests)}", name="write", arguments={})
+        return Generation(text="", usage=Usage(), tool_calls=(call,))
+
+    provider, memory = limited(tmp_path, FakeClock(), replies=write)
+    with memory:
+        ana = memory.scope(user="ana")
+        question = ana.chat("Write it.", tools=TOOLS).records[0]
+        with ana._engine.database.write():  # not its answer, which forget would take along
+            ana._engine.records.delete([question])
+        ana.chat({"role": "tool", "content": "ok", "tool_call_id": "c1"}, tools=TOOLS)
+        roles = [said.role for part in provider.requests[-1].segments for said in part.messages]
+        assert roles == ["system", "user", "assistant", "tool"]

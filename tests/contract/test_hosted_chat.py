@@ -222,3 +222,13 @@ def test_an_image_is_seen_in_its_turn_and_its_text_remembered(hosted: Hosted) ->
     first, second = (str(entry.body) for entry in hosted.host.requests)
     assert PIXEL.split(",")[1] in first
     assert PIXEL.split(",")[1] not in second
+
+
+def test_what_another_user_sent_is_expected_only_where_no_routing_key_parts_them(tmp_path: Path) -> None:
+    for model, shared in (("anthropic:claude-sonnet-5-5", True), ("openai:gpt-6-sol", False)):
+        hosted = Hosted(tmp_path / model.partition(":")[0], model)
+        with hosted.host, hosted.open() as memory:
+            hosted.talk(memory.scope(user="ana"), 3)
+            [first] = hosted.talk(memory.scope(user="ben"), 1)
+            assert (first.cache.expected_tokens > 0) is shared
+            assert first.cache.reason is None
