@@ -252,7 +252,7 @@ def _stored(
                         "INSERT OR IGNORE INTO lineage SELECT 'reply', ?, id FROM records WHERE id = ?",
                         [(reply, record) for reply in kept[-1:] for record in before_it],
                     )
-                if made.layout is not None and made.layout.keep:
+                if kept and made.layout is not None and made.layout.keep:
                     planning.keep(connection, kept[0], made.recalled)
             if plan is not None:
                 plan.done(connection, made.sent, facts if new else None, made.layout)
@@ -290,8 +290,7 @@ def prime(
     engine.ledger.check(conversation.session, provider.name)
     head = _system(engine, system)
     plan = conversation.plan(engine)
-    sizes = engine.count(head or "") + engine.count(prompt.MEMORY_NOTE)
-    layout, history = begun(engine, conversation, sizes, 0)
+    layout, history = begun(engine, conversation, planning.head_tokens(engine, head, (), memories=True), 0)
     present = {record for said in history for record in said.records}
     fresh = not engine.records.count_turns(conversation.session)
     core = cores.core(engine, conversation.scope, layout, present, new_session=fresh)

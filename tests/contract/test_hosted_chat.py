@@ -52,13 +52,8 @@ class Hosted:
         scheme = self.model.split(":")[0]
         url = self.host.anthropic_url if scheme == "anthropic" else self.host.openai_url
         table = {"base_url": url, "api_key": "k", **self._settings}
-        return Memory(
-            self.folder,
-            model=self.model,
-            embedder="hash",
-            clock=self.clock,
-            **{"system": SYSTEM, "providers": {scheme: table}, **settings},
-        )
+        given: dict[str, Any] = {"system": SYSTEM, "providers": {scheme: table}, **settings}
+        return Memory(self.folder, model=self.model, embedder="hash", clock=self.clock, **given)
 
     def talk(self, memory: Any, turns: int, *, gap: float = 30.0) -> list[Reply]:
         replies = []
@@ -92,6 +87,7 @@ def test_what_is_expected_of_the_cache_comes_from_it(hosted: Hosted) -> None:
 
 
 def test_a_prefix_outlives_the_process(hosted: Hosted) -> None:
+    last: list[Reply] = []
     for _ in range(3):
         with hosted.open() as memory:
             last = hosted.talk(memory.scope(user="ana", session="s"), 2)

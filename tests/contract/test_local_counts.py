@@ -25,8 +25,8 @@ def provider(tiny_model: Callable[..., Path], tmp_path: Path) -> Iterator[Any]:
 
 def test_a_counted_request_is_as_long_as_the_prompt_that_is_read(provider: Any) -> None:
     request = chat_request("What is it?", system="You are kind.", max_tokens=1)
-    counts: bool = isinstance(provider, CountsRequests)
-    assert counts
+    protocol: Any = CountsRequests
+    assert isinstance(provider, protocol)
     assert provider.capabilities.exact_tokens
     counted = provider.count_request(request)
     assert provider._engine is None  # the weights were not needed

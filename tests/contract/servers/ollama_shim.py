@@ -33,7 +33,7 @@ UNITS = ("ns", "us", "ms", "s", "m", "h")
 
 
 class OllamaShim:
-    """``with OllamaShim(llama_address) as shim:`` serves at ``shim.url``; ``shim.bodies`` is what was asked of a model."""
+    """``with OllamaShim(llama_address) as shim:`` serves at ``shim.url``; ``shim.bodies``: what it was asked for."""
 
     def __init__(self, backend: str) -> None:
         self.bodies: list[dict[str, Any]] = []
