@@ -12,7 +12,19 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import counting, extraction, flows, histories, kinds, memory, reconciling, reembedding, reporting, transfer
+from . import (
+    counting,
+    extraction,
+    flows,
+    histories,
+    kinds,
+    learning,
+    memory,
+    reconciling,
+    reembedding,
+    reporting,
+    transfer,
+)
 from .asking import Schema
 from .chat import Conversation
 from .engine import Engine
@@ -410,7 +422,7 @@ class AsyncParametric:
     ) -> LoraVersion:
         return await arun(
             local(
-                kinds.train,
+                learning.train,
                 self._engine,
                 kinds.beneath(self._scope, scope),
                 records,
@@ -428,10 +440,10 @@ class AsyncParametric:
         return await arun(local(self._engine.registry.active, self._scope))
 
     async def activate(self, version: str | LoraVersion | None, *, force: bool = False) -> LoraVersion | None:
-        return await arun(local(kinds.activate, self._engine, self._scope, version, force=force))
+        return await arun(local(learning.activate, self._engine, self._scope, version, force=force))
 
     async def rollback(self) -> LoraVersion | None:
-        return await arun(local(kinds.rollback, self._engine, self._scope))
+        return await arun(local(learning.rollback, self._engine, self._scope))
 
     async def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
-        return await arun(local(kinds.export, self._engine, self._scope, version, path))
+        return await arun(local(learning.export, self._engine, self._scope, version, path))

@@ -97,6 +97,20 @@ class Settings(BaseSettings):
         description="recalled records enter a local model's prompt as stored KV states: approximate, and only where a "
         "trial on the model passed; repaired computes the first tokens of each anew",
     )
+    lora_when: Literal["recalled", "always"] = Field(
+        default="recalled",
+        description="when an active LoRA version acts on a request: only where the plaintext index says that the "
+        "request concerns what the version learnt, or on every request of its scope",
+    )
+    lora_gate: dict[str, float] = Field(
+        default={}, description="what a LoRA version must reach before it may serve: `parametric.gate.Thresholds`"
+    )
+    lora_budget: int = Field(
+        default=1 << 30, ge=0, description="bytes of LoRA versions on disk; inactive ones go first to make room"
+    )
+    lora_shard: int = Field(
+        default=20, ge=1, le=1000, description="records that one LoRA version learns at most; more become several"
+    )
     page_key: SecretStr | None = Field(
         default=None, description="32 bytes as hex or base64: KV pages are encrypted at rest with AES-256-GCM"
     )

@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import chat as chats
-from . import extraction, flows, kinds, reconciling, reembedding
+from . import extraction, flows, kinds, learning, reconciling, reembedding
 from .chat import Conversation
 from .engine import Engine
 from .flow import local, run
@@ -162,7 +162,7 @@ class Parametric:
         """
         return run(
             local(
-                kinds.train,
+                learning.train,
                 self._engine,
                 kinds.beneath(self._scope, scope),
                 records,
@@ -186,12 +186,12 @@ class Parametric:
 
         Raises `TrainingError` for a retired version, and for one that failed its gate unless ``force``.
         """
-        return run(local(kinds.activate, self._engine, self._scope, version, force=force))
+        return run(local(learning.activate, self._engine, self._scope, version, force=force))
 
     def rollback(self) -> LoraVersion | None:
         """Go back to what was active before; returns it, or None for the base model."""
-        return run(local(kinds.rollback, self._engine, self._scope))
+        return run(local(learning.rollback, self._engine, self._scope))
 
     def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
         """Write a version as a PEFT folder."""
-        return run(local(kinds.export, self._engine, self._scope, version, path))
+        return run(local(learning.export, self._engine, self._scope, version, path))
