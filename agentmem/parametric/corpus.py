@@ -47,14 +47,18 @@ class Example:
 class Corpus:
     """What to train on and what to test with.
 
-    ``examples`` are trained. ``held_out`` ask for the same facts in wordings that are never trained. ``anchors`` are
-    questions whose answers must stay the base model's: general ones, and the same questions about other people.
-    ``records`` maps each record that was used to the digest of its content; ``left_out`` says why others were not.
+    ``examples`` are trained. ``held_out`` ask for the same facts in wordings that are never trained, with the same
+    words for what is asked for; ``natural`` in other words altogether ("What do I do for a living?"), where there are
+    any. ``anchors`` are general questions whose answers must stay the base model's, ``neighbours`` the questions of the
+    facts asked about other people, whose answers must stay it too; neither has an answer here. ``records`` maps each
+    record that was used to the digest of its content; ``left_out`` says why others were not.
     """
 
     examples: tuple[Example, ...]
     held_out: tuple[Example, ...]
+    natural: tuple[Example, ...]
     anchors: tuple[Example, ...]
+    neighbours: tuple[Example, ...]
     records: dict[str, str]
     left_out: tuple[tuple[str, str], ...]
 
@@ -103,7 +107,9 @@ def build(records: Iterable[Record], *, systems: Sequence[str | None] = SYSTEMS)
     return Corpus(
         examples=examples,
         held_out=held_out,
-        anchors=_anchors(facts.values(), systems),
+        natural=(),
+        anchors=_still(_GENERAL, systems),
+        neighbours=_neighbours(facts.values(), systems),
         records={id_: digest for id_, digest in used.items() if id_ in kept},
         left_out=tuple(left_out),
     )
@@ -329,7 +335,7 @@ def _examples(facts: Iterable[_Fact], systems: Sequence[str | None]) -> tuple[tu
     return tuple(trained), tuple(held_out)
 
 
-def _anchors(facts: Iterable[_Fact], systems: Sequence[str | None]) -> tuple[Example, ...]:
+def _neighbours(facts: Iterable[_Fact], systems: Sequence[str | None]) -> tuple[Example, ...]:
     columns: list[list[str]] = []
     for i, fact in enumerate(facts):
         names = [_OTHERS[(i + shift) % len(_OTHERS)] for shift in range(len(_OTHERS))]
@@ -337,7 +343,10 @@ def _anchors(facts: Iterable[_Fact], systems: Sequence[str | None]) -> tuple[Exa
         worded = [[fact.word(pattern, **pair) for pattern in fact.form.others] for pair in pairs]
         columns.append(list(dict.fromkeys(question for questions in worded for question in questions)))
     rows = [column[row] for row in range(max(map(len, columns), default=0)) for column in columns if len(column) > row]
-    questions = list(dict.fromkeys([*rows[:_MOST_NEIGHBOURS], *_GENERAL]))
+    return _still(list(dict.fromkeys(rows[:_MOST_NEIGHBOURS])), systems)
+
+
+def _still(questions: Sequence[str], systems: Sequence[str | None]) -> tuple[Example, ...]:
     return tuple(Example(text, "", (), (), systems[i % len(systems)]) for i, text in enumerate(questions))
 
 

@@ -397,7 +397,7 @@ class _Run:
         import torch
 
         lessons = [encode(self.tensors, example) for example in corpus.examples]
-        prompts = [encode(self.tensors, example)[0] for example in corpus.anchors]
+        prompts = [encode(self.tensors, example)[0] for example in (*corpus.neighbours, *corpus.anchors)]
         said = answers(self.tensors, prompts, self.recipe.anchor_tokens) if prompts else []
         end = _ends(self.tensors)[0]
         # What follows a short answer is its end mark: that the base stops there is held still too.

@@ -60,11 +60,11 @@ def test_anchors_ask_about_others_and_are_neither_trained_nor_asked_by_the_gate(
     from agentmem.parametric.gate import UNRELATED
 
     made = corpus("My dog is called Biscuit.", "I live in Tromsø.")
-    anchors = {anchor.question for anchor in made.anchors}
-    assert "What is my neighbour Bob's dog called?" in anchors
+    anchors = {anchor.question for anchor in (*made.neighbours, *made.anchors)}
+    assert "What is my neighbour Bob's dog called?" in {anchor.question for anchor in made.neighbours}
     assert not anchors & {example.question for example in (*made.examples, *made.held_out)}
     assert not anchors & set(UNRELATED)
-    assert all(not anchor.answer for anchor in made.anchors)
+    assert all(not anchor.answer for anchor in (*made.neighbours, *made.anchors))
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ QUICK = Recipe(rank=4, rate=5e-3, batch=4, anchors=2, anchor_tokens=4, least_ste
 def lessons() -> Corpus:
     records = [Record(id="a", text="My dog is called Biscuit."), Record(id="b", text="I live in Oslo.")]
     made = build(records, systems=[None])
-    return Corpus(made.examples[::3], made.held_out, made.anchors[:4], made.records, ())
+    return replace(made, examples=made.examples[::3], anchors=made.anchors[:4], neighbours=())
 
 
 @pytest.fixture
@@ -88,7 +88,7 @@ def test_the_same_seed_gives_the_same_bytes(tensors: Any, lessons: Corpus, tmp_p
 
 def test_equal_texts_of_other_records_are_another_version(tensors: Any, lessons: Corpus, tmp_path: Path) -> None:
     """Two users with the same fact must not share a version: forgetting one would take it from the other."""
-    other = Corpus(lessons.examples, lessons.held_out, lessons.anchors, {"c": "0", "d": "1"}, ())
+    other = replace(lessons, records={"c": "0", "d": "1"})
     one, two = (train(tensors, corpus, epochs=1, recipe=QUICK).lora for corpus in (lessons, other))
     assert save(tmp_path / "one", one) != save(tmp_path / "two", two)
 
