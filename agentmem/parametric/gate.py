@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
 
+from agentmem.errors import ConfigError
 from agentmem.types import Value
 
 from .corpus import Corpus, Example
@@ -26,37 +27,95 @@ __all__ = ["PASSAGE", "UNRELATED", "GateReport", "Thresholds", "gate", "perplexi
 
 
 class Thresholds(Value):
-    """What a version must reach. Shares are of 1."""
+    """What a version must reach before it may serve. Shares are of 1; what was not measured is not judged.
 
-    recall_trained: float = Field(default=0.9, description="least share of trained questions answered right")
-    recall_held_out: float = Field(default=0.8, description="least share of held-out wordings answered right")
-    drift: float = Field(
-        default=0.05, description="largest rise of the perplexity on unrelated text, relative to the base"
-    )
+    The setting ``lora_gate`` changes them by name.
+    """
+
+    recall_trained: float = Field(default=0.9, ge=0, description="least share of trained questions answered right")
+    recall_held_out: float = Field(default=0.8, ge=0, description="least share of held-out wordings answered right")
+    recall_natural: float = Field(default=0.4, ge=0, description="least share of wholly reworded questions answered")
+    drift: float = Field(default=0.04, ge=0, description="largest relative rise of the perplexity on unrelated text")
+    kl: float = Field(default=0.1, ge=0, description="largest KL(base || adapted) on unrelated chat, nats per token")
     intrusion: float = Field(
-        default=0.25, description="largest share of unrelated questions answered with a learnt fact"
+        default=0.1, ge=0, description="largest share of unrelated and neighbour questions answered with a learnt fact"
     )
+    gated_intrusion: float = Field(
+        default=0.05, ge=0, description="the same, of questions on which the version would act in a chat"
+    )
+    neighbours: float = Field(
+        default=0.2, ge=0, description="largest share of questions about other people answered with a learnt fact"
+    )
+    unknown: float = Field(
+        default=0.8, ge=0, description="least share of unanswerable personal questions left without a learnt fact"
+    )
+    retention: float = Field(
+        default=0.8, ge=0, description="least share of what earlier versions taught that is still answered right"
+    )
+    composition: float = Field(
+        default=0.8, ge=0, description="least recall of held-out wordings while the other active versions act as well"
+    )
+    drift_composed: float = Field(
+        default=0.1, ge=0, description="largest rise of the perplexity while the other active versions act as well"
+    )
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> Thresholds:
+        """The thresholds with those of the setting ``lora_gate`` changed.
+
+        Raises `ConfigError` for a name that is none of them, and for a value that is not a number of at least 0.
+        """
+        for name, value in settings.items():
+            if name not in cls.model_fields:
+                known = ", ".join(cls.model_fields)
+                raise ConfigError(f"lora_gate has no threshold {name!r:.60}: it has {known}")
+            number = isinstance(value, int | float) and not isinstance(value, bool)
+            if not number or not math.isfinite(value) or value < 0:
+                raise ConfigError(f"lora_gate: {name} is {value!r:.60}: give a finite number of at least 0")
+        return cls(**settings)
 
 
 class GateReport(Value):
-    """What the gate measured.
+    """What the gate measured; None is what it had no questions for, or nothing to compare with.
 
-    ``missed`` are ids of records whose fact did not come out, in trained or held-out wording.
+    ``drift`` is the larger of two: text read as it is, and text that the assistant says. ``intrusion`` counts all
+    questions that no learnt fact answers, ``neighbours`` those of them that ask the same about other people;
+    ``unknown`` is the share of personal questions that nothing answers and that stay without a learnt fact.
+    ``gated_intrusion`` counts only what comes out where the plaintext index lets the version act. ``retention``,
+    ``composition`` and ``drift_composed`` are with the other active versions beside it. ``failed`` says in words
+    which thresholds were missed, ``missed`` are ids of records whose fact did not come out in trained or held-out
+    wording, ``by_record`` maps each id to the share of its held-out and natural questions answered right, ``asked``
+    counts the questions. No question is kept: what is forgotten must not live on in a report.
     """
 
     recall_trained: float
     recall_held_out: float
+    recall_natural: float | None = None
     drift: float
+    kl: float | None = None
     intrusion: float
+    neighbours: float | None = None
+    unknown: float | None = None
+    retention: float | None = None
+    composition: float | None = None
+    drift_composed: float | None = None
+    gated_intrusion: float | None = None
     passed: bool
+    failed: tuple[str, ...] = ()
     thresholds: Thresholds = Thresholds()
     missed: tuple[str, ...] = ()
+    by_record: dict[str, float] = Field(default_factory=dict)
+    asked: int = 0
     cpu_seconds: float = 0.0
 
     def __str__(self) -> str:
+        natural = "" if self.recall_natural is None else f", {self.recall_natural:.0%} reworded"
+        kl = "" if self.kl is None else f", KL {self.kl:.3f}"
+        why = f" ({'; '.join(self.failed)})" if self.failed else ""
         return (
             f"{'passed' if self.passed else 'failed'}: recall {self.recall_trained:.0%} trained, "
-            f"{self.recall_held_out:.0%} held out, drift {self.drift:+.1%}, intrusion {self.intrusion:.0%}"
+            f"{self.recall_held_out:.0%} held out{natural}, drift {self.drift:+.1%}{kl}, "
+            f"intrusion {self.intrusion:.0%}{why}"
         )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from agentmem.errors import ConfigError
 from agentmem.parametric import gate as gates
 from agentmem.parametric.corpus import Corpus, build
 from agentmem.parametric.gate import UNRELATED, GateReport, Thresholds, gate, perplexity, recall
@@ -158,3 +159,16 @@ def test_a_long_statement_has_room_to_be_said(tensors: Any, monkeypatch: pytest.
     long = build([Record(id="a", text="The garden shed " + "and then the fence " * 8 + "burnt down.")])
     recall(tensors, long.examples, 5)
     assert asked[0] > len(long.examples[0].answer)  # a token per byte here
+
+
+def test_settings_change_thresholds_by_name() -> None:
+    changed = Thresholds.from_settings({"drift": 0.5, "recall_held_out": 1})
+    assert (changed.drift, changed.recall_held_out) == (0.5, 1.0)
+    assert changed.kl == Thresholds().kl
+    assert Thresholds.from_settings({}) == Thresholds()
+
+
+@pytest.mark.parametrize("wrong", [{"drfit": 0.1}, {"drift": -0.1}, {"drift": float("nan")}, {"drift": "much"}])
+def test_a_wrong_threshold_is_named(wrong: Any) -> None:
+    with pytest.raises(ConfigError, match="lora_gate.*" + next(iter(wrong))):
+        Thresholds.from_settings(wrong)
