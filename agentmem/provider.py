@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import importlib
 import importlib.metadata
-import re
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from .cache_rules import CacheRules
-from .errors import ConfigError, InvalidInput, MissingDependency
+from .errors import ConfigError, MissingDependency
+from .loras import LoraRef, PublishedLora, TakesLoras, served_name
 from .types import Attended, Segment, TokenCount, ToolCall, Usage
 
 if TYPE_CHECKING:
@@ -35,12 +35,14 @@ __all__ = [
     "Options",
     "Pages",
     "Provider",
+    "PublishedLora",
     "RecalledLine",
     "RecordPages",
     "Request",
     "SavedSlot",
     "SealedPage",
     "Slots",
+    "TakesLoras",
     "load",
     "served_name",
     "split_name",
@@ -60,8 +62,18 @@ class Capabilities:
     #: How a prefix is kept: ``tensors`` (our own KV pages), ``slots`` (a server's slots), ``breakpoints`` (we mark the
     #: ends of segments), ``auto`` (the prefix only has to stay byte-equal), ``none``.
     kv: Literal["none", "auto", "breakpoints", "slots", "tensors"] = "none"
-    #: Serves `Request.loras` (LoRA versions trained on the weights that `Provider.tensors` shows).
+    #: Serves `Request.loras`: LoRA versions trained on the same base model.
     loras: bool = False
+    #: Serves activated LoRA versions too (`LoraRef.activated`), which act on the answer only.
+    activated_loras: bool = False
+    #: Several LoRA versions act on one request, as their exact sum; else one at a time.
+    summed_loras: bool = False
+    #: How a version gets to the engine: read by this ``process`` from the memory's folder; by a ``call`` to the running
+    #: server; named when the server is ``start``-ed; as a ``model`` of its own name. All but the first take
+    #: `TakesLoras`.
+    lora_loading: Literal["none", "process", "call", "start", "model"] = "none"
+    #: The form of file that it gets there in: a PEFT folder or a GGUF file.
+    lora_format: Literal["none", "peft", "gguf"] = "none"
     #: Gives its weights for training (`Provider.tensors` works).
     trains: bool = False
     #: Reads images that stand beside a message's text.
@@ -94,37 +106,6 @@ class Options:
     stop: tuple[str, ...] = ()
     schema: Mapping[str, Any] | None = None
     extra: Mapping[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraRef:
-    """One LoRA version to answer with: its name, the SHA-256 digest of its content, its PEFT folder, its scale.
-
-    ``records`` are the ids of what it learnt: lineage of every KV page that is made under it.
-    """
-
-    name: str
-    digest: str
-    path: str
-    scale: float = 1.0
-    records: tuple[str, ...] = ()
-
-    @property
-    def served_name(self) -> str:
-        """See `served_name`."""
-        return served_name(self.name, self.digest)
-
-
-def served_name(name: str, digest: str) -> str:
-    """What a LoRA version is called at a server or in an exported file: ``name-<first 16 hex digits of its digest>``.
-
-    Servers tell LoRAs apart by name, in their KV caches too. A name that changes with the content makes a retrained
-    LoRA another one there. Characters that a file or URL can't hold become ``_``.
-    """
-    if not re.fullmatch(r"[0-9a-f]{16,}", digest):
-        raise InvalidInput(f"{digest!r} is no digest of a LoRA version: give its SHA-256 in hex")
-    plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "lora"
-    return f"{plain[:64]}-{digest[:16]}"
 
 
 class SealedPage(Protocol):
