@@ -6,20 +6,23 @@ Values and protocols only; knows no engine and no file's content.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
 from .errors import InvalidInput
 
-__all__ = ["LoraRef", "PublishedLora", "TakesLoras", "served_name"]
+__all__ = ["HoldsLoras", "LoraRef", "PublishedLora", "TakesLoras", "served_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraRef:
     """One LoRA version to answer with: its name, the SHA-256 digest of its content, its PEFT folder, its scale.
 
-    ``records`` are the ids of what it learnt: lineage of every KV page that is made under it.
+    ``records`` are the ids of what it learnt: lineage of every KV page that is made under it. ``activated`` are the
+    token ids that call it (aLoRA, arXiv 2504.12397): it acts only from the last place on where they stand in the
+    prompt, and KV pages, which end before that, are the base's. Empty: it acts on every token.
     """
 
     name: str
@@ -27,6 +30,7 @@ class LoraRef:
     path: str
     scale: float = 1.0
     records: tuple[str, ...] = ()
+    activated: tuple[int, ...] = ()
 
     @property
     def served_name(self) -> str:
@@ -44,6 +48,16 @@ def served_name(name: str, digest: str) -> str:
         raise InvalidInput(f"{digest!r} is no digest of a LoRA version: give its SHA-256 in hex")
     plain = re.sub(r"[^A-Za-z0-9._-]+", "_", name).strip("._-") or "lora"
     return f"{plain[:64]}-{digest[:16]}"
+
+
+@runtime_checkable
+class HoldsLoras(Protocol):
+    """A provider that keeps LoRA versions in its memory has this too."""
+
+    def drop_loras(self, digests: Sequence[str]) -> None:
+        """Let go of these versions, wherever they are loaded or act. Loads no model, and never raises for versions that
+        it doesn't hold."""
+        ...
 
 
 @runtime_checkable

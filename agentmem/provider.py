@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 from .cache_rules import CacheRules
 from .errors import ConfigError, MissingDependency
-from .loras import LoraRef, PublishedLora, TakesLoras, served_name
+from .loras import HoldsLoras, LoraRef, PublishedLora, TakesLoras, served_name
 from .types import Attended, Segment, TokenCount, ToolCall, Usage
 
 if TYPE_CHECKING:
@@ -29,6 +29,7 @@ __all__ = [
     "Capabilities",
     "CountsRequests",
     "Generation",
+    "HoldsLoras",
     "HoldsSlots",
     "LoraRef",
     "Mark",

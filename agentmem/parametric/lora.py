@@ -12,6 +12,7 @@ import errno
 import hashlib
 import json
 import os
+import threading
 from collections import OrderedDict
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -20,6 +21,9 @@ from typing import TYPE_CHECKING, Any
 
 from agentmem.errors import Corrupt, Full, NotFound, StoreError, TrainingError
 from agentmem.provider import LoraRef
+
+from .deltas import Delta, Fitted, Reach, attach, fit, linears, reach_of, summed
+from .deltas import rows as gathered
 
 if TYPE_CHECKING:
     import torch
@@ -30,13 +34,16 @@ __all__ = [
     "Delta",
     "Lora",
     "Switch",
+    "acting_from",
     "applied",
+    "applied_rows",
     "base_only",
     "content_digest",
     "disk_error",
     "flush_folder",
     "load",
     "save",
+    "there",
     "write_file",
 ]
 
@@ -54,12 +61,15 @@ _UNSUPPORTED = (
     "rank_pattern",
     "alpha_pattern",
     "layer_replication",
-    "alora_invocation_tokens",
     "trainable_token_indices",
     "target_parameters",
     "lora_bias",
 )
 _OWNER = "_agentmem_switch"
+#: PEFT's name in adapter_config.json for what calls an activated LoRA.
+_INVOCATION = "alora_invocation_tokens"
+#: Versions, and sums of them, kept in memory by default: some eighty of a 135M model's.
+LOADED_BYTES = 256 << 20
 
 
 @dataclass(frozen=True)
@@ -67,7 +77,8 @@ class Lora:
     """LoRA weights in memory (Hu et al. 2021): each Linear at ``path`` gains (alpha / rank) · B A.
 
     ``tensors[path]`` is (A [rank, in features], B [out features, rank]). ``base`` is the name of the model it was
-    trained on; ``notes`` are short strings kept in the weights file (and so in its digest).
+    trained on; ``notes`` are short strings kept in the weights file (and so in its digest). With ``activated``, token
+    ids, it acts only from the last place on where they stand in the prompt (aLoRA, arXiv 2504.12397).
     """
 
     rank: int
@@ -75,6 +86,7 @@ class Lora:
     base: str
     tensors: Mapping[str, tuple[torch.Tensor, torch.Tensor]]
     notes: Mapping[str, str] = field(default_factory=dict)
+    activated: tuple[int, ...] = ()
 
 
 def save(folder: str | os.PathLike[str], lora: Lora) -> str:
@@ -125,7 +137,7 @@ def load(folder: str | os.PathLike[str], *, digest: str | None = None) -> Lora:
         notes = json.loads(weights[8 : 8 + length]).get("__metadata__", {})
     except (ValueError, RecursionError, SafetensorError) as error:
         raise Corrupt(f"the LoRA in {folder} can't be read ({error}): train it again") from error
-    rank, alpha, base = _settings(settings, folder)
+    rank, alpha, base, activated = _settings(settings, folder)
     pairs: dict[str, dict[str, torch.Tensor]] = {}
     for key, tensor in flat.items():
         path, _, letter = key.removesuffix(".weight").rpartition(".lora_")
@@ -138,7 +150,8 @@ def load(folder: str | os.PathLike[str], *, digest: str | None = None) -> Lora:
     if not pairs:
         raise Corrupt(f"{folder} holds no LoRA weights")
     tensors = {path: (pair["A"], pair["B"]) for path, pair in sorted(pairs.items())}
-    return Lora(rank, alpha, base, tensors, {name: text for name, text in notes.items() if name != "format"})
+    notes = {name: text for name, text in notes.items() if name != "format"}
+    return Lora(rank, alpha, base, tensors, notes, activated)
 
 
 def content_digest(folder: str | os.PathLike[str]) -> str:
@@ -150,23 +163,23 @@ class Switch:
     """Puts LoRA versions on a loaded model and takes them off, in place; the base weights are never written.
 
     A version is read and its digest checked when it is first used; after that a switch costs well under a millisecond
-    for a small model (``keep`` versions stay in memory, the least recently used goes first). The caller holds the
-    model's lock around `activate` and the forward pass that relies on it. A model has one switch: a later one takes
-    over.
+    for a small model: versions and sums of them stay in memory up to ``budget`` bytes, and whatever acts on the model;
+    the least recently used go first. The caller holds the model's lock around `activate` and the passes that rely on
+    it; `drop` may come from any thread. A model has one switch: a later one takes over.
 
     ``identity`` is the base's identity; a LoRA that was trained on another one is refused.
     """
 
-    def __init__(self, model: torch.nn.Module, *, identity: bytes | None = None, keep: int = 8) -> None:
-        import torch
-
+    def __init__(self, model: torch.nn.Module, *, identity: bytes | None = None, budget: int = LOADED_BYTES) -> None:
         previous: Switch | None = getattr(model, _OWNER, None)
         if previous is not None:
             previous.activate(())
-        self._modules = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+        self._model = model
+        self._modules = linears(model)
         self._identity = identity
-        self._keep = keep
-        self._loaded: OrderedDict[str, _Deltas] = OrderedDict()
+        self._budget = budget
+        self._guard = threading.RLock()
+        self._loaded: OrderedDict[tuple[tuple[str, float], ...], tuple[tuple[str, ...], Fitted]] = OrderedDict()
         self._hooks: list[Any] = []
         self._active: tuple[LoraRef, ...] = ()
         # A plain attribute, not a submodule: the switch holds the Linear layers, so the model must not own it as one.
@@ -177,6 +190,17 @@ class Switch:
         """The versions that act on the model now."""
         return self._active
 
+    @property
+    def reach(self) -> Reach:
+        """From which token of a pass on activated LoRAs act."""
+        return reach_of(self._model)
+
+    @property
+    def loaded(self) -> dict[str, int]:
+        """Bytes in memory by digest of the versions that are loaded; sums of several under ``+``-joined digests."""
+        with self._guard:
+            return {"+".join(digest for digest, _ in key): fitted.bytes for key, (_, fitted) in self._loaded.items()}
+
     def activate(self, refs: Sequence[LoraRef]) -> None:
         """Make exactly these versions act on the model: the sum of their B A · alpha/rank · scale; none is the base.
 
@@ -184,71 +208,158 @@ class Switch:
         fit this model; what was active before then stays active.
         """
         wanted = tuple(refs)
-        loaded = [(self._load(ref), ref.scale) for ref in wanted]
-        if wanted == self._active:
+        if wanted == self._active and all(map(there, wanted)):
             return
-        deltas = _sum(loaded)
-        self._remove()
-        try:
-            self._hooks = _attach(self._modules, deltas)
-        except BaseException:
+        with self._guard:
+            self._forget_deleted()
+            fitted = self._sum(wanted)
             self._remove()
-            raise
-        self._active = wanted
+            self._hooks = attach(self._model, self._modules, fitted)
+            self._active = wanted
+            self._evict()
+
+    @contextlib.contextmanager
+    def rows(self, refs: Sequence[Sequence[LoraRef]]) -> Generator[None]:
+        """Inside, passes have ``len(refs)`` rows, and row i carries exactly the versions ``refs[i]``.
+
+        Afterwards the versions that acted before act again. Raises as `activate`.
+        """
+        sums = list(dict.fromkeys(tuple(row) for row in refs))
+        index = [sums.index(tuple(row)) for row in refs]
+        with self.paused():
+            with self._guard:
+                fitted = [self._sum(row) for row in sums]
+                self._evict()
+            hooks = gathered(self._model, self._modules, fitted, index)
+            try:
+                yield
+            finally:
+                for hook in hooks:
+                    hook.remove()
 
     def drop(self, digests: Sequence[str]) -> None:
-        """Forget loaded versions, and take them off the model if they are on it (after their files were deleted)."""
+        """Forget loaded versions (after their files were deleted). Where one acts on the model, the caller holds the
+        model's lock: it is taken off."""
         gone = set(digests)
-        if any(ref.digest in gone for ref in self._active):
-            self.activate([ref for ref in self._active if ref.digest not in gone])
-        for digest in gone:
-            self._loaded.pop(digest, None)
+        with self._guard:
+            for key in [key for key in self._loaded if any(digest in gone for digest, _ in key)]:
+                del self._loaded[key]
+            if any(ref.digest in gone for ref in self._active):
+                self.activate([ref for ref in self._active if ref.digest not in gone])
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:
-        """The base alone inside the block, then the same versions as before."""
+        """The base alone inside the block, then the same versions as before, but for those that were deleted."""
         before = self._active
         self.activate(())
         try:
             yield
         finally:
-            self.activate(before)
+            self.activate([ref for ref in before if there(ref)])
 
     def _remove(self) -> None:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self._active = [], ()
 
-    def _load(self, ref: LoraRef) -> _Deltas:
-        found = self._loaded.get(ref.digest)
-        if found is not None and os.path.exists(ref.path):  # a forgotten version must not live on in memory
-            self._loaded.move_to_end(ref.digest)
-            return found
-        self._loaded.pop(ref.digest, None)
-        lora = load(ref.path, digest=ref.digest)
-        base = lora.notes.get("base")
-        if self._identity is not None and base is not None and base != self._identity.hex():
-            raise TrainingError(f"{ref.name} was trained on another base ({lora.base}): train it again on this model")
-        deltas = _fit(self._modules, lora, ref.name)
-        self._loaded[ref.digest] = deltas
-        while len(self._loaded) > self._keep:
-            self._loaded.popitem(last=False)
-        return deltas
+    def _sum(self, refs: Sequence[LoraRef]) -> Fitted:
+        """What these versions add together; one of several is kept like a version, so that a switch to it is quick."""
+        if not all(map(there, refs)):
+            gone = next(ref for ref in refs if not there(ref))
+            raise NotFound(f"there is no LoRA in {gone.path}: {gone.name} was deleted or retired")
+        parts = [(self._load(ref), ref.scale) for ref in refs]
+        if len(parts) == 1 and parts[0][1] == 1.0:
+            return parts[0][0]
+        key = tuple((ref.digest, ref.scale) for ref in refs)
+        if key not in self._loaded:
+            self._loaded[key] = tuple(ref.path for ref in refs), summed(parts)
+        self._loaded.move_to_end(key)
+        return self._loaded[key][1]
+
+    def _load(self, ref: LoraRef) -> Fitted:
+        key = ((ref.digest, 1.0),)
+        if key in self._loaded:
+            self._loaded.move_to_end(key)
+            found = self._loaded[key][1]
+        else:
+            lora = load(ref.path, digest=ref.digest)
+            base = lora.notes.get("base")
+            if self._identity is not None and base is not None and base != self._identity.hex():
+                raise TrainingError(
+                    f"{ref.name} was trained on another base ({lora.base}): train it again on this model"
+                )
+            found = fit(self._modules, lora, ref.name)
+            self._loaded[key] = (ref.path,), found
+        if tuple(ref.activated) not in found.parts:  # KV pages would be kept under the wrong identity
+            raise TrainingError(f"{ref.name} is activated by {sorted(found.parts)}, not by {ref.activated}: name it so")
+        return found
+
+    def _forget_deleted(self) -> None:
+        """A version that another process forgot must not live on in memory."""
+        for key, (paths, _) in list(self._loaded.items()):
+            if not all(os.path.exists(path) for path in paths):
+                del self._loaded[key]
+
+    def _evict(self) -> None:
+        """Keep to the budget. What acts on the model is in use and stays, though its sum may be all that is needed."""
+        used = tuple((ref.digest, ref.scale) for ref in self._active)
+        total = sum(fitted.bytes for _, fitted in self._loaded.values())
+        for key, (_, fitted) in list(self._loaded.items()):
+            if total <= self._budget:
+                return
+            if key != used:
+                del self._loaded[key]
+                total -= fitted.bytes
+
+
+def there(ref: LoraRef) -> bool:
+    """Whether the version's folder is there: a forgotten version must not live on in memory."""
+    return os.path.exists(ref.path)
 
 
 @contextlib.contextmanager
-def applied(model: torch.nn.Module, lora: Lora) -> Generator[None]:
-    """Only ``lora`` acts on the model inside the block (weights from memory: a version that is not stored yet)."""
-    import torch
+def applied(model: torch.nn.Module, *loras: Lora) -> Generator[None]:
+    """Only the sum of these acts on the model inside the block (from memory: versions that are not stored yet)."""
+    with applied_rows(model, None, loras):
+        yield
 
-    modules = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
+
+@contextlib.contextmanager
+def applied_rows(
+    model: torch.nn.Module, per_row: Sequence[Sequence[Lora]] | None, loras: Sequence[Lora] = ()
+) -> Generator[None]:
+    """Inside the block passes have ``len(per_row)`` rows, and only the sum of ``per_row[i]`` acts on row i.
+
+    With None for ``per_row`` the sum of ``loras`` acts on every row of any batch.
+    """
+    modules = linears(model)
+    fitted = {id(lora): fit(modules, lora, "the LoRA") for row in (*(per_row or ()), loras) for lora in row}
+
+    def total(row: Sequence[Lora]) -> Fitted:
+        return summed([(fitted[id(lora)], 1.0) for lora in row])
+
     with base_only(model):
-        hooks = _attach(modules, _fit(modules, lora, "the LoRA"))
+        if per_row is None:
+            hooks = attach(model, modules, total(loras))
+        else:
+            keys = [tuple(id(lora) for lora in row) for row in per_row]
+            sums = {key: total(row) for key, row in zip(keys, per_row, strict=True)}
+            hooks = gathered(model, modules, list(sums.values()), [list(sums).index(key) for key in keys])
         try:
             yield
         finally:
             for hook in hooks:
                 hook.remove()
+
+
+@contextlib.contextmanager
+def acting_from(model: torch.nn.Module, starts: int | Sequence[int]) -> Generator[None]:
+    """In the passes inside, activated LoRAs act from these positions of the pass's own input on.
+
+    One position for all rows, or one for each; 0 is everywhere, as in decoding, the pass's length or more nowhere.
+    """
+    with reach_of(model).told((starts,) if isinstance(starts, int) else starts):
+        yield
 
 
 @contextlib.contextmanager
@@ -262,67 +373,13 @@ def base_only(model: torch.nn.Module) -> Generator[None]:
             yield
 
 
-class Delta:
-    """Forward hook of one Linear: adds (x Aᵀ) Bᵀ in the precision of A and B, then rounds once to the Linear's dtype.
-
-    ``down`` is Aᵀ [in, rank], ``up`` is Bᵀ [rank, out] with every factor in it.
-    """
-
-    __slots__ = ("down", "up")
-
-    def __init__(self, down: torch.Tensor, up: torch.Tensor) -> None:
-        self.down = down
-        self.up = up
-
-    def __call__(self, _module: object, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:  # noqa: D102
-        return (output + (inputs[0].to(self.down.dtype) @ self.down) @ self.up).to(output.dtype)
-
-
-_Deltas = Mapping[str, Delta]
-
-
-def _attach(modules: Mapping[str, torch.nn.Module], deltas: _Deltas) -> list[Any]:
-    return [modules[path].register_forward_hook(delta) for path, delta in deltas.items()]
-
-
-def _fit(modules: Mapping[str, Any], lora: Lora, name: str) -> _Deltas:
-    """The hooks of a LoRA on the model's device, after checking that every path and shape is the model's."""
-    deltas: dict[str, Delta] = {}
-    for path, (a, b) in lora.tensors.items():
-        module = modules.get(path)
-        if module is None:
-            raise TrainingError(f"{name} has weights for {path}, which this model doesn't have: it needs {lora.base}")
-        if a.shape[1] != module.in_features or b.shape[0] != module.out_features:
-            raise TrainingError(
-                f"{name}: {path} is [{b.shape[0]}, {a.shape[1]}], this model's is "
-                f"[{module.out_features}, {module.in_features}]: it needs {lora.base}"
-            )
-        device = module.weight.device
-        deltas[path] = Delta(a.to(device).float().t(), (b.to(device).float() * (lora.alpha / lora.rank)).t())
-    return deltas
-
-
-def _sum(parts: Sequence[tuple[_Deltas, float]]) -> _Deltas:
-    """The exact sum of several LoRAs: their ranks side by side (PEFT's ``cat``), not an average of their weights."""
-    import torch
-
-    parts = [part for part in parts if part[1] != 0.0]
-    if len(parts) == 1 and parts[0][1] == 1.0:
-        return parts[0][0]
-    paths = sorted({path for deltas, _ in parts for path in deltas})
-    total: dict[str, Delta] = {}
-    for path in paths:
-        here = [(deltas[path], scale) for deltas, scale in parts if path in deltas]
-        down = torch.cat([delta.down for delta, _ in here], dim=1)
-        total[path] = Delta(down, torch.cat([delta.up * scale for delta, scale in here], dim=0))
-    return total
-
-
 def _config(lora: Lora) -> dict[str, Any]:
     """PEFT's adapter_config.json. Layers are named by number where the paths have one, as PEFT and vLLM read it."""
     paths = sorted(lora.tensors)
     numbers = sorted({int(part) for path in paths for part in path.split(".") if part.isdigit()})
-    return {
+    # Only where there are some: a plain LoRA's digest must not change for it.
+    activated = {_INVOCATION: list(lora.activated)} if lora.activated else {}
+    return activated | {
         "base_model_name_or_path": lora.base,
         "bias": "none",
         "fan_in_fan_out": False,
@@ -340,16 +397,19 @@ def _config(lora: Lora) -> dict[str, Any]:
     }
 
 
-def _settings(settings: Any, folder: object) -> tuple[int, float, str]:
+def _settings(settings: Any, folder: object) -> tuple[int, float, str, tuple[int, ...]]:
     if not isinstance(settings, dict) or settings.get("peft_type") != "LORA":
         raise TrainingError(f"{folder}: {CONFIG} is not of a LoRA (peft_type LORA)")
     strange = [key for key in _UNSUPPORTED if settings.get(key)]
     if strange or settings.get("bias", "none") != "none":
         raise TrainingError(f"{folder} uses {', '.join(strange) or 'trained biases'}: only plain LoRA can be served")
+    tokens = settings.get(_INVOCATION) or []
+    if not isinstance(tokens, list) or not all(type(token) is int and token >= 0 for token in tokens):
+        raise Corrupt(f"{folder}: {CONFIG} has the {_INVOCATION} {tokens!r}")
     rank, alpha, base = settings.get("r"), settings.get("lora_alpha"), settings.get("base_model_name_or_path")
     if type(rank) is not int or not 0 < rank <= 4096 or type(alpha) not in (int, float):
         raise Corrupt(f"{folder}: {CONFIG} has rank {rank!r} and alpha {alpha!r}")
-    return rank, float(alpha or 0), str(base or "its base")
+    return rank, float(alpha or 0), str(base or "its base"), tuple(tokens)
 
 
 def _safetensors(tensors: Mapping[str, torch.Tensor], notes: Mapping[str, str]) -> bytes:

@@ -7,14 +7,27 @@ import os
 import stat
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from agentmem.errors import Corrupt, NotFound, TrainingError
-from agentmem.parametric.lora import CONFIG, WEIGHTS, Lora, Switch, applied, base_only, content_digest, load, save
+from agentmem.errors import Corrupt, InvalidInput, NotFound, TrainingError
+from agentmem.parametric.lora import (
+    CONFIG,
+    WEIGHTS,
+    Lora,
+    Switch,
+    acting_from,
+    applied,
+    applied_rows,
+    base_only,
+    content_digest,
+    load,
+    save,
+)
 from agentmem.provider import LoraRef
 
 #: peft reads a property of the model that transformers calls deprecated.
@@ -34,8 +47,9 @@ def made(model: Any, seed: int, *, rank: int = 4, layers: tuple[str, ...] = LAYE
     chance = torch.Generator().manual_seed(seed)
     tensors = {
         path: (
-            torch.randn(rank, module.in_features, generator=chance) * 0.2,
-            torch.randn(module.out_features, rank, generator=chance) * 0.2,
+            # What float16 holds exactly: a saved one computes the same.
+            (torch.randn(rank, module.in_features, generator=chance) * 0.2).half().float(),
+            (torch.randn(module.out_features, rank, generator=chance) * 0.2).half().float(),
         )
         for path, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and path.startswith(layers)
@@ -44,7 +58,7 @@ def made(model: Any, seed: int, *, rank: int = 4, layers: tuple[str, ...] = LAYE
 
 
 def stored(folder: Path, lora: Lora, scale: float = 1.0) -> LoraRef:
-    return LoraRef(name=folder.name, digest=save(folder, lora), path=str(folder), scale=scale)
+    return LoraRef(name=folder.name, digest=save(folder, lora), path=str(folder), scale=scale, activated=lora.activated)
 
 
 def logits(model: Any) -> torch.Tensor:
@@ -171,6 +185,7 @@ def test_only_so_many_stay_loaded(model: Any, tmp_path: Path, monkeypatch: pytes
     from agentmem.parametric import lora as module
 
     refs = [stored(tmp_path / str(i), made(model, i)) for i in range(3)]
+    size = sum(a.nbytes + b.nbytes for a, b in load(refs[0].path).tensors.values())
     reads: list[str] = []
 
     def counted(path: str, *, digest: str) -> Lora:
@@ -178,10 +193,11 @@ def test_only_so_many_stay_loaded(model: Any, tmp_path: Path, monkeypatch: pytes
         return load(path, digest=digest)
 
     monkeypatch.setattr(module, "load", counted)
-    switch = Switch(model, keep=2)
+    switch = Switch(model, budget=2 * size)
     for ref in (refs[0], refs[1], refs[0], refs[2], refs[0], refs[1]):
         switch.activate([ref])
     assert reads == ["0", "1", "2", "1"]
+    assert switch.loaded == {refs[0].digest: size, refs[1].digest: size}
 
 
 def test_a_failed_switch_changes_nothing(model: Any, tmp_path: Path) -> None:
@@ -288,3 +304,96 @@ def test_weights_in_memory_act_alone_and_leave_what_was_there(model: Any, tmp_pa
     with base_only(model):
         assert torch.equal(logits(model), base)
     assert torch.equal(logits(model), with_a)
+
+
+OPENING = (256, 97, 10)  # as an assistant's turn begins
+
+
+def activated(lora: Lora, tokens: tuple[int, ...] = OPENING) -> Lora:
+    return replace(lora, activated=tokens)
+
+
+def read(model: Any, rows: list[list[int]], **more: Any) -> torch.Tensor:
+    with torch.inference_mode():
+        out: torch.Tensor = model(input_ids=torch.tensor(rows), **more).logits
+        return out
+
+
+def test_an_activated_lora_leaves_what_stands_before_its_invocation_alone(model: Any, tmp_path: Path) -> None:
+    ids = [*OPENING, 5, 90, 31, *OPENING, 7, 7, 200]
+    base = read(model, [ids])
+    lora = activated(made(model, 1))
+    ref = stored(tmp_path / "late", lora)
+    assert load(ref.path).activated == OPENING
+    with applied(model, lora):
+        late = read(model, [ids])
+        unasked = read(model, [[5, 90, 31, 7]])
+    assert torch.equal(late[:, :6], base[:, :6])  # the last invocation counts, as in PEFT
+    assert not torch.allclose(late[:, 6], base[:, 6], atol=1e-3)
+    assert torch.equal(unasked, read(model, [[5, 90, 31, 7]]))
+    with pytest.raises(TrainingError, match="activated by"):  # a KV page would be kept under the wrong identity
+        Switch(model).activate([replace(ref, activated=())])
+
+
+@quiet_peft
+def test_peft_activates_our_folder_at_the_same_token(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    import peft
+    import transformers
+
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(tiny_model(tmp_path / "base"))
+    lora = activated(made(model, 3))
+    save(tmp_path / "lora", lora)
+    rows = [[5, 90, 31, *OPENING, 7], [*OPENING, 8, 9, 30, 31], [1, 2, 3, 4, 5, 6, 7]]
+    with applied(model, lora):
+        ours = read(model, rows)
+    again: Any = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    theirs = peft.PeftModel.from_pretrained(again, str(tmp_path / "lora"))
+    with torch.inference_mode():
+        other = theirs(input_ids=torch.tensor(rows)).logits
+    assert torch.allclose(ours, other, atol=1e-4)
+    assert not torch.allclose(ours[:2], read(model, rows)[:2], atol=1e-2)
+
+
+def test_what_follows_in_the_same_cache_goes_on_activated(model: Any) -> None:
+    rows = [[5, 90, 31, *OPENING, 7], [*OPENING, 8, 9, 30, 31], [1, 2, 3, 4, 5, 6, 7]]
+    more = [[40, 41], [42, 43], [44, 45]]
+    with applied(model, activated(made(model, 1))):
+        whole = read(model, [[*a, *b] for a, b in zip(rows, more, strict=True)])
+        with torch.inference_mode():
+            first = model(input_ids=torch.tensor(rows), use_cache=True)
+            second = model(input_ids=torch.tensor(more), past_key_values=first.past_key_values, use_cache=True)
+        assert torch.allclose(second.logits, whole[:, 7:], atol=1e-4)
+        with acting_from(model, 0):
+            everywhere = read(model, rows)
+        with acting_from(model, [7, 7, 7]):
+            nowhere = read(model, rows)
+        with acting_from(model, [3, 0, 7]):
+            told = read(model, rows)
+        assert torch.allclose(told, read(model, rows), atol=1e-5)  # it is where their invocations stand
+    with applied(model, made(model, 1)):
+        assert torch.allclose(everywhere, read(model, rows), atol=1e-5)
+    assert torch.equal(nowhere, read(model, rows))
+
+
+def test_rows_of_a_batch_carry_loras_of_their_own(model: Any, tmp_path: Path) -> None:
+    a, b = made(model, 1), made(model, 2, rank=2, layers=("model.layers.2.",))
+    late = activated(made(model, 3))
+    sets: list[list[Lora]] = [[a], [], [b, a], [late], [a], [late, b]]
+    rows = [[5, 90, 31, *OPENING, 7, row] for row in range(6)]
+    alone = []
+    for row, loras in zip(rows, sets, strict=True):
+        with applied(model, *loras):
+            alone.append(read(model, [row]))
+    with applied_rows(model, sets):
+        together = read(model, rows)
+    assert torch.allclose(together, torch.cat(alone), atol=1e-4)
+    assert not torch.allclose(together, read(model, rows), atol=1e-2)
+    refs = {id(lora): stored(tmp_path / str(i), lora) for i, lora in enumerate([a, b, late])}
+    switch = Switch(model)
+    switch.activate([refs[id(b)]])
+    before = read(model, rows)
+    with switch.rows([[refs[id(lora)] for lora in row] for row in sets]):
+        assert torch.allclose(read(model, rows), torch.cat(alone), atol=1e-4)
+        with pytest.raises(InvalidInput, match="6 rows"):
+            read(model, rows[:2])
+    assert torch.equal(read(model, rows), before)
