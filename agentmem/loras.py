@@ -5,6 +5,8 @@ Values and protocols only; knows no engine and no file's content.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,7 +15,7 @@ from typing import Protocol, runtime_checkable
 
 from .errors import InvalidInput
 
-__all__ = ["HoldsLoras", "LoraRef", "PublishedLora", "TakesLoras", "served_name"]
+__all__ = ["HoldsLoras", "LoraRef", "PublishedLora", "TakesLoras", "as_one", "served_name"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +52,25 @@ def served_name(name: str, digest: str) -> str:
     return f"{plain[:64]}-{digest[:16]}"
 
 
+def as_one(loras: Sequence[LoraRef]) -> LoraRef:
+    """What these versions are called where they act as one: the version itself, or a sum with a digest of its own.
+
+    The sum's ``path`` is empty: it is a file only where one was made.
+    """
+    if len(loras) == 1 and loras[0].scale == 1.0:
+        return loras[0]
+    if not loras:
+        raise InvalidInput("no LoRA version is none, not a sum")
+    named = json.dumps(sorted([lora.digest, lora.scale] for lora in loras))
+    return LoraRef(
+        name="sum",
+        digest=hashlib.sha256(named.encode()).hexdigest(),
+        path="",
+        records=tuple(dict.fromkeys(record for lora in loras for record in lora.records)),
+        activated=loras[0].activated,
+    )
+
+
 @runtime_checkable
 class HoldsLoras(Protocol):
     """A provider that keeps LoRA versions in its memory has this too."""
@@ -64,13 +85,18 @@ class HoldsLoras(Protocol):
 class TakesLoras(Protocol):
     """A provider whose engine runs elsewhere and gets LoRA versions by being told of them."""
 
-    def publish_lora(self, lora: LoraRef, file: Path) -> PublishedLora:
-        """Make the engine know this version under its `served_name`. ``file`` is what it is to read, in the form of
+    def publish_lora(self, served: str, file: Path) -> PublishedLora:
+        """Make the engine know a version as ``served``. ``file`` is what it is to read, in the form of
         `Capabilities.lora_format`; it stays where it is. Safe to repeat. Raises `ProviderError` and its kin."""
         ...
 
-    def unpublish_lora(self, lora: LoraRef) -> None:
-        """Make the engine forget this version; nothing where it knows none. Raises `ProviderError` where it stays."""
+    def unpublish_lora(self, served: str) -> None:
+        """Make the engine forget it; nothing where it knows none. Raises `ProviderError` and its kin where it stays."""
+        ...
+
+    def served_loras(self, loras: Sequence[LoraRef]) -> tuple[LoraRef, ...]:
+        """Which of these versions the engine can answer one request with now; empty where it can't be asked. Of an
+        engine that takes one at a time: all of them where their sum was published, else the first that it has."""
         ...
 
 
