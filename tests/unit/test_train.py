@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,10 @@ import pytest
 import torch
 
 from agentmem.errors import InvalidInput, TrainingError
-from agentmem.parametric import train as training
 from agentmem.parametric.corpus import Corpus, build
 from agentmem.parametric.lora import Switch, applied, base_only, save
+from agentmem.parametric.states import Stack
+from agentmem.parametric.steps import Run
 from agentmem.parametric.train import Recipe, answers, encode, steady, train
 from agentmem.provider import LoraRef, load
 from agentmem.types import Record
@@ -93,41 +95,64 @@ def test_equal_texts_of_other_records_are_another_version(tensors: Any, lessons:
     assert save(tmp_path / "one", one) != save(tmp_path / "two", two)
 
 
+@pytest.mark.parametrize("activated", [False, True])
 @pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3", "mistral", "gemma3"])
 def test_the_cached_way_computes_what_the_whole_model_does(
-    kind: str, tmp_path: Path, tiny_model: Callable[..., Path], lessons: Corpus
+    kind: str, *, activated: bool, tmp_path: Path, tiny_model: Callable[..., Path], lessons: Corpus
 ) -> None:
-    """Gradients and logits over the cached lower layers equal those of the whole model with the same LoRA."""
+    """Gradients and logits over kept states equal those of the whole model with the same LoRA (all of its layers over
+    the question's keys and values when it is activated)."""
     tensors = load(f"local:{tiny_model(tmp_path / 'base', kind)}", FLOAT).tensors()
-    with steady(tensors.model):
-        run = training._Run(tensors, QUICK, seed=1)
-        for _, b in run.weights.values():
+    pairs = [encode(tensors, example) for example in lessons.examples]
+    starts = [len(prompt) - 4 if activated else 0 for prompt, _ in pairs]
+    recipe = replace(QUICK, layers=1.0 if activated else QUICK.layers)
+    with steady(tensors.model, attention="eager"):
+        stack = Stack(tensors, recipe, seed=1)
+        for _, b in stack.weights.values():
             b.data.normal_(0.0, 0.1, generator=torch.Generator().manual_seed(2))
-        pairs = [encode(tensors, example) for example in lessons.examples]
-        batch = run._captured(pairs)
-        hooks = run._attach()
-        try:
-            ours = run._logits(batch)
-            ours.logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
-            grads = {path: (a.grad, b.grad) for path, (a, b) in run.weights.items()}
-            for a, b in run.weights.values():
-                a.grad = b.grad = None
-            rows = []
-            for prompt, answer in pairs:  # one by one: no padding at all
+        batch = stack.batch(
+            stack.capture([(prompt, answer, at) for (prompt, answer), at in zip(pairs, starts, strict=True)])
+        )
+        with stack.attached():
+            ours = stack.head(stack.last(batch)).float()
+            ours.logsumexp(-1).sum().backward()
+        grads = {path: (a.grad, b.grad) for path, (a, b) in stack.weights.items()}
+        for weight in stack.flat:
+            weight.grad = None
+        rows = []
+        for (prompt, answer), at in zip(pairs, starts, strict=True):  # one by one: no padding at all
+            with whole(tensors.model, stack, at):
                 out = tensors.model(input_ids=torch.tensor([prompt + answer]), use_cache=False).logits
-                rows.append(out[0, len(prompt) - 1 : len(prompt) + len(answer) - 1])
-            whole = torch.cat(rows)
-            whole.logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
-        finally:
-            for hook in hooks:
-                hook.remove()
+            rows.append(out[0, len(prompt) - 1 : len(prompt) + len(answer) - 1])
+        theirs = torch.cat(rows)
+        theirs.logsumexp(-1).sum().backward()  # type: ignore[no-untyped-call]
     assert torch.equal(batch.targets, torch.tensor([token for _, answer in pairs for token in answer]))
-    assert torch.allclose(ours, whole, atol=1e-4)
-    for path, (a, b) in run.weights.items():
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    for path, (a, b) in stack.weights.items():
         for grad, mine in zip((a.grad, b.grad), grads[path], strict=True):
             assert grad is not None
             assert mine is not None
             assert torch.allclose(grad, mine, rtol=1e-3, atol=1e-4), path
+
+
+@contextlib.contextmanager
+def whole(model: Any, stack: Stack, start: int) -> Generator[None]:
+    """The weights of ``stack`` act on the whole model from token ``start`` on, written down once more and plainly."""
+
+    def hook(a: torch.Tensor, b: torch.Tensor) -> Callable[..., torch.Tensor]:
+        def add(_: Any, inputs: tuple[torch.Tensor, ...], output: torch.Tensor) -> torch.Tensor:
+            acts = (torch.arange(output.shape[1]) >= start)[None, :, None]
+            return output + acts * ((inputs[0] @ a.t()) @ b.t()) * (stack.recipe.alpha / stack.recipe.rank)
+
+        return add
+
+    modules = dict(model.named_modules())
+    handles = [modules[path].register_forward_hook(hook(a, b)) for path, (a, b) in stack.weights.items()]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def test_only_the_answer_and_its_end_are_learnt(tensors: Any, lessons: Corpus) -> None:
@@ -256,9 +281,14 @@ def test_a_few_facts_still_take_enough_steps_for_the_rest_to_settle(tensors: Any
     assert len(train(tensors, lessons, epochs=1, recipe=recipe).losses) == 5
 
 
-def test_the_anchors_that_moved_most_are_seen_to_again(tensors: Any) -> None:
-    run = training._Run(tensors, QUICK, seed=0)
-    none = torch.tensor([])
-    still = [training._Batch(none, [], none, none, none, moved=moved) for moved in (0.1, 0.9, 0.2)]
-    assert [still.index(run._anchor(still, step) or still[0]) for step in range(6)] == [0, 1, 1, 1, 2, 1]
-    assert run._anchor([], 0) is None
+def test_the_anchors_that_moved_most_are_seen_to_again(tensors: Any, lessons: Corpus) -> None:
+    corpus = replace(lessons, neighbours=(), anchors=lessons.anchors[:3])
+    run = Run(tensors, corpus, replace(QUICK, anchors=1), seed=0, epochs=6, ram_budget=None)
+    run.prepare()
+    for anchor, moved in zip(run.anchors, (0.1, 0.9, 0.2), strict=True):
+        anchor.moved = moved
+    chosen = []
+    for step in range(6):
+        run.losses = [0.0] * step
+        chosen += [run.anchors.index(anchor) for anchor in run._moved()]
+    assert chosen == [0, 1, 1, 1, 2, 1]
