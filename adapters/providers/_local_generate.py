@@ -13,6 +13,7 @@ import logging
 import threading
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -25,7 +26,8 @@ from agentmem.types import Attended, Usage
 from ._local_device import NotLoaded
 from ._local_in_place import InPlace, PagedStates
 from ._local_kv import GRID, States
-from ._local_model import Attention, Loaded, compute_environment
+from ._local_loras import Loras, Starts, calls, plain
+from ._local_model import Loaded, Settings, compute_environment
 from ._local_prompt import Prompt, Template
 from ._local_records import Recall, RecordStates
 from ._local_text import Sampler, Text
@@ -51,7 +53,7 @@ class Engine:
     doesn't stop other requests, and each pass puts its own LoRA versions on the model first.
     """
 
-    def __init__(self, loaded: Loaded, name: str, lock: threading.RLock, attention: Attention = "auto") -> None:
+    def __init__(self, loaded: Loaded, name: str, lock: threading.RLock, settings: Settings) -> None:
         self.loaded = loaded
         self.name = name
         self.lock = lock
@@ -60,14 +62,14 @@ class Engine:
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = next((key for key in ("past_key_values", "cache_params") if key in parameters), None)
         self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
-        self._switch: Any = None
+        self.loras = Loras(model, loaded.content, lock, settings.lora_ram)
         self._ends = self._end_tokens()
         self._config = model.config.get_text_config(decoder=True)
         # Asked once: during a pass of ours it is another one for a moment.
         self._stock_attention = str(getattr(self._config, "_attn_implementation", ""))
         self.states = States(model, self._base_forward, loaded.device)
         self.records = RecordStates(self)
-        self.in_place = InPlace(model, self._base_forward, self.states, loaded.device, attention)
+        self.in_place = InPlace(model, self._base_forward, self.states, loaded.device, settings.attention)
         window: Any = getattr(self._config, "max_position_embeddings", None)
         self.window: int | None = window
 
@@ -92,15 +94,21 @@ class Engine:
         *,
         keep: int | None = None,
         inputs: Mapping[str, torch.Tensor] | None = None,
+        starts: Starts | None = None,
     ) -> tuple[torch.Tensor, Any]:
         """Logits of the last of ``tokens``, float32 [vocabulary], and the cache with all of them in it.
 
         ``cache`` None is an empty one of the model's own kind. With ``keep`` the logits of so many last tokens, [keep,
-        vocabulary]. ``inputs`` are more of the model's own. Raises `Unavailable` where memory runs out.
+        vocabulary]. ``inputs`` are more of the model's own. ``starts`` says from which of the tokens on activated LoRAs
+        act, else none does. Raises `Unavailable` where memory runs out.
         """
         given = {self._cache_name: cache} if self._cache_name is not None and cache is not None else {}
-        with self._turn(cancel), self._attention_of(cache), torch.inference_mode():
-            self._activate(loras)
+        with (
+            self._turn(cancel),
+            self.loras.acting(loras, starts or {}),
+            self._attention_of(cache),
+            torch.inference_mode(),
+        ):
             try:
                 ids = torch.tensor([tokens], device=self.loaded.device)
                 options = dict.fromkeys(self._options, keep or 1) | given | dict(inputs or {})
@@ -125,22 +133,14 @@ class Engine:
         finally:
             self.lock.release()
 
-    def _activate(self, loras: Sequence[LoraRef]) -> None:
-        if self._switch is None:
-            if not loras:
-                return
-            from agentmem.parametric.lora import Switch
-
-            self._switch = Switch(self.loaded.model, identity=self.loaded.content)
-        self._switch.activate(loras)
-
     def identity(self, loras: Sequence[LoraRef], grid: int, attention: str | None = None) -> bytes:
         """Under what a KV page of this model is kept: everything that can change a bit of it but the tokens.
 
         ``attention`` is what computes it, where that is not the stock path.
         """
         # In their order: it is that of the sum, and floats don't add up to the same bits in every order.
-        versions = json.dumps([(lora.digest, lora.scale) for lora in loras])
+        # Activated ones come after all that a page may hold.
+        versions = json.dumps([(lora.digest, lora.scale) for lora in plain(loras)])
         return digest(
             {
                 "model": self.loaded.content,
@@ -158,6 +158,7 @@ class Engine:
         leaves): it would only make someone wait for the next piece, and decoding doesn't touch the prompt's states."""
         options = request.options
         sampler = Sampler(options)
+        request = replace(request, loras=self.loras.present(request.loras))
         if request.pages is not None and self.states.check():
             self.in_place.states(request.pages)  # trials of a model belong to loading it, which is no part of an answer
         started = time.perf_counter()
@@ -237,6 +238,7 @@ class _Run:
         self._pages = request.pages
         self._states: States | PagedStates = engine.states
         self._loras = request.loras
+        self._calls = calls(self._loras, prompt.tokens)
         self._prompt = prompt
         self._capacity = len(prompt.tokens) + min(budget, _AHEAD)
         self._cancel = cancel
@@ -328,8 +330,21 @@ class _Run:
         # A model without a cache of any kind reads everything again.
         given = self._all if self._engine._cache_name is None else tokens
         more: dict[str, Any] = {} if inputs is None else {"inputs": inputs}
+        if self._calls:
+            more["starts"] = self._starts(len(given), inputs)
         logits, self._cache = self._engine.forward(given, self._cache, self._loras, self._cancel, **more)
         return logits
+
+    def _starts(self, count: int, inputs: Mapping[str, torch.Tensor] | None) -> Starts:
+        """From which of the next ``count`` tokens on activated LoRAs act: counted from the pass's end, since composed
+        records leave gaps before it, but never behind an invocation."""
+        if inputs is not None:
+            end = int(inputs["position_ids"][0, -1]) + 1
+        elif hasattr(self._cache, "get_seq_length"):
+            end = int(self._cache.get_seq_length()) + count
+        else:
+            end = len(self._all)
+        return {invocation: (max(count - end + start, 0),) for invocation, start in self._calls.items()}
 
     def _composed_step(self, tokens: Sequence[int], inputs: Mapping[str, torch.Tensor] | None = None) -> torch.Tensor:
         logits = self.step(tokens, inputs)
@@ -360,12 +375,13 @@ class _Run:
         """Store the pages that this run computed and that lie wholly in the stable prefix; how many tokens that is."""
         if self._pages is None:
             return 0
-        last = min(self._prompt.stable, self._done, self._exact) // self._grid
+        # No page holds what an activated LoRA made.
+        last = min(self._prompt.stable, self._done, self._exact, *self._calls.values()) // self._grid
         if last <= self._first:
             return 0
         tokens = self._prompt.tokens[: last * self._grid]
         # What a LoRA learnt has shaped every state that was computed under it.
-        learnt = {record for lora in self._loras for record in lora.records}
+        learnt = {record for lora in plain(self._loras) for record in lora.records}
         records = [
             tuple(dict.fromkeys((*self._prompt.records((number + 1) * self._grid), *sorted(learnt))))
             for number in range(self._first, last)

@@ -76,7 +76,8 @@ class Settings:
     ``device`` is ``auto`` (CUDA where there is one) or a torch device. ``dtype`` is ``auto``: bfloat16 where the device
     computes it fast, else float32. ``threads`` sets torch's CPU threads for the whole process. ``cache_dir`` is where a
     GGUF file is converted to; else ``$AGENTMEM_CACHE``, else ``~/.cache/agentmem``. ``attention`` is ``auto`` (in place
-    over pages of a codec that changes bits), ``in_place`` (over raw pages too) or ``stock`` (never).
+    over pages of a codec that changes bits), ``in_place`` (over raw pages too) or ``stock`` (never). ``lora_ram``
+    bounds the bytes of LoRA versions that stay in memory beside those in use.
     """
 
     device: str = "auto"
@@ -84,15 +85,16 @@ class Settings:
     threads: int | None = None
     cache_dir: Path
     attention: Attention = "auto"
+    lora_ram: int | None = None
 
     @classmethod
     def parse(cls, settings: Mapping[str, Any]) -> Settings:
         """The settings, checked. Raises `ConfigError` for an unknown key or a value that can't be."""
-        unknown = sorted(set(settings) - {"device", "dtype", "threads", "cache_dir", "attention"})
+        unknown = sorted(set(settings) - {"device", "dtype", "threads", "cache_dir", "attention", "lora_ram"})
         if unknown:
             raise ConfigError(
-                f"local: has no setting {', '.join(map(repr, unknown))}; it knows device, dtype, threads, cache_dir "
-                "and attention"
+                f"local: has no setting {', '.join(map(repr, unknown))}; it knows device, dtype, threads, cache_dir, "
+                "attention and lora_ram"
             )
         device, dtype, threads = settings.get("device"), settings.get("dtype"), settings.get("threads")
         if device is not None and (not isinstance(device, str) or not device):
@@ -104,6 +106,9 @@ class Settings:
         attention = settings.get("attention") or "auto"
         if attention not in _ATTENTION:
             raise ConfigError(f"local: attention is {attention!r}; write one of {', '.join(_ATTENTION)}")
+        lora_ram = settings.get("lora_ram")
+        if lora_ram is not None and (isinstance(lora_ram, bool) or not isinstance(lora_ram, int) or lora_ram < 0):
+            raise ConfigError(f"local: lora_ram is {lora_ram!r}; write a number of bytes")
         given = settings.get("cache_dir") or os.environ.get("AGENTMEM_CACHE") or "~/.cache/agentmem"
         if not isinstance(given, str | os.PathLike):
             raise ConfigError(f"local: cache_dir is {given!r}; write a folder")
@@ -113,6 +118,7 @@ class Settings:
             threads=threads,
             cache_dir=Path(given).expanduser(),
             attention=attention,
+            lora_ram=lora_ram,
         )
 
 

@@ -30,6 +30,7 @@ from agentmem.provider import LoraRef, RecordPages, Request
 from agentmem.types import Segment
 
 from ._local_device import as_array
+from ._local_loras import plain
 from ._local_prompt import Pieces, Prompt
 from ._local_rotation import rotation, unlike
 
@@ -365,7 +366,7 @@ class RecordStates:
             part.record,
             part.tokens[recall.skip :],
             [(as_array(key), as_array(value)) for key, value in zip(keys, values, strict=True)],
-            learnt=[record for lora in recall.loras for record in lora.records],
+            learnt=[record for lora in plain(recall.loras) for record in lora.records],
             seconds=time.perf_counter() - started,
         )
 

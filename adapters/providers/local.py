@@ -101,7 +101,7 @@ class LocalProvider:
                     from ._local_generate import Engine
 
                     loaded = load(folder, self._settings, load_tokenizer(folder))
-                    self._engine = Engine(loaded, self.name, self._lock, self._settings.attention)
+                    self._engine = Engine(loaded, self.name, self._lock, self._settings)
                 engine = self._engine
         return engine
 
@@ -200,6 +200,12 @@ class LocalProvider:
             name=self.name,
             render=engine.template.render,
         )
+
+    def drop_loras(self, digests: Sequence[str]) -> None:
+        """Let go of these LoRA versions, wherever they are loaded or act."""
+        engine = self._engine
+        if engine is not None:
+            engine.loras.drop(digests)
 
     def close(self) -> None:
         """Let go of the model's memory. Later calls raise `Unavailable`; safe to call twice."""

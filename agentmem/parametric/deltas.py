@@ -92,6 +92,9 @@ def summed(parts: Sequence[tuple[Fitted, float]]) -> Fitted:
     size = 0
     for invocation in sorted({key for fitted, _ in parts for key in fitted.parts}):
         here = [(fitted.parts[invocation], scale) for fitted, scale in parts if invocation in fitted.parts]
+        if len(here) == 1 and here[0][1] == 1.0:  # the same tensors, and so the same bits, as without the others
+            total[invocation] = dict(here[0][0])
+            continue
         total[invocation] = {}
         for path in sorted({path for deltas, _ in here for path in deltas}):
             scaled = [(deltas[path], scale) for deltas, scale in here if path in deltas]

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "CONFIG",
+    "LOADED_BYTES",
     "WEIGHTS",
     "Delta",
     "Lora",
@@ -165,7 +166,7 @@ class Switch:
     A version is read and its digest checked when it is first used; after that a switch costs well under a millisecond
     for a small model: versions and sums of them stay in memory up to ``budget`` bytes, and whatever acts on the model;
     the least recently used go first. The caller holds the model's lock around `activate` and the passes that rely on
-    it; `drop` may come from any thread. A model has one switch: a later one takes over.
+    it; `drop` and `loaded` may come from any thread. A model has one switch: a later one takes over.
 
     ``identity`` is the base's identity; a LoRA that was trained on another one is refused.
     """
@@ -182,6 +183,7 @@ class Switch:
         self._loaded: OrderedDict[tuple[tuple[str, float], ...], tuple[tuple[str, ...], Fitted]] = OrderedDict()
         self._hooks: list[Any] = []
         self._active: tuple[LoraRef, ...] = ()
+        self._dropped: set[str] = set()
         # A plain attribute, not a submodule: the switch holds the Linear layers, so the model must not own it as one.
         object.__setattr__(model, _OWNER, self)
 
@@ -207,6 +209,7 @@ class Switch:
         Raises `NotFound` or `Corrupt` for a folder that is gone or damaged, and `TrainingError` for one that doesn't
         fit this model; what was active before then stays active.
         """
+        self.settle()
         wanted = tuple(refs)
         if wanted == self._active and all(map(there, wanted)):
             return
@@ -238,14 +241,21 @@ class Switch:
                     hook.remove()
 
     def drop(self, digests: Sequence[str]) -> None:
-        """Forget loaded versions (after their files were deleted). Where one acts on the model, the caller holds the
-        model's lock: it is taken off."""
+        """Forget loaded versions, from any thread. One that acts on the model is taken off by the next `activate` or
+        `settle`."""
         gone = set(digests)
         with self._guard:
             for key in [key for key in self._loaded if any(digest in gone for digest, _ in key)]:
                 del self._loaded[key]
-            if any(ref.digest in gone for ref in self._active):
-                self.activate([ref for ref in self._active if ref.digest not in gone])
+            self._dropped |= {ref.digest for ref in self._active if ref.digest in gone}
+
+    def settle(self) -> None:
+        """Take dropped versions off the model. The caller holds its lock; costs nothing where there are none."""
+        if self._dropped:
+            with self._guard:
+                if any(ref.digest in self._dropped for ref in self._active):
+                    self._remove()
+                self._dropped.clear()
 
     @contextlib.contextmanager
     def paused(self) -> Generator[None]:

@@ -119,8 +119,8 @@ class Spy:
         self._forward = self.engine.forward
         self.engine.forward = self._kept
 
-    def _kept(self, tokens: Sequence[int], *rest: Any) -> Any:
-        result = self._forward(tokens, *rest)
+    def _kept(self, tokens: Sequence[int], *rest: Any, **named: Any) -> Any:
+        result = self._forward(tokens, *rest, **named)
         self.steps.append((len(tokens), result[0]))
         return result
 

@@ -223,6 +223,8 @@ def test_deleted_files_are_not_served_from_memory(model: Any, tmp_path: Path) ->
     switch = Switch(model)
     switch.activate([a])
     switch.drop([a.digest])
+    switch.settle()
+    assert (switch.active, switch.loaded) == ((), {})
     assert torch.equal(logits(model), base)
     switch.activate([a])
     switch.activate([])
