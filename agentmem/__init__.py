@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from .types import Reconciliation as Reconciliation
     from .types import Record as Record
     from .types import Reply as Reply
+    from .types import Retraining as Retraining
     from .types import Scope as Scope
     from .types import TokenCount as TokenCount
     from .types import ToolCall as ToolCall
@@ -74,7 +75,7 @@ _MODULES = {
     "reply_stream": "AsyncReplyStream ReplyStream",
     "types": (
         "Attended CacheUse Change Compaction Context Erasure Extraction Hit Image Message Reconciliation Record Reply "
-        "Scope TokenCount ToolCall Usage Verification"
+        "Retraining Scope TokenCount ToolCall Usage Verification"
     ),
     "wrapping": "wrap",
 }

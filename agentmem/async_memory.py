@@ -16,6 +16,7 @@ from . import (
     counting,
     extraction,
     flows,
+    forgetting,
     histories,
     kinds,
     learning,
@@ -46,6 +47,7 @@ from .types import (
     Reconciliation,
     Record,
     Reply,
+    Retraining,
     Scope,
     TokenCount,
     Usage,
@@ -163,7 +165,9 @@ class AsyncScopedMemory:
         dry_run: bool = False,
     ) -> Erasure:
         return await arun(
-            local(flows.forget, self._engine, self._scope, ids, where=where, everything=everything, dry_run=dry_run)
+            local(
+                forgetting.forget, self._engine, self._scope, ids, where=where, everything=everything, dry_run=dry_run
+            )
         )
 
     async def context(self, query: str | None = None, *, max_tokens: int = 500) -> Context:
@@ -416,13 +420,12 @@ class AsyncParametric:
         records: Sequence[str | Record] | None = None,
         *,
         seed: int = 0,
-        epochs: int = 16,
+        epochs: int | None = None,
         activate: bool = True,
         approve: Sequence[str | Record] = (),
     ) -> LoraVersion:
         return await arun(
-            local(
-                learning.train,
+            learning.train(
                 self._engine,
                 kinds.beneath(self._scope, scope),
                 records,
@@ -436,14 +439,20 @@ class AsyncParametric:
     async def versions(self) -> builtins.list[LoraVersion]:
         return await arun(local(self._engine.registry.versions, self._scope))
 
-    async def active(self) -> LoraVersion | None:
+    async def active(self) -> tuple[LoraVersion, ...]:
         return await arun(local(self._engine.registry.active, self._scope))
 
-    async def activate(self, version: str | LoraVersion | None, *, force: bool = False) -> LoraVersion | None:
-        return await arun(local(learning.activate, self._engine, self._scope, version, force=force))
+    async def activate(self, *versions: str | LoraVersion | None, force: bool = False) -> tuple[LoraVersion, ...]:
+        return await arun(local(learning.activate, self._engine, self._scope, versions, force=force))
 
-    async def rollback(self) -> LoraVersion | None:
+    async def rollback(self) -> tuple[LoraVersion, ...]:
         return await arun(local(learning.rollback, self._engine, self._scope))
+
+    async def retrain(self) -> builtins.list[Retraining]:
+        return await arun(learning.retrain(self._engine, self._scope))
+
+    async def receipts(self) -> builtins.list[Retraining]:
+        return await arun(local(learning.receipts, self._engine, self._scope))
 
     async def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
         return await arun(local(learning.export, self._engine, self._scope, version, path))

@@ -32,7 +32,7 @@ from .ledger.uses import Ledger
 from .plaintext.records import Records
 from .plaintext.redact import redactor
 from .plaintext.search import Searcher
-from .provider import HoldsSlots, LoraRef, Pages, Provider, Slots
+from .provider import HoldsLoras, HoldsSlots, LoraRef, Pages, Provider, Slots
 from .serving import Serving
 from .types import Scope
 
@@ -42,6 +42,8 @@ if TYPE_CHECKING:
     from .activation.records import RecordPages
     from .activation.slots import SlotStore
     from .activation.store import PageStore
+    from .activation.trained import TrainedPages
+    from .parametric.corpus import Example
     from .parametric.registry import Registry
     from .plaintext.drafts import Redact
     from .plaintext.embed import Embedder
@@ -81,6 +83,9 @@ class Engine:
         self._cipher = _cipher(settings)
         self._slots: SlotStore | None = None
         self._registry: Registry | None = None
+        #: By id, what could be asked of records that a LoRA version had learnt when they were forgotten or changed: for
+        #: the proof that none answers from them (retraining.py). In this process only, never on the disk.
+        self.questions: dict[str, tuple[Example, ...]] = {}
         self.provider = provider
         if provider is None and settings.model is not None:
             scheme, _ = providers.split_name(settings.model)
@@ -233,8 +238,14 @@ class Engine:
             if self._registry is None:
                 from .parametric.registry import Registry
 
-                self._registry = Registry(self.database, self.folder / "lora", clock=self.clock)
+                self._registry = Registry(
+                    self.database, self.folder / "lora", clock=self.clock, budget=self.settings.lora_budget
+                )
             return self._registry
+
+    def learning_now(self) -> bool:
+        """Whether checkpoints of training runs lie in the folder: of one that is under way, or was interrupted."""
+        return next((self.folder / "lora").glob(".run-*"), None) is not None
 
     # ---- what a request needs ------------------------------------------------------------------------------------
 
@@ -266,6 +277,15 @@ class Engine:
         repaired = self.settings.record_kv == "repaired"
         return RecordPages(view, self.database, repaired=repaired, lay_out=prompt.made_up)
 
+    def prefix_view(self, scope: Scope) -> TrainedPages | None:
+        """The trained prefixes as one tenant sees them; None where there can be none."""
+        if self.page_view(scope) is None:
+            return None
+        from .activation.trained import TrainedPages
+
+        view = self.pages.view(_salt(scope), grid=TrainedPages.GRID)
+        return TrainedPages(view, self.pages, self.database, self.tenant_key(scope))
+
     def slot_view(self, scope: Scope) -> Slots | None:
         """The slot files as one tenant sees them, for providers whose server owns its KV; None where nothing is kept.
 
@@ -285,7 +305,7 @@ class Engine:
         provider = self.provider
         if provider is None or not provider.capabilities.loras:
             return ()
-        if self.registry.active(scope) is None:
+        if not self.registry.active(scope):
             return ()
         return self.registry.refs(scope, identity=provider.tensors().identity)
 
@@ -337,6 +357,10 @@ class Engine:
                     self._erase_live()
                 if loras:
                     self.registry.retire(loras)
+                    if isinstance(self.provider, HoldsLoras):
+                        self.provider.drop_loras(loras)
+                if work.get("runs"):
+                    self.registry.drop_runs()
                 if vectors:
                     self._erase_vectors()
                 clean = self.database.scrub()
@@ -384,6 +408,7 @@ class Engine:
             if not self._kept:
                 parts.callback(self._remove)
             parts.callback(self.count.cache_clear)
+            parts.callback(self.questions.clear)
             parts.callback(self.database.close)
             for part in (self.provider, self._pages, self._index):
                 if part is not None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import AsyncGenerator, Callable, Generator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -19,7 +20,7 @@ from .types import TokenCount
 if TYPE_CHECKING:
     from .plaintext.encoded import Embedder, Encoded
 
-__all__ = ["Count", "Embed", "Flow", "Generate", "arun", "astream", "local", "run", "stream"]
+__all__ = ["Count", "Embed", "Flow", "Generate", "Work", "arun", "astream", "local", "run", "stream"]
 
 T = TypeVar("T")
 
@@ -77,8 +78,25 @@ class Count:
         return await self.provider.acount_request(self.request)
 
 
+@dataclass(frozen=True)
+class Work:
+    """A need: long work on this machine. ``work(stop)`` asks ``stop()`` now and then, which says true once the task
+    that awaits it was cancelled; the cancellation is raised when the work has ended."""
+
+    work: Callable[[Callable[[], bool]], Any]
+
+    def answer(self) -> Any:
+        """What it returns, done in this thread; Ctrl-C interrupts it."""
+        return self.work(lambda: False)
+
+    async def aanswer(self) -> Any:
+        """What it returns, done in a worker thread."""
+        cancelled = threading.Event()
+        return await _in_thread(self.work, cancelled.is_set, stopping=cancelled.set)
+
+
 #: A verb: yields needs, is sent their answers, returns the verb's result.
-Flow = Generator[Embed | Generate | Count, Any, T]
+Flow = Generator[Embed | Generate | Count | Work, Any, T]
 
 
 def local(work: Callable[..., T], *arguments: Any, **keywords: Any) -> Flow[T]:
@@ -197,12 +215,14 @@ def _advance(flow: Flow[T], answer: Any, failure: Exception | None) -> tuple[boo
         return True, stop.value
 
 
-async def _in_thread(work: Callable[..., T], *arguments: Any) -> T:
-    """``asyncio.to_thread``, but a cancellation is raised only when the work has ended."""
+async def _in_thread(work: Callable[..., T], *arguments: Any, stopping: Callable[[], object] | None = None) -> T:
+    """``asyncio.to_thread``, but a cancellation is raised only when the work has ended; ``stopping`` tells it to."""
     task = asyncio.ensure_future(asyncio.to_thread(work, *arguments))
     try:
         return await asyncio.shield(task)
     except asyncio.CancelledError:
+        if stopping is not None:
+            stopping()
         while not task.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait([task])

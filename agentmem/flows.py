@@ -8,18 +8,17 @@ from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import json
 import logging
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from . import prompt
 from .engine import Engine
-from .errors import InvalidInput, ProviderError, ScopeError, StoreError
+from .errors import InvalidInput, ProviderError, StoreError
 from .flow import Embed, Flow
-from .ledger.uses import LISTED
+from .forgetting import drop_derived, learnt_questions, record_ids, retire_ended
 from .plaintext import lineage
 from .plaintext import search as searching
 from .plaintext.conditions import matching
@@ -27,7 +26,7 @@ from .plaintext.drafts import Draft, check_k, drafts, moment, passage, redacted_
 from .plaintext.rows import Passages
 from .progress import progress
 from .serving import Served
-from .types import Compaction, Context, Erasure, Hit, Record, Scope, Usage, Verification
+from .types import Compaction, Context, Hit, Record, Scope, Usage, Verification
 
 if TYPE_CHECKING:
     from .plaintext.encoded import Embedder, Encoded
@@ -39,7 +38,6 @@ __all__ = [
     "context",
     "embedded",
     "encoded_query",
-    "forget",
     "note_embeddings",
     "search",
     "update",
@@ -81,8 +79,9 @@ def add(
         redact=engine.redact,
     )
     old: list[str] = []
+    ended = False
     if supersedes is not None:
-        old = engine.records.select(scope, ids=_ids(supersedes, "supersedes"))
+        old = engine.records.select(scope, ids=record_ids(supersedes, "supersedes"))
         new = [_from_then(draft, engine.clock()) for draft in new]
     noted: list[Usage] = []
     vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
@@ -94,7 +93,10 @@ def add(
                 old, scope, min((draft.valid_from for draft in new if draft.valid_from), key=utc_seconds)
             )
             lineage.link(connection, "supersedes", [(record.id, id_) for record in records for id_ in old])
+            ended = retire_ended(engine, old)
         note_embeddings(engine, scope, noted)
+    if ended:
+        engine.finish_erasures()
     return records
 
 
@@ -104,15 +106,6 @@ def _from_then(draft: Draft, now: float) -> Draft:
     if draft.valid_until is not None and utc_seconds(draft.valid_until) <= utc_seconds(begins):
         raise InvalidInput(f"valid_until {draft.valid_until.isoformat()} must lie after {begins.isoformat()}")
     return replace(draft, valid_from=begins)
-
-
-def _ids(ids: Any, what: str) -> list[str]:
-    """Record ids as a list; each is looked up later, so only the shape is checked here."""
-    if isinstance(ids, str):
-        return [ids]
-    if isinstance(ids, (bytes, Mapping)) or not isinstance(ids, Iterable):
-        raise InvalidInput(f"{what} is a {type(ids).__name__}: give a record id or a list of them")
-    return list(ids)
 
 
 def embedded(
@@ -279,9 +272,10 @@ def update(
     space = engine.space
     with engine.database.write() as connection:
         old = engine.records.get(id, scope)
+        asked = {} if text is None else learnt_questions(engine, [id])
         record = engine.records.update(id, scope, text=text, metadata=metadata, vectors=vectors, space=space)
         note_embeddings(engine, scope, noted)
-        derived = record.text != old.text and _drop_derived(engine, [id], pages=False)
+        derived = record.text != old.text and drop_derived(engine, [id], pages=False)
         if record.text != old.text:
             # What was written from the old wording holds no longer, and the new one is to be read.
             told = lineage.derived(engine.database, [id])
@@ -289,109 +283,10 @@ def update(
             read = [record for origins in lineage.sources(engine.database, told).values() for record in origins]
             lineage.redo(connection, [id, *read])
     if derived:
+        # What was asked of the text that was learnt, not of one that came and went since.
+        engine.questions = asked | engine.questions
         engine.finish_erasures()
     return record
-
-
-def forget(
-    engine: Engine,
-    scope: Scope,
-    ids: str | Sequence[str] | None = None,
-    *,
-    where: Mapping[str, Any] | None = None,
-    everything: bool = False,
-    dry_run: bool = False,
-) -> Erasure:
-    """Erase records and all that was made from them.
-
-    The rows go, and what is to be deleted beyond them is written down, in one transaction; then the files are deleted.
-    Interrupted in between, the rest is deleted at the next open. What was extracted from a forgotten record goes with
-    it; where it was also written from others, those are read again by the next extraction.
-    """
-    if (ids is None) == (where is None):
-        raise InvalidInput("forget needs ids or where=…, one of them; where={} means everything in this scope")
-    if where is not None and not where and scope == Scope() and not everything:
-        raise ScopeError("where={} on the root handle would erase every scope: add everything=True to do that")
-    wanted = None if ids is None else _ids(ids, "ids")
-    receipt = engine.database.despite_full(lambda: _erase(engine, scope, wanted, where, dry_run=bool(dry_run)))
-    if receipt.records and not receipt.dry_run:
-        engine.finish_erasures()
-    return receipt
-
-
-def _erase(
-    engine: Engine, scope: Scope, ids: list[str] | None, where: Mapping[str, Any] | None, *, dry_run: bool
-) -> Erasure:
-    """The one transaction of `forget`."""
-    with engine.database.write():
-        gone = engine.records.select(scope, ids=ids, where=where)
-        # A text that a model wrote from a forgotten one says what should be gone, whatever else it was written from.
-        written = lineage.derived(engine.database, gone)
-        read = [record for origins in lineage.sources(engine.database, written).values() for record in origins]
-        gone += written
-        receipt = _receipt(engine, gone, dry_run=dry_run)
-        if dry_run or not gone:
-            return receipt
-        counts = engine.records.delete(gone)
-        receipt = receipt.model_copy(update={"versions": counts.versions, "vectors": counts.vectors})
-        _drop_derived(engine, gone, pages=True, vectors=True)
-        with engine.database.write() as connection:
-            connection.executemany("DELETE FROM shown WHERE record = ?", [(record,) for record in gone])
-            connection.executemany("DELETE FROM kept WHERE record = ? OR turn = ?", [(r, r) for r in gone])
-            connection.executemany(
-                "DELETE FROM lineage WHERE kind = 'reply' AND (record = ? OR key = ?)", [(r, r) for r in gone]
-            )
-            lineage.forget_links(connection, gone)
-            lineage.redo(connection, read)
-    return receipt
-
-
-def _made_from(engine: Engine, kind: str, records: Sequence[str]) -> list[str]:
-    rows = engine.database.query(
-        f"SELECT DISTINCT key FROM lineage WHERE kind = ? AND record IN ({LISTED}) ORDER BY key",
-        (kind, json.dumps(records)),
-    )
-    return [row["key"] for row in rows]
-
-
-def _receipt(engine: Engine, gone: Sequence[str], *, dry_run: bool) -> Erasure:
-    forgotten = set(gone)
-    rows = engine.records.rows_of(gone)
-    return Erasure(
-        dry_run=dry_run,
-        records=list(gone),
-        versions=rows.versions,
-        vectors=rows.vectors,
-        pages=engine.pages.made_from(gone) if _made_from(engine, "page", gone) else [],
-        cores=_made_from(engine, "core", gone),
-        loras=_made_from(engine, "lora", gone),
-        slots=engine.slots.made_from(gone),
-        saved=engine.pages.saved_with(gone),
-        replies=[reply for reply in _made_from(engine, "reply", gone) if reply not in forgotten],
-        hosted=engine.ledger.may_hold(gone),
-    )
-
-
-def _drop_derived(engine: Engine, records: Sequence[str], *, pages: bool, vectors: bool = False) -> bool:
-    """Drop core blocks now and write down which pages and LoRA versions are to go (`Engine.finish_erasures`).
-
-    Returns True if there is anything to finish.
-    """
-    work = {
-        "pages": engine.pages.made_from(records) if pages and _made_from(engine, "page", records) else [],
-        "loras": _made_from(engine, "lora", records),
-        "slots": engine.slots.made_from(records) if pages else [],
-        "live": pages and engine.provider is not None and engine.provider.capabilities.kv == "slots",
-        "vectors": vectors,
-    }
-    with engine.database.write() as connection:
-        for core in _made_from(engine, "core", records):
-            levels = json.loads(core)
-            connection.execute("DELETE FROM cores WHERE tenant = ? AND user = ? AND agent = ? AND session = ?", levels)
-            connection.execute("DELETE FROM lineage WHERE kind = 'core' AND key = ?", (core,))
-        if any(work.values()):
-            connection.execute("INSERT INTO erasures (at, work) VALUES (?, ?)", (engine.clock(), json.dumps(work)))
-    return any(work.values())
 
 
 def context(engine: Engine, scope: Scope, query: str | None = None, *, max_tokens: int = 500) -> Flow[Context]:

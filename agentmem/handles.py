@@ -15,7 +15,7 @@ from . import extraction, flows, kinds, learning, reconciling, reembedding
 from .chat import Conversation
 from .engine import Engine
 from .flow import local, run
-from .types import Extraction, Reconciliation, Record, Scope, Usage
+from .types import Extraction, Reconciliation, Record, Retraining, Scope, Usage
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry, Swapped
@@ -149,20 +149,25 @@ class Parametric:
         records: Sequence[str | Record] | None = None,
         *,
         seed: int = 0,
-        epochs: int = 16,
+        epochs: int | None = None,
         activate: bool = True,
         approve: Sequence[str | Record] = (),
     ) -> LoraVersion:
-        """Teach records (default: all of the scope) to a LoRA and store it as a version; about a minute for ten facts.
+        """Teach records to a LoRA and store it as a version; within a minute for ten facts on a CPU.
 
-        A version that passes its gate is activated for the scope unless ``activate=False``; one that fails stays
-        inactive, with the report in ``.gate``. Untrusted records are left out but for those in ``approve``, which you
-        have looked at. Interrupted, nothing is stored. Raises `ConfigError` for a model without
-        weights, `TrainingError` where nothing can be learnt from these records.
+        Default are the records of the scope that hold now, are trusted and that no active version learnt; before them,
+        what waits for `retrain` is done. ``records`` names exactly those to learn. Untrusted ones are left out but for
+        those in ``approve``, which you have looked at. More records than the setting ``lora_shard`` become several
+        versions, each trained on its own: the first is returned, its ``shards`` names all.
+
+        A version that passes its gate is activated for the scope unless ``activate=False``, beside those that are
+        active; one that learnt all records of an older one takes its place. One that fails stays inactive, with the
+        report in ``.gate``. Interrupted (or its task cancelled), nothing is stored; the same call goes on from its
+        checkpoint. Raises `ConfigError` for a model without weights, `InvalidInput` where there is nothing to learn,
+        `TrainingError` where a record is forgotten or changed meanwhile, `Full` where ``lora_budget`` has no room.
         """
         return run(
-            local(
-                learning.train,
+            learning.train(
                 self._engine,
                 kinds.beneath(self._scope, scope),
                 records,
@@ -177,20 +182,36 @@ class Parametric:
         """The versions of this scope, beneath it and of the levels above it, newest first."""
         return run(local(self._engine.registry.versions, self._scope))
 
-    def active(self) -> LoraVersion | None:
-        """The version that answers in this scope; None for the base model."""
+    def active(self) -> tuple[LoraVersion, ...]:
+        """The versions that answer in this scope, as their sum; empty for the base model."""
         return run(local(self._engine.registry.active, self._scope))
 
-    def activate(self, version: str | LoraVersion | None, *, force: bool = False) -> LoraVersion | None:
-        """Answer with this version from the next request on; None for the base model.
+    def activate(self, *versions: str | LoraVersion | None, force: bool = False) -> tuple[LoraVersion, ...]:
+        """Answer with exactly these versions, as their sum, from the next request on; none (or None) is the base model.
 
-        Raises `TrainingError` for a retired version, and for one that failed its gate unless ``force``.
+        All act or none does. Raises `TrainingError` for a retired version, and for one that failed its gate unless
+        ``force``; `ScopeError` for one that learnt from a narrower scope.
         """
-        return run(local(learning.activate, self._engine, self._scope, version, force=force))
+        return run(local(learning.activate, self._engine, self._scope, versions, force=force))
 
-    def rollback(self) -> LoraVersion | None:
-        """Go back to what was active before; returns it, or None for the base model."""
+    def rollback(self) -> tuple[LoraVersion, ...]:
+        """Go back to what was active before; returns it, empty for the base model."""
         return run(local(learning.rollback, self._engine, self._scope))
+
+    def retrain(self) -> builtins.list[Retraining]:
+        """Train the shards again that lost a record: each without what was forgotten, with the new text of what was
+        changed. Returns the proof of each; empty where nothing waits.
+
+        Since the record went, plaintext memory and the base model answer. The new version takes the old one's place
+        where it passes its gate. The recall of what was forgotten can be measured only by the process that forgot it,
+        before it ends: nobody else has the questions. Can be interrupted; the next call goes on.
+        """
+        return run(learning.retrain(self._engine, self._scope))
+
+    def receipts(self) -> builtins.list[Retraining]:
+        """What became of the versions of this scope that learnt a record which was forgotten or changed since, newest
+        first: `retrain`'s proofs, and those that still wait for it. Numbers and ids, kept for good."""
+        return run(local(learning.receipts, self._engine, self._scope))
 
     def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
         """Write a version as a PEFT folder."""

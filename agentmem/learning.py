@@ -1,6 +1,7 @@
-"""LoRA versions as verbs: train, gate, activate, retrain, export, over the engine's registry and its local model.
+"""The verbs on LoRA versions: train, retrain, activate, roll back, export.
 
-Orders corpus, training, gate and registry; knows nothing of tensors and nothing of files.
+Chooses the records, orders shards and activation; how one shard is taught stands in teaching.py, how one that lost a
+record is trained again in retraining.py. Knows nothing of tensors and nothing of files.
 """
 
 from __future__ import annotations
@@ -10,19 +11,22 @@ import os
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from . import retraining
 from .engine import Engine
-from .errors import ConfigError, InvalidInput
+from .errors import InvalidInput
+from .flow import Flow, Work
 from .kinds import listed
 from .plaintext.drafts import check_path, shown
-from .progress import progress
-from .types import Record, Scope, Usage
+from .teaching import Stop, corpus_of, learn, model_of, thresholds_of
+from .types import Record, Retraining, Scope
 
 if TYPE_CHECKING:
     from .parametric.registry import LoraVersion
+    from .parametric.train import Tensors
 
 _log = logging.getLogger("agentmem")
 
-__all__ = ["activate", "export", "rollback", "train"]
+__all__ = ["activate", "export", "receipts", "retrain", "rollback", "train"]
 
 
 def train(
@@ -31,65 +35,165 @@ def train(
     records: Sequence[str | Record] | None,
     *,
     seed: int,
-    epochs: int,
+    epochs: int | None,
     activate: bool,
     approve: Sequence[str | Record] = (),
-) -> LoraVersion:
-    """Teach records of this scope to a new LoRA version; see `Parametric.train`."""
-    from .parametric import corpus as corpora
-    from .parametric.gate import gate
-    from .parametric.train import train as teach
+) -> Flow[LoraVersion]:
+    """Teach records of this scope to new LoRA versions; see `Parametric.train`."""
+    _whole(seed, "seed", 0)
+    if epochs is not None:
+        _whole(epochs, "epochs", 1)
+    named = None if records is None else _ids(records, "records")
+    approved = _ids(approve, "approve")
 
-    numbers: dict[str, Any] = {"seed": seed, "epochs": epochs}
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
-            raise InvalidInput(f"{name} is {shown(number)}: give a whole number")
-    provider = engine.chat_provider()
-    if not provider.capabilities.trains:
-        raise ConfigError(
-            f"{provider.name} gives no access to its weights: LoRA versions need a local model (model='local')"
-        )
-    if records is None:
-        chosen = [
-            record
-            for record in engine.records.newest(scope, limit=200, at=engine.clock())[::-1]
-            if record.scope.within(scope)
-        ]
-    else:
-        ids = [record.id if isinstance(record, Record) else record for record in listed(records, "records")]
-        chosen = [engine.records.get(record, scope) for record in ids]
-    # Somebody looked at these and answers for them; the records themselves stay marked.
-    named = [record.id if isinstance(record, Record) else record for record in listed(approve, "approve")]
-    approved = {engine.records.get(record, scope).id for record in named}
-    if strange := approved - {record.id for record in chosen}:
-        raise InvalidInput(f"approve names {min(strange)}, which is not among the records to learn: name it there too")
-    chosen = [r.model_copy(update={"trust": "trusted"}) if r.id in approved else r for r in chosen]
-    if not chosen:
-        raise InvalidInput(f"no records to learn in {scope}: add some first")
-    corpus = corpora.build(chosen)
-    if not corpus.examples:
-        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out[:3])
-        raise InvalidInput(f"none of these {len(chosen)} records can be learnt ({why})")
-    if corpus.left_out:
-        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out)
-        _log.warning("%d of %d records are not learnt (%s)", len(corpus.left_out), len(chosen), why)
-    tensors = provider.tensors()
-    with progress("learning") as moved:
-        trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=moved)
-    version = engine.registry.add(trained, scope=scope, gate=gate(tensors, trained, corpus))
-    engine.ledger.note("train", provider.name, scope, Usage(total_s=trained.seconds), size=version.bytes, here=True)
-    if activate and version.gate.passed:
-        return engine.registry.activate(version, scope) or version
+    def work(stop: Stop) -> LoraVersion:
+        return _train(engine, scope, named, seed=seed, epochs=epochs, activate=activate, approved=approved, stop=stop)
+
+    version: LoraVersion = yield Work(work)
     return version
 
 
-def activate(engine: Engine, scope: Scope, version: str | LoraVersion | None, *, force: bool) -> LoraVersion | None:
-    """Answer with this version in this scope from the next request on; None goes back to the base model."""
-    return engine.registry.activate(None if version is None else _named(version), scope, force=bool(force))
+def retrain(engine: Engine, scope: Scope) -> Flow[list[Retraining]]:
+    """Train the shards again that lost a record; see `Parametric.retrain`."""
+
+    def work(stop: Stop) -> list[Retraining]:
+        if not retraining.queued(engine, scope):
+            return []
+        return retraining.retrain(engine, model_of(engine), scope, stop)
+
+    done: list[Retraining] = yield Work(work)
+    return done
 
 
-def rollback(engine: Engine, scope: Scope) -> LoraVersion | None:
-    """Go back to what was active in this scope before the last activation; returns it, or None for the base model."""
+def receipts(engine: Engine, scope: Scope) -> list[Retraining]:
+    """What became of the versions of this scope that learnt a record which was forgotten or changed, newest first."""
+    return retraining.receipts(engine, scope)
+
+
+def _whole(number: Any, name: str, least: int) -> None:
+    if isinstance(number, bool) or not isinstance(number, int) or not least <= number < 2**63:
+        raise InvalidInput(f"{name} is {shown(number)}: give a whole number of at least {least}")
+
+
+def _ids(records: Any, what: str) -> list[Any]:
+    return [record.id if isinstance(record, Record) else record for record in listed(records, what)]
+
+
+def _train(
+    engine: Engine,
+    scope: Scope,
+    named: list[Any] | None,
+    *,
+    seed: int,
+    epochs: int | None,
+    activate: bool,
+    approved: list[Any],
+    stop: Stop,
+) -> LoraVersion:
+    from .parametric.shards import shards
+
+    thresholds_of(engine)  # a wrong setting is told before anything is computed
+    if not engine.chat_provider().capabilities.trains:
+        model_of(engine)  # says which providers show their weights
+    wanted = None if named is None else [engine.records.get(id_, scope) for id_ in named]
+    trusted = {engine.records.get(id_, scope).id for id_ in approved}
+    if wanted is not None:
+        _refuse_strange(trusted, wanted)
+    tensors: Tensors | None = None
+    redone: list[Retraining] = []
+    if wanted is None:
+        if retraining.queued(engine, scope):
+            tensors = model_of(engine)
+            redone = retraining.retrain(engine, tensors, scope, stop)
+        wanted = _not_learnt(engine, scope)
+        _refuse_strange(trusted, wanted)
+    chosen = [r.model_copy(update={"trust": "trusted"}) if r.id in trusted else r for r in wanted]
+    corpus = corpus_of(engine, scope, chosen) if chosen else None
+    if corpus is None or not corpus.examples:
+        if again := [proof.version for proof in redone if proof.version]:
+            return engine.registry.get(again[-1], scope)
+        if corpus is None:
+            raise InvalidInput(f"no records to learn in {scope}: add some first, or name those to learn again")
+        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out[:3])
+        raise InvalidInput(f"none of these {len(chosen)} records can be learnt ({why})")
+    tensors = tensors or model_of(engine)
+    active = [v for v in engine.registry.active(scope) if v.identity == tensors.identity.hex()]
+    replaced = [v for v in active if set(v.records) <= set(corpus.records)]
+    beside = [v for v in active if v not in replaced]
+    parts = shards(corpus, chosen, engine.settings.lora_shard)
+    versions: list[LoraVersion] = []
+    for number, part in enumerate(parts, 1):
+        version = learn(
+            engine,
+            tensors,
+            scope,
+            corpus if len(parts) == 1 else corpus_of(engine, scope, part),
+            seed=seed,
+            epochs=epochs,
+            parents=[v for v in replaced if set(v.records) & {record.id for record in part}],
+            beside=[*beside, *versions],
+            keep=[v.digest for v in (*active, *versions)],
+            stop=stop,
+            label="learning" if len(parts) == 1 else f"learning {number} of {len(parts)}",
+        )
+        versions.append(version)
+    if activate:
+        _activate(engine, scope, versions, replaced)
+    first = engine.registry.get(versions[0].digest, scope)
+    return first.model_copy(update={"shards": tuple(version.name for version in versions)})
+
+
+def _activate(engine: Engine, scope: Scope, versions: Sequence[LoraVersion], replaced: Sequence[LoraVersion]) -> None:
+    """Those that passed act from now on, beside what is active and in the place of what they learnt anew."""
+    ready = {version.digest for version in versions if version.gate.passed}
+    for version in versions:
+        if version.digest not in ready:
+            _log.warning("%s is not active: %s", version.name, version.gate)
+    if not ready:
+        return
+    # One that they were to replace goes only when all of its records are in versions that passed.
+    held = {record for version in versions if version.digest in ready for record in version.records}
+    with engine.database.write():
+        gone = {version.digest for version in replaced if set(version.records) <= held} | ready
+        kept = [version.digest for version in engine.registry.active(scope) if version.digest not in gone]
+        engine.registry.activate([*kept, *(v.digest for v in versions if v.digest in ready)], scope)
+
+
+def _refuse_strange(approved: set[str], chosen: Sequence[Record]) -> None:
+    # Somebody looked at these and answers for them; the records themselves stay marked.
+    if strange := approved - {record.id for record in chosen}:
+        raise InvalidInput(f"approve names {min(strange)}, which is not among the records to learn: name it there too")
+
+
+def _not_learnt(engine: Engine, scope: Scope) -> list[Record]:
+    """The records of this scope and beneath that hold now and that no version learnt which is active here."""
+    learnt = {record for version in engine.registry.active(scope) for record in version.records}
+    now = engine.clock()
+    found: list[Record] = []
+    after: str | None = None
+    while page := engine.records.list(scope, limit=1000, after=after):
+        after = page[-1].id
+        found += [
+            record
+            for record in page
+            if record.id not in learnt
+            and record.scope.within(scope)
+            and (record.valid_until is None or record.valid_until.timestamp() > now)
+            and (record.valid_from is None or record.valid_from.timestamp() <= now)
+        ]
+    return found
+
+
+def activate(
+    engine: Engine, scope: Scope, versions: Sequence[str | LoraVersion | None], *, force: bool
+) -> tuple[LoraVersion, ...]:
+    """Answer with exactly these versions in this scope from the next request on; none of them is the base model."""
+    named = [_named(version) for version in versions if version is not None]
+    return engine.registry.activate(named, scope, force=bool(force))
+
+
+def rollback(engine: Engine, scope: Scope) -> tuple[LoraVersion, ...]:
+    """Go back to what was active in this scope before the last activation; returns it, empty for the base model."""
     return engine.registry.rollback(scope)
 
 

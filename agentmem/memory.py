@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import counting, flows, histories, reporting, transfer
+from . import counting, flows, forgetting, histories, reporting, transfer
 from .asking import Schema
 from .chat import Conversation
 from .engine import Engine
@@ -170,7 +170,9 @@ class ScopedMemory:
         are gone from the folder. Interrupted, the rest goes at the next open.
         """
         return run(
-            local(flows.forget, self._engine, self._scope, ids, where=where, everything=everything, dry_run=dry_run)
+            local(
+                forgetting.forget, self._engine, self._scope, ids, where=where, everything=everything, dry_run=dry_run
+            )
         )
 
     def context(self, query: str | None = None, *, max_tokens: int = 500) -> Context:

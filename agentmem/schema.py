@@ -40,7 +40,7 @@ CREATE INDEX cores_whole ON cores (tenant, user, agent, session, ids, built, rec
 CREATE INDEX activations_whole ON activations (id, at, digest, tenant, user, agent, session);
 CREATE INDEX uses_whole ON uses (
     id, at, verb, model, tenant, user, agent, session, input, cached, written, output, first_s, total_s, bytes,
-    expected, reason, money, uncached_money, attended, long_written, turn
+    expected, reason, money, uncached_money, attended, long_written, turn, loras
 );
 -- With the money, so that a budget's sum reads no rows; the second is for handles that set a user but no tenant.
 CREATE INDEX uses_scope ON uses (tenant, user, agent, session, at, money);
@@ -50,6 +50,8 @@ CREATE INDEX kept_whole ON kept (turn, place, record, start, stop);
 CREATE INDEX budgets_whole ON budgets (tenant, user, agent, session, per, dollars, action, at);
 CREATE INDEX counts_whole ON counts (model, uses, estimated, counted, squares);
 CREATE INDEX shown_whole ON shown (record, model, at, times, holds_s);
+CREATE INDEX receipts_whole ON receipts (retired, at, report);
+CREATE INDEX published_whole ON published (digest, target, served, at);
 INSERT OR IGNORE INTO meta VALUES ('identity', lower(hex(randomblob(8))));
 """
 
@@ -76,6 +78,14 @@ CREATE TABLE budgets (
 CREATE TABLE counts (
     model TEXT PRIMARY KEY, uses INTEGER NOT NULL, estimated REAL NOT NULL, counted REAL NOT NULL,
     squares REAL NOT NULL                       -- of the relative errors that the estimates had
+) WITHOUT ROWID;
+-- What became of a LoRA version that learnt a record which was forgotten or changed (JSON of `types.Retraining`):
+-- numbers and ids, no text. They outlive the version as the proof that the record is not in what took its place.
+CREATE TABLE receipts (retired TEXT PRIMARY KEY, at REAL NOT NULL, report TEXT NOT NULL) WITHOUT ROWID;
+-- LoRA versions that were handed to a server, and under which name. A row outlives its version until it is withdrawn.
+CREATE TABLE published (
+    digest TEXT NOT NULL, target TEXT NOT NULL, served TEXT NOT NULL, at REAL NOT NULL,
+    PRIMARY KEY (digest, target, served)
 ) WITHOUT ROWID;
 """
 
@@ -107,6 +117,7 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_record ON jobs (record, kind);
 ALTER TABLE uses ADD COLUMN long_written INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE uses ADD COLUMN turn TEXT;
+ALTER TABLE uses ADD COLUMN loras TEXT;
 """
     + PLANS
     + GUARDS,
@@ -173,7 +184,8 @@ CREATE TABLE lineage (
 CREATE INDEX lineage_record ON lineage (record, kind);
 -- A forgotten record's id outlives it, so that an old export or backup can't bring it back.
 CREATE TABLE tombstones (record TEXT PRIMARY KEY, at REAL NOT NULL) WITHOUT ROWID;
--- Work to be done later for a record, each kind once: queued, done, failed or refused.
+-- Work to be done later for a record (of kind retrain: for a retired LoRA version), each kind once: queued, done,
+-- failed or refused.
 CREATE TABLE jobs (
     id INTEGER PRIMARY KEY, kind TEXT NOT NULL, record TEXT NOT NULL, state TEXT NOT NULL,
     tries INTEGER NOT NULL DEFAULT 0, note TEXT, at REAL NOT NULL, UNIQUE (kind, record)
@@ -196,8 +208,8 @@ CREATE TABLE loras (
     digest TEXT PRIMARY KEY, name TEXT NOT NULL, state TEXT NOT NULL, created REAL NOT NULL,
     tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL, manifest TEXT NOT NULL
 ) WITHOUT ROWID;
--- One row per activation, newest last: the newest row of a scope is what is active (digest '' is none); rollback drops
--- it.
+-- One row per activation, newest last: the newest row of a scope is what is active, several digests with a space
+-- between them (digest '' is none); rollback drops it.
 CREATE TABLE activations (
     id INTEGER PRIMARY KEY AUTOINCREMENT, at REAL NOT NULL, digest TEXT NOT NULL,
     tenant TEXT NOT NULL, user TEXT NOT NULL, agent TEXT NOT NULL, session TEXT NOT NULL
@@ -212,7 +224,8 @@ CREATE TABLE uses (
     expected INTEGER NOT NULL, reason TEXT, money REAL, uncached_money REAL,
     attended TEXT,                              -- JSON of `types.Attended`: what attention read in place
     long_written INTEGER NOT NULL DEFAULT 0,    -- of written, those kept for the longer time
-    turn TEXT                                   -- JSON of `layouts.Turn`: what the request was made of, in tokens
+    turn TEXT,                                  -- JSON of `layouts.Turn`: what the request was made of, in tokens
+    loras TEXT                                  -- JSON list of the LoRA versions that acted, by name
 );
 -- When a record was last put into a prompt, how often, and for which model: salience, and what a host may still hold.
 CREATE TABLE shown (

@@ -27,6 +27,7 @@ __all__ = [
     "Reconciliation",
     "Record",
     "Reply",
+    "Retraining",
     "Role",
     "Scope",
     "Segment",
@@ -220,8 +221,9 @@ class Attended(Value):
 
     ``tokens`` of the prompt and the answer were read as KV pages of ``codec``, ``bytes`` of them; ``stock_bytes`` is
     what the same positions take in the dtype that the model computes in. ``record_tokens`` came as KV states of
-    recalled records, which were computed elsewhere: that part is approximate. Without attention in place these are
-    copied, and ``tokens`` is 0.
+    recalled records, which were computed elsewhere: that part is approximate. So is a trained prefix, whose
+    ``trained_tokens`` positions stood for the first ``stands_for`` tokens of the prompt. Without attention in place
+    all these are copied, and ``tokens`` is 0.
     """
 
     codec: str
@@ -229,11 +231,17 @@ class Attended(Value):
     bytes: int = 0
     stock_bytes: int = 0
     record_tokens: int = 0
+    trained_tokens: int = 0
+    stands_for: int = 0
 
     def __str__(self) -> str:
+        trained = f"a trained prefix of {self.trained_tokens} positions stood for {self.stands_for} tokens"
+        if not self.tokens and self.trained_tokens:
+            return f"{trained} ({self.codec}), approximately"
         if not self.tokens:
             return f"{self.record_tokens} tokens of recalled records came as KV states ({self.codec}), approximately"
         records = f", {self.record_tokens} of them recalled records" if self.record_tokens else ""
+        records += f", {trained}" if self.trained_tokens else ""
         return (
             f"{self.tokens} tokens{records} attended in place as {self.codec}: "
             f"{self.bytes / 1e6:.1f} MB instead of {self.stock_bytes / 1e6:.1f}"
@@ -317,7 +325,11 @@ class Erasure(Value):
     pages: list[str] = Field(default=[], description="keys of the KV pages made from these records, in hex")
     slots: list[str] = Field(default=[], description="files of a server's slots that were made from these records")
     cores: list[str] = Field(default=[], description="scopes whose core block held one of these records")
-    loras: list[str] = Field(default=[], description="LoRA versions that learnt one of these records, now retired")
+    loras: list[str] = Field(
+        default=[],
+        description="digests of LoRA versions that learnt one of these records, now retired; those that were active "
+        "are queued to be trained again without it, `parametric.receipts()` has the proof",
+    )
     saved: list[str] = Field(default=[], description="folders of saved KV pages that still hold these records' states")
     replies: list[str] = []
     hosted: list[str] = []
@@ -335,6 +347,48 @@ class Erasure(Value):
             )
         lines += [f"  saved KV pages in {folder} still hold them: delete that folder" for folder in self.saved]
         return "\n".join(lines + [f"  {note}" for note in self.hosted])
+
+
+class Retraining(Value):
+    """What became of a LoRA version that learnt a record which was forgotten, changed or ended: the proof of `retrain`.
+
+    ``retired`` is its digest; it was out of use, its files deleted, before the call that changed the record returned.
+    ``version`` is the digest of what took its place, trained anew from the records that remain: None where none remain,
+    or where it is still ``queued`` or has ``failed`` (``note`` says why). ``forgotten`` are ids of records that the new
+    one was not trained on, or on another text.
+
+    Recalls are shares of questions answered with the old text, without context: ``base_recall`` by the base model,
+    ``recall_before`` by the retired version (in its gate), ``recall_after`` by the new one; ``others_before`` and
+    ``others_after`` are the recall of the other facts. They are None where there was nothing to ask: questions about a
+    forgotten record live only in the memory of the process that forgot it. What holds without them: the new weights
+    were computed from the base model and the records in its manifest, and from nothing else.
+    """
+
+    retired: str
+    state: Literal["queued", "done", "failed"]
+    version: str | None = None
+    forgotten: tuple[str, ...] = ()
+    kept: int = Field(default=0, description="records that the new version learnt again")
+    asked: int = Field(default=0, description="questions about the forgotten records")
+    base_recall: float | None = None
+    recall_before: float | None = None
+    recall_after: float | None = None
+    others_before: float | None = None
+    others_after: float | None = None
+    cpu_seconds: float = 0.0
+    note: str | None = None
+
+    def __str__(self) -> str:
+        def share(value: float | None) -> str:
+            return "-" if value is None else f"{value:.0%}"
+
+        became = f"lora-{self.version[:12]}" if self.version else "no version"
+        return (
+            f"lora-{self.retired[:12]} -> {became} ({self.state}), without {len(self.forgotten)} records, {self.kept} "
+            f"kept: recall of what is gone {share(self.recall_before)} -> {share(self.recall_after)} (base "
+            f"{share(self.base_recall)}), of the others {share(self.others_before)} -> {share(self.others_after)}, "
+            f"{self.cpu_seconds:.0f} CPU-seconds" + (f"; {self.note}" if self.note else "")
+        )
 
 
 class Compaction(Value):

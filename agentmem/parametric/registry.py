@@ -2,102 +2,89 @@
 
 Rows in ``memory.db`` are the truth, ``lora/<digest>/`` holds the files, which can be trained again. A version is in the
 table only after its files are on the disk, and gone from the table before its files go, so ``kill -9`` at any point
-leaves either all of a version or none. Knows files, rows and scopes; never computes with a tensor.
+leaves either all of a version or none. Knows rows and scopes; never computes with a tensor.
 """
 
 from __future__ import annotations
 
 import contextlib
 import datetime as dt
-import fcntl
 import hashlib
 import json
 import logging
 import os
-import shutil
 import sqlite3
-import uuid
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
-
-from pydantic import Field
+from typing import TYPE_CHECKING
 
 from agentmem.database import Database
-from agentmem.errors import Corrupt, InvalidInput, NotFound, ScopeError, StoreError, TrainingError
+from agentmem.errors import Corrupt, Full, InvalidInput, NotFound, ScopeError, StoreError, TrainingError
 from agentmem.provider import LoraRef
-from agentmem.types import LEVELS, Scope, Value
+from agentmem.types import Scope
 
+from .activations import active_digests, answering, deactivate, last_used, places
 from .corpus import record_digest
+from .folder import MANIFEST, VersionFolder
 from .gate import GateReport
 from .lora import CONFIG, WEIGHTS, content_digest, disk_error, flush_folder, save, write_file
+from .versions import LoraVersion, chunks, columns, manifest_of, scope_of, version_of, visible
 
 if TYPE_CHECKING:
     from .lora import Lora
     from .train import Trained
 
-__all__ = ["MANIFEST", "LoraVersion", "Registry"]
+__all__ = ["MANIFEST", "RETRAIN", "LoraVersion", "Registry"]
 
-MANIFEST = "manifest.json"
-_NEW = ".new-"
+#: The kind of job that a retired version leaves: train its shard again from the records that remain.
+RETRAIN = "retrain"
 _logger = logging.getLogger("agentmem")
-
-
-class LoraVersion(Value):
-    """One trained LoRA. ``name`` is ``lora-`` and the first twelve digits of ``digest``, the SHA-256 of its two files.
-
-    ``records`` are the ids of the records that it learnt, ``base`` is the model's name and ``identity`` the digest of
-    its weights. ``active``: the scope that was asked about answers with it. ``state`` is ``failed`` where the gate
-    was not passed and ``retired`` where a record that it learnt was forgotten or changed (its files are gone).
-    """
-
-    name: str
-    digest: str
-    scope: Scope
-    created: dt.datetime
-    records: tuple[str, ...]
-    base: str
-    identity: str
-    gate: GateReport
-    state: Literal["ready", "failed", "retired"]
-    active: bool = False
-    bytes: int
-    cpu_seconds: float
-    seed: int = 0
-    recipe: dict[str, Any] = Field(default_factory=dict)
-
-    def __str__(self) -> str:
-        mark = " (active)" if self.active else ""
-        return (
-            f"{self.name}{mark}: {self.state}, {len(self.records)} records of {self.scope}, on {self.base}, "
-            f"{self.bytes / 1e6:.2f} MB, {self.cpu_seconds:.0f} CPU-seconds; gate {self.gate}"
-        )
 
 
 class Registry:
     """The LoRA versions in ``folder``, with their rows in ``database``. ``clock()`` gives UTC seconds.
 
-    Safe for many threads and processes. What an earlier process left half-done is cleared when this opens.
+    ``budget`` is how many bytes of them may be on the disk; inactive ones go first to make room. Safe for many threads
+    and processes. What an earlier process left half-done is cleared when this opens.
     """
 
-    def __init__(self, database: Database, folder: str | os.PathLike[str], clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        database: Database,
+        folder: str | os.PathLike[str],
+        clock: Callable[[], float],
+        *,
+        budget: int | None = None,
+    ) -> None:
         self._database = database
-        self._folder = Path(folder)
+        self._files = VersionFolder(folder)
         self._clock = clock
-        #: What was checked: digest to (inode, size, mtime) of its files, so that a check costs a stat after the first.
-        self._checked: dict[str, tuple[tuple[int, int, int], ...]] = {}
+        self._budget = budget
         self.sweep()
 
     # ---- versions
 
-    def add(self, trained: Trained, *, scope: Scope, gate: GateReport) -> LoraVersion:
+    def add(
+        self,
+        trained: Trained,
+        *,
+        scope: Scope,
+        gate: GateReport,
+        parents: Sequence[str] = (),
+        left_out: Sequence[tuple[str, str]] = (),
+        keep: Sequence[str] = (),
+        run: str = "",
+    ) -> LoraVersion:
         """Store a trained LoRA as a version of ``scope``; it is not active yet. Returns when it is safely on the disk.
 
-        Adding the same one again gives the same version. Raises `TrainingError` if one of its records was forgotten or
-        changed while it was trained, `Full` or `StoreError` where it can't be written; then nothing is kept.
+        Adding the same one again gives the same version, measured by this ``gate``. ``keep`` are digests that must not
+        make room for it, ``run`` the key by which `found` finds it again. Raises `TrainingError` if one of its records
+        was forgotten or changed while it was trained, `Full` where the budget or the disk has no room for it,
+        `StoreError` where it can't be written; then nothing is kept.
         """
-        with self._guard(), self._staged() as staging:
+        with self._files.guard(), self._files.staged() as staging:
             digest = save(staging, _signed(trained.lora, scope))
             version = LoraVersion(
                 name=f"lora-{digest[:12]}",
@@ -105,39 +92,60 @@ class Registry:
                 scope=scope,
                 created=dt.datetime.fromtimestamp(self._clock(), dt.UTC),
                 records=tuple(trained.records),
+                left_out=tuple(left_out),
                 base=trained.base,
                 identity=trained.identity,
                 gate=gate,
                 state="ready" if gate.passed else "failed",
+                parents=tuple(parents),
                 bytes=sum((staging / name).stat().st_size for name in (CONFIG, WEIGHTS)),
                 cpu_seconds=trained.cpu_seconds,
+                seconds=trained.seconds,
                 seed=trained.seed,
                 recipe={**trained.recipe, "epochs": trained.epochs},
+                activated=trained.lora.activated,
             )
-            manifest = json.dumps({"contents": trained.records, **version.model_dump(mode="json")}, sort_keys=True)
+            manifest = manifest_of(version, trained.records, run)
             write_file(staging / MANIFEST, manifest.encode())
             with self._database.write() as connection:
                 _refuse_stale(connection, trained.records)
                 found = connection.execute("SELECT * FROM loras WHERE digest = ?", (digest,)).fetchone()
-                if found is not None and found["state"] != "retired" and self._sound(digest):
-                    return _version(found, self._active_digest(scope))
-                self._publish(staging, digest)
+                if found is not None and found["state"] != "retired" and self._files.sound(digest):
+                    held = version_of(found, self._active_digests(scope))
+                    if held.gate.thresholds == gate.thresholds:
+                        return held
+                evicted = self._make_room(connection, version, {*keep, digest})
+                self._files.publish(staging, digest)
                 connection.execute(
                     "INSERT OR REPLACE INTO loras (digest, name, state, created, tenant, user, agent, session, "
                     "manifest) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-                    (digest, version.name, version.state, version.created.timestamp(), *_columns(scope), manifest),
+                    (digest, version.name, version.state, version.created.timestamp(), *columns(scope), manifest),
                 )
                 connection.executemany(
                     "INSERT OR IGNORE INTO lineage (kind, key, record) VALUES ('lora', ?, ?)",
                     [(digest, record) for record in trained.records],
                 )
+        for name in evicted:
+            self._files.delete(name)
         return version
+
+    def found(self, run: str, scope: Scope) -> LoraVersion | None:
+        """The version that a run of this key made, where it is still whole; None: it has to be trained."""
+        rows = self._database.query(
+            "SELECT * FROM loras WHERE state != 'retired' AND json_extract(manifest, '$.run') = ?", (run,)
+        )
+        sound = [row for row in rows if scope_of(row) == scope and self._files.sound(row["digest"])]
+        return version_of(sound[0], self._active_digests(scope)) if sound else None
+
+    def run(self, key: str, contents: Mapping[str, str]) -> AbstractContextManager[Path | None]:
+        """Where a training run keeps its checkpoint; see `VersionFolder.run`."""
+        return self._files.run(key, contents)
 
     def versions(self, scope: Scope) -> list[LoraVersion]:
         """The versions that this scope can see (its own, those beneath it, those of the levels above), newest first."""
         rows = self._database.query("SELECT * FROM loras ORDER BY created DESC, digest")
-        active = self._active_digest(scope)
-        return [_version(row, active) for row in rows if _visible(_scope(row), scope)]
+        active = self._active_digests(scope)
+        return [version_of(row, active) for row in rows if visible(scope_of(row), scope)]
 
     def get(self, version: str | LoraVersion, scope: Scope) -> LoraVersion:
         """A version by its name or digest, as it is now.
@@ -148,88 +156,105 @@ class Registry:
         if not isinstance(wanted, str) or not wanted:
             raise InvalidInput(f"a LoRA version is named by its name or digest, not by {wanted!r}")
         for row in self._database.query("SELECT * FROM loras WHERE digest = ? OR name = ?", (wanted, wanted)):
-            if _visible(_scope(row), scope):
-                return _version(row, self._active_digest(scope))
+            if visible(scope_of(row), scope):
+                return version_of(row, self._active_digests(scope))
         raise NotFound(f"no LoRA version {wanted!r} in {scope}")
 
     # ---- what answers
 
-    def active(self, scope: Scope) -> LoraVersion | None:
-        """The version that this scope answers with: its own newest activation, else that of the nearest level above it.
+    def active(self, scope: Scope) -> tuple[LoraVersion, ...]:
+        """The versions that this scope answers with: its own newest activation, else that of the nearest level above.
 
-        None is the base model: nothing was activated, or what was is damaged (which is logged).
+        Empty is the base model: nothing was activated, or what was is damaged (which is logged). A version that learnt
+        a record which has ended since (``valid_until``, superseded) is retired here.
         """
-        digest = self._active_digest(scope)
-        if not digest:
-            return None
-        rows = self._database.query("SELECT * FROM loras WHERE digest = ? AND state != 'retired'", (digest,))
-        if not rows:
-            return None
-        try:
-            self._check(digest)
-        except (StoreError, NotFound) as error:
-            _logger.warning("the LoRA version lora-%s is not used: %s", digest[:12], error)
-            return None
-        return _version(rows[0], digest)
+        digests = self._active_digests(scope)
+        if not digests:
+            return ()
+        if ended := self._ended(digests):
+            try:
+                self.retire(list(ended), records=[record for records in ended.values() for record in records])
+            except StoreError as error:  # a full disk must not keep anybody from an answer
+                _logger.warning("a LoRA version that learnt what holds no longer could not be retired: %s", error)
+        rows = {row["digest"]: row for row in self._rows(digests) if row["state"] != "retired"}
+        found: list[LoraVersion] = []
+        for digest in digests:
+            if digest not in rows or digest in ended:
+                continue
+            try:
+                self._files.check(digest)
+            except (StoreError, NotFound) as error:
+                _logger.warning("the LoRA version lora-%s is not used: %s", digest[:12], error)
+                continue
+            found.append(version_of(rows[digest], digests))
+        return tuple(found)
 
-    def refs(self, scope: Scope, *, identity: bytes) -> tuple[LoraRef, ...]:
+    def refs(self, scope: Scope, *, identity: bytes | None) -> tuple[LoraRef, ...]:
         """What a request of this scope carries as `Request.loras` on the base model ``identity``; empty for the base.
 
-        A version that was trained on another base, or is damaged, is left out and logged: the answer is then the
-        base's.
+        A version that was trained on another base, or is damaged, is left out and logged; where ``identity`` is None
+        the base is not compared (a server's, whose weights can't be seen).
         """
-        version = self.active(scope)
-        if version is None:
-            return ()
-        if version.identity != identity.hex():
-            _logger.warning("%s is not used: it was trained on another base model (%s)", version.name, version.base)
-            return ()
-        return (self.ref(version),)
+        found: list[LoraRef] = []
+        for version in self.active(scope):
+            if identity is not None and version.identity != identity.hex():
+                _logger.warning("%s is not used: it was trained on another base model (%s)", version.name, version.base)
+                continue
+            found.append(self.ref(version))
+        return tuple(found)
 
     def ref(self, version: LoraVersion) -> LoraRef:
         """How a provider is told to answer with ``version``.
 
         Raises `Corrupt` for damaged files, `NotFound` where they are gone.
         """
-        self._check(version.digest)
-        path = str(self._path(version.digest))
-        return LoraRef(name=version.name, digest=version.digest, path=path, records=version.records)
+        self._files.check(version.digest)
+        path = str(self._files.path(version.digest))
+        return LoraRef(
+            name=version.name,
+            digest=version.digest,
+            path=path,
+            records=version.records,
+            activated=version.activated,
+        )
 
-    def activate(self, version: str | LoraVersion | None, scope: Scope, *, force: bool = False) -> LoraVersion | None:
-        """Answer with ``version`` in ``scope`` and beneath it from the next request on; None is the base model.
+    def activate(
+        self, versions: Sequence[str | LoraVersion], scope: Scope, *, force: bool = False
+    ) -> tuple[LoraVersion, ...]:
+        """Answer with exactly these versions, their sum, in ``scope`` and beneath it from the next request on.
 
-        Raises `TrainingError` for a retired version, or one that failed its gate (unless ``force``); `ScopeError` for
-        one that was trained from a narrower scope, which would tell one user's facts to others; `Corrupt` for damaged
-        files.
+        None of them is the base model. One transaction: all act or none. Raises `TrainingError` for a retired version,
+        or one that failed its gate (unless ``force``, or it is active here already); `ScopeError` for one that was
+        trained from a narrower scope, which would tell one user's facts to others; `Corrupt` for damaged files.
         """
-        found = None if version is None else self.get(version, scope)
-        with self._database.write() as connection:
-            if found is not None:
-                found = self.get(found.digest, scope)  # as it is now, under the write lock
-                if not scope.within(found.scope):
-                    raise ScopeError(
-                        f"{found.name} learnt records of {found.scope}: it can't answer for all of {scope}"
-                    )
-                if found.state == "retired":
-                    raise TrainingError(f"{found.name} is retired, a record it learnt is gone: train a new version")
-                if found.state == "failed" and not force:
-                    raise TrainingError(
-                        f"{found.name} did not pass its gate ({found.gate}): force=True activates it anyway"
-                    )
-                self._check(found.digest)
+        with self._database.write() as connection:  # as they are now, under the write lock
+            found = {version.digest: version for version in (self.get(named, scope) for named in versions)}
+            for version in found.values():
+                self._admit(version, scope, force=force)
             connection.execute(
                 "INSERT INTO activations (at, digest, tenant, user, agent, session) VALUES (?, ?, ?, ?, ?, ?)",
-                (self._clock(), found.digest if found else "", *_columns(scope)),
+                (self._clock(), " ".join(found), *columns(scope)),
             )
-        return None if found is None else found.model_copy(update={"active": True})
+        return tuple(version.model_copy(update={"active": True}) for version in found.values())
 
-    def rollback(self, scope: Scope) -> LoraVersion | None:
-        """Undo the newest activation at this scope; returns what answers now, None for the base model."""
+    def _admit(self, version: LoraVersion, scope: Scope, *, force: bool) -> None:
+        if not scope.within(version.scope):
+            raise ScopeError(f"{version.name} learnt records of {version.scope}: it can't answer for all of {scope}")
+        if version.state == "retired":
+            raise TrainingError(f"{version.name} is retired, a record it learnt is gone: train a new version")
+        if version.state == "failed" and not (force or version.active):
+            raise TrainingError(
+                f"{version.name} did not pass its gate ({version.gate}): force=True activates it anyway"
+            )
+        self._files.check(version.digest)
+
+    def rollback(self, scope: Scope) -> tuple[LoraVersion, ...]:
+        """Undo the newest activation at this scope; returns what answers now, empty for the base model."""
         with self._database.write() as connection:
             connection.execute(
                 "DELETE FROM activations WHERE id = (SELECT MAX(id) FROM activations WHERE "
                 "tenant = ? AND user = ? AND agent = ? AND session = ?)",
-                _columns(scope),
+                columns(scope),
             )
         return self.active(scope)
 
@@ -238,51 +263,83 @@ class Registry:
     def made_from(self, records: Sequence[str]) -> list[str]:
         """The digests of the versions that learnt any of these records."""
         found: set[str] = set()
-        for part in _chunks(records):
+        for part in chunks(records):
             marks = ", ".join("?" * len(part))
             sql = f"SELECT DISTINCT key FROM lineage WHERE kind = 'lora' AND record IN ({marks})"
             found.update(row["key"] for row in self._database.query(sql, part))
         return sorted(found)
 
-    def retire(self, digests: Sequence[str]) -> list[str]:
-        """Take these versions out of use for good, in every scope, and delete their files; returns those that were
-        not yet.
+    def taint(self, digests: Iterable[str], records: Sequence[str]) -> list[str]:
+        """Take these versions out of use for good, in every scope, in the transaction that is open or one of its own.
 
-        Their rows stay as a trace, without the digests of what they learnt. Safe to repeat: what was cut short is
-        finished.
+        ``records`` are what was forgotten or changed. Of a version that answered somewhere, a job is left that trains
+        its shard again without them. The files are deleted by `retire`, after the transaction. Rows stay as a trace,
+        without the digests of what they learnt. Returns those that were not retired yet.
         """
-        retired: list[str] = []
+        tainted: list[str] = []
         with self._database.write() as connection:
             for digest in digests:
                 row = connection.execute("SELECT * FROM loras WHERE digest = ?", (digest,)).fetchone()
                 if row is None:
                     continue
                 if row["state"] != "retired":
-                    retired.append(digest)
+                    tainted.append(digest)
                     manifest = {**json.loads(row["manifest"]), "contents": {}, "state": "retired"}
+                    gone = sorted(set(records) & set(manifest["records"]))
+                    if where := places(connection, digest):
+                        note = {"places": where, "forced": row["state"] == "failed", "records": gone}
+                        connection.execute(
+                            "INSERT OR REPLACE INTO jobs (kind, record, state, note, at) VALUES (?, ?, 'queued', ?, ?)",
+                            (RETRAIN, digest, json.dumps(note), self._clock()),
+                        )
                     connection.execute(
                         "UPDATE loras SET state = 'retired', manifest = ? WHERE digest = ?",
                         (json.dumps(manifest, sort_keys=True), digest),
                     )
-                _deactivate(connection, digest)
+                deactivate(connection, digest)
                 connection.execute("DELETE FROM lineage WHERE kind = 'lora' AND key = ?", (digest,))
+        return tainted
+
+    def retire(self, digests: Sequence[str], *, records: Sequence[str] = ()) -> list[str]:
+        """`taint` and delete the files; returns those that were not retired yet. Safe to repeat: what was cut short is
+        finished."""
+        retired = self.taint(digests, records)
         for digest in digests:
-            self._checked.pop(digest, None)
-            self._delete(self._path(digest))
+            self._files.delete(digest)
         return retired
 
+    def drop_runs(self) -> None:
+        """Delete the checkpoints of interrupted runs that learnt a record which was forgotten or changed since."""
+        self._files.drop_runs(self._stale)
+
     def sweep(self) -> None:
-        """Delete what no version owns: a write that was cut short, files of retired versions."""
-        if not self._folder.is_dir():
+        """Delete what no version owns: a write or a run that was cut short, files of retired versions."""
+        if not self._files.folder.is_dir():
             return
-        with contextlib.suppress(StoreError), self._guard(wait=False) as free:
-            if not free:
-                return
-            rows = self._database.query("SELECT digest FROM loras WHERE state != 'retired'")
-            owned = {row["digest"] for row in rows} | {".lock"}
-            for entry in self._folder.iterdir():
-                if entry.name not in owned:
-                    self._delete(entry)
+        with contextlib.suppress(StoreError), self._files.guard(wait=False) as free:
+            if free:
+                rows = self._database.query("SELECT digest FROM loras WHERE state != 'retired'")
+                self._files.sweep({row["digest"] for row in rows}, self._stale)
+
+    def _stale(self, contents: Mapping[str, str]) -> bool:
+        try:
+            _refuse_stale(self._database, dict(contents))
+        except TrainingError:
+            return True
+        return False
+
+    def _ended(self, digests: Sequence[str]) -> dict[str, list[str]]:
+        """Of these versions those that learnt a record which holds no longer, with its id."""
+        marks = ", ".join("?" * len(digests))
+        rows = self._database.query(
+            "SELECT key, record FROM lineage CROSS JOIN records ON id = record "
+            f"WHERE kind = 'lora' AND key IN ({marks}) AND until_s <= ?",
+            (*digests, self._clock()),
+        )
+        found: dict[str, list[str]] = {}
+        for key, record in rows:
+            found.setdefault(key, []).append(record)
+        return found
 
     # ---- files
 
@@ -292,8 +349,8 @@ class Registry:
         target = Path(path)
         if target.exists() and (not target.is_dir() or any(target.iterdir())):
             raise InvalidInput(f"{target} exists and is not an empty folder: export to a new one")
-        self._check(found.digest)
-        source = self._path(found.digest)
+        self._files.check(found.digest)
+        source = self._files.path(found.digest)
         try:
             target.mkdir(parents=True, exist_ok=True)
             for name in (CONFIG, WEIGHTS, MANIFEST):
@@ -306,114 +363,84 @@ class Registry:
         return target
 
     def verify(self) -> list[str]:
-        """Read every version in full and name what is damaged, with what to do about it."""
+        """Read every version in full and name what is damaged or belongs to nothing, with what to do about it."""
         problems: list[str] = []
-        self._checked.clear()
-        for row in self._database.query("SELECT digest, name FROM loras WHERE state != 'retired' ORDER BY created"):
+        self._files.recheck()
+        rows = self._database.query("SELECT * FROM loras ORDER BY created, digest")
+        held = {row["digest"]: row for row in rows if row["state"] != "retired"}
+        for digest, row in held.items():
             try:
-                self._check(row["digest"])
+                self._files.check(digest)
+                if self._files.manifest(digest) != row["manifest"]:
+                    problems.append(
+                        f"LoRA version {row['name']}: its {MANIFEST} is not what the database says: train it again"
+                    )
+                learnt = set(version_of(row).records)
             except (StoreError, NotFound) as error:
                 problems.append(f"LoRA version {row['name']}: {error}")
-        return problems
+                continue
+            except ValueError:
+                problems.append(f"LoRA version {row['name']}: its row can't be read: restore a backup")
+                continue
+            sql = "SELECT record FROM lineage WHERE kind = 'lora' AND key = ?"
+            if {found["record"] for found in self._database.query(sql, (digest,))} != learnt:
+                problems.append(f"LoRA version {row['name']}: its lineage is not what it learnt: train it again")
+        for row in self._database.query("SELECT digest FROM activations"):
+            problems += [
+                f"an activation names lora-{digest[:12]}, which is not there: activate another version"
+                for digest in row["digest"].split()
+                if digest not in held
+            ]
+        with self._files.guard() as _:  # what is being written now is no orphan
+            held = {row["digest"]: row for row in self._database.query("SELECT digest FROM loras")}
+            problems += [
+                f"{self._files.path(name)} belongs to no LoRA version: reopen the memory to delete it"
+                for name in self._files.names()
+                if name not in held
+            ]
+        return list(dict.fromkeys(problems))
 
     def bytes(self) -> int:
         """Bytes on disk of all versions."""
-        total = 0
-        for path in self._folder.glob("*/*"):
-            with contextlib.suppress(FileNotFoundError):  # another process retired it just now
-                total += path.stat().st_size
-        return total
-
-    def _path(self, digest: str) -> Path:
-        return self._folder / digest
-
-    def _check(self, digest: str) -> None:
-        """Raise `NotFound` or `Corrupt` unless the files are exactly what ``digest`` names."""
-        path = self._path(digest)
-        try:
-            stats = [os.stat(path / name) for name in (CONFIG, WEIGHTS)]
-        except OSError as error:
-            raise NotFound(f"the files of lora-{digest[:12]} are gone: train it again") from error
-        seen = tuple((stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats)
-        if self._checked.get(digest) == seen:
-            return
-        if content_digest(path) != digest:
-            raise Corrupt(f"the files of lora-{digest[:12]} are damaged (digest differs): train it again")
-        self._checked[digest] = seen
-
-    def _sound(self, digest: str) -> bool:
-        try:
-            self._check(digest)
-        except (StoreError, NotFound):
-            return False
-        return True
-
-    @contextlib.contextmanager
-    def _staged(self) -> Generator[Path]:
-        """A private folder to write into; gone at the end unless it was renamed."""
-        staging = self._folder / f"{_NEW}{uuid.uuid4().hex}"
-        try:
-            staging.mkdir(mode=0o700)
-            yield staging
-        except OSError as error:
-            raise disk_error(error, staging) from error
-        finally:
-            shutil.rmtree(staging, ignore_errors=True)
-
-    def _publish(self, staging: Path, digest: str) -> None:
-        """Give the finished folder its name. Its row is committed after this, under the same guard."""
-        target = self._path(digest)
-        if target.exists():  # a damaged or retired one of the same content
-            self._delete(target)
-        flush_folder(staging)
-        staging.rename(target)
-        flush_folder(self._folder)
-
-    def _delete(self, path: Path) -> None:
-        try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
-        except FileNotFoundError:
-            return
-        except OSError as error:
-            raise disk_error(error, path) from error
-
-    @contextlib.contextmanager
-    def _guard(self, *, wait: bool = True) -> Generator[bool]:
-        """One process at a time between writing files and committing their row. Freed by the system if it dies."""
-        try:
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-            descriptor = os.open(self._folder / ".lock", os.O_CREAT | os.O_RDWR, 0o600)
-        except OSError as error:
-            raise disk_error(error, self._folder) from error
-        try:
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-            except BlockingIOError:
-                yield False
-            else:
-                yield True
-        finally:
-            os.close(descriptor)
+        return self._files.bytes()
 
     # ---- rows
 
-    def _active_digest(self, scope: Scope) -> str:
-        for level in _upwards(scope):
-            rows = self._database.query(
-                "SELECT digest FROM activations WHERE tenant = ? AND user = ? AND agent = ? AND session = ? "
-                "ORDER BY id DESC LIMIT 1",
-                _columns(level),
+    def _make_room(self, connection: sqlite3.Connection, version: LoraVersion, keep: set[str]) -> list[str]:
+        """Take the inactive versions that were longest not used out of the tables, until ``version`` fits the budget.
+
+        Returns their digests: their files go after the commit. What is active anywhere stays, or `Full`.
+        """
+        if self._budget is None:
+            return []
+        held = connection.execute("SELECT digest, created, manifest FROM loras WHERE state != 'retired'").fetchall()
+        sizes = {row["digest"]: json.loads(row["manifest"])["bytes"] for row in held if row["digest"] != version.digest}
+        used = {row["digest"]: row["created"] for row in held} | last_used(connection)
+        total = sum(sizes.values()) + version.bytes
+        evicted: list[str] = []
+        for digest in sorted(set(sizes) - keep - answering(connection), key=lambda digest: (used[digest], digest)):
+            if total <= self._budget:
+                break
+            total -= sizes[digest]
+            evicted.append(digest)
+            deactivate(connection, digest)
+            connection.execute("DELETE FROM lineage WHERE kind = 'lora' AND key = ?", (digest,))
+            connection.execute("DELETE FROM loras WHERE digest = ?", (digest,))
+        if total > self._budget:
+            raise Full(
+                f"the LoRA versions that are active and {version.name} take {total} bytes, lora_budget is "
+                f"{self._budget}: raise it, or deactivate a version"
             )
-            if rows:
-                return str(rows[0]["digest"])
-        return ""
+        if evicted:
+            _logger.info("%d inactive LoRA versions made room (lora_budget is %d)", len(evicted), self._budget)
+        return evicted
 
+    def _rows(self, digests: Sequence[str]) -> list[sqlite3.Row]:
+        marks = ", ".join("?" * len(digests))
+        return self._database.query(f"SELECT * FROM loras WHERE digest IN ({marks})", digests)
 
-def _version(row: sqlite3.Row, active: str) -> LoraVersion:
-    fields = json.loads(row["manifest"])
-    fields.pop("contents", None)
-    fields.update(state=row["state"], active=row["digest"] == active)
-    return LoraVersion.model_validate(fields)
+    def _active_digests(self, scope: Scope) -> list[str]:
+        return active_digests(self._database, scope)
 
 
 def _signed(lora: Lora, scope: Scope) -> Lora:
@@ -421,59 +448,17 @@ def _signed(lora: Lora, scope: Scope) -> Lora:
 
     Mixed with the digest of the records, so that no scope name can be guessed from an exported file.
     """
-    sign = hashlib.sha256(json.dumps([lora.notes.get("records", ""), *_columns(scope)]).encode()).hexdigest()
+    sign = hashlib.sha256(json.dumps([lora.notes.get("records", ""), *columns(scope)]).encode()).hexdigest()
     return replace(lora, notes={**lora.notes, "records": sign})
 
 
-def _upwards(scope: Scope) -> Iterator[Scope]:
-    """The scope itself, then without its session, agent, user and tenant in turn."""
-    yield scope
-    for level in reversed(LEVELS):
-        if getattr(scope, level) is not None:
-            scope = scope.model_copy(update={level: None})
-            yield scope
-
-
-def _visible(version: Scope, scope: Scope) -> bool:
-    return version.within(scope) or scope.within(version)
-
-
-def _scope(row: sqlite3.Row) -> Scope:
-    return Scope(**{level: row[level] or None for level in LEVELS})
-
-
-def _columns(scope: Scope) -> tuple[str, ...]:
-    return tuple(value or "" for _, value in scope.levels())
-
-
-def _chunks(values: Sequence[str], size: int = 500) -> Iterator[list[str]]:
-    for start in range(0, len(values), size):
-        yield list(values[start : start + size])
-
-
-def _refuse_stale(connection: sqlite3.Connection, records: dict[str, str]) -> None:
+def _refuse_stale(source: sqlite3.Connection | Database, records: dict[str, str]) -> None:
     """A record that was forgotten or changed during the training must not come back through the weights."""
-    for part in _chunks(list(records)):
+    ask = source.query if isinstance(source, Database) else source.execute
+    for part in chunks(list(records)):
         marks = ", ".join("?" * len(part))
-        gone = connection.execute(f"SELECT record FROM tombstones WHERE record IN ({marks})", part).fetchone()
-        if gone is not None:
-            raise TrainingError(f"record {gone['record']} was forgotten while it was learnt: train again without it")
-        for row in connection.execute(f"SELECT id, text FROM records WHERE id IN ({marks})", part):
+        for row in ask(f"SELECT record FROM tombstones WHERE record IN ({marks})", part):
+            raise TrainingError(f"record {row['record']} was forgotten while it was learnt: train again without it")
+        for row in ask(f"SELECT id, text FROM records WHERE id IN ({marks})", part):
             if record_digest(row["text"]) != records[row["id"]]:
                 raise TrainingError(f"record {row['id']} was changed while it was learnt: train again")
-
-
-def _deactivate(connection: sqlite3.Connection, digest: str) -> None:
-    """Where ``digest`` was the newest of several activations, the base follows it: an older version never returns by
-    itself."""
-    columns = "tenant, user, agent, session"
-    # With MAX(id), SQLite takes the bare columns from that row: the newest activation of each scope.
-    newest = connection.execute(
-        f"SELECT at, digest, {columns}, MAX(id), SUM(digest != ?) AS others FROM activations GROUP BY {columns}",
-        (digest,),
-    ).fetchall()
-    connection.execute("DELETE FROM activations WHERE digest = ?", (digest,))
-    connection.executemany(
-        f"INSERT INTO activations (at, digest, {columns}) VALUES (?, '', ?, ?, ?, ?)",
-        [(row["at"], *(row[level] for level in LEVELS)) for row in newest if row["digest"] == digest and row["others"]],
-    )

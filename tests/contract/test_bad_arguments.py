@@ -107,7 +107,7 @@ VERBS: dict[str, dict[str, Any]] = {
     "plaintext.around": {"id": "ID", "before": 1, "after": 0},
     "plaintext.extract": {"kinds": ("fact",), "limit": None, "retry": False},
     "plaintext.reconcile": {"where": None, "limit": None},
-    "parametric.activate": {"version": None, "force": False},
+    "parametric.activate": {"versions": None, "force": False},
     "parametric.export": {"version": "x", "path": "PATH"},
 }
 CASES = [(verb, parameter) for verb, given in VERBS.items() for parameter in given]
@@ -142,7 +142,8 @@ def memory(folder: Path) -> Iterator[Memory]:
 def call(door: Any, verb: str, given: dict[str, Any]) -> Any:
     for name in verb.split("."):
         door = getattr(door, name)
-    return door(**given)
+    several = [given.pop("versions")] if "versions" in given else []
+    return door(*several, **given)
 
 
 def arguments(verb: str, id_: str, folder: Path) -> dict[str, Any]:

@@ -144,7 +144,7 @@ def test_peft_gives_the_same_logits_from_our_folder(learnt: Learnt, tmp_path: Pa
 
 def test_a_retired_version_is_gone_and_the_base_answers(learnt: Learnt) -> None:
     """Last: it takes the version away."""
-    learnt.registry.activate(learnt.version, ANA)
+    learnt.registry.activate([learnt.version], ANA)
     (ref,) = learnt.registry.refs(Scope(user="ana", session="s"), identity=learnt.tensors.identity)
     assert "Biscuit" in ask(learnt.provider, "What is my dog's name?", ref)
     learnt.registry.retire(learnt.registry.made_from(["r1"]))

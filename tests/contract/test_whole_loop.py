@@ -110,7 +110,7 @@ def test_a_lora_answers_without_records_and_no_page_crosses_it(memory: Memory) -
     assert "Biscuit" not in ben.chat("What is my dog called?", recall=False, remember=False, max_tokens=16).text
     fresh = memory.scope(user="ana", session="under the LoRA")
     assert fresh.chat("Hello", system=SYSTEM, max_tokens=4, recall=False).usage.cached_tokens == 0
-    assert ana.parametric.rollback() is None
+    assert ana.parametric.rollback() == ()
     assert "Biscuit" not in ana.chat("What is my dog called?", recall=False, remember=False, max_tokens=16).text
     ana.parametric.activate(version, force=True)
     under = {entry.key for entry in memory.activation.entries() if facts[0].id in entry.records}
@@ -118,7 +118,7 @@ def test_a_lora_answers_without_records_and_no_page_crosses_it(memory: Memory) -
     receipt = ana.forget(facts[0].id)
     assert receipt.loras == [version.digest]
     assert under <= set(receipt.pages)
-    assert ana.parametric.active() is None
+    assert ana.parametric.active() == ()
     assert "Biscuit" not in ana.chat("What is my dog called?", recall=False, remember=False, max_tokens=16).text
     assert [v.state for v in ana.parametric.versions()] == ["retired"]
 

@@ -101,9 +101,9 @@ def test_two_scopes_never_share_a_version(registry: Registry) -> None:
     narrow = registry.add(trained(), scope=CHAT, gate=GOOD)
     wide = registry.add(trained(), scope=ANA, gate=GOOD)
     assert narrow.digest != wide.digest
-    registry.activate(wide, ANA)
+    registry.activate([wide], ANA)
     with pytest.raises(ScopeError):
-        registry.activate(narrow, ANA)
+        registry.activate([narrow], ANA)
 
 
 def test_adding_it_again_repairs_damaged_files(registry: Registry, tmp_path: Path) -> None:
@@ -118,45 +118,42 @@ def test_adding_it_again_repairs_damaged_files(registry: Registry, tmp_path: Pat
 
 def test_the_nearest_activation_answers(registry: Registry) -> None:
     one, two = (registry.add(trained(seed), scope=ANA, gate=GOOD) for seed in (1, 2))
-    assert registry.active(CHAT) is None
-    active = registry.activate(one, ANA)
-    assert active is not None
+    assert registry.active(CHAT) == ()
+    (active,) = registry.activate([one], ANA)
     assert active.active
-    assert registry.active(CHAT) == registry.get(one, CHAT)
-    assert registry.active(Scope(user="ana", agent="x", session="y")) is not None
-    assert registry.active(Scope(user="bob")) is None
-    assert registry.active(Scope()) is None
-    registry.activate(two.name, CHAT)
+    assert registry.active(CHAT) == (registry.get(one, CHAT),)
+    assert registry.active(Scope(user="ana", agent="x", session="y"))
+    assert registry.active(Scope(user="bob")) == ()
+    assert registry.active(Scope()) == ()
+    registry.activate([two.name], CHAT)
     assert digest(registry, CHAT) == two.digest
     assert digest(registry, ANA) == one.digest
-    registry.activate(None, CHAT)
-    assert registry.active(CHAT) is None
+    registry.activate([], CHAT)
+    assert registry.active(CHAT) == ()
     assert [version.active for version in registry.versions(ANA)] == [False, True]
 
 
 def digest(registry: Registry, scope: Scope) -> str | None:
-    version = registry.active(scope)
-    return None if version is None else version.digest
+    """The digests that act, with a space between them; None for the base."""
+    return " ".join(version.digest for version in registry.active(scope)) or None
 
 
 def test_rollback_goes_back_one_activation_at_a_time(registry: Registry) -> None:
     one, two = (registry.add(trained(seed), scope=ANA, gate=GOOD) for seed in (1, 2))
-    registry.activate(one, ANA)
-    registry.activate(two, ANA)
-    back = registry.rollback(ANA)
-    assert back is not None
-    assert back.digest == one.digest
-    assert registry.rollback(ANA) is None
-    assert registry.rollback(ANA) is None
+    registry.activate([one], ANA)
+    registry.activate([two], ANA)
+    assert [back.digest for back in registry.rollback(ANA)] == [one.digest]
+    assert registry.rollback(ANA) == ()
+    assert registry.rollback(ANA) == ()
 
 
 def test_a_version_that_failed_its_gate_stays_inactive_unless_forced(registry: Registry) -> None:
     version = registry.add(trained(), scope=ANA, gate=BAD)
     assert version.state == "failed"
     with pytest.raises(TrainingError, match="did not pass its gate"):
-        registry.activate(version, ANA)
-    assert registry.active(ANA) is None
-    registry.activate(version, ANA, force=True)
+        registry.activate([version], ANA)
+    assert registry.active(ANA) == ()
+    registry.activate([version], ANA, force=True)
     assert digest(registry, ANA) == version.digest
 
 
@@ -165,9 +162,9 @@ def test_other_scopes_neither_see_nor_use_it(registry: Registry) -> None:
     with pytest.raises(NotFound):
         registry.get(version.digest, Scope(user="bob"))
     with pytest.raises(NotFound):
-        registry.activate(version, Scope(user="bob"))
+        registry.activate([version], Scope(user="bob"))
     with pytest.raises(ScopeError, match="can't answer for all of"):
-        registry.activate(version, Scope())
+        registry.activate([version], Scope())
     assert registry.versions(Scope(user="bob")) == []
     assert registry.versions(Scope()) == [version]
     with pytest.raises(InvalidInput):
@@ -176,7 +173,7 @@ def test_other_scopes_neither_see_nor_use_it(registry: Registry) -> None:
 
 def test_it_carries_what_a_provider_needs(registry: Registry, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     version = registry.add(trained(), scope=ANA, gate=GOOD)
-    registry.activate(version, ANA)
+    registry.activate([version], ANA)
     (ref,) = registry.refs(CHAT, identity=b"\xab")
     assert (ref.name, ref.digest, ref.scale) == (version.name, version.digest, 1.0)
     assert Path(ref.path) == tmp_path / "lora" / version.digest
@@ -190,7 +187,7 @@ def test_a_damaged_version_is_not_used(
     registry: Registry, tmp_path: Path, damage: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     version = registry.add(trained(), scope=ANA, gate=GOOD)
-    registry.activate(version, ANA)
+    registry.activate([version], ANA)
     weights = tmp_path / "lora" / version.digest / WEIGHTS
     content = weights.read_bytes()
     if damage == "gone":
@@ -198,7 +195,7 @@ def test_a_damaged_version_is_not_used(
     else:
         weights.write_bytes(content[:-1] + (bytes([content[-1] ^ 1]) if damage == "flip" else b""))
     with caplog.at_level(logging.WARNING, "agentmem"):
-        assert registry.active(CHAT) is None
+        assert registry.active(CHAT) == ()
         assert registry.refs(CHAT, identity=b"\xab") == ()
     assert "is not used" in caplog.text
     with pytest.raises(NotFound if damage == "gone" else Corrupt):
@@ -214,32 +211,30 @@ def test_retiring_takes_it_out_everywhere_and_deletes_its_files(
     old = registry.add(trained(1, ("r1",)), scope=ANA, gate=GOOD)
     new = registry.add(trained(2, ("r1", "r2")), scope=ANA, gate=GOOD)
     other = registry.add(trained(3, ("r3",)), scope=ANA, gate=GOOD)
-    registry.activate(old, ANA)
-    registry.activate(new, ANA)
-    registry.activate(new, CHAT)
+    registry.activate([old], ANA)
+    registry.activate([new], ANA)
+    registry.activate([new], CHAT)
     assert registry.made_from(["r2", "r9"]) == [new.digest]
     assert set(registry.made_from(["r1"])) == {old.digest, new.digest}
     assert registry.retire([new.digest, "unknown"]) == [new.digest]
-    assert registry.active(ANA) is None  # the base, not the older version by itself
-    assert registry.active(CHAT) is None
+    assert registry.active(ANA) == ()  # the base, not the older version by itself
+    assert registry.active(CHAT) == ()
     assert names(registry, tmp_path / "lora") == {old.digest, other.digest}
     assert registry.made_from(["r2"]) == []
     assert not database.query("SELECT * FROM activations WHERE digest = ?", (new.digest,))
     assert registry.get(new, ANA).state == "retired"
     with pytest.raises(TrainingError, match="retired"):
-        registry.activate(new, ANA, force=True)
+        registry.activate([new], ANA, force=True)
     rows = database.query("SELECT manifest FROM loras WHERE digest = ?", (new.digest,))
     assert record_digest("text of r2") not in rows[0]["manifest"]
     assert registry.retire([new.digest]) == []
-    back = registry.rollback(ANA)
-    assert back is not None
-    assert back.digest == old.digest
+    assert [back.digest for back in registry.rollback(ANA)] == [old.digest]
 
 
 def test_retiring_the_only_one_leaves_what_the_level_above_answers_with(registry: Registry) -> None:
     above, here = (registry.add(trained(seed, (f"r{seed}",)), scope=ANA, gate=GOOD) for seed in (1, 2))
-    registry.activate(above, ANA)
-    registry.activate(here, CHAT)
+    registry.activate([above], ANA)
+    registry.activate([here], CHAT)
     registry.retire([here.digest])
     assert digest(registry, CHAT) == above.digest
 
@@ -285,8 +280,8 @@ def test_a_failed_commit_leaves_no_row_and_the_next_open_no_files(
         publish(_staging, _digest)
         raise KeyboardInterrupt
 
-    publish = registry._publish
-    monkeypatch.setattr(registry, "_publish", interrupted)
+    publish = registry._files.publish
+    monkeypatch.setattr(registry._files, "publish", interrupted)
     with pytest.raises(KeyboardInterrupt):
         registry.add(trained(), scope=ANA, gate=GOOD)
     assert registry.versions(ANA) == []
@@ -311,9 +306,8 @@ def test_threads_add_and_switch_at_once(registry: Registry) -> None:
     def work(number: int) -> None:
         try:
             for seed in range(number * 10, number * 10 + 5):
-                registry.activate(
-                    registry.add(trained(seed), scope=ANA, gate=GOOD), Scope(user="ana", session=str(number))
-                )
+                version = registry.add(trained(seed), scope=ANA, gate=GOOD)
+                registry.activate([version], Scope(user="ana", session=str(number)))
         except BaseException as error:
             errors.append(error)
 
@@ -342,7 +336,7 @@ registry = Registry(Database(folder / "memory.db"), folder / "lora", clock=lambd
 print("ready", flush=True)
 for seed in range(1, 100000):
     version = registry.add(trained(seed, (f"r{seed}",)), scope=ANA, gate=GOOD)
-    registry.activate(version, ANA)
+    registry.activate([version], ANA)
     print(version.digest, flush=True)
 """
 
@@ -365,7 +359,7 @@ def test_kill_9_in_the_middle_of_an_add_leaves_the_state_before_it(tmp_path: Pat
         assert set(acknowledged) <= stored
         assert names(registry, tmp_path / "lora") == stored
         assert registry.verify() == []
-        assert registry.active(ANA) is not None
+        assert registry.active(ANA)
         lineage = {row["key"] for row in database.query("SELECT key FROM lineage WHERE kind = 'lora'")}
         assert lineage == stored
         database.close()

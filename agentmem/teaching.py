@@ -1,0 +1,151 @@
+"""One shard of records taught to one LoRA version: corpus, training, gate, store.
+
+Orders the parts of parametric/ over the engine and its local model; knows nothing of which records to take and of what
+is active. Every step can be interrupted: what was trained so far waits in a checkpoint for the same call.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from .engine import Engine
+from .errors import ConfigError, NotFound, StoreError
+from .progress import progress
+from .types import Record, Scope, Usage
+
+if TYPE_CHECKING:
+    from .parametric.corpus import Corpus
+    from .parametric.gate import Thresholds
+    from .parametric.lora import Lora
+    from .parametric.registry import LoraVersion
+    from .parametric.train import Tensors
+
+__all__ = ["Stop", "corpus_of", "learn", "model_of", "thresholds_of"]
+
+_log = logging.getLogger("agentmem")
+
+Stop = Callable[[], bool]
+#: Other active versions that act beside a new one in its gate, where only those that a request concerns act.
+BESIDE = 2
+
+
+def model_of(engine: Engine) -> Tensors:
+    """The loaded model that LoRA versions are trained on.
+
+    Raises `ConfigError` where the provider shows no weights: it says which ones do.
+    """
+    provider = engine.chat_provider()
+    if not provider.capabilities.trains:
+        raise ConfigError(
+            f"{provider.name} gives no access to its weights, so nothing can be trained on it: train with "
+            "model='local' (or 'local:<folder or name>'); what was learnt there can also be served by llama.cpp, Ollama and vLLM"
+        )
+    tensors: Tensors = provider.tensors()
+    return tensors
+
+
+def thresholds_of(engine: Engine) -> Thresholds:
+    """What a version must reach in this memory; raises `ConfigError` for a setting that names no threshold."""
+    from .parametric.gate import Thresholds
+
+    return Thresholds.from_settings(engine.settings.lora_gate)
+
+
+def corpus_of(engine: Engine, scope: Scope, records: Sequence[Record]) -> Corpus:
+    """What there is to learn and to test of these records."""
+    from .parametric import corpus as corpora
+
+    return corpora.build(records)
+
+
+def learn(
+    engine: Engine,
+    tensors: Tensors,
+    scope: Scope,
+    corpus: Corpus,
+    *,
+    seed: int,
+    epochs: int | None,
+    parents: Sequence[LoraVersion] = (),
+    beside: Sequence[LoraVersion] = (),
+    keep: Sequence[str] = (),
+    stop: Stop,
+    label: str = "learning",
+) -> LoraVersion:
+    """A stored version of ``scope`` that learnt ``corpus`` and went through its gate; it is not active yet.
+
+    ``parents`` are versions whose place it takes, ``beside`` those that will act with it, ``keep`` digests that must
+    not make room for it. The same run again, after it was stored, gives what is stored.
+    """
+    from .parametric.gate import gate
+    from .parametric.train import estimate
+    from .parametric.train import train as teach
+
+    thresholds = thresholds_of(engine)
+    run = _key(tensors, scope, corpus, seed, epochs)
+    found = engine.registry.found(run, scope)
+    if found is not None and found.gate.thresholds == thresholds:
+        return found
+    if corpus.left_out:
+        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out)
+        _log.warning("%d records are not learnt (%s)", len(corpus.left_out), why)
+    expected = estimate(tensors, corpus, epochs=epochs)
+    _log.info("%s: %d records, %s", label, len(corpus.records), expected)
+    with engine.registry.run(run, corpus.records) as checkpoint:
+        with progress(f"{label} ({expected})") as moved:
+            trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=moved, stop=stop, checkpoint=checkpoint)
+        report = gate(
+            tensors,
+            trained,
+            corpus,
+            thresholds=thresholds,
+            beside=_loras(engine, beside),
+            earlier=_earlier(engine, scope, [*parents, *beside]),
+        )
+        version = engine.registry.add(
+            trained,
+            scope=scope,
+            gate=report,
+            parents=[parent.digest for parent in parents],
+            left_out=corpus.left_out,
+            keep=keep,
+            run=run,
+        )
+    name = engine.chat_provider().name
+    engine.ledger.note("train", name, scope, Usage(total_s=trained.seconds), size=version.bytes, here=True)
+    return version
+
+
+def _key(tensors: Tensors, scope: Scope, corpus: Corpus, seed: int, epochs: int | None) -> str:
+    """What tells one run from another: model, scope, examples, seed, length."""
+    said = [(example.question, example.answer, example.system) for example in corpus.examples]
+    told: list[Any] = [tensors.identity.hex(), list(scope.levels()), sorted(corpus.records.items()), said, seed, epochs]
+    return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()[:32]
+
+
+def _loras(engine: Engine, versions: Sequence[LoraVersion]) -> list[Lora]:
+    """The weights of other active versions, as many as may act at once."""
+    from .parametric.lora import load
+
+    at_once = versions if engine.settings.lora_when == "always" else versions[-BESIDE:]
+    found: list[Lora] = []
+    for version in at_once:
+        try:
+            found.append(load(engine.registry.ref(version).path, digest=version.digest))
+        except (StoreError, NotFound) as error:
+            _log.warning("%s is left out of a gate: %s", version.name, error)
+    return found
+
+
+def _earlier(engine: Engine, scope: Scope, versions: Sequence[LoraVersion]) -> Corpus | None:
+    """What these versions taught and still holds: a new one beside them, or in their place, must not lose it."""
+    ids = list(dict.fromkeys(record for version in versions for record in version.records))
+    records = engine.records.named(ids, Scope())
+    if not records:
+        return None
+    corpus = corpus_of(engine, scope, [record.model_copy(update={"trust": "trusted"}) for record in records])
+    return corpus if corpus.examples else None
