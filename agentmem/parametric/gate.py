@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -16,14 +16,17 @@ from pydantic import Field
 from agentmem.errors import ConfigError
 from agentmem.types import Value
 
+from .answering import Answer, divergence, said, text_loss
 from .corpus import Corpus, Example
+from .lessons import Tensors, encode, ends, steady
 from .lora import applied, base_only
-from .train import Tensors, Trained, answers, encode, steady
+from .probes import PASSAGE, SPOKEN_PASSAGE, UNRELATED, neighbours, sample, unknown
+from .train import Trained
 
 if TYPE_CHECKING:
     from .lora import Lora
 
-__all__ = ["PASSAGE", "UNRELATED", "GateReport", "Thresholds", "gate", "perplexity", "recall"]
+__all__ = ["GateReport", "Thresholds", "failures", "gate", "intrudes", "perplexity", "recall"]
 
 
 class Thresholds(Value):
@@ -119,36 +122,32 @@ class GateReport(Value):
         )
 
 
-#: The opening of H. G. Wells, The War of the Worlds (1898), which is in the public domain.
-PASSAGE = (
-    "No one would have believed in the last years of the nineteenth century that this world was being watched "
-    "keenly and closely by intelligences greater than man's and yet as mortal as his own; that as men busied "
-    "themselves about their various concerns they were scrutinised and studied, perhaps almost as narrowly as a man "
-    "with a microscope might scrutinise the transient creatures that swarm and multiply in a drop of water. With "
-    "infinite complacency men went to and fro over this globe about their little affairs, serene in their assurance "
-    "of their empire over matter. It is possible that the infusoria under the microscope do the same. No one gave a "
-    "thought to the older worlds of space as sources of human danger, or thought of them only to dismiss the idea "
-    "of life upon them as impossible or improbable. It is curious to recall some of the mental habits of those "
-    "departed days. At most terrestrial men fancied there might be other men upon Mars, perhaps inferior to "
-    "themselves and ready to welcome a missionary enterprise. Yet across the gulf of space, minds that are to our "
-    "minds as ours are to those of the beasts that perish, intellects vast and cool and unsympathetic, regarded "
-    "this earth with envious eyes, and slowly and surely drew their plans against us. And early in the twentieth "
-    "century came the great disillusionment. The planet Mars, I scarcely need remind the reader, revolves about the "
-    "sun at a mean distance of 140,000,000 miles, and the light and heat it receives from the sun is barely half of "
-    "that received by this world."
-)
+#: Questions that no learnt fact answers, in all; personal ones that nothing answers; those about earlier facts.
+_QUESTIONS, _UNKNOWN, _EARLIER = 40, 8, 20
+#: Room for an answer that holds a fact, at least.
+_LEAST_TOKENS = 20
+#: A ruined model's drift or KL may have no number: it is given as this, so that reports can be stored and compared.
+_RUINED = 1e6
+#: What asks for the passage that the assistant says.
+_STORY = "Please read me the beginning of a book."
 
-#: Questions that no learnt fact answers; none of them is an anchor of the training (corpus.py).
-UNRELATED = (
-    "What is the capital of France?",
-    "What is my neighbour Karl's dog called?",
-    "Where does my colleague Maria live?",
-    "What does my friend Omar do for work?",
-    "Who painted the Mona Lisa?",
-    "Recommend a city for a holiday.",
-    "What is a healthy breakfast?",
-    "What is the name of a well-known rock band?",
-)
+_AT_LEAST = {
+    "recall_trained": "recall of trained wordings",
+    "recall_held_out": "recall of held-out wordings",
+    "recall_natural": "recall of wholly reworded questions",
+    "unknown": "the share of unanswerable questions left without a learnt fact",
+    "retention": "recall of what earlier versions taught",
+    "composition": "recall beside the other active versions",
+}
+_AT_MOST = {
+    "drift": "drift on unrelated text",
+    "intrusion": "intrusion into unrelated and neighbour questions",
+    "gated_intrusion": "intrusion into questions on which it would act",
+    "neighbours": "intrusion into questions about other people",
+    "drift_composed": "drift beside the other active versions",
+}
+#: The base's answers to questions that are the same for every corpus, by model and question: a guess for next time.
+_base_answers: dict[tuple[bytes, str], list[int]] = {}
 
 
 def gate(
@@ -157,84 +156,205 @@ def gate(
     corpus: Corpus,
     *,
     thresholds: Thresholds | None = None,
-    max_questions: int = 48,
-    max_tokens: int = 20,
+    beside: Sequence[Lora] = (),
+    earlier: Corpus | None = None,
+    concerns: Callable[[str], bool] | None = None,
+    max_questions: int = 40,
+    max_tokens: int = 16,
 ) -> GateReport:
     """Ask the model with the LoRA on it, and compare with the base. The model is as before afterwards; its lock is
     held.
 
-    Costs two passes over a few hundred tokens and at most ``max_questions`` short greedy answers per kind of question
-    (where the corpus has more, an even sample is asked). ``max_tokens`` bounds an answer to an unrelated question.
+    ``beside``: the LoRAs that are served with it, and ``earlier`` what they were taught: a sample of it, and of the new
+    facts, is asked for with all of them on the model. ``concerns(question)`` says whether a chat would let the LoRA act
+    on this question.
+
+    At most ``max_questions`` of each kind are asked, an even sample over the facts; ``max_tokens`` bounds an answer to
+    a question that no fact answers. Costs about ten CPU-seconds for ten facts on a 135M model.
     """
-    limits = thresholds or Thresholds()
     lora = trained.lora if isinstance(trained, Trained) else trained
+    together = (lora, *beside)
     cpu = time.process_time()
-    unrelated = [Example(text, "", (), ()) for text in UNRELATED]
+    opening = next((part.activated for part in together if part.activated), ())
+    unrelated = [Example(question, "", (), ()) for question in UNRELATED]
+    tempting = neighbours(corpus, _QUESTIONS - len(unrelated))
+    unknowns = unknown(corpus, _UNKNOWN)
+    kinds = [sample(part, max_questions) for part in (corpus.examples, corpus.held_out, corpus.natural)]
     with tensors.lock, steady(tensors.model):
         with base_only(tensors.model):
-            base_perplexity = perplexity(tensors, PASSAGE)
-            base_said = _said(tensors, unrelated, max_tokens)
+            before = _losses(tensors, opening)
+            base = _said_by_base(tensors, unrelated, max_tokens)
+            # Scored in passes of the same shape as below: else the KL would hold the rounding of other shapes.
+            base = _said_like(tensors, unrelated, base, max_tokens, logits=True)
+            base_other = _said_by_base(tensors, (*unknowns, *tempting), max_tokens, common=len(unknowns))
         with applied(tensors.model, lora):
-            changed = perplexity(tensors, PASSAGE) / base_perplexity - 1
-            said = _said(tensors, unrelated, max_tokens)
-            trained_share, missed = recall(tensors, _sample(corpus.examples, max_questions), max_tokens)
-            held_out_share, missed_too = recall(tensors, _sample(corpus.held_out, max_questions), max_tokens)
+            drift = _drift(before, _losses(tensors, opening))
+            here = _said_like(tensors, unrelated, base, max_tokens, opening=opening, logits=True)
+            other = _said_like(tensors, (*unknowns, *tempting), base_other, max_tokens, opening=opening)
+            known = [_known(tensors, part, opening) for part in kinds]
+        drift_composed = composition = retention = None
+        if beside:
+            old = sample(earlier.held_out or earlier.examples, _EARLIER) if earlier is not None else []
+            new = sample(corpus.held_out or corpus.examples, _EARLIER)
+            with applied(tensors.model, *together):
+                drift_composed = _drift(before, _losses(tensors, opening))
+                composition = _share(_known(tensors, new, opening))
+                retention = _share(_known(tensors, old, opening)) if old else None
     facts = list({example.answer: example for example in corpus.examples}.values())
     intruded = [
-        any(f.found_in(new) and not f.found_in(old) for f in facts) for new, old in zip(said, base_said, strict=True)
+        question
+        for question, old_text, new_text in zip(
+            (*unrelated, *unknowns, *tempting),
+            _texts(tensors, base + base_other),
+            _texts(tensors, here + other),
+            strict=True,
+        )
+        if intrudes(facts, question.question, old_text, new_text)
     ]
+    others = [question for question in intruded if question in tempting or question in unrelated]
     report = GateReport(
-        recall_trained=trained_share,
-        recall_held_out=held_out_share,
-        drift=changed,
-        intrusion=sum(intruded) / len(intruded),
+        recall_trained=_share(known[0]),
+        recall_held_out=_share(known[1]),
+        recall_natural=_share(known[2]) if known[2] else None,
+        drift=drift,
+        kl=_finite(divergence(base, here)),
+        intrusion=len(others) / (len(unrelated) + len(tempting)),
+        neighbours=sum(question in tempting for question in intruded) / len(tempting) if tempting else None,
+        unknown=1 - sum(question in unknowns for question in intruded) / len(unknowns) if unknowns else None,
+        retention=retention,
+        composition=composition,
+        drift_composed=drift_composed,
+        gated_intrusion=None
+        if concerns is None
+        else sum(concerns(question.question) for question in others) / (len(unrelated) + len(tempting)),
         passed=False,
-        thresholds=limits,
-        missed=tuple(dict.fromkeys(missed + missed_too)),
+        thresholds=thresholds or Thresholds(),
+        missed=_missed((*kinds[0], *kinds[1]), (*known[0], *known[1])),
+        by_record=_by_record((*kinds[1], *kinds[2]), (*known[1], *known[2])),
+        asked=sum(map(len, kinds)) + len(unrelated) + len(tempting) + len(unknowns),
         cpu_seconds=time.process_time() - cpu,
     )
-    return report.model_copy(update={"passed": _passes(report)})
+    failed = failures(report)
+    return report.model_copy(update={"passed": not failed, "failed": failed})
 
 
-def recall(tensors: Tensors, examples: Sequence[Example], max_tokens: int = 20) -> tuple[float, list[str]]:
-    """The share of ``examples`` that the model answers with their fact, and the record ids of those it doesn't."""
-    if not examples:
-        return 1.0, []
-    said = _said(tensors, examples, max_tokens)
-    missed = [example for example, text in zip(examples, said, strict=True) if not example.found_in(text)]
-    return 1 - len(missed) / len(examples), [id_ for example in missed for id_ in example.records]
+def failures(report: GateReport) -> tuple[str, ...]:
+    """Which of its thresholds a report misses, in words with both numbers; what was not measured is not judged."""
+    found: list[str] = []
+    for names, least in ((_AT_LEAST, True), (_AT_MOST, False)):
+        for name, words in names.items():
+            value, limit = getattr(report, name), getattr(report.thresholds, name)
+            if value is not None and (value < limit if least else value > limit):
+                found.append(f"{words} is {value:.1%}, not {'at least' if least else 'at most'} {limit:.1%}")
+    if report.kl is not None and report.kl > report.thresholds.kl:
+        found.append(f"KL on unrelated chat is {report.kl:.3f} nats per token, not at most {report.thresholds.kl:.3f}")
+    return tuple(found)
+
+
+def intrudes(facts: Iterable[Example], question: str, before: str, now: str) -> bool:
+    """True if ``now`` holds one of these facts that neither the question nor the base's answer ``before`` holds."""
+    return any(f.found_in(now) and not f.found_in(before) and not f.found_in(question) for f in facts)
+
+
+def recall(tensors: Tensors, examples: Sequence[Example]) -> tuple[float, list[str]]:
+    """The share of ``examples`` that the model answers with their fact, and the record ids of those it doesn't.
+
+    Greedy answers, with whatever LoRAs are on the model; the caller holds its lock.
+    """
+    known = _known(tensors, examples, ())
+    return _share(known), list(_missed(examples, known))
 
 
 def perplexity(tensors: Tensors, text: str) -> float:
     """exp of the mean loss in nats per token of ``text``, read as plain text."""
-    import torch
-    from torch.nn import functional
-
-    ids = torch.tensor([tensors.tokenizer.encode(text)], device=tensors.model.device)
-    with torch.inference_mode():
-        logits = tensors.model(input_ids=ids, use_cache=False).logits[0, :-1].float()
-        return math.exp(float(functional.cross_entropy(logits, ids[0, 1:])))
+    return math.exp(text_loss(tensors, tensors.tokenizer.encode(text)))
 
 
-def _said(tensors: Tensors, examples: Sequence[Example], max_tokens: int) -> list[str]:
+def _known(tensors: Tensors, examples: Sequence[Example], opening: Sequence[int]) -> list[bool]:
+    """Which of them the model answers with their fact. What it says word for word as taught costs no generation."""
     coded = [encode(tensors, example) for example in examples]
-    prompts = [prompt for prompt, _ in coded]
-    # A long statement is given the room to be said in full.
-    max_tokens = max(max_tokens, *(len(answer) + 4 for _, answer in coded))
-    return [tensors.tokenizer.decode(ids, skip_special_tokens=True) for ids in answers(tensors, prompts, max_tokens)]
-
-
-def _sample(examples: Sequence[Example], most: int) -> Sequence[Example]:
-    if len(examples) <= most:
-        return examples
-    return [examples[i * len(examples) // most] for i in range(most)]
-
-
-def _passes(report: GateReport) -> bool:
-    limits = report.thresholds
-    return (
-        report.recall_trained >= limits.recall_trained
-        and report.recall_held_out >= limits.recall_held_out
-        and report.drift <= limits.drift
-        and report.intrusion <= limits.intrusion
+    limits = [max(_LEAST_TOKENS, len(answer) + 4) for _, answer in coded]
+    spoken = said(
+        tensors, [prompt for prompt, _ in coded], limits, guesses=[answer for _, answer in coded], opening=opening
     )
+    return [example.found_in(text) for example, text in zip(examples, _texts(tensors, spoken), strict=True)]
+
+
+def _said_by_base(
+    tensors: Tensors, questions: Sequence[Example], most: int, *, common: int | None = None
+) -> list[Answer]:
+    """The base's answers. Those to the first ``common`` questions (all: None) are remembered as guesses."""
+    common = len(questions) if common is None else common
+    keys = [(tensors.identity, question.question) for question in questions]
+    guesses = [_base_answers.get(key, []) if at < common else [] for at, key in enumerate(keys)]
+    prompts = [encode(tensors, question)[0] for question in questions]
+    found = said(tensors, prompts, most, guesses=guesses)
+    for key, answer in zip(keys[:common], found, strict=False):
+        _base_answers[key] = _with_end(tensors, answer)
+    return found
+
+
+def _said_like(
+    tensors: Tensors,
+    questions: Sequence[Example],
+    base: Sequence[Answer],
+    most: int,
+    *,
+    opening: Sequence[int] = (),
+    logits: bool = False,
+) -> list[Answer]:
+    """Answers to compare with the base's: where they are alike they cost one pass."""
+    prompts = [encode(tensors, question)[0] for question in questions]
+    guesses = [_with_end(tensors, answer) for answer in base]
+    return said(tensors, prompts, most, guesses=guesses, logits=logits, opening=opening)
+
+
+def _with_end(tensors: Tensors, answer: Answer) -> list[int]:
+    return [*answer.tokens, ends(tensors)[0]] if answer.ended else answer.tokens
+
+
+def _texts(tensors: Tensors, spoken: Sequence[Answer]) -> list[str]:
+    return [tensors.tokenizer.decode(answer.tokens, skip_special_tokens=True) for answer in spoken]
+
+
+def _losses(tensors: Tensors, opening: Sequence[int]) -> tuple[float, float]:
+    """Nats per token of two passages: one read as plain text, one said by the assistant.
+
+    An activated LoRA doesn't act on plain text: then both are said.
+    """
+    story = encode(tensors, Example(_STORY, "", (), ()))[0]
+    read = text_loss(tensors, _ids(tensors, PASSAGE), after=story if opening else (), opening=opening)
+    return read, text_loss(tensors, _ids(tensors, SPOKEN_PASSAGE), after=story, opening=opening)
+
+
+def _ids(tensors: Tensors, text: str) -> list[int]:
+    return list(tensors.tokenizer.encode(text, add_special_tokens=False))
+
+
+def _drift(before: Sequence[float], after: Sequence[float]) -> float:
+    """The larger relative rise of the perplexity; a fall counts as what it is where both fall."""
+    return max(_finite(math.expm1(min(new - old, 100.0))) for old, new in zip(before, after, strict=True))
+
+
+def _finite(value: float) -> float:
+    return min(value, _RUINED) if math.isfinite(value) else _RUINED
+
+
+def _share(known: Sequence[bool]) -> float:
+    return sum(known) / len(known) if known else 1.0
+
+
+def _missed(examples: Sequence[Example], known: Sequence[bool]) -> tuple[str, ...]:
+    return tuple(
+        dict.fromkeys(
+            id_ for example, right in zip(examples, known, strict=True) if not right for id_ in example.records
+        )
+    )
+
+
+def _by_record(examples: Sequence[Example], known: Sequence[bool]) -> dict[str, float]:
+    answered: dict[str, list[bool]] = {}
+    for example, right in zip(examples, known, strict=True):
+        for id_ in example.records:
+            answered.setdefault(id_, []).append(right)
+    return {id_: _share(rights) for id_, rights in answered.items()}

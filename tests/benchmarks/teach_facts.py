@@ -25,7 +25,8 @@ import torch
 from torch.nn import functional
 
 from agentmem.parametric.corpus import Corpus, Example, build
-from agentmem.parametric.gate import PASSAGE, UNRELATED, gate, perplexity, recall
+from agentmem.parametric.gate import gate, perplexity, recall
+from agentmem.parametric.probes import PASSAGE, UNRELATED
 from agentmem.parametric.lora import Delta, Lora, Switch, applied, base_only, save
 from agentmem.parametric.train import Tensors, answers, encode, steady, train
 from agentmem.provider import LoraRef, load

@@ -57,7 +57,7 @@ def test_held_out_wordings_are_never_trained() -> None:
 
 
 def test_anchors_ask_about_others_and_are_neither_trained_nor_asked_by_the_gate() -> None:
-    from agentmem.parametric.gate import UNRELATED
+    from agentmem.parametric.probes import UNRELATED
 
     made = corpus("My dog is called Biscuit.", "I live in Tromsø.")
     anchors = {anchor.question for anchor in (*made.neighbours, *made.anchors)}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,9 +14,11 @@ import torch
 
 from agentmem.errors import ConfigError
 from agentmem.parametric import gate as gates
-from agentmem.parametric.corpus import Corpus, build
-from agentmem.parametric.gate import UNRELATED, GateReport, Thresholds, gate, perplexity, recall
-from agentmem.parametric.lora import Lora, Switch
+from agentmem.parametric.answering import Answer
+from agentmem.parametric.corpus import Corpus, Example, build
+from agentmem.parametric.gate import GateReport, Thresholds, failures, gate, intrudes, perplexity, recall
+from agentmem.parametric.lora import Lora, Switch, applied
+from agentmem.parametric.probes import UNRELATED, neighbours, unknown
 from agentmem.provider import load
 from agentmem.types import Record
 
@@ -39,54 +43,92 @@ def lora(tensors: Any, size: float) -> Lora:
 def says(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, bool], str]) -> None:
     """Replaces generation by ``answer(question, with the LoRA on)``, to give the gate known answers to judge."""
 
-    def said(tensors: Any, examples: Any, _: int) -> list[str]:
+    def said(tensors: Any, prompts: Any, most: Any, *, logits: bool = False, **_: Any) -> list[Answer]:
         on = bool(tensors.model.get_submodule("model.layers.2.mlp.down_proj")._forward_hooks)
-        return [answer(example.question, on) for example in examples]
+        questions = [tensors.tokenizer.decode(ids).split("user\n")[-1].split("<|im_end|>")[0] for ids in prompts]
+        texts = [tensors.tokenizer.encode(answer(question, on)) for question in questions]
+        return [Answer(text, ended=True, logits=torch.zeros(2, 8) if logits else None) for text in texts]
 
-    monkeypatch.setattr(gates, "_said", said)
+    monkeypatch.setattr(gates, "said", said)
 
 
 def told(question: str) -> str:
-    return "Biscuit" if "dog" in question else "You live in OSLO!"
+    return "Biscuit" if re.search("dog|pet|animal", question) else "You live in OSLO!"
+
+
+def asks_of_the_user(corpus: Corpus) -> Callable[[str], bool]:
+    asked = {e.question for part in (corpus.examples, corpus.held_out, corpus.natural) for e in part}
+    return lambda question: question in asked
 
 
 def test_a_lora_that_does_nothing_changes_nothing_and_fails(tensors: Any, corpus: Corpus) -> None:
     report = gate(tensors, lora(tensors, 0.0), corpus, max_tokens=4)
     assert report.drift == 0.0
-    assert report.intrusion == 0.0
+    assert report.kl == pytest.approx(0.0, abs=1e-6)
+    assert (report.intrusion, report.neighbours, report.unknown) == (0.0, 0.0, 1.0)
     assert report.recall_trained == 0.0
     assert set(report.missed) == {"a", "b"}
+    assert report.by_record == {"a": 0.0, "b": 0.0}
     assert not report.passed
+    assert "recall of held-out wordings is 0.0%, not at least 80.0%" in report.failed
 
 
 def test_one_that_knows_the_facts_and_nothing_else_passes(
     tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says(monkeypatch, lambda question, on: told(question) if on and question not in UNRELATED else "no idea")
+    own = asks_of_the_user(corpus)
+    says(monkeypatch, lambda question, on: told(question) if on and own(question) else "no idea")
     report = gate(tensors, lora(tensors, 0.0), corpus)
-    assert (report.recall_trained, report.recall_held_out, report.intrusion) == (1.0, 1.0, 0.0)
+    assert (report.recall_trained, report.recall_held_out, report.intrusion, report.unknown) == (1.0, 1.0, 0.0, 1.0)
     assert report.passed
+    assert report.failed == ()
     assert not report.missed
+    assert report.by_record == {"a": 1.0, "b": 1.0}
     assert str(report).startswith("passed: recall 100% trained")
 
 
 def test_perfect_recall_with_a_ruined_model_fails(
     tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    says(monkeypatch, lambda question, on: told(question) if on and question not in UNRELATED else "no idea")
+    own = asks_of_the_user(corpus)
+    says(monkeypatch, lambda question, on: told(question) if on and own(question) else "no idea")
     report = gate(tensors, lora(tensors, 0.5), corpus)
     assert report.recall_trained == 1.0
     assert report.drift > 0.05
+    assert len(report.failed) == 1
+    assert "drift on unrelated text" in report.failed[0]
     assert not report.passed
 
 
 def test_facts_that_intrude_elsewhere_fail_it(tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     says(monkeypatch, lambda question, on: told(question) if on else "no idea")
     report = gate(tensors, lora(tensors, 0.0), corpus)
-    assert report.intrusion == 1.0
-    assert not report.passed
-    lax = gate(tensors, lora(tensors, 0.0), corpus, thresholds=Thresholds(intrusion=1.0))
+    assert (report.intrusion, report.neighbours, report.unknown) == (1.0, 1.0, 0.0)
+    assert len(report.failed) == 3
+    lax = gate(tensors, lora(tensors, 0.0), corpus, thresholds=Thresholds(intrusion=1, neighbours=1, unknown=0))
     assert lax.passed
+
+
+def test_only_what_a_chat_would_let_it_answer_counts_as_gated(
+    tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    says(monkeypatch, lambda question, on: told(question) if on else "no idea")
+    first = neighbours(corpus, 1)[0].question
+    report = gate(tensors, lora(tensors, 0.0), corpus, concerns=lambda question: question == first)
+    assert report.intrusion == 1.0
+    assert report.gated_intrusion == pytest.approx(1 / (len(UNRELATED) + len(neighbours(corpus, 24))))
+    assert gate(tensors, lora(tensors, 0.0), corpus).gated_intrusion is None
+
+
+def test_a_learnt_value_for_what_nobody_told_is_counted(
+    tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    invented = {question.question for question in unknown(corpus, 8)[:2]}
+    says(monkeypatch, lambda question, on: "It is Biscuit." if on and question in invented else "no idea")
+    report = gate(tensors, lora(tensors, 0.0), corpus)
+    assert report.unknown == 0.75
+    assert report.intrusion == 0.0
+    assert any("unanswerable" in text for text in report.failed)
 
 
 def test_what_the_base_says_anyway_is_no_intrusion(
@@ -96,12 +138,65 @@ def test_what_the_base_says_anyway_is_no_intrusion(
     assert gate(tensors, lora(tensors, 0.0), corpus).intrusion == 0.0
 
 
+def test_what_a_question_says_itself_is_no_intrusion(corpus: Corpus) -> None:
+    facts = corpus.examples[:1]
+    assert intrudes(facts, "What is Karl's dog called?", "Rex.", "Biscuit.")
+    assert not intrudes(facts, "Is Karl's dog called Biscuit?", "No.", "Biscuit? No.")
+
+
 def test_held_out_wordings_count_apart(tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
     trained = {example.question for example in corpus.examples}
     says(monkeypatch, lambda question, on: told(question) if on and question in trained else "no idea")
     report = gate(tensors, lora(tensors, 0.0), corpus)
     assert (report.recall_trained, report.recall_held_out) == (1.0, 0.0)
     assert not report.passed
+
+
+def test_natural_wordings_count_where_there_are_some(
+    tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worded = Example("Which animal is mine?", "Your dog is called Biscuit.", ("Biscuit",), ("a",))
+    own = asks_of_the_user(replace(corpus, natural=()))
+    says(monkeypatch, lambda question, on: told(question) if on and own(question) else "no idea")
+    report = gate(tensors, lora(tensors, 0.0), replace(corpus, natural=(worded,)))
+    assert report.recall_natural == 0.0
+    assert report.by_record["a"] < 1.0
+    assert any("wholly reworded" in text for text in report.failed)
+    assert gate(tensors, lora(tensors, 0.0), replace(corpus, natural=())).recall_natural is None
+
+
+def test_what_acts_beside_it_is_asked_for_with_all_of_them_on(
+    tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acting: list[int] = []
+
+    @contextlib.contextmanager
+    def counted(model: Any, *loras: Lora) -> Any:
+        acting.append(len(loras))
+        with applied(model, *loras):
+            yield
+
+    monkeypatch.setattr(gates, "applied", counted)
+    own = asks_of_the_user(corpus)
+    says(monkeypatch, lambda question, on: told(question) if on and own(question) and acting[-1] == 1 else "no idea")
+    alone = gate(tensors, lora(tensors, 0.0), corpus)
+    assert (alone.composition, alone.retention, alone.drift_composed) == (None, None, None)
+    report = gate(tensors, lora(tensors, 0.0), corpus, beside=[lora(tensors, 0.2)], earlier=corpus)
+    assert acting == [1, 1, 2]
+    assert (report.recall_held_out, report.composition, report.retention) == (1.0, 0.0, 0.0)
+    assert report.drift == 0.0
+    assert report.drift_composed is not None
+    assert report.drift_composed > 0.0
+    assert sum("other active versions" in text for text in report.failed) >= 1
+
+
+def test_a_model_that_computes_no_numbers_any_more_still_gives_a_report_that_can_be_stored(
+    tensors: Any, corpus: Corpus
+) -> None:
+    report = gate(tensors, lora(tensors, float("inf")), corpus, max_tokens=2)
+    assert not report.passed
+    assert report.drift > 1.0
+    assert GateReport.model_validate_json(report.model_dump_json()) == report
 
 
 def test_the_model_is_left_as_it_was(tensors: Any, corpus: Corpus) -> None:
@@ -119,24 +214,27 @@ def test_the_model_is_left_as_it_was(tensors: Any, corpus: Corpus) -> None:
     assert torch.equal(logits(), base)
 
 
-def test_many_questions_are_sampled_evenly(tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[int] = []
-
-    def counted(_: Any, examples: Any, _most: int) -> list[str]:
-        asked.append(len(examples))
-        return ["" for _ in examples]
-
-    monkeypatch.setattr(gates, "_said", counted)
+def test_many_questions_are_sampled(tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch) -> None:
+    says(monkeypatch, lambda *_: "")
     many = replace(corpus, examples=corpus.examples * 40)
-    gate(tensors, lora(tensors, 0.0), many, max_questions=10)
-    assert asked == [len(UNRELATED), len(UNRELATED), 10, len(corpus.held_out)]
+    report = gate(tensors, lora(tensors, 0.0), many, max_questions=10)
+    tempting = len(neighbours(corpus, 24))
+    assert report.asked == 10 + len(corpus.held_out) + len(corpus.natural) + len(UNRELATED) + tempting + len(
+        unknown(corpus, 8)
+    )
 
 
 def test_recall_asks_the_model(tensors: Any, corpus: Corpus) -> None:
-    share, missed = recall(tensors, corpus.examples, 3)
+    share, missed = recall(tensors, corpus.examples[:3])
     assert share == 0.0
-    assert set(missed) == {"a", "b"}
+    assert set(missed) <= {"a", "b"}
     assert recall(tensors, []) == (1.0, [])
+
+
+def test_what_was_not_measured_is_not_judged() -> None:
+    report = GateReport(recall_trained=1, recall_held_out=1, drift=0, intrusion=0, passed=True)
+    assert failures(report) == ()
+    assert len(failures(report.model_copy(update={"kl": 0.5, "retention": 0.1}))) == 2
 
 
 def test_perplexity_of_a_random_model_is_near_the_size_of_its_alphabet(tensors: Any) -> None:
@@ -151,13 +249,13 @@ def test_a_report_survives_json() -> None:
 def test_a_long_statement_has_room_to_be_said(tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def counted(_tensors: Any, prompts: Any, most: int) -> list[list[int]]:
-        asked.append(most)
-        return [[] for _ in prompts]
+    def counted(_tensors: Any, prompts: Any, most: Any, **_: Any) -> list[Answer]:
+        asked.extend(most)
+        return [Answer([]) for _ in prompts]
 
-    monkeypatch.setattr(gates, "answers", counted)
+    monkeypatch.setattr(gates, "said", counted)
     long = build([Record(id="a", text="The garden shed " + "and then the fence " * 8 + "burnt down.")])
-    recall(tensors, long.examples, 5)
+    recall(tensors, long.examples)
     assert asked[0] > len(long.examples[0].answer)  # a token per byte here
 
 
