@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from agentmem.errors import InvalidInput, TrainingError
-from agentmem.parametric.corpus import Corpus, build
+from agentmem.parametric.corpus import Corpus, Example, build
 from agentmem.parametric.lora import Switch, applied, base_only, save
 from agentmem.parametric.states import Stack
 from agentmem.parametric.steps import Run
@@ -39,7 +39,10 @@ def tensors(tmp_path: Path, tiny_model: Callable[..., Path]) -> Any:
 
 def logits(tensors: Any) -> torch.Tensor:
     with torch.inference_mode():
-        out: torch.Tensor = tensors.model(input_ids=torch.tensor([[5, 90, 31, 7, 7, 200]])).logits
+        prompt, _ = encode(
+            tensors, Example("Who?", "", (), ())
+        )  # a LoRA that an answer's opening calls acts on its end
+        out: torch.Tensor = tensors.model(input_ids=torch.tensor([[*prompt, 31, 7, 200]])).logits
         return out
 
 
@@ -187,7 +190,7 @@ def test_an_active_lora_takes_no_part_and_is_active_again_afterwards(
 ) -> None:
     first = train(tensors, lessons, epochs=2, recipe=QUICK)
     folder = tmp_path / "first"
-    ref = LoraRef(name="first", digest=save(folder, first.lora), path=str(folder))
+    ref = LoraRef(name="first", digest=save(folder, first.lora), path=str(folder), activated=first.lora.activated)
     switch = Switch(tensors.model)
     switch.activate([ref])
     with_it = logits(tensors)
