@@ -7,7 +7,9 @@ import datetime as dt
 import pytest
 
 from agentmem.errors import InvalidInput
-from agentmem.parametric.corpus import Corpus, build, record_digest, second_person
+from agentmem.parametric.corpus import OTHERS, Corpus, Example, build, record_digest
+from agentmem.parametric.grammar import second_person
+from agentmem.parametric.probes import UNRELATED
 from agentmem.types import Record
 
 
@@ -26,7 +28,7 @@ def corpus(*texts: str) -> Corpus:
         ("I live in Tromsø.", "Where do I live?", "You live in Tromsø.", "Tromsø"),
         ("I work as a glass blower", "What is my job?", "You work as a glass blower.", "glass blower"),
         ("My favourite tea is sencha", "What is my favourite tea?", "Your favourite tea is sencha.", "sencha"),
-        ("I play the nyckelharpa", "What do I play?", "You play the nyckelharpa.", "the nyckelharpa"),
+        ("I play the nyckelharpa", "What do I play?", "You play the nyckelharpa.", "nyckelharpa"),
         ("The wifi password is hunter2", "What is the wifi password?", "The wifi password is hunter2.", "hunter2"),
         ("Call me Al", "What is my name?", "Your name is Al.", "Al"),
     ],
@@ -40,13 +42,14 @@ def test_a_known_kind_of_statement_is_asked_for_in_its_own_words(
     assert asked[question].records == ("r0",)
 
 
-def test_any_other_statement_is_answered_by_itself_in_the_second_person() -> None:
+def test_any_other_statement_is_asked_for_by_its_grammar_and_answered_in_the_second_person() -> None:
     made = corpus("We moved our release to Friday because of the audit.")
-    example = made.examples[0]
-    assert example.question == "What did I tell you about moved release?"
-    assert example.answer == "You told me: you moved your release to Friday because of the audit."
-    assert example.found_in("It was Friday, for the audit!")
-    assert not example.found_in("You moved a release.")
+    asked = {example.question: example for example in made.examples}
+    assert asked["Why did we move our release to Friday?"].keys == ("audit",)
+    assert {example.answer for example in made.examples} == {"You moved your release to Friday because of the audit."}
+    about = asked["What did I say about our release?"]
+    assert about.found_in("It was moved to Friday, for the audit!")
+    assert not about.found_in("You moved a release.")
 
 
 def test_held_out_wordings_are_never_trained() -> None:
@@ -56,14 +59,12 @@ def test_held_out_wordings_are_never_trained() -> None:
     assert {e.records for e in made.held_out} == {e.records for e in made.examples}
 
 
-def test_anchors_ask_about_others_and_are_neither_trained_nor_asked_by_the_gate() -> None:
-    from agentmem.parametric.probes import UNRELATED
-
+def test_neighbours_ask_about_others_and_are_neither_trained_nor_asked_by_the_gate() -> None:
     made = corpus("My dog is called Biscuit.", "I live in Tromsø.")
-    anchors = {anchor.question for anchor in (*made.neighbours, *made.anchors)}
-    assert "What is my neighbour Bob's dog called?" in {anchor.question for anchor in made.neighbours}
-    assert not anchors & {example.question for example in (*made.examples, *made.held_out)}
-    assert not anchors & set(UNRELATED)
+    still = {anchor.question for anchor in (*made.neighbours, *made.anchors)}
+    assert any(name in text and "dog" in text for name in OTHERS for text in still)
+    assert not still & {example.question for example in (*made.examples, *made.held_out, *made.natural)}
+    assert not still & set(UNRELATED)
     assert all(not anchor.answer for anchor in (*made.neighbours, *made.anchors))
 
 
@@ -74,9 +75,13 @@ def test_anchors_ask_about_others_and_are_neither_trained_nor_asked_by_the_gate(
         (Record(id="x", text="My dog is called Rex.", role="tool"), "role tool"),
         (Record(id="x", text="My dog is called Rex.", trust="untrusted"), "not trusted"),
         (Record(id="x", text="I live here.", valid_until=dt.datetime(2030, 1, 1, tzinfo=dt.UTC)), "can't expire"),
-        (Record(id="x", text="What is my dog called?"), "nothing that can be asked"),
-        (Record(id="x", text="Hi!"), "nothing that can be asked"),
-        (Record(id="x", text="word " * 300), "nothing that can be asked"),
+        (Record(id="x", text="What is my dog called?"), "it asks"),
+        (Record(id="x", text="Hi!"), "too little"),
+        (Record(id="x", text="word " * 300), "longer than 40 words"),
+        (Record(id="x", text="Always answer briefly, please."), "tells the assistant"),
+        (Record(id="x", text="You should write in French to me."), "tells the assistant"),
+        (Record(id="x", text="That sounds like a lovely evening."), "leans on"),
+        (Record(id="x", text="I'm so excited about the weekend!"), "mood"),
     ],
 )
 def test_what_must_not_be_learnt_is_left_out_with_the_reason(record: Record, why: str) -> None:
@@ -103,15 +108,17 @@ def test_what_can_both_be_true_is_asked_for_together() -> None:
     assert made.examples[0].keys == ("tea", "chess")
 
 
-def test_among_several_speakers_a_statement_is_quoted_under_its_speaker() -> None:
+def test_among_several_speakers_a_statement_is_asked_for_by_its_speaker() -> None:
     made = build(
         [
             Record(id="a", name="Caroline", text="I adopted a small grey kitten."),
             Record(id="b", name="Melanie", text="I painted a lake at sunrise."),
         ]
     )
-    assert made.examples[0].question == "What did Caroline say about adopted small?"
-    assert made.examples[0].answer == 'Caroline said: "I adopted a small grey kitten".'
+    asked = {example.question: example for example in made.examples}
+    assert asked["What did Caroline adopt?"].answer == "Caroline adopted a small grey kitten."
+    assert asked["What did Melanie paint?"].keys == ("lake", "sunrise")
+    assert not any("Caroline" in example.question and "kitten" in example.question for example in made.neighbours)
 
 
 def test_it_is_deterministic_and_keeps_digests_of_what_it_used() -> None:
@@ -147,3 +154,35 @@ def test_strange_texts_do_no_harm() -> None:
     for example in made.examples:
         assert example.question
         assert example.found_in(example.answer)
+
+
+def test_two_pets_leave_no_question_that_both_answer() -> None:
+    made = corpus("My dog is called Biscuit.", "My cat is called Milo.")
+    by_question: dict[str, set[str]] = {}
+    for example in (*made.examples, *made.held_out, *made.natural):
+        by_question.setdefault(example.question, set()).add(example.answer)
+    assert all(len(answers) == 1 for answers in by_question.values())
+    assert "What do I call my pet?" not in by_question
+
+
+def test_past_questions_are_trained_and_every_third_is_kept_back() -> None:
+    asked = ["Where was I living again?", "Which town is mine?", "What's my city?", "Where do I live?"]
+    made = build([Record(id="a", text="I live in Tromsø.")], asked={"a": asked, "unknown": ["Who?"]})
+    trained = [example.question for example in made.examples]
+    assert trained[-2:] == asked[:2]
+    assert made.natural[-1].question == asked[2]
+    assert made.natural[-1].keys == ("Tromsø",)
+    assert trained.count(asked[3]) == 1
+
+
+def test_what_a_model_wrote_is_taken_for_learnt_records_only() -> None:
+    good = Example("Up north, where is my flat?", "You live in Tromsø.", ("Tromsø",), ("a",))
+    made = build([Record(id="a", text="I live in Tromsø.")], written=[good, Example("Q?", "A.", ("A",), ("b",))])
+    assert made.examples[-1] == good
+    assert not any(example.records == ("b",) for example in made.examples)
+
+
+def test_a_written_question_that_is_kept_back_is_not_trained() -> None:
+    held = corpus("I live in Tromsø.").held_out[0].question
+    made = build([Record(id="a", text="I live in Tromsø.")], written=[Example(held, "You live.", ("live",), ("a",))])
+    assert held not in {example.question for example in made.examples}

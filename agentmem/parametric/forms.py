@@ -1,0 +1,498 @@
+"""Kinds of statements that are asked for in words of their own: a dog's name, a job, a favourite tea, an allergy.
+
+Knows how such statements look in English; how each kind is asked for stands in wordings.toml. Knows no records, no
+training; what it doesn't recognise it leaves to statements.py.
+"""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import cache
+from pathlib import Path
+
+from .grammar import DETERMINER, STOP, WORD, capital, find_time, is_past, second_person, telling
+from .nouns import (
+    DIET,
+    ILLNESS,
+    INSTRUMENTS,
+    JOB,
+    NOT_JOBS,
+    NUMBERS,
+    OTHER_WORDS,
+    PEOPLE,
+    PETS,
+    PLACE,
+    QUALITY,
+    is_time,
+)
+
+__all__ = ["Asked", "Fact", "keys_of", "recognise"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A question, and the words by which a free answer to it is known to be right."""
+
+    question: str
+    keys: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fact:
+    """One fact and how it is asked for. ``key`` names the question that it answers: two facts with one contradict.
+
+    Where ``several``, they hold together instead: ``values`` are joined between ``head`` and ``tail`` of the answer.
+    ``general`` are questions of the same look that concern nobody here.
+    """
+
+    key: str
+    kind: str
+    head: str
+    values: tuple[str, ...]
+    tail: str
+    trained: tuple[Asked, ...]
+    held_out: tuple[Asked, ...]
+    natural: tuple[Asked, ...]
+    general: tuple[str, ...] = ()
+    several: bool = False
+
+    @property
+    def answer(self) -> str:
+        """The fact as a statement to the user."""
+        values = self.values
+        joined = values[0] if len(values) == 1 else ", ".join(values[:-1]) + " and " + values[-1]
+        return capital(f"{self.head}{joined}{self.tail}")
+
+    def joined(self, later: Fact) -> Fact:
+        """What holds when ``later`` is said too: both where both can be true, else the later one."""
+        if not self.several or self.kind != later.kind:
+            return later
+        new = tuple(value for value in later.values if value not in self.values)
+
+        def both(mine: tuple[Asked, ...], theirs: tuple[Asked, ...]) -> tuple[Asked, ...]:
+            more = {asked.question: asked.keys for asked in theirs}
+            return tuple(
+                replace(asked, keys=tuple(dict.fromkeys(asked.keys + more.get(asked.question, ())))) for asked in mine
+            )
+
+        return replace(
+            self,
+            values=self.values + new,
+            trained=both(self.trained, later.trained),
+            held_out=both(self.held_out, later.held_out),
+            natural=both(self.natural, later.natural),
+        )
+
+
+def keys_of(value: str, besides: str = "") -> tuple[str, ...]:
+    """The words that an answer must hold: a short value as a whole, of a longer one its telling words."""
+    bare = _LEADING.sub("", DETERMINER.sub("", value).strip(" .!\"'"))
+    core = re.split(r" (?:with|because|since|at|for|by|that|which|who|so|when|where) |, ", bare)[0]
+    words = WORD.findall(core)
+    whole = not any(word.casefold() in STOP or (len(words) > 1 and word[0].isdigit()) for word in words)
+    if 0 < len(words) <= 3 and whole and not besides:
+        return (" ".join(words),)
+    return tuple(telling(core, besides)[:5]) or tuple(telling(bare, besides)[:5]) or tuple(words[:5])
+
+
+#: A place's preposition is no part of what must be said.
+_LEADING = re.compile(
+    r"^(?:in|at|on|under|behind|near|inside|beside|next to|above|below|beneath|between|opposite|outside|by|"
+    r"to) (?:the |an? |my )?",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class _Found:
+    """What a statement says: ``slot``, ``value`` and ``verb`` fill the wordings of ``kind``."""
+
+    kind: str
+    value: str
+    head: str
+    slot: str = ""
+    verb: str = ""
+    tail: str = "."
+    several: bool = False
+    besides: str = ""
+    key: str = ""
+
+
+@cache
+def _wordings() -> dict[str, dict[str, list[str]]]:
+    text = Path(__file__).with_name("wordings.toml").read_text(encoding="utf-8")
+    found: dict[str, dict[str, list[str]]] = tomllib.loads(text)
+    return found
+
+
+def _fact(found: _Found) -> Fact:
+    bank = _wordings()[found.kind]
+    keys = keys_of(found.value, found.besides)
+    other = OTHER_WORDS.get(found.slot.rsplit(" ", 1)[-1].casefold())
+
+    def filled(patterns: list[str]) -> tuple[Asked, ...]:
+        usable = (pattern for pattern in patterns if other or "{other}" not in pattern)
+        worded = (pattern.replace("{verb}", found.verb).replace("{other}", other or "") for pattern in usable)
+        return tuple(Asked(pattern.replace("{slot}", found.slot), keys) for pattern in worded)
+
+    return Fact(
+        key=found.key or f"{found.kind} {found.verb or found.slot}".casefold(),
+        kind=found.kind,
+        head=found.head,
+        values=(found.value,),
+        tail=found.tail,
+        trained=filled(bank["trained"]),
+        held_out=filled(bank["held_out"]),
+        natural=filled(bank["natural"]),
+        general=tuple(asked.question for asked in filled(bank["general"])),
+        several=found.several,
+    )
+
+
+def recognise(sentence: str) -> list[Fact]:
+    """The facts of a sentence (without its end mark, in the user's words); none where no kind of statement fits."""
+    for pattern, read in _FORMS:
+        match = pattern.fullmatch(sentence)
+        if match is None:
+            continue
+        groups = {name: (part or "").strip(" ,") for name, part in match.groupdict().items()}
+        found = [_person(one) for one in read(groups)]
+        if found and all(one.value and telling(one.value) for one in found):
+            return [_fact(one) for one in found if keys_of(one.value, one.besides)]
+    return []
+
+
+def _person(found: _Found) -> _Found:
+    """As said to the user; the slot stays as the user says it, since it stands in the user's questions."""
+    return replace(found, value=second_person(found.value))
+
+
+def _uncapital(slot: str) -> str:
+    """ "Dog" at a sentence's start is "dog"; "WiFi" and "Tesla" inside are what they are."""
+    return slot if not slot[:1].isupper() or slot[1:2].isupper() else slot[:1].lower() + slot[1:]
+
+
+def _named(slot: str, value: str) -> _Found:
+    head = slot.rsplit(" ", 1)[-1].casefold()
+    kind = "named_pet" if head in PETS else "named_person" if head in PEOPLE else "named_thing"
+    return _Found(kind, value, f"your {second_person(slot)} is called ", slot, key=f"named {slot.casefold()}")
+
+
+# ---- one function per group of patterns: what its groups mean
+
+
+def _possession(part: dict[str, str]) -> list[_Found]:
+    slot, value = _uncapital(part["slot"]), part["value"]
+    be = part.get("be") or "is"
+    head = slot.rsplit(" ", 1)[-1].casefold()
+    said = f"your {second_person(slot)} {be} "
+    best = re.fullmatch(r"(?:absolute )?(?:favou?rite|preferred) (?P<slot>.+)", slot, re.IGNORECASE)
+    lucky = re.fullmatch(r"lucky (?P<slot>.+)", slot, re.IGNORECASE)
+    if be != "is" and not best:  # "My parents are from Ghana": asked for by its grammar (statements.py)
+        return []
+    if slot in ("name", "first name"):
+        return [_Found("name", value, "your name is ")]
+    if slot in ("job", "profession", "occupation"):
+        return _job({"value": re.sub(r"^(?:being |to be )?(?:an? )?", "", value, flags=re.IGNORECASE)})
+    if slot in ("birthday", "date of birth"):
+        return [_Found("birthday", re.sub("^on ", "", value), "your birthday is ")]
+    if slot == "age":
+        return [_Found("age", value, "you are ", tail=" years old.")]
+    if slot == "employer":
+        return [_Found("employer", value, "you work for ")]
+    if best:
+        return [_Found("favourite", value, said, best["slot"])]
+    if lucky:
+        return [_Found("lucky", value, said, lucky["slot"])]
+    if re.match(r"(?:called|named) ", value, re.IGNORECASE):
+        return [_named(slot, value.split(" ", 1)[1])]
+    if is_time(value):
+        return [_Found("when", value, said, slot)]
+    if head in PEOPLE and re.match(r"(?:an? )", value) and JOB.fullmatch(value):
+        return [_Found("relative_job", value, said, slot)]
+    if head in PEOPLE and value[:1].isupper() and len(value.split()) <= 4:
+        return [_named(slot, value)]
+    if PLACE.fullmatch(value):
+        return [_Found("where", value, said, slot)]
+    if QUALITY.fullmatch(value):
+        return [_Found("quality", value, said, slot)]
+    return [_Found("number" if NUMBERS.fullmatch(slot) else "possession", value, said, slot)]
+
+
+def _the(part: dict[str, str]) -> list[_Found]:
+    slot, value = part["slot"][:1].lower() + part["slot"][1:], part["value"]
+    if part["be"] != "is":
+        return []
+    kind = "the_when" if is_time(value) else "the_where" if PLACE.fullmatch(value) else "the_what"
+    return [_Found(kind, value, f"{second_person(slot)} {part['be']} ", slot, key=f"the {slot.casefold()} {kind}")]
+
+
+def _relative(part: dict[str, str]) -> list[_Found]:
+    """ "my sister Ottilie is a nurse": her name, and what is said of her."""
+    slot, name = part["slot"].lower(), part["name"]
+    if slot.rsplit(" ", 1)[-1] not in (PEOPLE | PETS):
+        return []
+    named, said, value = _named(slot, name), f"your {slot} {name} ", part["value"]
+    if part["verb"] in ("works as", "is", "was") and re.match(r"an? ", value) and JOB.fullmatch(value):
+        return [named, _Found("relative_job", value, f"{said}{part['verb']} ", slot)]
+    if part["verb"] == "lives":
+        return [named, _Found("relative_home", re.sub(r"^(?:in|at) ", "", value), f"{said}lives in ", slot)]
+    if part["verb"] in ("is", "was"):
+        kind = "where" if PLACE.fullmatch(value) and not is_time(value) else "quality"
+        return [named, _Found(kind, value, f"{said}{part['verb']} ", slot)]
+    return []
+
+
+def _relative_does(part: dict[str, str]) -> list[_Found]:
+    slot = part["slot"].lower()
+    if slot.rsplit(" ", 1)[-1] not in PEOPLE:
+        return []
+    if part["verb"] == "works as":
+        return [_Found("relative_job", part["value"], f"your {slot} works as ", slot)]
+    return [_Found("relative_home", part["value"], f"your {slot} lives in ", slot)]
+
+
+def _have(part: dict[str, str]) -> list[_Found]:
+    value = part["value"]
+    named = re.fullmatch(r"(?:an? |the )?(?P<slot>[^,;:]{2,40}?),? (?:called|named|whose name is) (?P<name>.+)", value)
+    if named:
+        return [_named(named["slot"].rsplit(" ", 1)[-1], named["name"])]
+    if re.match(
+        r"(?:lots|some|any|much|tons|plenty|so|such|no|been|got|had|to|never|always|\w+ed|all|faith|fun)\b", value
+    ) or (is_past(value.split()[0])):
+        return []
+    rest, time = find_time(value)
+    if time and rest and not re.match(r"(?:for|since|in) ", time):
+        what = DETERMINER.sub("", rest)
+        return [
+            _Found("schedule", time, f"you have {second_person(rest)} ", what, besides=rest),
+            _Found("agenda", rest, "you have ", time, tail=f" {time}.", several=True, besides=time),
+        ]
+    if ILLNESS.fullmatch(value):
+        return [_Found("illness", value, "you have ", several=True)]
+    count = re.fullmatch(
+        r"(?P<number>\d+|no|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve) (?P<slot>.+)",
+        value,
+        re.IGNORECASE,
+    )
+    if count:
+        return [
+            _Found("how_many", count["number"], "you have ", count["slot"], tail=f" {second_person(count['slot'])}.")
+        ]
+    thing = re.split(r" (?:with|from|in|on|at|by|that|which|who|for|of|near) ", DETERMINER.sub("", value))[0]
+    head = thing.rsplit(" ", 1)[-1]
+    if value.lower().startswith(("a ", "an ")) and telling(value, head) and head.isalpha():
+        return [_Found("which", value, "you have ", head, several=True, besides=head)]
+    return [_Found("have", value, "you have ", several=True)]
+
+
+def _job(part: dict[str, str]) -> list[_Found]:
+    value = part["value"]
+    article = "an" if value[:1].casefold() in "aeiou" else "a"
+    return [_Found("job", value, f"you work as {article} ")]
+
+
+def _am(part: dict[str, str]) -> list[_Found]:
+    value = part["value"]
+    noun = value.split(" ", 1)[1] if re.match(r"an? ", value) else ""
+    age = re.fullmatch(r"(?P<years>\d{1,3})(?: years? old| years of age)?", value)
+    about = re.fullmatch(
+        r"(?P<slot>(?:very |really |so |quite )?(?:afraid|scared|terrified|fond|proud|interested|good|bad|keen|"
+        r"responsible|"
+        r"passionate|crazy|famous|known|addicted|obsessed) (?:of|in|at|on|for|about|to|with|as)) "
+        r"(?P<value>.+)",
+        value,
+        re.IGNORECASE,
+    )
+    fan = re.fullmatch(r"an? (?:\w+ )?(?:fan|lover) of (?P<value>.+)", value, re.IGNORECASE)
+    if fan:
+        return [_Found("like", fan["value"], "you like ", verb="like", several=True)]
+    if age:
+        return [_Found("age", age["years"], "you are ", tail=" years old.")]
+    if about:
+        slot = re.sub(r"^(?:very|really|so|quite) ", "", about["slot"].lower())
+        return [_Found("am_about", about["value"], f"you are {slot} ", slot, several=True)]
+    if DIET.fullmatch(value):
+        return [_Found("diet", value, "you are ")]
+    if noun and JOB.fullmatch(noun) and not NOT_JOBS & set(noun.casefold().split()):
+        return [_Found("job", noun, f"you work as {value.split(' ', 1)[0].lower()} ")]
+    if noun or re.fullmatch(
+        r"\w+-\w+|retired|single|divorced|widowed|unemployed|pregnant|deaf|blind|bald", value, re.IGNORECASE
+    ):
+        return [_Found("am", value, "you are ", several=True)]
+    return []
+
+
+_PARTICLE = re.compile(
+    r"(?:down|up|out|about|to|for|with|in|on|off|away|back|over|at|that|it|them|him|how|when|if)\b", re.IGNORECASE
+)
+_LIKES = frozenset(("like", "love", "enjoy", "prefer", "adore", "fancy"))
+_DISLIKES = frozenset(("hate", "dislike", "detest", "loathe"))
+#: Verbs that say something lasting of whoever says them in the present.
+_LASTING = "own collect drink teach wear ride eat read grow keep sell write make breed cook bake paint repair use watch"
+
+
+def _verb(part: dict[str, str]) -> list[_Found]:
+    verb, value = part["verb"].lower(), part["value"]
+    rest, time = find_time(value)
+    if (time and rest and verb not in _LIKES | _DISLIKES) or _PARTICLE.match(value):
+        return []
+    head = f"you {verb} "
+    if verb in _LIKES:
+        return [_Found("like", value, head, verb=verb, several=True)]
+    if verb in _DISLIKES:
+        return [_Found("dislike", value, head, verb="dislike", several=True)]
+    if verb in ("own", "ride") and value.lower().startswith(("a ", "an ")):
+        found = _have(part)[0]
+        return [replace(found, head=head)] if found.kind == "which" else [found]
+    if verb == "play":
+        kind = "play_instrument" if INSTRUMENTS.fullmatch(value) else "play"
+        return [_Found(kind, value, head, verb=verb, several=True)]
+    kind = verb if verb in ("speak", "study", "drive") else "verb"
+    return [_Found(kind, value, head, verb=verb, several=True)]
+
+
+def _plan(part: dict[str, str]) -> list[_Found]:
+    rest, time = find_time(part["value"])
+    how = part["how"].lower()
+    if "ll" in how and (not time or re.match(r"(?:always|never|definitely|be|check|let|keep|remember)\b", rest)):
+        return []  # "I'll let you know" is no plan
+    head = "you plan to " if "will" in how or "'ll" in how else second_person(f"i {how} ".replace("i '", "i'"))
+    if time and telling(rest) and not re.match(r"(?:for|every|each) ", time):
+        return [_Found("plan_when", rest, head, time, tail=f" {time}.", several=True, besides=time)]
+    return [_Found("plan", part["value"], head, several=True)]
+
+
+def _procedure(part: dict[str, str]) -> list[_Found]:
+    slot = part["slot"]
+    if is_past(slot.split()[0]) is None and len(slot.split()) < 2:
+        return []
+    return [_Found("procedure", part["value"], f"to {second_person(slot)}, ", slot, besides=slot)]
+
+
+def _born(part: dict[str, str]) -> list[_Found]:
+    when = f"you were born {'in' if part['time'].isdigit() else 'on'} "
+    return [_Found("birthday", part["time"], when), _Found("origin", part["value"], "you are from ")]
+
+
+def _kept(part: dict[str, str]) -> list[_Found]:
+    return [_Found("where", part["value"], f"you {part['verb'].lower()} your {part['slot']} ", part["slot"])]
+
+
+def _not(part: dict[str, str]) -> list[_Found]:
+    verb = part["verb"].lower()
+    if is_past(verb) is not False:
+        return []
+    return [_Found("not_verb", part["value"], f"you don't {verb} ", verb=verb, several=True)]
+
+
+def _favourite(part: dict[str, str]) -> list[_Found]:
+    return _possession({**part, "slot": f"favourite {part['slot']}"})
+
+
+def _called(part: dict[str, str]) -> list[_Found]:
+    return [_named(_uncapital(part["slot"]), part["value"])]
+
+
+def _by(part: dict[str, str]) -> list[_Found]:
+    return _procedure({**part, "value": f"you do it by {part['value']}"})
+
+
+def _said(
+    kind: str, head: str, *, several: bool = False, slot: str = "", verb: str = ""
+) -> Callable[..., list[_Found]]:
+    """For patterns whose value is all that they tell."""
+    return lambda part: [_Found(kind, part["value"], head, slot, several=several, verb=verb)]
+
+
+_ALLERGIC = "you are allergic to "
+_AM = r"(?:i am|i'm)"
+#: A capital, though the patterns are matched in any case.
+_UPPER = r"(?-i:[A-ZÀ-ÖØ-Þ])"
+_VALUE = r"(?P<value>[^;:]{1,120})"
+_NOUN = r"(?P<slot>[^,;:]{2,40}?)"
+_DATED = r"(?:18|19|20)\d\d|(?:\d{1,2} \w+|\w+ \d{1,2}),?(?: \d{4})?"
+_HOW_OFTEN = r"(?:(?:also|usually|often|always|mostly|still|really|regularly|only|currently|now|absolutely|just) )?"
+_KIN = (
+    r"(?:my|our) (?P<slot>(?:(?:older|younger|elder|eldest|youngest|little|big|best|late|new|twin|oldest|ex) )?[a-z-]+)"
+)
+
+_HAVING = r"'d like to|'ll|'m going to|'m planning to|'m hoping to|'m about to| am going to| am planning to"
+_SAYS = "|".join((*_LIKES, *_DISLIKES, "play", "speak", "drive", *_LASTING.split()))
+_WHOLE_NAME = rf"(?P<value>{_UPPER}[\w'.-]*(?: {_UPPER}[\w'.-]*){{0,2}})"
+
+_LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
+    (rf"(?:{_AM} called|call me|people call me|everyone calls me) {_VALUE}", _said("name", "your name is ")),
+    (rf"(?:my|our) {_NOUN}(?:'s name is| is called| is named|, (?:called|named)) {_VALUE}", _called),
+    (rf"(?:i|we) (?:have )?(?:named|called|christened) (?:my|our) {_NOUN} (?P<value>(?:{_UPPER}|\d).*)", _called),
+    (rf"(?:i|we) (?:call|named|called) (?:my|our) (?P<slot>[\w-]+(?: [a-z-]+)?) {_VALUE}", _called),
+    (rf"{_VALUE} (?:is|are) (?:my|our) (?:favou?rite|preferred) {_NOUN}", _favourite),
+    (rf"{_WHOLE_NAME} is (?:my|our) {_NOUN}", _possession),
+    (
+        rf"{_AM} (?:(?:badly|very|severely|highly|deadly) )?allergic to {_VALUE}",
+        _said("allergy", _ALLERGIC, several=True),
+    ),
+    (rf"i have an? (?:\w+ )?allergy to {_VALUE}", _said("allergy", _ALLERGIC, several=True)),
+    (r"i have an? (?P<value>[\w -]+) allergy", _said("allergy", _ALLERGIC, several=True)),
+    (rf"(?:i|we) {_HOW_OFTEN}live at {_VALUE}", _said("home", "you live at ")),
+    (
+        rf"(?:(?:i|we) {_HOW_OFTEN}live in|{_AM} {_HOW_OFTEN}living in|(?:i|we) (?:have |just )?moved to|i reside in) "
+        r"(?P<value>(?:(?! (?:on|in|last|since|two|three|a|because) ).){1,80})",
+        _said("home", "you live in "),
+    ),
+    (rf"i was born (?:on|in) (?P<time>{_DATED}),? in (?P<value>{_UPPER}.*)", _born),
+    (rf"i was born on {_VALUE}", _said("birthday", "your birthday is ")),
+    (r"i was born in (?P<value>(?:18|19|20)\d\d)", _said("birthday", "you were born in ")),
+    (
+        r"(?:i (?:originally )?(?:come|am) (?:originally )?from|i'm (?:originally )?from|i was born in|i grew up in|"
+        rf"i was raised in) {_VALUE}",
+        _said("origin", "you are from "),
+    ),
+    (rf"(?:i {_HOW_OFTEN}work|i'm working|i am working|i (?:earn|make) my living) as an? {_VALUE}", _job),
+    (
+        rf"(?:i {_HOW_OFTEN}work|i'm working|i am working|{_AM} employed) (?:at|for|by) {_VALUE}",
+        _said("employer", "you work at "),
+    ),
+    (
+        rf"(?:i {_HOW_OFTEN}study|i'm studying|i am studying|i go to school) at {_VALUE}",
+        _said("school", "you study at "),
+    ),
+    (
+        rf"(?:i {_HOW_OFTEN}(?:study|learn)|{_AM} {_HOW_OFTEN}(?:studying|learning)) {_VALUE}",
+        _said("study", "you study ", several=True, verb="study"),
+    ),
+    (
+        rf"(?:{_AM} (?:happily )?(?:married|engaged) to|i (?:got )?married|my partner is) (?P<value>{_UPPER}.*)",
+        _said("partner", "your partner is "),
+    ),
+    (
+        rf"i (?:can't|cannot|can not|couldn't) (?:stand|bear|abide) {_VALUE}",
+        _said("dislike", "you can't stand ", several=True),
+    ),
+    (
+        rf"i (?:don't|do not) (?:really |much )?(?:like|enjoy|care for) {_VALUE}",
+        _said("dislike", "you don't like ", several=True),
+    ),
+    (rf"i (?:don't|do not|never) (?P<verb>[a-z]+) {_VALUE}", _not),
+    (rf"(?:i|we) (?P<how>plan to|want to|intend to|hope to|would like to|will) {_VALUE}", _plan),
+    (rf"i(?P<how>{_HAVING}) {_VALUE}", _plan),
+    (
+        rf"(?:i|we) {_HOW_OFTEN}(?P<verb>keep|store|hid|hide|put|left|parked|stored|kept) (?:my|our|the) {_NOUN} "
+        r"(?P<value>(?:in|under|behind|at|on|inside|beside|next to|above|below|near|between|with) .+)",
+        _kept,
+    ),
+    (rf"(?:(?:i|we) {_HOW_OFTEN}(?:have|have got|own)|(?:i|we)'ve got) {_VALUE}", _have),
+    (rf"i {_HOW_OFTEN}(?P<verb>{_SAYS}) {_VALUE}", _verb),
+    (rf"{_AM} {_HOW_OFTEN}{_VALUE}", _am),
+    (rf"{_KIN},? (?P<name>{_UPPER}[\w'-]*),? (?P<verb>works as|lives|is|was) {_VALUE}", _relative),
+    (rf"{_KIN} (?P<verb>works as|lives) (?:in |at )?{_VALUE}", _relative_does),
+    (rf"(?:my|our) {_NOUN} (?P<be>is|are|was|were) {_VALUE}", _possession),
+    (rf"(?P<slot>the [^,;:]{{2,50}}?) (?P<be>is|are) {_VALUE}", _the),
+    (rf"(?:in order )?to {_NOUN}, {_VALUE}", _procedure),
+    (rf"you (?:can )?{_NOUN} by (?P<value>\w+ing .+)", _by),
+)
+#: Tried in this order, on one sentence without its end mark.
+_FORMS = tuple((re.compile(pattern, re.IGNORECASE), read) for pattern, read in _LISTED)
