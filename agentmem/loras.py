@@ -85,12 +85,12 @@ class HoldsLoras(Protocol):
 class TakesLoras(Protocol):
     """A provider whose engine runs elsewhere and gets LoRA versions by being told of them."""
 
-    def publish_lora(self, served: str, file: Path) -> PublishedLora:
-        """Make the engine know a version as ``served``. ``file`` is what it is to read, in the form of
+    def publish_lora(self, name: str, file: Path) -> PublishedLora:
+        """Make the engine know a version as ``name``. ``file`` is what it is to read, in the form of
         `Capabilities.lora_format`; it stays where it is. Safe to repeat. Raises `ProviderError` and its kin."""
         ...
 
-    def unpublish_lora(self, served: str) -> None:
+    def unpublish_lora(self, name: str) -> None:
         """Make the engine forget it; nothing where it knows none. Raises `ProviderError` and its kin where it stays."""
         ...
 

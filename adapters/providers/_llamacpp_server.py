@@ -22,7 +22,20 @@ from agentmem.errors import AgentMemError, StoreError
 from agentmem.provider import Request
 from agentmem.types import Segment
 
-__all__ = ["Call", "End", "Json", "LlamaServer", "Process", "advance", "digest_cache", "rendering", "tokenizing"]
+from ._llamacpp_loras import scales
+
+__all__ = [
+    "LISTED",
+    "Call",
+    "End",
+    "Json",
+    "LlamaServer",
+    "Process",
+    "advance",
+    "digest_cache",
+    "rendering",
+    "tokenizing",
+]
 
 logger = logging.getLogger("agentmem")
 
@@ -48,6 +61,10 @@ class Call(NamedTuple):
     method: str
     path: str
     body: Json | None = None
+
+
+#: Asks which LoRA adapters the server was started with.
+LISTED = Call("GET", "/lora-adapters")
 
 
 @dataclass
@@ -124,7 +141,7 @@ class LlamaServer:
         if server is not None and mark and server.mark == mark:
             return server
         window = int(props["default_generation_settings"]["n_ctx"])
-        adapters = yield Call("GET", "/lora-adapters")
+        adapters = yield LISTED
         facts: dict[str, str | int] | None = None
         path = self._model_file or Path(str(props.get("model_path") or ""))
         try:
@@ -159,9 +176,8 @@ class LlamaServer:
         """
         if not server.adapters:
             return "", None
-        told = yield Call("GET", "/lora-adapters")
-        given = request.options.extra.get("lora")
-        asked = {int(one["id"]): float(one["scale"]) for one in (told if given is None else given)}
+        told = yield LISTED
+        asked = scales(told, request.loras, request.options.extra.get("lora"))
         known: list[str] = []
         for adapter in told:
             if scale := asked.get(int(adapter["id"]), 0.0):

@@ -1,13 +1,17 @@
-"""A provider whose requests are put into slots: chosen, restored or saved before each, checked for reuse after it.
+"""A provider whose requests are prepared by questions to their server: which slot and which LoRAs each is computed in.
 
-Drives the planner's steps over the provider's own calls, sync and async; nothing about slots may break a chat.
+Drives the planner's steps over the provider's own calls, sync and async; nothing about slots may break a chat. Without
+a planner the slots are the server's own business, and only the LoRAs of each request are named.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import logging
+import math
+import threading
 import time
 from collections.abc import AsyncGenerator, Callable, Generator
 from dataclasses import replace
@@ -20,11 +24,12 @@ from agentmem.provider import Generation, Request
 from ._http import Clock
 from ._llamacpp_files import Turn
 from ._llamacpp_http import asend, send
-from ._llamacpp_server import Call, End, advance
+from ._llamacpp_loras import Told, scales
+from ._llamacpp_server import LISTED, Call, End, advance
 from ._llamacpp_slots import SlotPlanner
 from ._remote import Remote
 
-__all__ = ["Slotted"]
+__all__ = ["Pins", "Slotted"]
 
 logger = logging.getLogger("agentmem")
 
@@ -34,17 +39,64 @@ T = TypeVar("T")
 ERASE_S = 5.0
 #: What may come of a server's unexpected reply or folder while a slot is prepared.
 UNPLANNED = (AgentMemError, OSError, AttributeError, IndexError, KeyError, TypeError, ValueError)
+#: Seconds for which a server without adapters is not asked again by requests that want none: one that was started
+#: again with some applies them by itself until then.
+NONE_S = 30.0
+
+
+class Pins:
+    """Names the adapters of every request to one server whose slots are its own business."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._lock = threading.Lock()
+        self._ask_from = math.inf
+        self._last: str | None = None
+
+    def told(self, adapters: Told) -> None:
+        """What the server listed just now: from when on requests that want no version ask for it too."""
+        self._ask_from = 0.0 if adapters else time.monotonic() + NONE_S
+
+    def before(self, request: Request) -> Generator[Call, Any, Request]:
+        """The request with the scale of every adapter, and without reuse where the last one had other scales.
+
+        As it is where the server has no adapters, or can't be asked: then it is the base that answers. The server
+        itself drops a slot's states when a request names other scales than the last one that named any; the states
+        that an unnamed request left, or another client's change of the server's scales, it keeps.
+        """
+        if not request.loras and time.monotonic() < self._ask_from:
+            return request
+        try:
+            told = yield LISTED
+        except AgentMemError as error:
+            if request.loras:
+                logger.warning("%s answers without LoRA versions, its adapters can't be listed: %s", self._name, error)
+            told = ()
+        self.told(told)
+        if not told:
+            return request
+        extra = dict(request.options.extra)
+        wanted = scales(told, request.loras, extra.get("lora"))
+        files = {int(one["id"]): str(one["path"]) for one in told}
+        acting = json.dumps(sorted([files.get(number, ""), scale] for number, scale in wanted.items() if scale))
+        with self._lock:
+            same, self._last = acting == self._last, acting
+        if not same:
+            extra["cache_prompt"] = False
+        extra["lora"] = [{"id": number, "scale": scale} for number, scale in sorted(wanted.items())]
+        return replace(request, options=replace(request.options, extra=extra))
 
 
 class Slotted(Remote):
-    """The faces of a `Remote` whose server has slots; without a ``_planner`` they are the plain ones."""
+    """The faces of a `Remote` whose server has slots and LoRAs; without a ``_planner`` its slots are left alone."""
 
     _planner: SlotPlanner | None = None
+    _pins: Pins
 
     def _answer(self, request: Request, clock: Clock) -> Generation:
         planner, turn = self._planner, _turn(request)
         if planner is None or turn is None:
-            return super()._answer(request, clock)
+            return super()._answer(self._run(self._pins.before(request), clock), clock)
         try:
             self._plan(planner, turn, clock)
             return planner.after(turn, _later(super()._answer(_placed(turn), clock), turn.took_s))
@@ -54,7 +106,7 @@ class Slotted(Remote):
     async def _aanswer(self, request: Request, clock: Clock) -> Generation:
         planner, turn = self._planner, _turn(request)
         if planner is None or turn is None:
-            return await super()._aanswer(request, clock)
+            return await super()._aanswer(await self._arun(self._pins.before(request), clock), clock)
         try:
             await self._aplan(planner, turn, clock)
             return planner.after(turn, _later(await super()._aanswer(_placed(turn), clock), turn.took_s))
@@ -64,7 +116,7 @@ class Slotted(Remote):
     def _pieces(self, request: Request, clock: Clock) -> Generator[str | Generation, None, None]:
         planner, turn = self._planner, _turn(request)
         if planner is None or turn is None:
-            yield from super()._pieces(request, clock)
+            yield from super()._pieces(self._run(self._pins.before(request), clock), clock)
             return
         try:
             self._plan(planner, turn, clock)
@@ -80,6 +132,8 @@ class Slotted(Remote):
             if planner is not None and turn is not None:
                 await self._aplan(planner, turn, clock)
                 request = _placed(turn)
+            else:
+                request = await self._arun(self._pins.before(request), clock)
             async with contextlib.aclosing(super()._apieces(request, clock)) as pieces:
                 async for piece in pieces:
                     if planner is not None and turn is not None and isinstance(piece, Generation):

@@ -6,15 +6,17 @@ memory and reuses the longest common prefix (``kv="auto"``, cached tokens are re
 its slots are saved to files, restored and erased as well (``kv="slots"``); which and when is `_llamacpp_slots.py`'s to
 say.
 
-LoRA adapters are those that the server was started with, chosen per request by the option ``lora=[{"id": 0, "scale":
-1.0}]``. ``loras`` is not a capability: a GGUF file does not say which of our LoRA versions it was made from.
-``max_tokens=0`` makes the server generate one token, which is dropped.
+LoRA adapters are those that the server was started with (``--lora``). A version of ours is known by its file's name,
+which holds its digest, and acts on the requests of its scope; others are chosen by the option ``lora=[{"id": 0,
+"scale": 1.0}]`` (`_llamacpp_loras.py`). ``max_tokens=0`` makes the server generate one token, which is dropped.
 """
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import os
+import shlex
 import threading
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -23,7 +25,8 @@ from pathlib import Path
 from typing import Any
 
 from agentmem.cache_rules import rules_for
-from agentmem.errors import AgentMemError, ConfigError
+from agentmem.errors import AgentMemError, ConfigError, Rejected
+from agentmem.loras import LoraRef, PublishedLora
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import image_tokens
 from agentmem.types import TokenCount
@@ -32,9 +35,10 @@ from . import _openai_chat as _openai
 from ._http import Clock, Failure, connection_failed, from_status, is_loopback, read_settings, whole
 from ._llamacpp_files import SlotFiles
 from ._llamacpp_http import ErrorEvent, asend, post, send
-from ._llamacpp_server import Call, LlamaServer, digest_cache, rendering, tokenizing
+from ._llamacpp_loras import Told, names, served
+from ._llamacpp_server import LISTED, Call, LlamaServer, digest_cache, rendering, tokenizing
 from ._llamacpp_slots import SlotPlanner
-from ._llamacpp_turns import Slotted
+from ._llamacpp_turns import Pins, Slotted
 from ._openai_hosts import HOLDS_S, HOSTS, Served
 
 __all__ = ["build_request", "create", "parse_reply"]
@@ -112,6 +116,11 @@ class LlamaCpp(Slotted):
             embeds=True,
             tools=True,
             kv="slots" if values.get("slot_dir") else "auto",
+            loras=True,
+            activated_loras=True,
+            summed_loras=True,
+            lora_loading="start",
+            lora_format="gguf",
             images=values.get("images", False),
             schemas=True,
             context_tokens=values.get("context_tokens"),
@@ -120,6 +129,7 @@ class LlamaCpp(Slotted):
             holds_prefix_s=None if is_loopback(values["base_url"]) else HOLDS_S,
         )
         super().__init__(name, capabilities, values)
+        self._pins = Pins(name)
         self._model = model
         self._values = values
         self._counts: OrderedDict[str, int] = OrderedDict()
@@ -146,7 +156,10 @@ class LlamaCpp(Slotted):
         """The capabilities with what the server says of itself; as they are while it can't say."""
         try:
             client = self._sync_client()
-            props = self._sync(Clock(PROBE_S), lambda: send(client, Call("GET", "/props")), retries=0)
+            clock = Clock(PROBE_S)
+            props = self._sync(clock, lambda: send(client, Call("GET", "/props")), retries=0)
+            with contextlib.suppress(AgentMemError):
+                self._listed(clock)
             return replace(
                 capabilities,
                 context_tokens=whole(props["default_generation_settings"]["n_ctx"]) or None,
@@ -156,6 +169,37 @@ class LlamaCpp(Slotted):
             )
         except (AgentMemError, AttributeError, KeyError, TypeError, ValueError):
             return capabilities
+
+    def _listed(self, clock: Clock) -> Told:
+        """The adapters that the server was started with; none where it knows no such route."""
+        client = self._sync_client()
+        try:
+            told: Told = self._sync(clock, lambda: send(client, LISTED), retries=0)
+        except Rejected:
+            told = ()
+        self._understood(lambda: names(told))
+        self._pins.told(told)
+        return told
+
+    def served_loras(self, loras: Sequence[LoraRef]) -> tuple[LoraRef, ...]:
+        """Those whose GGUF file the server was started with; of activated ones the first."""
+        try:
+            return served(self._listed(Clock(self._timeout_s)), loras)
+        except AgentMemError:  # the request itself will tell
+            return ()
+
+    def publish_lora(self, name: str, file: Path) -> PublishedLora:
+        """Whether the server was started with this file; it takes none while it runs."""
+        with contextlib.suppress(AgentMemError):
+            if name in names(self._listed(Clock(PROBE_S))):
+                return PublishedLora(served=name)
+        line = f"--lora {shlex.quote(str(file))} --lora-init-without-apply"
+        return PublishedLora(served=name, ready=False, to_do=f"start llama-server again with {line}")
+
+    def unpublish_lora(self, name: str) -> None:
+        """Raises `Rejected` while the server runs with it: only a restart takes it away."""
+        if name in names(self._listed(Clock(self._timeout_s))):
+            raise Rejected(f"{self.name} was started with {name}, which it can't let go of: start it again without it")
 
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` alone, exact: asked of the server's ``/tokenize``, the last counts kept."""
