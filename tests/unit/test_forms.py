@@ -40,7 +40,7 @@ def trained(*texts: str) -> dict[str, Example]:
             "I have chess club on Tuesdays.",
             "What do I do on Tuesdays?",
             "You have chess club on Tuesdays.",
-            "chess club",
+            "chess",
         ),
         ("I can't stand coriander.", "What do I not like?", "You can't stand coriander.", "coriander"),
         ("I don't eat meat.", "What don't I eat?", "You don't eat meat.", "meat"),
