@@ -9,6 +9,7 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
@@ -21,6 +22,7 @@ from . import (
     kinds,
     learning,
     memory,
+    publishing,
     reconciling,
     reembedding,
     reporting,
@@ -36,6 +38,7 @@ from .ledger.report import Report
 from .memory import Content
 from .opening import NOT_GIVEN, narrowed, opened
 from .provider import Provider
+from .publishing import Publication
 from .reply_stream import AsyncReplyStream
 from .types import (
     Change,
@@ -423,6 +426,7 @@ class AsyncParametric:
         epochs: int | None = None,
         activate: bool = True,
         approve: Sequence[str | Record] = (),
+        ram_budget: int | None = None,
     ) -> LoraVersion:
         return await arun(
             learning.train(
@@ -433,6 +437,7 @@ class AsyncParametric:
                 epochs=epochs,
                 activate=activate,
                 approve=approve,
+                ram_budget=ram_budget,
             )
         )
 
@@ -454,5 +459,15 @@ class AsyncParametric:
     async def receipts(self) -> builtins.list[Retraining]:
         return await arun(local(learning.receipts, self._engine, self._scope))
 
-    async def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
-        return await arun(local(learning.export, self._engine, self._scope, version, path))
+    async def export(
+        self, version: str | LoraVersion, path: str | os.PathLike[str], *, format: Literal["peft", "gguf"] = "peft"
+    ) -> Path:
+        return await arun(local(learning.export, self._engine, self._scope, version, path, format=format))
+
+    async def publish(
+        self, version: str | LoraVersion | Sequence[str | LoraVersion] | None = None, to: str | None = None
+    ) -> Publication:
+        return await arun(local(publishing.publish, self._engine, self._scope, version, to))
+
+    async def unpublish(self, version: str | LoraVersion, to: str | None = None) -> tuple[str, ...]:
+        return await arun(local(publishing.unpublish, self._engine, self._scope, version, to))

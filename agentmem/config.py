@@ -111,6 +111,11 @@ class Settings(BaseSettings):
     lora_shard: int = Field(
         default=20, ge=1, le=1000, description="records that one LoRA version learns at most; more become several"
     )
+    lora_activated: bool = Field(
+        default=True,
+        description="train LoRA versions that act from the answer on, over the base's KV pages; llama.cpp and this "
+        "process serve them, Ollama and vLLM need false",
+    )
     page_key: SecretStr | None = Field(
         default=None, description="32 bytes as hex or base64: KV pages are encrypted at rest with AES-256-GCM"
     )

@@ -25,6 +25,7 @@ from .plaintext.conditions import matching
 from .plaintext.drafts import Draft, check_k, drafts, moment, passage, redacted_metadata, utc_seconds
 from .plaintext.rows import Passages
 from .progress import progress
+from .publishing import withdraw
 from .serving import Served
 from .types import Compaction, Context, Hit, Record, Scope, Usage, Verification
 
@@ -97,6 +98,7 @@ def add(
         note_embeddings(engine, scope, noted)
     if ended:
         engine.finish_erasures()
+        withdraw(engine, [])
     return records
 
 
@@ -286,6 +288,7 @@ def update(
         # What was asked of the text that was learnt, not of one that came and went since.
         engine.questions = asked | engine.questions
         engine.finish_erasures()
+        withdraw(engine, [])
     return record
 
 

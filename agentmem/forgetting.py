@@ -14,6 +14,7 @@ from .engine import Engine
 from .errors import InvalidInput, ScopeError
 from .ledger.uses import LISTED
 from .plaintext import lineage
+from .publishing import withdraw
 from .types import Erasure, Record, Scope
 
 if TYPE_CHECKING:
@@ -56,6 +57,8 @@ def forget(
     if receipt.records and not receipt.dry_run:
         engine.questions.update(asked)
         engine.finish_erasures()
+        if receipt.loras:
+            receipt = receipt.model_copy(update={"hosted": [*receipt.hosted, *withdraw(engine, receipt.loras)]})
     return receipt
 
 

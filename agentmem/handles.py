@@ -8,13 +8,15 @@ from __future__ import annotations
 import builtins
 import os
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from . import chat as chats
-from . import extraction, flows, kinds, learning, reconciling, reembedding
+from . import extraction, flows, kinds, learning, publishing, reconciling, reembedding
 from .chat import Conversation
 from .engine import Engine
 from .flow import local, run
+from .publishing import Publication
 from .types import Extraction, Reconciliation, Record, Retraining, Scope, Usage
 
 if TYPE_CHECKING:
@@ -152,6 +154,7 @@ class Parametric:
         epochs: int | None = None,
         activate: bool = True,
         approve: Sequence[str | Record] = (),
+        ram_budget: int | None = None,
     ) -> LoraVersion:
         """Teach records to a LoRA and store it as a version; within a minute for ten facts on a CPU.
 
@@ -162,8 +165,10 @@ class Parametric:
 
         A version that passes its gate is activated for the scope unless ``activate=False``, beside those that are
         active; one that learnt all records of an older one takes its place. One that fails stays inactive, with the
-        report in ``.gate``. Interrupted (or its task cancelled), nothing is stored; the same call goes on from its
-        checkpoint. Raises `ConfigError` for a model without weights, `InvalidInput` where there is nothing to learn,
+        report in ``.gate``. ``ram_budget`` bounds the bytes that training holds beyond the model. Interrupted (or its
+        task cancelled), nothing is stored; the same call goes on from its checkpoint.
+
+        Raises `ConfigError` for a model without weights, `InvalidInput` where there is nothing to learn,
         `TrainingError` where a record is forgotten or changed meanwhile, `Full` where ``lora_budget`` has no room.
         """
         return run(
@@ -175,6 +180,7 @@ class Parametric:
                 epochs=epochs,
                 activate=activate,
                 approve=approve,
+                ram_budget=ram_budget,
             )
         )
 
@@ -213,6 +219,27 @@ class Parametric:
         first: `retrain`'s proofs, and those that still wait for it. Numbers and ids, kept for good."""
         return run(local(learning.receipts, self._engine, self._scope))
 
-    def export(self, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
-        """Write a version as a PEFT folder."""
-        return run(local(learning.export, self._engine, self._scope, version, path))
+    def export(
+        self, version: str | LoraVersion, path: str | os.PathLike[str], *, format: Literal["peft", "gguf"] = "peft"
+    ) -> Path:
+        """Write a version for other engines: a PEFT folder (vLLM, transformers) or a GGUF file (llama.cpp, Ollama).
+
+        ``path`` must not exist or be empty; a GGUF file may also be put into a folder, under its digest-named name.
+        Returns what was written. It is a copy: what is forgotten later stays in it.
+        """
+        return run(local(learning.export, self._engine, self._scope, version, path, format=format))
+
+    def publish(
+        self, version: str | LoraVersion | Sequence[str | LoraVersion] | None = None, to: str | None = None
+    ) -> Publication:
+        """Give a version to the engine ``to``, such as "ollama:llama3.2" or "vllm:http://host:8000" (default: this
+        memory's own model), under a name that holds its digest; several, or all active ones (None), as their sum.
+
+        Forgetting a record that one of them learnt takes it back there, or says in the receipt that it could not.
+        Raises `ConfigError` for an engine with no place for a LoRA, `ProviderError` where it refuses or is away.
+        """
+        return run(local(publishing.publish, self._engine, self._scope, version, to))
+
+    def unpublish(self, version: str | LoraVersion, to: str | None = None) -> tuple[str, ...]:
+        """Take a version back from the engine ``to``, or from all; returns the names that are gone there."""
+        return run(local(publishing.unpublish, self._engine, self._scope, version, to))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import retraining
@@ -17,7 +18,8 @@ from .errors import InvalidInput
 from .flow import Flow, Work
 from .kinds import listed
 from .plaintext.drafts import check_path, shown
-from .teaching import Stop, corpus_of, learn, model_of, thresholds_of
+from .publishing import base_config
+from .teaching import Run, Stop, corpus_of, learn, model_of, thresholds_of
 from .types import Record, Retraining, Scope
 
 if TYPE_CHECKING:
@@ -38,16 +40,20 @@ def train(
     epochs: int | None,
     activate: bool,
     approve: Sequence[str | Record] = (),
+    ram_budget: int | None = None,
 ) -> Flow[LoraVersion]:
     """Teach records of this scope to new LoRA versions; see `Parametric.train`."""
     _whole(seed, "seed", 0)
     if epochs is not None:
         _whole(epochs, "epochs", 1)
+    if ram_budget is not None:
+        _whole(ram_budget, "ram_budget", 1)
     named = None if records is None else _ids(records, "records")
     approved = _ids(approve, "approve")
+    how = Run(seed=seed, epochs=epochs, ram_budget=ram_budget)
 
     def work(stop: Stop) -> LoraVersion:
-        return _train(engine, scope, named, seed=seed, epochs=epochs, activate=activate, approved=approved, stop=stop)
+        return _train(engine, scope, named, how, activate=activate, approved=approved, stop=stop)
 
     version: LoraVersion = yield Work(work)
     return version
@@ -83,9 +89,8 @@ def _train(
     engine: Engine,
     scope: Scope,
     named: list[Any] | None,
+    how: Run,
     *,
-    seed: int,
-    epochs: int | None,
     activate: bool,
     approved: list[Any],
     stop: Stop,
@@ -128,8 +133,7 @@ def _train(
             tensors,
             scope,
             corpus if len(parts) == 1 else corpus_of(engine, scope, part),
-            seed=seed,
-            epochs=epochs,
+            how,
             parents=[v for v in replaced if set(v.records) & {record.id for record in part}],
             beside=[*beside, *versions],
             keep=[v.digest for v in (*active, *versions)],
@@ -197,9 +201,18 @@ def rollback(engine: Engine, scope: Scope) -> tuple[LoraVersion, ...]:
     return engine.registry.rollback(scope)
 
 
-def export(engine: Engine, scope: Scope, version: str | LoraVersion, path: str | os.PathLike[str]) -> None:
-    """Write a version of this scope as a PEFT folder."""
-    engine.registry.export(_named(version), check_path(path), scope=scope)
+def export(
+    engine: Engine, scope: Scope, version: str | LoraVersion, path: str | os.PathLike[str], *, format: str
+) -> Path:
+    """Write a version of this scope in a form that other engines read; see `Parametric.export`."""
+    from .parametric.export import FORMATS, export_gguf, export_peft
+
+    if format not in FORMATS:
+        raise InvalidInput(f"format is {shown(format)}: give one of {', '.join(FORMATS)}")
+    target = check_path(path)
+    found = engine.registry.get(_named(version), scope)
+    ref = engine.registry.ref(found)
+    return export_peft([ref], target) if format == "peft" else export_gguf([ref], target, base_config(engine, found))
 
 
 def _named(version: Any) -> str:

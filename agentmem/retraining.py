@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .engine import Engine
 from .errors import AgentMemError
 from .forgetting import questions_of
-from .teaching import Stop, corpus_of, learn
+from .teaching import Run, Stop, corpus_of, learn
 from .types import LEVELS, Record, Retraining, Scope
 
 if TYPE_CHECKING:
@@ -94,8 +94,7 @@ def _again(engine: Engine, tensors: Tensors, digest: str, stop: Stop) -> Retrain
             tensors,
             old.scope,
             corpus,
-            seed=old.seed,
-            epochs=old.recipe.get("epochs"),
+            Run(seed=old.seed, epochs=old.recipe.get("epochs")),
             parents=[old],
             beside=beside,
             keep=[v.digest for v in beside],

@@ -10,7 +10,8 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
 
 from .engine import Engine
 from .errors import ConfigError, NotFound, StoreError
@@ -21,14 +22,26 @@ if TYPE_CHECKING:
     from .parametric.corpus import Corpus
     from .parametric.gate import Thresholds
     from .parametric.lora import Lora
+    from .parametric.recipe import Recipe
     from .parametric.registry import LoraVersion
     from .parametric.train import Tensors
 
-__all__ = ["Stop", "corpus_of", "learn", "model_of", "thresholds_of"]
+__all__ = ["Run", "Stop", "corpus_of", "learn", "model_of", "thresholds_of"]
 
 _log = logging.getLogger("agentmem")
 
 Stop = Callable[[], bool]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """How a shard is trained. ``epochs`` None is the recipe's, ``ram_budget`` bounds the bytes beyond the model."""
+
+    seed: int = 0
+    epochs: int | None = None
+    ram_budget: int | None = None
+
+
 #: Other active versions that act beside a new one in its gate, where only those that a request concerns act.
 BESIDE = 2
 
@@ -42,7 +55,7 @@ def model_of(engine: Engine) -> Tensors:
     if not provider.capabilities.trains:
         raise ConfigError(
             f"{provider.name} gives no access to its weights, so nothing can be trained on it: train with "
-            "model='local' (or 'local:<folder or name>'); what was learnt there can also be served by llama.cpp, Ollama and vLLM"
+            "model='local' (or 'local:<folder or name>'); llama.cpp, Ollama and vLLM can serve what was learnt there"
         )
     tensors: Tensors = provider.tensors()
     return tensors
@@ -55,7 +68,7 @@ def thresholds_of(engine: Engine) -> Thresholds:
     return Thresholds.from_settings(engine.settings.lora_gate)
 
 
-def corpus_of(engine: Engine, scope: Scope, records: Sequence[Record]) -> Corpus:
+def corpus_of(engine: Engine, scope: Scope, records: Sequence[Record]) -> Corpus:  # noqa: ARG001
     """What there is to learn and to test of these records."""
     from .parametric import corpus as corpora
 
@@ -67,9 +80,8 @@ def learn(
     tensors: Tensors,
     scope: Scope,
     corpus: Corpus,
+    how: Run,
     *,
-    seed: int,
-    epochs: int | None,
     parents: Sequence[LoraVersion] = (),
     beside: Sequence[LoraVersion] = (),
     keep: Sequence[str] = (),
@@ -86,18 +98,29 @@ def learn(
     from .parametric.train import train as teach
 
     thresholds = thresholds_of(engine)
-    run = _key(tensors, scope, corpus, seed, epochs)
+    recipe = _recipe(engine, tensors)
+    run = _key(tensors, scope, corpus, recipe, how)
     found = engine.registry.found(run, scope)
     if found is not None and found.gate.thresholds == thresholds:
         return found
     if corpus.left_out:
         why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out)
         _log.warning("%d records are not learnt (%s)", len(corpus.left_out), why)
-    expected = estimate(tensors, corpus, epochs=epochs)
+    expected = estimate(tensors, corpus, recipe=recipe, epochs=how.epochs, ram_budget=how.ram_budget)
     _log.info("%s: %d records, %s", label, len(corpus.records), expected)
     with engine.registry.run(run, corpus.records) as checkpoint:
         with progress(f"{label} ({expected})") as moved:
-            trained = teach(tensors, corpus, seed=seed, epochs=epochs, progress=moved, stop=stop, checkpoint=checkpoint)
+            trained = teach(
+                tensors,
+                corpus,
+                seed=how.seed,
+                epochs=how.epochs,
+                recipe=recipe,
+                progress=moved,
+                stop=stop,
+                checkpoint=checkpoint,
+                ram_budget=how.ram_budget,
+            )
         report = gate(
             tensors,
             trained,
@@ -120,10 +143,21 @@ def learn(
     return version
 
 
-def _key(tensors: Tensors, scope: Scope, corpus: Corpus, seed: int, epochs: int | None) -> str:
-    """What tells one run from another: model, scope, examples, seed, length."""
+def _recipe(engine: Engine, tensors: Tensors) -> Recipe:
+    """The recipe measured for a model of this size: activated where the engine can serve that and nobody wants it
+    otherwise."""
+    from .parametric.recipe import recipe_for
+
+    size = sum(weight.numel() for weight in tensors.model.parameters())
+    can = engine.chat_provider().capabilities.activated_loras
+    return recipe_for(size, activated=can and engine.settings.lora_activated)
+
+
+def _key(tensors: Tensors, scope: Scope, corpus: Corpus, recipe: Recipe, how: Run) -> str:
+    """What tells one run from another: model, scope, examples, recipe, seed, length."""
     said = [(example.question, example.answer, example.system) for example in corpus.examples]
-    told: list[Any] = [tensors.identity.hex(), list(scope.levels()), sorted(corpus.records.items()), said, seed, epochs]
+    learnt = sorted(corpus.records.items())
+    told = [tensors.identity.hex(), list(scope.levels()), learnt, said, asdict(recipe), asdict(how)]
     return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 

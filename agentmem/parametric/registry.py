@@ -103,6 +103,8 @@ class Registry:
                 seconds=trained.seconds,
                 seed=trained.seed,
                 recipe={**trained.recipe, "epochs": trained.epochs},
+                curve=trained.curve,
+                reproducible=trained.reproducible,
                 activated=trained.lora.activated,
             )
             manifest = manifest_of(version, trained.records, run)

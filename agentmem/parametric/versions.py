@@ -16,6 +16,7 @@ from pydantic import Field
 from agentmem.types import LEVELS, Scope, Value
 
 from .gate import GateReport
+from .steps import Point
 
 __all__ = ["LoraVersion", "chunks", "columns", "manifest_of", "scope_of", "upwards", "version_of", "visible"]
 
@@ -56,7 +57,7 @@ class LoraVersion(Value):
     seconds: float = 0.0
     seed: int = 0
     recipe: dict[str, Any] = Field(default_factory=dict)
-    curve: tuple[Any, ...] = ()
+    curve: tuple[Point, ...] = ()
     reproducible: bool = True
     activated: tuple[int, ...] = ()
 

@@ -103,12 +103,22 @@ VERBS: dict[str, dict[str, Any]] = {
     "activation.swap_in": {"keys": None},
     "activation.save": {"path": "PATH"},
     "activation.restore": {"path": "PATH"},
-    "parametric.train": {"scope": None, "records": None, "seed": 0, "epochs": 1, "activate": True, "approve": ()},
+    "parametric.train": {
+        "scope": None,
+        "records": None,
+        "seed": 0,
+        "epochs": 1,
+        "activate": True,
+        "approve": (),
+        "ram_budget": None,
+    },
     "plaintext.around": {"id": "ID", "before": 1, "after": 0},
     "plaintext.extract": {"kinds": ("fact",), "limit": None, "retry": False},
     "plaintext.reconcile": {"where": None, "limit": None},
     "parametric.activate": {"versions": None, "force": False},
-    "parametric.export": {"version": "x", "path": "PATH"},
+    "parametric.export": {"version": "x", "path": "PATH", "format": "peft"},
+    "parametric.publish": {"version": None, "to": None},
+    "parametric.unpublish": {"version": "x", "to": None},
 }
 CASES = [(verb, parameter) for verb, given in VERBS.items() for parameter in given]
 #: What has no harmful value, only a true or a false one.
