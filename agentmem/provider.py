@@ -35,6 +35,7 @@ __all__ = [
     "Mark",
     "Options",
     "Pages",
+    "PrefixPages",
     "Provider",
     "PublishedLora",
     "RecalledLine",
@@ -313,6 +314,31 @@ class RecordPages(Protocol):
         ...
 
 
+class TrainedPrefix(Protocol):
+    """KV states that were learnt to stand for the head of a prompt: ``tokens`` positions for its first ``stands_for``
+    tokens, made from ``records``. ``pages`` hold them in order."""
+
+    @property
+    def digest(self) -> str: ...
+    @property
+    def tokens(self) -> int: ...
+    @property
+    def stands_for(self) -> int: ...
+    @property
+    def records(self) -> tuple[str, ...]: ...
+    @property
+    def pages(self) -> Sequence[Any]: ...
+
+
+class PrefixPages(Protocol):
+    """What a provider with ``kv="tensors"`` asks of the place where trained prefixes are kept (activation/trained.py),
+    as one tenant."""
+
+    def find(self, base: bytes, tokens: Sequence[int]) -> TrainedPrefix | None:
+        """The one for the longest head that ``tokens`` begin with, under the model ``base``. Never raises."""
+        ...
+
+
 @dataclass(frozen=True, kw_only=True)
 class Mark:
     """The end of a prefix that a host is asked to keep: the first ``messages`` messages of the request (over all
@@ -347,7 +373,7 @@ class Request:
     ``tenant`` is opaque too, can't be guessed, and separates tenants in caches that others keep. ``pages`` is set only
     for providers with ``kv="tensors"``, ``slots`` only for those with ``kv="slots"``. ``recalled`` are the records that
     stand in the turn, in their order, and ``record_pages`` is where KV states of them are kept; both only where
-    recalled records may enter as KV.
+    recalled records may enter as KV. ``prefixes`` are trained prefixes, only where ``pages`` is set.
     """
 
     segments: tuple[Segment, ...]
@@ -360,6 +386,7 @@ class Request:
     slots: Slots | None = None
     recalled: tuple[RecalledLine, ...] = ()
     record_pages: RecordPages | None = None
+    prefixes: PrefixPages | None = None
     loras: tuple[LoraRef, ...] = ()
 
 
@@ -421,6 +448,7 @@ INSTALL: Mapping[str, str] = {
     "ollama": "pip install ollama",
     "llamacpp": "pip install httpx",
     "openai_compatible": "pip install openai",
+    "vllm": "pip install openai",
 }
 
 

@@ -4,7 +4,7 @@ Knows the server's routes, the client's calls and errors; the format is `_ollama
 prompt's KV states by itself (``kv="auto"``): requests keep the prefix byte-equal, the model's options constant (another
 ``num_ctx`` reloads the model) and ``keep_alive`` set or planned. It reports no cached tokens, so ``cached_tokens``
 stays 0; reuse shows only in ``prompt_eval_duration``, and what that says is an estimate and called so
-(`_ollama_estimates.py`).
+(`_ollama_estimates.py`). A LoRA version is a model of its own name, made by the create call.
 
 Tested with the real client against a shim of Ollama's API over llama.cpp's server, not against Ollama itself.
 """
@@ -18,10 +18,12 @@ import os
 import re
 from collections.abc import AsyncGenerator, Generator, Mapping, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from agentmem.cache_rules import rules_for
 from agentmem.errors import AgentMemError, ConfigError
+from agentmem.loras import LoraRef, PublishedLora, as_one
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for
 
@@ -93,6 +95,9 @@ class Ollama(Remote):
             embeds=True,
             tools=True,
             kv="auto",
+            loras=True,
+            lora_loading="model",
+            lora_format="gguf",
             images=values.get("images", False),
             schemas=True,
             context_tokens=values.get("context_tokens") or self._options.get("num_ctx"),
@@ -131,6 +136,46 @@ class Ollama(Remote):
     def _quick(self, verb: str, *arguments: str) -> Mapping[str, Any]:
         client = self._sync_client()
         return self._plain(self._sync(Clock(PROBE_S), lambda: getattr(client, verb)(*arguments), retries=0))
+
+    # LoRA versions: each is baked into a model of its own name, whose base the server stores once for all of them.
+
+    def served_loras(self, loras: Sequence[LoraRef]) -> tuple[LoraRef, ...]:
+        """All of them where a model with their sum was made, else the first that one was made with."""
+        try:
+            known = self._models()
+        except AgentMemError:  # the request itself will tell
+            return ()
+        if loras and self._baked(as_one(loras).served_name) in known:
+            return tuple(loras)
+        return tuple(one for one in loras if one.scale == 1.0 and self._baked(one.served_name) in known)[:1]
+
+    def publish_lora(self, name: str, file: Path) -> PublishedLora:
+        """Upload the GGUF ``file`` as a blob and create the model ``<base>-<name>`` with it as its adapter."""
+        made = self._baked(name)
+        if made not in self._models():
+
+            def create() -> Any:
+                client = self._sync_client()
+                adapters = {file.name: client.create_blob(file)}
+                return client.create(model=made, from_=self._model, adapters=adapters, stream=False)
+
+            self._sync(Clock(self._timeout_s), create, retries=0)
+        return PublishedLora(served=made)
+
+    def unpublish_lora(self, name: str) -> None:
+        """Delete that model; the server then deletes the adapter's blob, which nothing else uses."""
+        made = self._baked(name)
+        if made in self._models():
+            self._sync(Clock(self._timeout_s), lambda: self._sync_client().delete(made), retries=0)
+
+    def _baked(self, name: str) -> str:
+        """The model that a version is baked into; with a tag, the base's own one grows."""
+        return f"{self._model}-{name}"
+
+    def _models(self) -> set[str]:
+        """The names of all models that the server has."""
+        told = self._ask(lambda client: client.list(), lambda page: [str(one["model"]) for one in page["models"]])
+        return {*told, *(name.removesuffix(":latest") for name in told)}
 
     def count_tokens(self, text: str) -> int:
         """Tokens of ``text`` alone, an estimate: Ollama has no route that counts."""
@@ -182,7 +227,7 @@ class Ollama(Remote):
     def _build(self, request: Request, *, stream: bool) -> dict[str, Any]:
         return build_request(
             request,
-            model=self._model,
+            model=self._baked(as_one(request.loras).served_name) if request.loras else self._model,
             stream=stream,
             keep_alive=self._keep_alive.next(),
             options=self._options,

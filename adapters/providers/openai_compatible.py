@@ -20,6 +20,7 @@ from agentmem.provider import Request
 from . import openai as _openai
 from ._http import read_settings
 from ._openai_hosts import host_for
+from ._vllm import Vllm
 
 __all__ = ["create", "salt_fields"]
 
@@ -30,7 +31,7 @@ FORMS = ("cache_salt", "extra_key", "lmcache")
 SETTINGS: Mapping[str, type] = {**_openai.SETTINGS, "cache_salt": object, "model_identity": str}
 
 
-def create(model: str, settings: Mapping[str, Any]) -> _openai.OpenAI:
+def create(model: str, settings: Mapping[str, Any], *, name: str | None = None) -> _openai.OpenAI:
     """The provider for ``"openai_compatible:<model>"``. ``base_url`` is required, with its ``/v1``.
 
     Other settings as of ``openai:``; ``api_key`` is also read from OPENAI_COMPATIBLE_API_KEY, ``base_url`` from
@@ -59,7 +60,8 @@ def create(model: str, settings: Mapping[str, Any]) -> _openai.OpenAI:
     if form is not None:
         identity = values.get("model_identity", "")
         values["salt"] = partial(salt_fields, form=form, model=model, base_url=values["base_url"], identity=identity)
-    return _openai.OpenAI(f"openai_compatible:{model}", model, values)
+    made = Vllm if values.get("host") == "vllm" else _openai.OpenAI
+    return made(name or f"openai_compatible:{model}", model, values)
 
 
 def _form(value: Any, usual: str | None) -> str | None:
