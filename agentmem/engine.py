@@ -307,7 +307,12 @@ class Engine:
             return ()
         if not self.registry.active(scope):
             return ()
-        return self.registry.refs(scope, identity=provider.tensors().identity)
+        # An engine elsewhere shows no weights: publishing a version to it said that its base is the right one.
+        identity = provider.tensors().identity if provider.capabilities.trains else None
+        refs = self.registry.refs(scope, identity=identity)
+        if not provider.capabilities.activated_loras:
+            refs = tuple(ref for ref in refs if not ref.activated)
+        return provider.served_loras(refs) if isinstance(provider, TakesLoras) and refs else refs
 
     def keyed(self, text: str) -> str:
         """A digest of a text, 64 hex digits, that tells nobody without this folder's secret what the text may be."""
