@@ -414,6 +414,7 @@ def _request(
         slots=engine.slot_view(scope),
         recalled=lines,
         record_pages=record_pages,
+        prefixes=engine.prefix_view(scope),
         loras=engine.active_loras(scope),
     )
 

@@ -31,6 +31,7 @@ from ._local_model import Loaded, Settings, compute_environment
 from ._local_prompt import Prompt, Template
 from ._local_records import Recall, RecordStates
 from ._local_text import Sampler, Text
+from ._local_trained import Standing, standing
 
 __all__ = ["Cancelled", "Engine"]
 
@@ -162,19 +163,23 @@ class Engine:
         if request.pages is not None and self.states.check():
             self.in_place.states(request.pages)  # trials of a model belong to loading it, which is no part of an answer
         started = time.perf_counter()
-        recall = self.records.recall(request)
-        if recall is not None and recall.composed:
-            prompt = recall.prompt
-        else:
-            prompt = self.template.prompt(request.segments, options.extra.get("chat_template_kwargs"))
+        prompt = self.template.prompt(request.segments, options.extra.get("chat_template_kwargs"))
+        whole = prompt.tokens
+        stand = standing(self, request, prompt)
+        # Behind a trained prefix recalled records enter as text: two approximations in one prompt were never judged.
+        recall = None if stand is not None else self.records.recall(request)
+        if stand is not None:
+            prompt = stand.prompt
+        elif recall is not None and recall.composed:
+            prompt, whole = recall.prompt, recall.prompt.tokens
         budget = self._budget(len(prompt.tokens), options.max_tokens)
-        run = _Run(self, request, prompt, budget, cancel, recall=recall)
+        run = _Run(self, request, prompt, budget, cancel, recall=recall, stand=stand)
         text = Text(self.loaded.tokenizer, (*options.stop, *self.template.stops))
         finish, count, first_s = "length", 0, None
         try:
             logits = run.prefill()
             while count < budget:
-                token = sampler(logits, prompt.tokens)
+                token = sampler(logits, whole)
                 first_s = time.perf_counter() - started if first_s is None else first_s
                 if token in self._ends:
                     finish = "stop"
@@ -197,8 +202,8 @@ class Engine:
         if recall is not None:
             self.records.learn(recall, cancel)
         usage = Usage(
-            input_tokens=len(prompt.tokens),
-            cached_tokens=run.cached,
+            input_tokens=len(whole),
+            cached_tokens=run.cached if stand is None else max(run.cached, stand.tokens) + stand.saved,
             written_tokens=written,
             output_tokens=count,
             first_token_s=first_s,
@@ -233,6 +238,7 @@ class _Run:
         cancel: threading.Event | None,
         *,
         recall: Recall | None = None,
+        stand: Standing | None = None,
     ) -> None:
         self._engine = engine
         self._pages = request.pages
@@ -243,10 +249,12 @@ class _Run:
         self._capacity = len(prompt.tokens) + min(budget, _AHEAD)
         self._cancel = cancel
         self._grid = GRID if request.pages is None else request.pages.grid
+        self._placed = 0 if stand is None else stand.tokens
         self._identity = b""
         self._cache: Any = None
         self._all: list[int] = []
         self._done = 0
+        self._stand = stand
         self._recall = recall if recall is not None and recall.composed else None
         self._exact = len(
             prompt.tokens if self._recall is None else self._recall.pieces.head.tokens
@@ -268,6 +276,8 @@ class _Run:
             self._states = stock if paged is None else paged
             attention = None if paged is None else paged.attention
             self._identity = self._engine.identity(self._loras, grid, attention)
+            if self._stand is not None:
+                self._identity = self._stand.identity(self._identity)
             stored = self._pages.longest(self._identity, tokens)
             known = next((i for i, page in enumerate(stored) if not self._matches(page, i)), len(stored))
             wanted = min(known, (self._exact - 1) // grid)
@@ -276,6 +286,7 @@ class _Run:
         else:
             self._cache = stock.empty(self._capacity)
         self._done = self.cached
+        self._stand_in()
         if self._recall is None:
             return self.prefill_to(len(tokens))
         # What of the head is no whole step goes into one pass with what follows the records.
@@ -297,15 +308,29 @@ class _Run:
                 log.warning("KV pages could not be read, all is computed again: %s", error)
                 self.leave()
                 self._cache, self.cached, self._first, self._done = stock.empty(self._capacity), 0, 0, 0
+                self._stand_in()
                 continue
             number, on_grid = divmod(self._done, grid)
-            if self._pages is not None and len(part) == grid and not on_grid:
+            # The step behind a trained prefix begins within a page, whose other states were placed.
+            whole = not on_grid or self._done == self._placed
+            if self._pages is not None and whole and (self._done + len(part)) % grid == 0:
                 self._encoded[number] = self._states.settle(self._pages, self._cache, number)
                 self._seconds[number] = time.perf_counter() - started
             else:
                 self._seal_tail()
             self._done += len(part)
         return logits
+
+    def _stand_in(self) -> None:
+        """Put what was not restored of a trained prefix into the cache, step by step of the grid as if computed."""
+        stand, grid = self._stand, self._grid
+        while stand is not None and self._pages is not None and self._done < stand.tokens:
+            count = min(stand.tokens - self._done, grid - self._done % grid)
+            stand.place(self._cache, self._done, count, self._engine.states.dtype, self._engine.loaded.device)
+            self._done += count
+            if self._done % grid == 0:
+                number = self._done // grid - 1
+                self._encoded[number] = self._states.settle(self._pages, self._cache, number)
 
     def _room(self) -> int:
         """Tokens of the next step of prefill at most."""
@@ -360,9 +385,13 @@ class _Run:
     @property
     def attended(self) -> Attended | None:
         """What was attended to in place, or came as KV states of records, if anything did."""
+        stand = self._stand
+        trained = {} if stand is None else {"trained_tokens": stand.tokens, "stands_for": stand.stands_for}
         if isinstance(self._states, PagedStates) and self._cache is not None:
-            attended: Attended = self._cache.attended()
-            return attended if attended.tokens else None  # else all of it was still in the tail
+            attended: Attended = self._cache.attended().model_copy(update=trained)
+            return attended if attended.tokens or trained else None  # else all of it was still in the tail
+        if stand is not None and self._pages is not None:
+            return Attended(codec=self._pages.codec, trained_tokens=stand.tokens, stands_for=stand.stands_for)
         if self._recall is not None:
             return Attended(codec=self._recall.pages.codec, record_tokens=self._recall.stored_tokens)
         return None

@@ -24,7 +24,7 @@ from typing import Any
 from ..database import Database
 from ..errors import Corrupt, Incompatible, InvalidInput, StoreError
 from ..types import Value
-from . import archive, audit
+from . import archive, audit, trained
 from .budget import Budget
 from .catalog import Catalog, marks, parts
 from .cipher import ForeignKey, PageCipher
@@ -416,6 +416,7 @@ class PageStore:
             self._budget.ram.drop(gone)
             try:
                 self._catalog.remove(connection, gone, durable=True)
+                trained.prune(connection)
             except OSError as error:
                 raise StoreError(f"a KV page in {self._folder} can't be deleted ({error}): try again") from error
         return [key.hex() for key in gone]
