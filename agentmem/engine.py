@@ -32,7 +32,7 @@ from .ledger.uses import Ledger
 from .plaintext.records import Records
 from .plaintext.redact import redactor
 from .plaintext.search import Searcher
-from .provider import HoldsLoras, HoldsSlots, LoraRef, Pages, Provider, Slots
+from .provider import HoldsLoras, HoldsSlots, LoraRef, Pages, Provider, Slots, TakesLoras
 from .serving import Serving
 from .types import Scope
 
