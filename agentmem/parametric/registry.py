@@ -156,7 +156,7 @@ class Registry:
         """
         wanted = getattr(version, "digest", version)
         if not isinstance(wanted, str) or not wanted:
-            raise InvalidInput(f"a LoRA version is named by its name or digest, not by {wanted!r}")
+            raise InvalidInput(f"a LoRA version is named by its name or digest, not by a {type(wanted).__name__}")
         for row in self._database.query("SELECT * FROM loras WHERE digest = ? OR name = ?", (wanted, wanted)):
             if visible(scope_of(row), scope):
                 return version_of(row, self._active_digests(scope))

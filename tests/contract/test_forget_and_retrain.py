@@ -1,0 +1,461 @@
+"""What a LoRA version learnt is taken back with its record, at once; its shard learns again without it, with proof."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from agentmem import AsyncMemory, Memory
+from agentmem.errors import ConfigError, Full, InvalidInput, NotFound, ScopeError, TrainingError
+from agentmem.parametric.corpus import Corpus
+from agentmem.parametric.versions import LoraVersion
+from agentmem.testing import FakeClock
+from tests.reliability.learner import FACTS, IDENTITY, Teachable, learning, memory_of
+
+
+@pytest.fixture
+def taught() -> Iterator[list[Corpus]]:
+    with learning() as taught:
+        yield taught
+
+
+@pytest.fixture
+def provider() -> Teachable:
+    return Teachable()
+
+
+@pytest.fixture
+def memory(tmp_path: Path, provider: Teachable, taught: list[Corpus]) -> Iterator[Memory]:
+    with memory_of(tmp_path / "m", provider, lora_shard=3) as memory:
+        yield memory
+
+
+def active(handle: Any) -> list[str]:
+    return [version.digest for version in handle.parametric.active()]
+
+
+def folders(memory: Memory) -> set[str]:
+    return {path.name for path in (memory._engine.folder / "lora").iterdir()} - {".lock"}
+
+
+def test_many_records_become_shards_that_act_together(memory: Memory, taught: list[Corpus]) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS))
+    version = ana.parametric.train()
+    versions = ana.parametric.active()
+    assert len(versions) == len(taught) == 3
+    assert version.shards == tuple(v.name for v in versions)
+    assert version.digest == versions[0].digest
+    learnt = [record for v in versions for record in v.records]
+    assert sorted(learnt) == sorted(record.id for record in records)
+    assert max(len(v.records) for v in versions) <= 3
+    assert versions[0].curve[-1].known == 1.0
+    refs = memory._engine.registry.refs(ana._scope, identity=IDENTITY)
+    assert [ref.records for ref in refs] == [v.records for v in versions]
+
+
+def test_default_records_are_those_not_learnt_yet_and_new_ones_join(memory: Memory, taught: list[Corpus]) -> None:
+    ana = memory.scope(user="ana")
+    ana.add(list(FACTS[:2]))
+    first = ana.parametric.train()
+    [new] = ana.add(FACTS[2])
+    second = ana.parametric.train()
+    assert second.records == (new.id,)
+    assert second.parents == ()
+    assert active(ana) == [first.digest, second.digest]
+    with pytest.raises(InvalidInput, match="no records to learn"):
+        ana.parametric.train()
+
+
+def test_all_records_learnt_anew_take_the_place_of_the_old_version(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:2]))
+    first = ana.parametric.train()
+    second = ana.parametric.train(records=records, seed=7)
+    assert second.parents == (first.digest,)
+    assert active(ana) == [second.digest]
+    assert [v.digest for v in ana.parametric.rollback()] == [first.digest]
+
+
+def test_the_same_training_again_gives_what_is_stored(memory: Memory, taught: list[Corpus]) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:2]))
+    first = ana.parametric.train(activate=False)
+    assert ana.parametric.active() == ()
+    assert ana.parametric.train(records=records).digest == first.digest
+    assert len(taught) == 1
+    assert active(ana) == [first.digest]
+
+
+def test_records_that_share_a_question_stay_in_one_shard(memory: Memory, taught: list[Corpus]) -> None:
+    ana = memory.scope(user="ana")
+    tea = ana.add(["I like tea.", "My dog is called Biscuit.", "I live in Tromsø.", "I like chess."])
+    ana.parametric.train()
+    [corpus] = [corpus for corpus in taught if tea[0].id in corpus.records]
+    assert tea[3].id in corpus.records
+
+
+def test_forgetting_takes_back_one_shard_and_leaves_the_others(memory: Memory, provider: Teachable) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS))
+    ana.parametric.train()
+    before = ana.parametric.active()
+    [tainted] = [v for v in before if records[0].id in v.records]
+    receipt = ana.forget(records[0].id)
+    assert receipt.loras == [tainted.digest]
+    assert active(ana) == [v.digest for v in before if v != tainted]
+    assert provider.dropped == [tainted.digest]
+    assert tainted.digest not in folders(memory)
+    with pytest.raises(TrainingError, match="retired"):
+        ana.parametric.activate(tainted, force=True)
+    [waiting] = ana.parametric.receipts()
+    assert (waiting.retired, waiting.state, waiting.forgotten) == (tainted.digest, "queued", (records[0].id,))
+
+
+def test_a_shard_learns_again_without_it_and_the_proof_is_kept(memory: Memory, taught: list[Corpus]) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:3]))
+    old = ana.parametric.train()
+    ana.forget(records[0].id)
+    [proof] = ana.parametric.retrain()
+    assert (proof.state, proof.retired, proof.forgotten, proof.kept) == ("done", old.digest, (records[0].id,), 2)
+    assert proof.asked > 0
+    assert (proof.base_recall, proof.recall_before, proof.recall_after) == (0, 1, 0)
+    assert (proof.others_before, proof.others_after) == (1, 1)
+    assert active(ana) == [proof.version]
+    [new] = ana.parametric.active()
+    assert set(new.records) == {record.id for record in records[1:]}
+    assert new.parents == (old.digest,)
+    assert not [e for e in taught[-1].examples if "Biscuit" in e.answer]
+    assert ana.parametric.receipts() == [proof]
+    assert ana.parametric.retrain() == []
+    assert memory._engine.questions == {}
+    assert memory.verify().problems == []
+
+
+def test_another_process_proves_by_construction_only(tmp_path: Path, taught: list[Corpus]) -> None:
+    with memory_of(tmp_path) as memory:
+        records = memory.add(list(FACTS[:3]))
+        memory.parametric.train()
+        memory.forget(records[0].id)
+    with memory_of(tmp_path) as memory:
+        [proof] = memory.parametric.retrain()
+        assert proof.asked == 0
+        assert proof.recall_after is None
+        assert proof.others_after == 1
+        assert len(memory.parametric.active()) == 1
+
+
+def test_no_word_of_it_is_written_down(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(["My dog is called Quixotry.", *FACTS[1:3]])
+    ana.parametric.train()
+    ana.forget(records[0].id)
+    ana.parametric.retrain()
+    memory.compact()
+    files = [path for path in memory._engine.folder.rglob("*") if path.is_file()]
+    assert not [path for path in files if b"uixotry" in path.read_bytes()]
+
+
+def test_the_last_record_leaves_no_version(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    [record] = ana.add(FACTS[0])
+    ana.parametric.train()
+    ana.forget(record.id)
+    [proof] = ana.parametric.retrain()
+    assert (proof.version, proof.state, proof.recall_after) == (None, "done", 0)
+    assert active(ana) == []
+
+
+def test_a_changed_record_is_learnt_anew_with_its_new_text(memory: Memory, taught: list[Corpus]) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:2]))
+    ana.parametric.train()
+    ana.update(records[0].id, text="My dog is called Rex.")
+    assert active(ana) == []
+    [proof] = ana.parametric.retrain()
+    assert (proof.forgotten, proof.kept) == ((records[0].id,), 2)
+    assert proof.asked > 0
+    assert proof.recall_after == 0
+    assert [e for e in taught[-1].examples if "Rex" in e.answer]
+    ana.update(records[1].id, metadata={"seen": True})
+    assert active(ana) == [proof.version]
+
+
+def test_a_superseded_record_is_taken_back_at_once(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:2]))
+    old = ana.parametric.train()
+    ana.add("I live in Oslo.", supersedes=records[1].id)
+    assert old.digest not in folders(memory)
+    assert active(ana) == []
+    ana.parametric.train()
+    learnt = {record for version in ana.parametric.active() for record in version.records}
+    assert records[0].id in learnt
+    assert records[1].id not in learnt
+
+
+def test_a_record_that_expires_is_taken_back_when_it_does(tmp_path: Path, taught: list[Corpus]) -> None:
+    clock = FakeClock()
+    with memory_of(tmp_path, clock=clock) as memory:
+        [record, _] = memory.add(list(FACTS[:2]))
+        old = memory.parametric.train()
+        with memory._engine.database.write():
+            memory._engine.records.end([record.id], memory._scope, clock.datetime().replace(year=2100))
+        assert active(memory) == [old.digest]
+        clock.advance(80 * 366 * 86_400)
+        assert active(memory) == []
+        assert old.digest not in folders(memory)
+        [proof] = memory.parametric.retrain()
+        assert (proof.forgotten, proof.kept) == ((record.id,), 1)
+        assert proof.asked > 0
+
+
+def test_training_runs_the_queue_first(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:3]))
+    ana.parametric.train()
+    ana.forget(records[0].id)
+    version = ana.parametric.train()
+    assert set(version.records) == {record.id for record in records[1:]}
+    assert ana.parametric.receipts()[0].state == "done"
+
+
+def test_what_never_answered_is_not_trained_again(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:3]))
+    ana.parametric.train(activate=False)
+    ana.forget(records[0].id)
+    assert ana.parametric.receipts() == []
+    assert [version.state for version in ana.parametric.versions()] == ["retired"]
+
+
+def test_a_retrained_shard_that_fails_its_gate_answers_nobody(tmp_path: Path) -> None:
+    with learning(passes=lambda corpus: len(corpus.records) == 3), memory_of(tmp_path) as memory:
+        records = memory.add(list(FACTS[:3]))
+        memory.parametric.train()
+        memory.forget(records[0].id)
+        [proof] = memory.parametric.retrain()
+        assert proof.state == "done"
+        assert "did not pass its gate" in str(proof.note)
+        assert active(memory) == []
+
+
+def test_a_version_forced_into_use_is_replaced_by_force(tmp_path: Path) -> None:
+    with learning(passes=lambda corpus: False), memory_of(tmp_path) as memory:
+        records = memory.add(list(FACTS[:3]))
+        version = memory.parametric.train()
+        assert active(memory) == []
+        memory.parametric.activate(version, force=True)
+        memory.forget(records[0].id)
+        [proof] = memory.parametric.retrain()
+        assert active(memory) == [proof.version]
+
+
+def test_a_training_that_fails_is_told_and_tried_again(tmp_path: Path) -> None:
+    with learning(), memory_of(tmp_path) as memory:
+        records = memory.add(list(FACTS[:3]))
+        memory.parametric.train()
+        memory.forget(records[0].id)
+
+    def broken(number: int) -> None:
+        raise TrainingError("the loss is not finite")
+
+    with memory_of(tmp_path) as memory:
+        with learning(step=broken):
+            [proof] = memory.parametric.retrain()
+            assert (proof.state, proof.version) == ("failed", None)
+            assert "not finite" in str(proof.note)
+        with learning():
+            [proof] = memory.parametric.retrain()
+            assert proof.state == "done"
+            assert active(memory) == [proof.version]
+
+
+def test_a_gate_that_only_one_shard_passes_activates_that_one(tmp_path: Path) -> None:
+    def passes(corpus: Corpus) -> bool:
+        return not any("Biscuit" in example.answer for example in corpus.examples)
+
+    with learning(passes=passes), memory_of(tmp_path, lora_shard=3) as memory:
+        memory.add(list(FACTS))
+        version = memory.parametric.train()
+        assert version.state == "failed"
+        assert len(version.shards) == 3
+        assert len(active(memory)) == 2
+
+
+def test_an_interrupted_training_goes_on_where_it_was(tmp_path: Path) -> None:
+    done: list[int] = []
+
+    def interrupt(number: int) -> None:
+        done.append(number)
+        if done == [0, 1]:
+            raise KeyboardInterrupt
+
+    with learning(step=interrupt), memory_of(tmp_path) as memory:
+        memory.add(list(FACTS[:2]))
+        with pytest.raises(KeyboardInterrupt):
+            memory.parametric.train()
+        assert memory.parametric.versions() == []
+    with learning(step=done.append), memory_of(tmp_path) as memory:
+        version = memory.parametric.train()
+        assert done == [0, 1, 1, 2]
+        assert folders(memory) == {version.digest}
+
+
+def test_forgetting_deletes_the_checkpoint_that_learnt_it(tmp_path: Path) -> None:
+    def interrupt(number: int) -> None:
+        if number == 1:
+            raise KeyboardInterrupt
+
+    with learning(step=interrupt), memory_of(tmp_path) as memory:
+        records = memory.add(list(FACTS[:2]))
+        with pytest.raises(KeyboardInterrupt):
+            memory.parametric.train()
+        assert any(name.startswith(".run-") for name in folders(memory))
+        memory.forget(records[1].id)
+        assert folders(memory) == set()
+
+
+def test_a_record_forgotten_while_it_is_learnt_is_in_no_version(memory: Memory, tmp_path: Path) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:2]))
+
+    def forget(number: int) -> None:
+        if number == 1:
+            ana.forget(records[0].id)
+
+    with learning(step=forget), pytest.raises((TrainingError, OSError)):
+        ana.parametric.train()
+    assert ana.parametric.versions() == []
+
+
+async def test_a_cancelled_task_stops_the_training_and_stores_nothing(tmp_path: Path) -> None:
+    begun = threading.Event()
+
+    def step(number: int) -> None:
+        begun.set()
+        threading.Event().wait(0.01)
+
+    provider = Teachable()
+    with learning(step=step, steps=10_000):
+        async with AsyncMemory(tmp_path, model=provider, embedder="none") as memory:
+            await memory.add(list(FACTS[:2]))
+            task = asyncio.create_task(memory.parametric.train())
+            await asyncio.to_thread(begun.wait)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await asyncio.wait_for(task, 20)
+            assert await memory.parametric.versions() == []
+            assert (await memory.search("Biscuit"))[0].record.text == FACTS[0]
+            with learning():
+                assert (await memory.parametric.train()).gate.passed
+
+
+async def test_the_async_face_does_it_all(tmp_path: Path) -> None:
+    with learning():
+        async with AsyncMemory(tmp_path, model=Teachable(), embedder="none") as memory:
+            ana = memory.scope(user="ana")
+            records = await ana.add(list(FACTS[:3]))
+            version = await ana.parametric.train()
+            assert [v.digest for v in await ana.parametric.active()] == [version.digest]
+            assert await ana.parametric.activate() == ()
+            assert [v.digest for v in await ana.parametric.activate(version.name)] == [version.digest]
+            await ana.forget(records[0].id)
+            [proof] = await ana.parametric.retrain()
+            assert await ana.parametric.receipts() == [proof]
+            assert await ana.parametric.rollback() == ()
+            folder = await ana.parametric.export(str(proof.version), tmp_path / "out")
+            assert folder == tmp_path / "out"
+
+
+def test_one_user_s_versions_are_nobody_else_s(memory: Memory) -> None:
+    ana, ben = memory.scope(user="ana"), memory.scope(user="ben")
+    version = _taught(ana, FACTS[0])
+    assert ben.parametric.active() == ()
+    assert ben.parametric.versions() == []
+    with pytest.raises(NotFound):
+        ben.parametric.activate(version)
+    with pytest.raises(ScopeError):
+        memory.parametric.activate(version)
+    assert ben.parametric.retrain() == []
+    ana.forget(version.records[0])
+    assert ben.parametric.retrain() == []
+    assert ben.parametric.receipts() == []
+    assert len(memory.parametric.retrain()) == 1
+
+
+def test_tenants_learn_apart(memory: Memory) -> None:
+    one, other = memory.scope(tenant="one", user="ana"), memory.scope(tenant="other", user="ana")
+    version = _taught(one, FACTS[0])
+    assert other.parametric.active() == ()
+    assert _taught(other, FACTS[0]).digest != version.digest
+
+
+def _taught(handle: Any, fact: str) -> LoraVersion:
+    handle.add(fact)
+    version: LoraVersion = handle.parametric.train()
+    return version
+
+
+def test_activation_is_all_or_nothing(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    version = _taught(ana, FACTS[0])
+    with pytest.raises(NotFound):
+        ana.parametric.activate(version, "lora-unknown")
+    with pytest.raises(InvalidInput):
+        ana.parametric.activate(3)  # type: ignore[arg-type]
+    assert active(ana) == [version.digest]
+    assert ana.parametric.activate(None) == ()
+    assert [v.digest for v in ana.parametric.rollback()] == [version.digest]
+
+
+@pytest.mark.parametrize("wrong", [{"seed": -1}, {"epochs": 0}, {"epochs": True}, {"ram_budget": 0}, {"records": 3}])
+def test_wrong_arguments_are_refused_before_anything_is_done(
+    memory: Memory, taught: list[Corpus], wrong: dict[str, Any]
+) -> None:
+    memory.add(FACTS[0])
+    with pytest.raises(InvalidInput):
+        memory.parametric.train(**wrong)
+    assert taught == []
+
+
+def test_a_wrong_threshold_is_refused_before_training(tmp_path: Path) -> None:
+    with learning() as taught, memory_of(tmp_path, lora_gate={"charm": 1.0}) as memory:
+        memory.add(FACTS[0])
+        with pytest.raises(ConfigError, match="charm"):
+            memory.parametric.train()
+        assert taught == []
+
+
+def test_the_budget_takes_the_longest_unused_first_and_never_what_answers(tmp_path: Path, taught: list[Corpus]) -> None:
+    with memory_of(tmp_path / "probe") as memory:
+        size = _taught(memory, FACTS[0]).bytes
+    with memory_of(tmp_path / "m", lora_budget=int(size * 3.5)) as memory:
+        records = memory.add(list(FACTS[:5]))
+        made = [memory.parametric.train(records=[record], activate=False) for record in records[:3]]
+        memory.parametric.activate(made[0])
+        new = memory.parametric.train(records=[records[3]], activate=False)
+        assert {v.digest for v in memory.parametric.versions()} == {made[0].digest, made[2].digest, new.digest}
+        assert folders(memory) == {made[0].digest, made[2].digest, new.digest}
+        memory.parametric.activate(made[0], made[2], new)
+        with pytest.raises(Full, match="lora_budget"):
+            memory.parametric.train(records=[records[4]])
+        assert len(active(memory)) == 3
+        assert memory.verify().problems == []
+
+
+def test_a_receipt_reads_well(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:3]))
+    ana.parametric.train()
+    ana.forget(records[0].id)
+    [proof] = ana.parametric.retrain()
+    assert "recall of what is gone 100% -> 0% (base 0%)" in str(proof)
+    assert json.loads(proof.model_dump_json())["state"] == "done"
