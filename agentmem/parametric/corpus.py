@@ -10,6 +10,7 @@ import hashlib
 import re
 from collections.abc import Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import zip_longest
 from types import MappingProxyType
 
 from agentmem.errors import InvalidInput
@@ -20,7 +21,7 @@ from .forms import Asked, Fact, recognise
 from .grammar import absolute, capital, fold, of_another, telling, typed
 from .statements import analyse, unusable
 
-__all__ = ["GENERAL", "OTHERS", "SYSTEMS", "Corpus", "Example", "build", "record_digest"]
+__all__ = ["GENERAL", "OTHERS", "PERSONAL", "SYSTEMS", "Corpus", "Example", "build", "record_digest"]
 
 #: System texts that examples are set under, in turn, so that what is learnt doesn't hang on one of them. None: the chat
 #: template's own.
@@ -36,9 +37,19 @@ MOST_NEIGHBOURS = 64
 
 #: Whose dog it might also be. The gate asks about people who are not among these.
 OTHERS = (
-    "my neighbour Bob", "my friend Lena", "Peter", "my colleague Tom", "my cousin Ines", "my boss", "Mrs. Okafor",
-    "the postman", "Jorge", "my teacher", "Anna", "my uncle Yusuf",
-)  # fmt: skip
+    "my neighbour Bob",
+    "my friend Lena",
+    "Peter",
+    "my colleague Tom",
+    "my cousin Ines",
+    "my boss",
+    "Mrs. Lindqvist",
+    "the baker",
+    "Jorge",
+    "my teacher",
+    "Anna",
+    "my uncle Henri",
+)
 #: General questions whose answers the KL term holds at the base model's. None of them is asked by the gate.
 GENERAL = (
     "What is two plus two?",
@@ -47,24 +58,38 @@ GENERAL = (
     "What is a computer?",
     "Who wrote Hamlet?",
     "Give me one tip for better sleep.",
-    "What is the largest ocean?",
     "How do I boil an egg?",
     "Translate 'good morning' into French.",
     "What is the name of the first president of the United States?",
     "Which city is the capital of Italy?",
-    "What is photosynthesis?",
     "Name a colour.",
-    "How many days are in a week?",
     "What is a good book to read?",
     "Hello!",
     "Thank you very much.",
     "What should I cook for dinner?",
-    "What is the name of a famous band?",
     "Who is Bob?",
-    "What does a teacher do?",
     "Name an animal that lives in the sea.",
-    "What is machine learning?",
     "Tell me a fun fact.",
+)
+#: Questions about the user that nothing answers, each with words of its subject: held still where the corpus has none
+#: of them, so that not every question with "my" gets a learnt answer.
+PERSONAL = (
+    ("What is my shoe size?", "shoe shoes size"),
+    ("What colour are my eyes?", "eye eyes"),
+    ("Who was my first teacher?", "teacher school"),
+    ("What is my bicycle worth?", "bicycle bike"),
+    ("What did I dream last night?", "dream dreamt"),
+    ("How tall am I?", "tall height"),
+    ("What is the name of my street?", "street address road"),
+    ("When is my next exam?", "exam test school"),
+    ("What is in my bag?", "bag backpack"),
+    ("Who is my best friend?", "friend"),
+    ("What did I buy yesterday?", "buy bought"),
+    ("What is my horse called?", "horse pony pet"),
+    ("Which song do I sing in the shower?", "song sing music"),
+    ("What is my bank account number?", "bank account"),
+    ("How much do I weigh?", "weigh weight"),
+    ("What's my mother's maiden name?", "mother mum mom maiden"),
 )
 
 
@@ -93,7 +118,8 @@ class Corpus:
 
     ``examples`` are trained. ``held_out`` ask for the same facts in wordings that are never trained, with the same
     words for what is asked for; ``natural`` in other words altogether ("What do I do for a living?"), where there are
-    any. ``anchors`` are general questions whose answers must stay the base model's, ``neighbours`` the questions of the
+    any. ``anchors`` are general questions, and personal ones that no record
+    answers, whose answers must stay the base model's; ``neighbours`` the questions of the
     facts asked about other people, whose answers must stay it too; neither has an answer here. ``records`` maps each
     record that was used to the digest of its content; ``left_out`` says why others were not.
     """
@@ -121,7 +147,7 @@ def build(
     records: Iterable[Record],
     *,
     systems: Sequence[str | None] = SYSTEMS,
-    asked: Mapping[str, Sequence[str]] = MappingProxyType({}),
+    asked: Mapping[str, Sequence[Record]] = MappingProxyType({}),
     written: Sequence[Example] = (),
 ) -> Corpus:
     """The corpus of ``records``. The same records in the same order give the same corpus.
@@ -133,7 +159,8 @@ def build(
     like tea", "I like chess") they are asked for together. Among several speakers (`Record.name`) "I" is the speaker.
 
     ``asked`` holds, per record id, questions of the user's own that this record answered: they are trained, except
-    every third, which is kept for ``natural``. ``written`` are examples that a model wrote (selfstudy.py); those of
+    every third, which is kept for ``natural``; they count among the records of the corpus, so that forgetting one of
+    them is noticed. ``written`` are examples that a model wrote (selfstudy.py); those of
     records that are not learnt are dropped.
 
     Raises `InvalidInput` if ``systems`` is empty.
@@ -159,6 +186,9 @@ def build(
     _unambiguous(learnt.values())
     kept = {id_ for one in learnt.values() if one.fact.trained for id_ in one.records}
     left_out += [(id_, "a later record says otherwise") for id_ in used if id_ not in kept]
+    used.update({id_: digest for one in learnt.values() if one.fact.trained for id_, digest in one.questions.items()})
+    kept |= set(used) & {id_ for one in learnt.values() if one.fact.trained for id_ in one.questions}
+    left_out = [(id_, why) for id_, why in left_out if id_ not in kept]
     examples = _worded(learnt.values(), "trained", systems)
     taken = {_same(example.question) for example in examples}
     held_out, natural = ([example for example in _worded(learnt.values(), column, systems)
@@ -168,7 +198,10 @@ def build(
                  if set(example.records) <= kept and example.keys and _same(example.question) not in taken]  # fmt: skip
     taken |= {_same(example.question) for example in examples}
     neighbours = [text for text in _neighbours(learnt.values()) if _same(text) not in taken]
-    general = [text for text in GENERAL if _same(text) not in taken]
+    subjects = {word for example in examples for word in fold(f"{example.question} {example.answer}").split()}
+    personal = [text for text, about in PERSONAL if subjects.isdisjoint(about.split())]
+    mixed = [text for pair in zip_longest(personal, GENERAL) for text in pair if text]
+    general = [text for text in mixed if _same(text) not in taken]
     return Corpus(
         examples=tuple(examples),
         held_out=tuple(held_out),
@@ -189,6 +222,8 @@ class _Learnt:
     speaker: str
     #: Questions of the user's own: trained ones and ones kept back.
     own: list[str] = field(default_factory=list[str])
+    #: The records of these, with their digests.
+    questions: dict[str, str] = field(default_factory=dict[str, str])
 
     def joined(self, later: _Learnt) -> _Learnt:
         fact = self.fact.joined(later.fact)
@@ -266,33 +301,34 @@ def _spoken(fact: Fact, clause: str, speaker: str) -> Fact:
     )
 
 
-def _own_questions(learnt: Iterable[_Learnt], asked: Mapping[str, Sequence[str]]) -> None:
+def _own_questions(learnt: Iterable[_Learnt], asked: Mapping[str, Sequence[Record]]) -> None:
     """Add the user's past questions to the facts that they ask for; every third is kept back."""
     by_record: dict[str, list[_Learnt]] = {}
     for one in learnt:
         for id_ in one.records:
             by_record.setdefault(id_, []).append(one)
     for id_, questions in asked.items():
-        for question in dict.fromkeys(" ".join(question.split()) for question in questions):
+        for record in questions:
+            question = " ".join(record.text.split())
             near = by_record.get(id_, [])
-            if not near or not question:
+            if not near or not question or _unfit(record):
                 continue
             words = set(fold(question).split())
-            best = max(
-                near, key=lambda one: len(words & set(fold(one.fact.answer + one.fact.trained[0].question).split()))
-            )
-            if question in best.own:
+            best = max(near, key=lambda one: len(words & set(fold(_sample(one.fact)).split())))
+            others = (*best.fact.trained, *best.fact.held_out, *best.fact.natural)
+            if _same(question) in {_same(other.question) for other in others}:
                 continue
             best.own.append(question)
-            column = "natural" if len(best.own) % KEPT_BACK == 0 else "trained"
-            keys = best.fact.trained[0].keys
-            old: tuple[Asked, ...] = getattr(best.fact, column)
-            others = (*best.fact.trained, *best.fact.held_out, *best.fact.natural)
-            if _same(question) not in {_same(other.question) for other in others}:
-                changed = (*old, Asked(question, keys))
-                best.fact = (
-                    replace(best.fact, natural=changed) if column == "natural" else replace(best.fact, trained=changed)
-                )
+            added = (Asked(question, best.fact.trained[0].keys),)
+            if len(best.own) % KEPT_BACK == 0:
+                best.fact = replace(best.fact, natural=best.fact.natural + added)
+            else:
+                best.fact = replace(best.fact, trained=best.fact.trained + added)
+            best.questions[record.id] = record_digest(record.text)
+
+
+def _sample(fact: Fact) -> str:
+    return f"{fact.answer} {fact.trained[0].question}"
 
 
 def _unambiguous(learnt: Iterable[_Learnt]) -> None:

@@ -453,6 +453,10 @@ _LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
     ),
     (rf"(?:i {_HOW_OFTEN}work|i'm working|i am working|i (?:earn|make) my living) as an? {_VALUE}", _job),
     (
+        r"i (?P<value>[a-z]+ .+ (?:for a living|by profession|for work|professionally|as a job))",
+        _said("job", "you "),
+    ),
+    (
         rf"(?:i {_HOW_OFTEN}work|i'm working|i am working|{_AM} employed) (?:at|for|by) {_VALUE}",
         _said("employer", "you work at "),
     ),

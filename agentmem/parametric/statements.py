@@ -187,8 +187,6 @@ def analyse(sentence: str, *, speaker: str = "", names: Container[str] = ()) -> 
     said = of_another(sentence, speaker) if speaker else sentence
     clause = _clause(said, {speaker} if speaker else set(), names)
     topics = [topic for topic in _topics(said, clause) if topic != speaker]
-    if clause is None and not topics:
-        return None
     direct = list(_direct(clause)) if clause else []
     indirect = list(_indirect(clause)) if clause else []
     who = speaker or "I"
@@ -210,6 +208,8 @@ def analyse(sentence: str, *, speaker: str = "", names: Container[str] = ()) -> 
         held_out += [(f"Do you remember what {who} said about {topic}?", _keys(said, topic)) for topic in topics[:1]]
     natural = [(f"Has {who} mentioned {topic}?" if speaker else f"Have I mentioned {topic}? What did I say?",
                 _keys(said, topic)) for topic in topics[:1] if clause]  # fmt: skip
+    if not any(keys for _, keys in trained):
+        return None
     answer = capital(said if speaker else second_person(sentence))
     return Fact(
         key="said " + fold(said).strip(),

@@ -166,13 +166,17 @@ def test_two_pets_leave_no_question_that_both_answer() -> None:
 
 
 def test_past_questions_are_trained_and_every_third_is_kept_back() -> None:
-    asked = ["Where was I living again?", "Which town is mine?", "What's my city?", "Where do I live?"]
-    made = build([Record(id="a", text="I live in Tromsø.")], asked={"a": asked, "unknown": ["Who?"]})
+    texts = ["Where was I living again?", "Which town is mine?", "What's my city?", "Where do I live?"]
+    asked = [Record(id=f"q{i}", text=text) for i, text in enumerate(texts)]
+    made = build([Record(id="a", text="I live in Tromsø."), asked[0]], asked={"a": asked, "unknown": asked})
     trained = [example.question for example in made.examples]
-    assert trained[-2:] == asked[:2]
-    assert made.natural[-1].question == asked[2]
+    assert trained[-2:] == texts[:2]
+    assert made.natural[-1].question == texts[2]
     assert made.natural[-1].keys == ("Tromsø",)
-    assert trained.count(asked[3]) == 1
+    assert made.natural[-1].records == ("a",)
+    assert trained.count(texts[3]) == 1
+    assert set(made.records) == {"a", "q0", "q1", "q2"}
+    assert made.left_out == ()
 
 
 def test_what_a_model_wrote_is_taken_for_learnt_records_only() -> None:
