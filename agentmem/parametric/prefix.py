@@ -55,7 +55,9 @@ class PrefixRecipe:
     least_steps: int = 12
     #: Tokens of the teacher's own answer to a lesson that has none.
     answer_tokens: int = 12
-    #: Lessons whose attention chooses the states to start from.
+    #: Weight of the gold answers' own loss beside the teacher's.
+    gold: float = 0.0
+    #: Lessons whose attention chooses the states to start from, at most; of every answer at least one.
     scored: int = 64
 
 
@@ -328,7 +330,7 @@ class _Run:
         their order. They are read so that what follows finds them at the distance at which they really stood."""
         import torch
 
-        sample = self.order.sample(self.asked, min(len(self.asked), self.recipe.scored)) + self.general[:16]
+        sample = _each(self.asked, self.order, self.recipe.scored) + self.general[:16]
         best: list[torch.Tensor] | None = None
         attention = self.reader.config._attn_implementation
         self.reader.model.set_attn_implementation("eager")
@@ -417,9 +419,27 @@ class _Run:
         rest_wanted = (1 - wanted.exp().sum(1)).clamp(min=least)
         rest_got = (1 - got.exp().sum(1)).clamp(min=least)
         apart = (wanted.exp() * (wanted - got)).sum(1) + rest_wanted * (rest_wanted.log() - rest_got.log())
-        return apart.mean()
+        loss = apart.mean()
+        if self.recipe.gold:
+            gold = [token for one in batch if one.records for token in one.answer]
+            mine = [row for one, row in self._rows(batch) if one.records]
+            loss = loss - self.recipe.gold * said[mine, gold].mean()
+        return loss
+
+    def _rows(self, batch: Sequence[Lesson]) -> list[tuple[Lesson, int]]:
+        """The lesson of each row of logits."""
+        owners = [one for one in batch for _ in one.answer]
+        return list(zip(owners, range(len(owners)), strict=True))
 
     def _rate(self, step: int) -> float:
         """Linear warm-up, then a cosine down to a tenth."""
         up = min(1.0, (step + 1) / (self.recipe.warmup + 1))
         return self.recipe.rate * up * (0.1 + 0.45 * (1 + math.cos(math.pi * step / self.steps)))
+
+
+def _each(lessons: Sequence[Lesson], order: random.Random, most: int) -> list[Lesson]:
+    """A sample of about ``most`` lessons in which every answer has one, or what of it is not asked for is lost."""
+    shuffled = order.sample(lessons, len(lessons))
+    first = list({one.answer: one for one in shuffled}.values())
+    rest = [one for one in shuffled if one not in set(first)]
+    return first + rest[: max(0, most - len(first))]
