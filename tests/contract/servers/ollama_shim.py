@@ -1,16 +1,19 @@
 """A shim of Ollama's API over llama.cpp's server: a stand-in where no Ollama binary can be had, not Ollama.
 
 Made after ``docs/api.md`` and ``api/types.go`` of ollama/ollama. As there, ``prompt_eval_count`` counts the whole
-prompt, cached or not, so that reuse shows only in ``prompt_eval_duration``.
+prompt, cached or not, so that reuse shows only in ``prompt_eval_duration``. A model that is created with an adapter is
+the backend's own with the LoRA of equal bytes, which it has to be started with.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import threading
 import time
 from collections.abc import Iterator, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from types import TracebackType
 from typing import Any
 
@@ -37,6 +40,9 @@ class OllamaShim:
 
     def __init__(self, backend: str) -> None:
         self.bodies: list[dict[str, Any]] = []
+        #: Models by their names, each with the digest of its adapter's blob.
+        self.models: dict[str, str | None] = {MODEL: None, MODEL.partition(":")[0]: None}
+        self.blobs: set[str] = set()
         self._backend = httpx.Client(base_url=backend, timeout=120)
         shim = self
 
@@ -47,15 +53,49 @@ class OllamaShim:
                 if self.path == "/api/version":
                     self._json({"version": "0.0.0-shim"})
                 elif self.path in ("/api/tags", "/api/ps"):
-                    self._json({"models": [{"name": MODEL, "model": MODEL, "size": 0, "digest": "0" * 64}]})
+                    names = [name if ":" in name else f"{name}:latest" for name in shim.models]
+                    models = [{"name": name, "model": name, "size": 0, "digest": "0" * 64} for name in names]
+                    self._json({"models": models})
                 else:
                     self._json({"error": "404 page not found"}, 404)
 
+            def do_DELETE(self) -> None:
+                name = json.loads(self.rfile.read(int(self.headers["content-length"])))["model"]
+                if shim.models.pop(name, MODEL) == MODEL:
+                    self._json({"error": f"model '{name}' not found"}, 404)
+                else:
+                    self._json({})
+
+            def _blob(self, data: bytes) -> None:
+                told = self.path.rpartition(":")[2]
+                if hashlib.sha256(data).hexdigest() != told:
+                    self._json({"error": "digest mismatch"}, 400)
+                else:
+                    shim.blobs.add(told)
+                    self._json({}, 201)
+
+            def _create(self, body: Mapping[str, Any]) -> None:
+                digests = [digest.removeprefix("sha256:") for digest in body["adapters"].values()]
+                if body["from"] not in shim.models:
+                    self._json({"error": f"model '{body['from']}' not found"}, 404)
+                elif not shim.blobs.issuperset(digests) or len(digests) != 1:
+                    self._json({"error": "blob not found"}, 400)
+                else:
+                    shim.models[body["model"]] = digests[0]
+                    self._json({"status": "success"})
+
             def do_POST(self) -> None:
-                body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+                raw = self.rfile.read(int(self.headers["content-length"]))
+                if self.path.startswith("/api/blobs/"):
+                    self._blob(raw)
+                    return
+                body = json.loads(raw)
+                if self.path == "/api/create":
+                    self._create(body)
+                    return
                 if self.path != "/api/show":
                     shim.bodies.append(body)
-                if body.get("model") not in (MODEL, MODEL.partition(":")[0]):
+                if body.get("model") not in shim.models:
                     self._json({"error": f"model '{body.get('model')}' not found"}, 404)
                 elif isinstance(keep := body.get("keep_alive"), str) and not keep.endswith(UNITS):
                     self._json({"error": f'time: missing unit in duration "{keep}"'}, 400)
@@ -127,6 +167,7 @@ class OllamaShim:
             "stream": True,
             "stream_options": {"include_usage": True},
             "cache_prompt": True,
+            "lora": self._loras(body["model"]),
             **options,
         }
         reason = "stop"
@@ -153,6 +194,13 @@ class OllamaShim:
             "eval_count": usage["completion_tokens"],
             "eval_duration": int(timings["predicted_ms"] * 1e6),
         }
+
+    def _loras(self, model: str) -> list[dict[str, Any]]:
+        """The backend's adapters with the scale that this model wants of them."""
+        wanted = self.models[model]
+        told = self._backend.get("/lora-adapters").json()
+        digests = {one["id"]: hashlib.sha256(Path(one["path"]).read_bytes()).hexdigest() for one in told}
+        return [{"id": number, "scale": float(digest == wanted)} for number, digest in digests.items()]
 
     def __enter__(self) -> OllamaShim:
         self._thread.start()
