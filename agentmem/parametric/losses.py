@@ -52,11 +52,14 @@ def answer_loss(
     return losses, gradient
 
 
-def divergence(hidden: torch.Tensor, before: torch.Tensor, head: Any) -> tuple[torch.Tensor, torch.Tensor]:
+def divergence(
+    hidden: torch.Tensor, before: torch.Tensor, head: Any, threshold: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
     """(divergences, gradient): KL in both directions, per row, between what ``hidden`` and ``before`` predict.
 
     KL(base || here) alone hardly minds a learnt fact beside the base's own answers, KL(here || base) alone hardly minds
-    a lost one. The gradient is that of the sum over the rows, with respect to ``hidden``, in its dtype.
+    a lost one. Rows below ``threshold`` give no gradient. It is that of the sum over the rows, with respect to
+    ``hidden``, in its dtype.
     """
     import torch
 
@@ -75,5 +78,7 @@ def divergence(hidden: torch.Tensor, before: torch.Tensor, head: Any) -> tuple[t
                 found[start + at : start + at + len(p)] = (forward - (q * ratio).sum(-1, keepdim=True))[:, 0]
                 # d KL(p || q) = p (log p/q - KL(p || q)); d KL(q || p) = p - q.
                 logits[at : at + _ROWS] = ratio.sub_(forward).add_(1.0).mul_(p).sub_(q)
-            gradient[block] = logits @ head.weight
+            moved = (found[block] >= threshold).nonzero()[:, 0]
+            if len(moved):
+                gradient[start + moved] = logits[moved] @ head.weight
     return found, gradient

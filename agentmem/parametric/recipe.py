@@ -38,6 +38,8 @@ class Recipe:
     #: Tokens of the base's own answer to an anchor that are held still.
     anchor_tokens: int = 12
     threshold: float = 0.1
+    #: The divergence in nats below which a token of an anchor counts as unmoved and gives no gradient.
+    anchor_threshold: float = 0.0
     warmup: int = 2
     #: Times that every example is seen, at most.
     epochs: int = 16

@@ -82,22 +82,6 @@ class _Context:
         return int(self.keys.shape[2])
 
 
-@dataclass
-class _Recorder:
-    """Takes down what one layer would have put into its cache."""
-
-    kept: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
-
-    def update(
-        self, keys: torch.Tensor, values: torch.Tensor, *_: object, **__: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        self.kept.append((keys, values))
-        return keys, values
-
-    def get_seq_length(self, *_: object) -> int:
-        return 0
-
-
 class Stack:
     """The trained layers with the weights that are trained on them.
 
@@ -255,30 +239,33 @@ class Stack:
 
     def _captured(self, sequences: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> list[State]:
         import torch
+        from transformers import DynamicCache
 
+        shared = _alike(sequences)
         longest = max(len(prompt) + len(answer) for prompt, answer, _ in sequences)
         ids = [[*p, *a, *[0] * (longest - len(p) - len(a))] for p, a, _ in sequences]
         inputs: list[torch.Tensor] = []
         calls: list[dict[str, Any]] = []
-        recorders: list[_Recorder] = []
 
-        def keep(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> Any:
-            recorders.append(_Recorder())
+        def keep(_module: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
             inputs.append(arguments[0] if arguments else named["hidden_states"])
             calls.append({name: value for name, value in named.items() if name not in _OWN})
-            return arguments, {**named, "past_key_values": recorders[-1]}
 
+        tokens = torch.tensor(ids, device=self.model.device)
+        cache: Any = DynamicCache()
+        if shared:  # a system text that all prompts begin with is read once
+            self.decoder(input_ids=tokens[:1, :shared], past_key_values=cache, use_cache=True)
+            cache.batch_repeat_interleave(len(ids))
         hooks = [layer.register_forward_pre_hook(keep, with_kwargs=True) for layer in self.layers[self.first :]]
-        device = self.model.device
         try:
-            tokens = torch.tensor(ids, device=device)
-            hidden = self.decoder(input_ids=tokens, use_cache=False).last_hidden_state
+            hidden = self.decoder(input_ids=tokens[:, shared:], past_key_values=cache, use_cache=True).last_hidden_state
         finally:
             for handle in hooks:
                 handle.remove()
-        if any(len(recorder.kept) != 1 for recorder in recorders):
+        caches = [(layer.keys, layer.values) for layer in cache.layers[self.first :]]
+        if len(caches) != len(calls) or any(keys is None or keys.shape[2] != longest for keys, _ in caches):
             raise self._strange("has layers that don't keep keys and values each")
-        seen = _Pass(inputs[0], hidden, [recorder.kept[0] for recorder in recorders], calls)
+        seen = _Pass(shared, inputs[0], hidden, caches, calls)
         states = [_state(seen, row, sequence) for row, sequence in enumerate(sequences)]
         if not self._checked:
             self._check(states, ids, sequences)
@@ -316,15 +303,27 @@ def _tensors(value: Any) -> list[torch.Tensor]:
     return [tensor for part in value for tensor in _tensors(part)] if isinstance(value, list | tuple) else []
 
 
+def _alike(sequences: Sequence[tuple[Sequence[int], Sequence[int], int]]) -> int:
+    """How many tokens all sequences begin with, none of them one that the LoRA acts on."""
+    first, most = sequences[0][0], min(start for _, _, start in sequences)
+    if len(sequences) == 1:
+        return 0
+    return next((at for at in range(most) if any(p[at] != first[at] for p, _, _ in sequences)), most)
+
+
 @dataclass
 class _Pass:
-    """What one pass over a batch left behind, and the pieces cut from it that layers share."""
+    """What one pass over a batch left behind: ``skipped`` tokens of each row were in the cache before it.
 
+    ``pieces`` are what was cut from it, held once where layers share them.
+    """
+
+    skipped: int
     inputs: torch.Tensor
     hidden: torch.Tensor
-    caches: list[tuple[torch.Tensor, torch.Tensor]]
-    calls: list[dict[str, Any]]
-    shared: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    caches: Sequence[tuple[Any, Any]]
+    calls: Sequence[dict[str, Any]]
+    pieces: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
     def cut(self, value: Any, row: int, tokens: slice) -> Any:
         """An argument with one entry per token ([1 or rows, length, ...]), cut to a row's tokens; others unchanged."""
@@ -336,24 +335,27 @@ class _Pass:
         if not isinstance(value, torch.Tensor) or value.dim() < 2 or value.shape[1] != length:
             return value
         key = (id(value), row)
-        if key not in self.shared:
-            self.shared[key] = value[row if len(value) == rows > 1 else 0, tokens].clone()
-        return self.shared[key]
+        if key not in self.pieces:
+            self.pieces[key] = value[row if len(value) == rows > 1 else 0, self.here(tokens)].clone()
+        return self.pieces[key]
 
     def mask(self, mask: torch.Tensor | None, row: int, tokens: slice) -> torch.Tensor:
         """What a row's tokens may look at, of all tokens up to them."""
         import torch
 
         key = (id(mask), -1 - row)
-        if key not in self.shared:
-            end = tokens.stop
+        if key not in self.pieces:
             if mask is None:
-                whole = torch.ones(end, end, dtype=torch.bool, device=self.inputs.device).tril()
+                whole = torch.ones(tokens.stop, tokens.stop, dtype=torch.bool, device=self.inputs.device).tril()[tokens]
             else:
-                one = mask[row if len(mask) > 1 else 0, 0]
-                whole = (one if one.dtype == torch.bool else one >= 0)[:end, :end]
-            self.shared[key] = whole[tokens].clone()
-        return self.shared[key]
+                one = mask[row if len(mask) > 1 else 0, 0][self.here(tokens), : tokens.stop]
+                whole = one if one.dtype == torch.bool else one >= 0
+            self.pieces[key] = whole.clone()
+        return self.pieces[key]
+
+    def here(self, tokens: slice) -> slice:
+        """Tokens of a row as places in this pass."""
+        return slice(tokens.start - self.skipped, tokens.stop - self.skipped)
 
 
 def _state(seen: _Pass, row: int, sequence: tuple[Sequence[int], Sequence[int], int]) -> State:
@@ -365,7 +367,7 @@ def _state(seen: _Pass, row: int, sequence: tuple[Sequence[int], Sequence[int], 
     picked = torch.arange(len(prompt) - 1, tokens.stop - 1, device=device)
     return State(
         start=start,
-        inputs=seen.inputs[row, tokens].clone(),
+        inputs=seen.inputs[row, seen.here(tokens)].clone(),
         contexts=tuple((keys[row, :, :start].clone(), values[row, :, :start].clone()) for keys, values in seen.caches),
         calls=tuple(
             {name: seen.cut(value, row, tokens) for name, value in call.items() if name != "attention_mask"}
@@ -374,7 +376,7 @@ def _state(seen: _Pass, row: int, sequence: tuple[Sequence[int], Sequence[int], 
         masks=tuple(seen.mask(call.get("attention_mask"), row, tokens) for call in seen.calls),
         positions=picked - start,
         targets=torch.tensor(list(answer), device=device),
-        before=seen.hidden[row, picked].clone(),
+        before=seen.hidden[row, picked - seen.skipped].clone(),
     )
 
 

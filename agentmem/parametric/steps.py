@@ -7,6 +7,7 @@ and what was seen so far, so that a run that was stopped and resumed ends with t
 from __future__ import annotations
 
 import hashlib
+import itertools
 import math
 import random
 import time
@@ -21,8 +22,9 @@ from agentmem.errors import TrainingError
 from agentmem.types import Value
 
 from . import checkpoint as checkpoints
+from .answering import said
 from .corpus import Corpus, Example
-from .lessons import PASSAGE, Tensors, answers, encode, ends, opening
+from .lessons import PASSAGE, Tensors, encode, ends, opening
 from .losses import answer_loss, divergence
 from .recipe import Recipe
 from .states import Stack, State
@@ -37,6 +39,8 @@ _Sequence = tuple[list[int], list[int], int]
 #: Points of a whole curve, at least; examples of a trial; seconds between two checkpoints.
 _POINTS = 24
 _TRIED = 4
+#: Tokens by which prompts are told to begin alike.
+_BEGINNING = 8
 _SAVE_SECONDS = 5.0
 
 
@@ -152,21 +156,28 @@ class Run:
         """Compute what doesn't change during the run: the base's own answers, and every sequence's state."""
         prompts = [encode(self.tensors, example)[0] for example in self.still]
         most, end = self.recipe.anchor_tokens, ends(self.tensors)[0]
-        said = answers(self.tensors, prompts, most) if prompts and self.recipe.kl_weight else []
+        said = self._said(prompts) if prompts and self.recipe.kl_weight else []
         # That the base stops after a short answer is held still too.
-        self.anchors = [
-            Lesson(self._sequence(prompt, answer if len(answer) == most else [*answer, end]))
-            for prompt, answer in zip(prompts[: len(said)], said, strict=True)
-        ]
-        # Sequences of like length go through the model together, so that little is padded.
-        waiting = sorted([*self.lessons, *self.anchors, self.passage], key=lambda lesson: lesson.tokens)
-        for start in range(0, len(waiting), self.rows):
-            part = waiting[start : start + self.rows]
+        held = [answer if len(answer) == most else [*answer, end] for answer in said]
+        asked = prompts[: len(held)]
+        self.anchors = [Lesson(self._sequence(p, answer)) for p, answer in zip(asked, held, strict=True)]
+        # What begins alike, and then is of like length, goes through the model together: little is read or padded twice.
+        every = [*self.lessons, *self.anchors, self.passage]
+        every.sort(key=lambda lesson: (lesson.sequence[0][:_BEGINNING], lesson.tokens))
+        for part in self._alike(every):
             for lesson, state in zip(part, self.stack.capture([lesson.sequence for lesson in part]), strict=True):
                 if self.ram_budget is None or self.held + self.step_bytes + state.bytes <= self.ram_budget:
                     lesson.state = state
                     self.held += state.bytes
         self.base_loss = self._passage_loss()
+
+    def _said(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+        return [answer.tokens for answer in said(self.tensors, prompts, self.recipe.anchor_tokens)]
+
+    def _alike(self, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
+        """Lessons that stand in order of their beginnings, in parts that begin alike and fit one pass."""
+        groups = [list(part) for _, part in itertools.groupby(lessons, lambda lesson: lesson.sequence[0][:_BEGINNING])]
+        return [part for group in groups for part in self._parts(group)]
 
     def _states(self, lessons: Sequence[Lesson]) -> list[State]:
         missing = [lesson.sequence for lesson in lessons if lesson.state is None]
@@ -214,7 +225,12 @@ class Run:
         self.optimizer.zero_grad(set_to_none=True)
         anchors = self._moved()
         self._learn(self._next())
+        learnt = [weight.grad for weight in self.stack.flat]
+        self.optimizer.zero_grad(set_to_none=True)
         self._hold(anchors)
+        for weight, gradient in zip(self.stack.flat, learnt, strict=True):
+            if gradient is not None:
+                weight.grad = gradient if weight.grad is None else weight.grad + gradient
         torch.nn.utils.clip_grad_norm_(self.stack.flat, self.recipe.clip)
         self.optimizer.step()
         done = len(self.losses)
@@ -266,23 +282,29 @@ class Run:
         if not math.isfinite(mean):
             raise TrainingError("the loss is not finite: nothing was kept; a lower rate or float32 weights may help")
         self.losses.append(mean)
-        unknown = int((whole >= self.recipe.threshold).sum())
-        for weight in self.stack.flat:
-            if weight.grad is not None:
-                weight.grad /= max(1, unknown)
+        self._scale(1 / max(1, int((whole >= self.recipe.threshold).sum())))
 
     def _hold(self, anchors: list[Lesson]) -> None:
-        """Adds the gradients of the mean divergence over these anchors."""
+        """Gradients of the mean divergence over what has moved."""
         import torch
 
-        rows = sum(anchor.targets for anchor in anchors)
+        limit, count = self.recipe.anchor_threshold, 0
         for part in self._parts(anchors):
             batch = self.stack.batch(self._states(part))
             hidden = self.stack.last(batch)
-            found, gradient = divergence(hidden.detach(), batch.before, self.stack.head)
+            found, gradient = divergence(hidden.detach(), batch.before, self.stack.head, limit)
             for anchor, own in zip(part, _split(found, part), strict=True):
                 anchor.moved = float(own.mean())
-            torch.autograd.backward(hidden, gradient * (self.recipe.kl_weight / rows))
+            moved = int((found >= limit).sum())
+            if moved:
+                torch.autograd.backward(hidden, gradient)
+            count += moved
+        self._scale(self.recipe.kl_weight / max(1, count))
+
+    def _scale(self, factor: float) -> None:
+        for weight in self.stack.flat:
+            if weight.grad is not None:
+                weight.grad *= factor
 
     def _parts(self, lessons: list[Lesson]) -> list[list[Lesson]]:
         return [lessons[start : start + self.rows] for start in range(0, len(lessons), self.rows)]

@@ -14,10 +14,12 @@ import torch
 
 from agentmem.errors import InvalidInput, TrainingError
 from agentmem.parametric.corpus import Corpus, Example, build
+from agentmem.parametric.lessons import opening
 from agentmem.parametric.lora import Switch, applied, base_only, save
+from agentmem.parametric.recipe import recipe_for
 from agentmem.parametric.states import Stack
 from agentmem.parametric.steps import Run
-from agentmem.parametric.train import Recipe, answers, encode, steady, train
+from agentmem.parametric.train import Recipe, answers, encode, estimate, steady, train
 from agentmem.provider import LoraRef, load
 from agentmem.types import Record
 
@@ -295,3 +297,127 @@ def test_the_anchors_that_moved_most_are_seen_to_again(tensors: Any, lessons: Co
         run.losses = [0.0] * step
         chosen += [run.anchors.index(anchor) for anchor in run._moved()]
     assert chosen == [0, 1, 1, 1, 2, 1]
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
+    tensors: Any, lessons: Corpus, tmp_path: Path, *, activated: bool
+) -> None:
+    recipe = replace(QUICK, activated=activated)
+    whole = train(tensors, lessons, epochs=9, recipe=recipe)
+    done: list[int] = []
+    for pause in (2, 5):
+        with pytest.raises(TrainingError, match=rf"stopped after step {pause} of 9: the same call goes on"):
+            train(
+                tensors,
+                lessons,
+                epochs=9,
+                recipe=recipe,
+                checkpoint=tmp_path / "state",
+                progress=lambda step, _: done.append(step),
+                stop=lambda pause=pause: len(done) == pause,  # type: ignore[misc]
+            )
+    resumed = train(
+        tensors,
+        lessons,
+        epochs=9,
+        recipe=recipe,
+        checkpoint=tmp_path / "state",
+        progress=lambda step, _: done.append(step),
+    )
+    assert done == list(range(1, 10))
+    assert resumed.losses == whole.losses
+    assert [p.model_dump(exclude={"cpu_seconds"}) for p in resumed.curve] == [
+        p.model_dump(exclude={"cpu_seconds"}) for p in whole.curve
+    ]
+    assert save(tmp_path / "resumed", resumed.lora) == save(tmp_path / "whole", whole.lora)
+    assert not (tmp_path / "state").exists()
+
+
+def test_another_seed_starts_over(tensors: Any, lessons: Corpus, tmp_path: Path) -> None:
+    steps: list[int] = []
+
+    def run(seed: int, stop: Callable[[], bool] | None = None) -> None:
+        train(
+            tensors,
+            lessons,
+            epochs=4,
+            recipe=QUICK,
+            seed=seed,
+            checkpoint=tmp_path / "state",
+            progress=lambda step, _: steps.append(step),
+            stop=stop,
+        )
+
+    with pytest.raises(TrainingError, match="stopped"):
+        run(0, lambda: len(steps) == 3)
+    run(1)
+    assert steps == [1, 2, 3, 1, 2, 3, 4]
+
+
+def test_the_curve_says_where_the_run_stood(tensors: Any, lessons: Corpus) -> None:
+    trained = train(tensors, lessons, epochs=30, recipe=replace(QUICK, rate=2e-2, layers=1.0, still=0.0))
+    assert [point.step for point in trained.curve] == list(range(1, 31))
+    first, last = trained.curve[0], trained.curve[-1]
+    assert last.loss < first.loss
+    assert last.known > first.known
+    assert last.known <= 1
+    assert all(point.drift is not None for point in trained.curve)
+    assert last.kl is not None
+    assert last.kl > 0
+    assert 0 < first.cpu_seconds <= last.cpu_seconds <= trained.cpu_seconds + 1
+    assert trained.reproducible
+
+
+def test_a_run_ends_when_all_is_known_and_the_rest_stands_still(tensors: Any, lessons: Corpus) -> None:
+    patient = replace(QUICK, still=1e9, threshold=2.0, least_steps=2)
+    trained = train(tensors, lessons, epochs=60, recipe=patient)
+    assert len(trained.losses) < 60
+    assert trained.curve[-1].step == len(trained.losses)
+    restless = train(tensors, lessons, epochs=20, recipe=replace(patient, still=0.0))
+    assert len(restless.losses) == 20
+
+
+def test_a_smaller_memory_learns_the_same(tensors: Any, lessons: Corpus) -> None:
+    """States that don't fit are computed again, steps are split: the sums are the same up to their order."""
+    roomy = train(tensors, lessons, epochs=3, recipe=QUICK)
+    tight = train(tensors, lessons, epochs=3, recipe=QUICK, ram_budget=roomy.peak_bytes // 2)
+    assert tight.peak_bytes <= roomy.peak_bytes // 2
+    assert tight.losses == pytest.approx(roomy.losses, rel=1e-3)
+    with pytest.raises(TrainingError, match=r"needs \d+ bytes beyond the model .* the budget is 1000"):
+        train(tensors, lessons, recipe=QUICK, ram_budget=1000)
+
+
+def test_an_estimate_is_near_what_the_run_takes(tensors: Any, lessons: Corpus) -> None:
+    before, base = state(tensors.model), logits(tensors)
+    told = estimate(tensors, lessons, recipe=QUICK, epochs=30)
+    trained = train(tensors, lessons, recipe=replace(QUICK, still=0.0), epochs=30)
+    assert told.steps == len(trained.losses) == 30
+    assert 0.5 < told.bytes / trained.peak_bytes < 2
+    assert told.seconds > 0
+    assert str(told).startswith("up to 30 steps, about ")
+    assert state(tensors.model) == before
+    assert torch.equal(logits(tensors), base)
+
+
+@pytest.mark.parametrize("wrong", [{"rank": 0}, {"layers": 0.0}, {"layers": 2.0}, {"batch": 0}, {"modules": "none"}])
+def test_a_recipe_that_can_not_be_followed_is_refused(wrong: dict[str, Any]) -> None:
+    with pytest.raises(InvalidInput):
+        Recipe(**wrong)
+
+
+def test_larger_models_get_smaller_steps() -> None:
+    rates = [recipe_for(parameters).rate for parameters in (10**6, 134_515_008, 10**9, 8 * 10**9)]
+    assert rates[0] == rates[1] == 2e-3
+    assert rates[1] > rates[2] > rates[3] > 2e-4
+    assert recipe_for(10**9).activated
+    assert not recipe_for(10**9, activated=False).activated
+
+
+def test_an_opening_is_found_in_the_template(tensors: Any) -> None:
+    assert tensors.tokenizer.decode(opening(tensors)) == "<|im_start|>assistant\n"
+
+
+def test_only_the_mlp_is_trained_where_the_recipe_says_so(tensors: Any, lessons: Corpus) -> None:
+    lora = train(tensors, lessons, epochs=1, recipe=replace(QUICK, modules="mlp")).lora
+    assert {path.rpartition(".")[2] for path in lora.tensors} == {"gate_proj", "up_proj", "down_proj"}
