@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 from . import chat as chats
 from . import (
     counting,
+    distilling,
     extraction,
     flows,
     forgetting,
@@ -59,6 +60,7 @@ from .types import (
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry, Swapped
+    from .parametric.prefix_gate import TrainedPrefix
     from .parametric.registry import LoraVersion
     from .plaintext.embed import Embedder
 
@@ -471,3 +473,12 @@ class AsyncParametric:
 
     async def unpublish(self, version: str | LoraVersion, to: str | None = None) -> tuple[str, ...]:
         return await arun(local(publishing.unpublish, self._engine, self._scope, version, to))
+
+    async def distil(self, *, tokens: int | None = None, system: str | None = None, seed: int = 0) -> TrainedPrefix:
+        return await arun(distilling.distil(self._engine, self._scope, tokens=tokens, system=system, seed=seed))
+
+    async def prefixes(self) -> builtins.list[TrainedPrefix]:
+        return await arun(local(distilling.prefixes, self._engine, self._scope))
+
+    async def drop_prefix(self, prefix: str | TrainedPrefix) -> None:
+        return await arun(local(distilling.drop_prefix, self._engine, self._scope, prefix))

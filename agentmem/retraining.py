@@ -99,7 +99,7 @@ def _again(engine: Engine, tensors: Tensors, digest: str, stop: Stop) -> Retrain
             beside=beside,
             keep=[v.digest for v in beside],
             stop=stop,
-            label=f"learning again without {len(job['records'])} records",
+            label="learning a shard again",
         )
     # A record that stands again, with the text that was learnt, is not forgotten.
     forgotten = sorted({*job["records"], *(set(old.records) - set(corpus.records))})

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
+from . import asked
 from .engine import Engine
 from .errors import ConfigError, NotFound, StoreError
 from .progress import progress
@@ -68,11 +69,11 @@ def thresholds_of(engine: Engine) -> Thresholds:
     return Thresholds.from_settings(engine.settings.lora_gate)
 
 
-def corpus_of(engine: Engine, scope: Scope, records: Sequence[Record]) -> Corpus:  # noqa: ARG001
-    """What there is to learn and to test of these records."""
+def corpus_of(engine: Engine, scope: Scope, records: Sequence[Record]) -> Corpus:
+    """What there is to learn and to test of these records, with the user's own past questions about them."""
     from .parametric import corpus as corpora
 
-    return corpora.build(records)
+    return corpora.build(records, asked=asked.questions(engine, scope, records))
 
 
 def learn(

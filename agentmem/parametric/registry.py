@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from agentmem.database import Database
-from agentmem.errors import Corrupt, Full, InvalidInput, NotFound, ScopeError, StoreError, TrainingError
+from agentmem.errors import Full, InvalidInput, NotFound, ScopeError, StoreError, TrainingError
 from agentmem.provider import LoraRef
 from agentmem.types import Scope
 
@@ -29,7 +29,7 @@ from .activations import active_digests, answering, deactivate, last_used, place
 from .corpus import record_digest
 from .folder import MANIFEST, VersionFolder
 from .gate import GateReport
-from .lora import CONFIG, WEIGHTS, content_digest, disk_error, flush_folder, save, write_file
+from .lora import CONFIG, WEIGHTS, save, write_file
 from .versions import LoraVersion, chunks, columns, manifest_of, scope_of, version_of, visible
 
 if TYPE_CHECKING:
@@ -344,25 +344,6 @@ class Registry:
         return found
 
     # ---- files
-
-    def export(self, version: str | LoraVersion, path: str | os.PathLike[str], *, scope: Scope | None = None) -> Path:
-        """Copy a version as a PEFT folder (with its manifest) to ``path``, which must not exist or be empty."""
-        found = self.get(version, Scope() if scope is None else scope)
-        target = Path(path)
-        if target.exists() and (not target.is_dir() or any(target.iterdir())):
-            raise InvalidInput(f"{target} exists and is not an empty folder: export to a new one")
-        self._files.check(found.digest)
-        source = self._files.path(found.digest)
-        try:
-            target.mkdir(parents=True, exist_ok=True)
-            for name in (CONFIG, WEIGHTS, MANIFEST):
-                write_file(target / name, (source / name).read_bytes())
-            flush_folder(target)
-        except OSError as error:
-            raise disk_error(error, target) from error
-        if content_digest(target) != found.digest:
-            raise Corrupt(f"{source} changed while it was copied: train {found.name} again")
-        return target
 
     def verify(self) -> list[str]:
         """Read every version in full and name what is damaged or belongs to nothing, with what to do about it."""

@@ -119,6 +119,8 @@ VERBS: dict[str, dict[str, Any]] = {
     "parametric.export": {"version": "x", "path": "PATH", "format": "peft"},
     "parametric.publish": {"version": None, "to": None},
     "parametric.unpublish": {"version": "x", "to": None},
+    "parametric.distil": {"tokens": None, "system": None, "seed": 0},
+    "parametric.drop_prefix": {"prefix": "x"},
 }
 CASES = [(verb, parameter) for verb, given in VERBS.items() for parameter in given]
 #: What has no harmful value, only a true or a false one.

@@ -14,6 +14,7 @@ import pytest
 
 from agentmem.database import Database
 from agentmem.parametric.corpus import Corpus, build
+from agentmem.parametric.export import export_peft
 from agentmem.parametric.gate import GateReport, gate
 from agentmem.parametric.lora import Switch
 from agentmem.parametric.registry import LoraVersion, Registry
@@ -129,7 +130,7 @@ def test_peft_gives_the_same_logits_from_our_folder(learnt: Learnt, tmp_path: Pa
     import peft
     import torch
 
-    folder = learnt.registry.export(learnt.version, tmp_path / "peft")
+    folder = export_peft([learnt.registry.ref(learnt.version)], tmp_path / "peft")
     switch: Switch = learnt.tensors.model._agentmem_switch
     switch.activate([learnt.registry.ref(learnt.version)])
     ours = logits(learnt.tensors)

@@ -151,18 +151,17 @@ def _changes(ana: Any, chance: random.Random) -> Iterator[dict[str, Any]]:
     while True:
         number += 1
         held = [record.id for record in ana.list(limit=100)]
-        yield {"active": [version.digest for version in ana.parametric.active()]}
-        if len(held) < 5:
+        kind = chance.choice(["train", "forget", "update", "retrain", "rollback"]) if len(held) >= 5 else "learn"
+        yield {"active": [version.digest for version in ana.parametric.active()], "doing": kind}
+        one = chance.choice(held or [""])
+        if kind == "learn":
             ana.add([f"My {thing} is called Ob{number}{thing}." for thing in ("dog", "cat", "boat")])
             with contextlib.suppress(ValueError):
                 ana.parametric.train(seed=chance.randrange(3))
-            continue
-        kind = chance.choice(["train", "forget", "update", "retrain", "rollback"])
-        one = chance.choice(held)
-        if kind == "train":
-            ana.parametric.train(records=chance.sample(held, 3), seed=chance.randrange(3))
+        elif kind == "train":
+            with contextlib.suppress(ValueError):
+                ana.parametric.train(records=chance.sample(held, 3), seed=chance.randrange(3))
         elif kind == "forget":
-            yield {"forget": one}
             ana.forget(one)
             yield {"forgot": one}
         elif kind == "update":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ import torch
 from agentmem.database import Database
 from agentmem.errors import Corrupt, Full, InvalidInput, NotFound, ScopeError, TrainingError
 from agentmem.parametric.corpus import record_digest
-from agentmem.parametric.gate import GateReport
+from agentmem.parametric.gate import GateReport, Thresholds
 from agentmem.parametric.lora import CONFIG, WEIGHTS, Lora, content_digest
 from agentmem.parametric.registry import MANIFEST, LoraVersion, Registry
 from agentmem.parametric.train import Trained
@@ -200,8 +201,6 @@ def test_a_damaged_version_is_not_used(
     assert "is not used" in caplog.text
     with pytest.raises(NotFound if damage == "gone" else Corrupt):
         registry.ref(version)
-    with pytest.raises(NotFound if damage == "gone" else Corrupt):
-        registry.export(version, tmp_path / "out")
     assert len(registry.verify()) == 1
 
 
@@ -289,17 +288,6 @@ def test_a_failed_commit_leaves_no_row_and_the_next_open_no_files(
     assert names(registry, tmp_path / "lora") == set()
 
 
-def test_export_is_a_peft_folder(registry: Registry, tmp_path: Path) -> None:
-    version = registry.add(trained(), scope=ANA, gate=GOOD)
-    out = registry.export(version.name, tmp_path / "out" / "peft", scope=ANA)
-    assert content_digest(out) == version.digest
-    assert {path.name for path in out.iterdir()} == {CONFIG, WEIGHTS, MANIFEST}
-    with pytest.raises(InvalidInput, match="not an empty folder"):
-        registry.export(version, out)
-    with pytest.raises(NotFound):
-        registry.export(version, tmp_path / "other", scope=Scope(user="bob"))
-
-
 def test_threads_add_and_switch_at_once(registry: Registry) -> None:
     errors: list[BaseException] = []
 
@@ -363,3 +351,114 @@ def test_kill_9_in_the_middle_of_an_add_leaves_the_state_before_it(tmp_path: Pat
         lineage = {row["key"] for row in database.query("SELECT key FROM lineage WHERE kind = 'lora'")}
         assert lineage == stored
         database.close()
+
+
+def test_several_versions_act_as_one_activation(registry: Registry) -> None:
+    one, two = (registry.add(trained(seed, (f"r{seed}",)), scope=ANA, gate=GOOD) for seed in (1, 2))
+    assert [v.digest for v in registry.activate([one, two, one], ANA)] == [one.digest, two.digest]
+    assert [ref.records for ref in registry.refs(CHAT, identity=b"\xab")] == [("r1",), ("r2",)]
+    assert len(registry.refs(CHAT, identity=None)) == 2
+    with pytest.raises(NotFound):
+        registry.activate([two, "lora-nobody"], ANA)
+    assert digest(registry, ANA) == f"{one.digest} {two.digest}"
+    registry.activate([], ANA)
+    assert registry.active(ANA) == ()
+    assert len(registry.rollback(ANA)) == 2
+
+
+def test_retiring_one_shard_leaves_the_others_acting(registry: Registry, database: Database) -> None:
+    one, two = (registry.add(trained(seed, (f"r{seed}",)), scope=ANA, gate=GOOD) for seed in (1, 2))
+    registry.activate([one], ANA)
+    registry.activate([one, two], ANA)
+    registry.activate([one, two], CHAT)
+    registry.retire([one.digest], records=["r1"])
+    assert digest(registry, ANA) == digest(registry, CHAT) == two.digest
+    [job] = database.query("SELECT * FROM jobs WHERE kind = 'retrain'")
+    note = json.loads(job["note"])
+    assert (job["record"], note["records"], note["forced"]) == (one.digest, ["r1"], False)
+    assert sorted(note["places"]) == [["", "ana", "", ""], ["", "ana", "", "s1"]]
+    assert registry.rollback(ANA) == ()
+
+
+def test_a_version_that_is_active_may_stay_so_after_it_was_forced(registry: Registry) -> None:
+    bad, good = registry.add(trained(1), scope=ANA, gate=BAD), registry.add(trained(2), scope=ANA, gate=GOOD)
+    registry.activate([bad], ANA, force=True)
+    assert len(registry.activate([bad, good], ANA)) == 2
+
+
+def test_the_same_weights_under_other_thresholds_are_judged_anew(registry: Registry) -> None:
+    registry.add(trained(), scope=ANA, gate=BAD)
+    strict = GOOD.model_copy(update={"thresholds": Thresholds(drift=0.001)})
+    assert registry.add(trained(), scope=ANA, gate=strict).state == "ready"
+    assert [version.state for version in registry.versions(ANA)] == ["ready"]
+
+
+def test_verify_names_what_does_not_belong_together(registry: Registry, database: Database, tmp_path: Path) -> None:
+    one, two = (registry.add(trained(seed), scope=ANA, gate=GOOD) for seed in (1, 2))
+    registry.activate([one], ANA)
+    assert registry.verify() == []
+    (tmp_path / "lora" / one.digest / MANIFEST).write_text("{}")
+    (tmp_path / "lora" / ("0" * 64)).mkdir()
+    with database.write() as connection:
+        connection.execute("DELETE FROM lineage WHERE key = ? AND record = 'r1'", (two.digest,))
+        connection.execute("UPDATE activations SET digest = 'ffff' WHERE digest = ?", (one.digest,))
+    problems = "\n".join(registry.verify())
+    assert f"{one.name}: its manifest.json is not what the database says" in problems
+    assert f"{two.name}: its lineage is not what it learnt" in problems
+    assert "lora-ffff, which is not there" in problems
+    assert "0000 belongs to no LoRA version" in problems
+
+
+def test_a_run_s_checkpoint_is_kept_until_it_is_done_or_its_record_goes(
+    registry: Registry, database: Database, tmp_path: Path
+) -> None:
+    contents = {"r1": record_digest("text of r1")}
+    for again in (False, True):
+        with contextlib.suppress(KeyboardInterrupt), registry.run("k", contents) as state:
+            assert state is not None
+            assert state.exists() is again
+            state.write_text("half")
+            with registry.run("k", contents) as other:  # one process at a time
+                assert other is None
+            raise KeyboardInterrupt
+    Registry(database, tmp_path / "lora", clock=lambda: 0.0)
+    assert names(registry, tmp_path / "lora") == {".run-k"}
+    with database.write() as connection:
+        connection.execute("INSERT INTO tombstones (record, at) VALUES ('r1', 1.0)")
+    registry.drop_runs()
+    assert names(registry, tmp_path / "lora") == set()
+    with registry.run("k", {}) as state:
+        assert state is not None
+        state.write_text("whole")
+    assert names(registry, tmp_path / "lora") == set()
+
+
+def test_a_run_that_nobody_came_back_to_goes_with_time(registry: Registry, database: Database, tmp_path: Path) -> None:
+    with contextlib.suppress(KeyboardInterrupt), registry.run("k", {"r1": "d"}):
+        raise KeyboardInterrupt
+    for path in (tmp_path / "lora" / ".run-k", *(tmp_path / "lora" / ".run-k").iterdir()):
+        os.utime(path, (1.0, 1.0))
+    Registry(database, tmp_path / "lora", clock=lambda: 0.0)
+    assert names(registry, tmp_path / "lora") == set()
+
+
+def test_two_processes_activate_at_once_and_one_of_them_is_last(tmp_path: Path, registry: Registry) -> None:
+    one, two = (registry.add(trained(seed), scope=ANA, gate=GOOD) for seed in (1, 2))
+    code = ACTIVATOR.format(folder=str(Path(__file__).parent))
+    runs = [subprocess.Popen([sys.executable, "-c", code, str(tmp_path), version.digest]) for version in (one, two)]
+    assert [run.wait(120) for run in runs] == [0, 0]
+    assert digest(registry, ANA) in {one.digest, two.digest}
+    assert registry.verify() == []
+
+
+ACTIVATOR = """
+import sys
+from pathlib import Path
+sys.path.insert(0, {folder!r})
+from test_registry import ANA, Database, Registry
+folder = Path(sys.argv[1])
+registry = Registry(Database(folder / "memory.db"), folder / "lora", clock=lambda: 0.0)
+for _ in range(50):
+    assert registry.activate([sys.argv[2]], ANA)[0].digest == sys.argv[2]
+    assert len(registry.active(ANA)) == 1
+"""
