@@ -12,7 +12,7 @@ from .errors import InvalidInput
 from .kinds import entries
 from .ledger.accounts import Accounts
 from .ledger.budgets import Action, Budget, Period, Spent
-from .ledger.report import Prefix, Report
+from .ledger.report import Prefix, Report, Taught
 from .plaintext.conditions import beneath
 from .plaintext.drafts import moment, utc_seconds
 from .types import Scope
@@ -21,6 +21,8 @@ __all__ = ["budget", "report", "spent"]
 
 #: Stored prefixes told one by one.
 TOLD = 20
+#: LoRA versions whose training is drawn, the newest.
+DRAWN = 5
 #: What `Engine.bytes_held` tells of each kind of memory.
 HELD = {
     "plaintext": ("records", "index"),
@@ -59,6 +61,7 @@ def report(engine: Engine, scope: Scope, *, since: Any = None, until: Any = None
         records=engine.records.count(scope),
         pages=_count_pages(engine, scope),
         loras=_count_loras(engine, scope),
+        taught=tuple(_taught(engine, scope)),
     )
 
 
@@ -96,6 +99,26 @@ def _count_loras(engine: Engine, scope: Scope) -> int:
     if scope == Scope():
         return int(engine.database.query("SELECT COUNT(*) FROM loras WHERE state != 'retired'")[0][0])
     return sum(version.state != "retired" for version in engine.registry.versions(scope))
+
+
+def _taught(engine: Engine, scope: Scope) -> list[Taught]:
+    """The newest versions of this scope that may serve, or failed their gate, with the curves of their training."""
+    if not _count_loras(engine, scope):
+        return []  # so that a memory without any loads nothing for it
+    from .parametric.plots import curves
+
+    return [
+        Taught(
+            name=version.name,
+            state="active" if version.active else version.state,
+            records=len(version.records),
+            recall=version.gate.recall_held_out,
+            drift=version.gate.drift,
+            cpu_seconds=version.cpu_seconds,
+            curves=curves(version.curve),
+        )
+        for version in [one for one in engine.registry.versions(scope) if one.state != "retired"][:DRAWN]
+    ]
 
 
 def _pages(engine: Engine, scope: Scope, accounts: Accounts) -> list[Prefix]:

@@ -15,6 +15,7 @@ from typing import Any, Literal, get_args
 
 from ..database import Database
 from ..errors import BudgetExceeded, InvalidInput
+from ..figures import amount
 from ..plaintext.drafts import shown
 from ..types import LEVELS, Scope, Value
 
@@ -220,12 +221,6 @@ def _limit(dollars: object) -> float:
 def _limit_text(dollars: float) -> str:
     """Whole cents; a limit below a cent with the digits it needs."""
     return f"{dollars:.2f}" if dollars == 0 or dollars >= 0.01 else amount(dollars)
-
-
-def amount(value: float) -> str:
-    """A number as text with four decimals, or more where it is so small that two digits of it need them."""
-    digits = 4 if abs(value) >= 0.001 or abs(value) < 1e-9 else 1 - math.floor(math.log10(abs(value)))
-    return f"{value:,.{digits}f}"
 
 
 def begin(per: Period, now: float) -> float:

@@ -1,49 +1,20 @@
 """A report as a page for browsers: tables, and above each its plot as inline SVG.
 
-Self-contained: no script, no font, nothing loaded from elsewhere; light or dark as the reader's system is. Every text
-is escaped, for scopes and models have names that users chose.
+Orders what figures.py draws. Every text is escaped there, for scopes and models have names that users chose.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
-from .budgets import amount
+from ..figures import STYLE, bars, columns, figure, panels, table
 
 if TYPE_CHECKING:
     from .report import Report, Share
 
 __all__ = ["body", "page"]
-
-STYLE = """
-.agentmem { --ink: #1b1f24; --paper: #ffffff; --faint: #d0d7de; --first: #1f6feb; --second: #2da44e;
-  color: var(--ink); background: var(--paper); font: 15px/1.5 system-ui, sans-serif; max-width: 60rem; margin: auto;
-  padding: 1rem; }
-@media (prefers-color-scheme: dark) { .agentmem { --ink: #e6edf3; --paper: #0d1117; --faint: #30363d;
-  --first: #58a6ff; --second: #3fb950; } body:has(> .agentmem) { background: #0d1117; } }
-.agentmem figure { margin: 2rem 0; } .agentmem figcaption { font-weight: 600; }
-.agentmem svg { width: 100%; height: auto; } .agentmem svg text { fill: var(--ink); font-size: 12px; }
-.agentmem svg line { stroke: var(--faint); } .agentmem .first { fill: var(--first); }
-.agentmem .second { fill: var(--second); }
-.agentmem .wide { overflow-x: auto; } .agentmem table { border-collapse: collapse; }
-.agentmem th, .agentmem td { padding: .15rem .6rem; border-bottom: 1px solid var(--faint); text-align: right; }
-.agentmem th:first-child, .agentmem td.text, .agentmem th.text { text-align: left; }
-"""
-
-#: Width of a plot in its own units.
-WIDTH = 720
-#: Room for labels at the left of bars.
-LABELS = 200
-#: Height of one bar.
-BAR = 14
-
-Cell = str | int | float | None
-#: The names of a plot's one or two series, and per row its label and their values.
-Series = Sequence[str]
-Rows = Sequence[tuple[str, Sequence[float | None]]]
 
 
 def page(report: Report) -> str:
@@ -62,9 +33,9 @@ def body(report: Report) -> str:
     money = ("spent $", "saved $")
     if report.days:
         parts.append(
-            _figure(
+            figure(
                 "Over time, by day (UTC)",
-                _columns("spent and saved by day", money, [(d.name, (d.money, d.saved_money)) for d in report.days]),
+                columns("spent and saved by day", money, [(d.name, (d.money, d.saved_money)) for d in report.days]),
                 _shares(report.days, "day"),
             )
         )
@@ -73,10 +44,10 @@ def body(report: Report) -> str:
         rows: list[tuple[str, Sequence[float | None]]] = [("as it was", (first.spent,))]
         rows += [(c.policy, (c.money,)) for c in report.compared]
         parts.append(
-            _figure(
+            figure(
                 f"The newest {first.requests:,} requests under other policies",
-                _bars("what the same requests would have cost", ("$",), rows),
-                _table(
+                bars("what the same requests would have cost", ("$",), rows),
+                table(
                     ("policy", "would have cost $", "spent $", "saved $"),
                     [(c.policy, c.money, c.spent, c.saved) for c in report.compared],
                 ),
@@ -84,26 +55,26 @@ def body(report: Report) -> str:
         )
     for title, shares in (("By provider", report.providers), ("By scope", report.scopes)):
         if shares:
-            plot = _bars(title.lower(), money, [(s.name, (s.money, s.saved_money)) for s in shares[:20]])
-            parts.append(_figure(title, plot, _shares(shares, title.removeprefix("By "))))
+            plot = bars(title.lower(), money, [(s.name, (s.money, s.saved_money)) for s in shares[:20]])
+            parts.append(figure(title, plot, _shares(shares, title.removeprefix("By "))))
     if report.kinds:
         parts.append(
-            _figure(
+            figure(
                 "By kind of memory",
-                _bars("by kind of memory", money, [(k.name, (k.money, k.saved_money)) for k in report.kinds]),
-                _table(
+                bars("by kind of memory", money, [(k.name, (k.money, k.saved_money)) for k in report.kinds]),
+                table(
                     ("kind", "uses", "tokens", "seconds", "bytes", *money),
                     [(k.name, k.uses, k.tokens, k.seconds, k.bytes, k.money, k.saved_money) for k in report.kinds],
                 ),
             )
         )
-    parts.append(_figure("By verb and model", "", _lines(report)))
+    parts.append(figure("By verb and model", "", _lines(report)))
     if report.prefixes:
         parts.append(
-            _figure(
+            figure(
                 "Stored prefixes: what storing took, what reading gave back",
                 "",
-                _table(
+                table(
                     (
                         "prefix",
                         "where",
@@ -127,15 +98,23 @@ def body(report: Report) -> str:
             )
         )
     if report.misses:
-        plot = _bars("missed cache hits by reason", ("uses",), [(m.reason, (m.uses,)) for m in report.misses[:10]])
-        table = _table(("reason", "uses", "tokens paid again"), [(m.reason, m.uses, m.tokens) for m in report.misses])
-        parts.append(_figure("Expected cache hits that did not come", plot, table))
+        plot = bars("missed cache hits by reason", ("uses",), [(m.reason, (m.uses,)) for m in report.misses[:10]])
+        told = table(("reason", "uses", "tokens paid again"), [(m.reason, m.uses, m.tokens) for m in report.misses])
+        parts.append(figure("Expected cache hits that did not come", plot, told))
+    for taught in report.taught:
+        plot = panels(f"how {taught.name} learnt", taught.curves) if any(c.points for c in taught.curves) else ""
+        cells = (taught.state, taught.records, taught.recall, taught.drift, taught.cpu_seconds)
+        below = table(
+            ("LoRA version", "state", "records", "recall of held-out wordings", "drift", "CPU-seconds"),
+            [(taught.name, *cells)],
+        )
+        parts.append(figure(f"What {taught.name} learnt", plot, below))
     if report.budgets:
         parts.append(
-            _figure(
+            figure(
                 "Budgets",
                 "",
-                _table(
+                table(
                     ("scope", "per", "$", "spent $", "left $", "then"),
                     [(str(b.scope), b.per, b.dollars, b.spent, b.left, b.action) for b in report.budgets],
                 ),
@@ -152,13 +131,13 @@ def _header(report: Report) -> str:
         if when is not None
     )
     sentences = "".join(f"<li>{escape(sentence)}</li>" for sentence in report.summary())
-    disk = _table(("on disk", "bytes"), list(report.bytes.items())) if report.bytes else ""
+    disk = table(("on disk", "bytes"), list(report.bytes.items())) if report.bytes else ""
     return f"<p>{held}{'; uses ' + span if span else ''}.</p>{f'<ul>{sentences}</ul>' if sentences else ''}{disk}"
 
 
 def _lines(report: Report) -> str:
     names = ("verb", "model", "uses", "tokens in", "cached", "written", "out", "seconds", "missed", "$", "saved $")
-    return _table(
+    return table(
         names,
         [
             (
@@ -171,7 +150,7 @@ def _lines(report: Report) -> str:
 
 
 def _shares(shares: Sequence[Share], name: str) -> str:
-    return _table(
+    return table(
         (name, "uses", "tokens in", "cached", "written", "out", "seconds", "spent $", "saved $"),
         [
             (
@@ -181,108 +160,3 @@ def _shares(shares: Sequence[Share], name: str) -> str:
             for s in shares
         ],
     )
-
-
-def _figure(title: str, plot: str, table: str) -> str:
-    return f'<figure><figcaption>{escape(title)}</figcaption>{plot}<div class="wide">{table}</div></figure>'
-
-
-def _table(names: Sequence[str], rows: Sequence[Sequence[Cell]]) -> str:
-    head = "".join(f'<th scope="col">{escape(name)}</th>' for name in names)
-    lines = []
-    for first, *rest in rows:
-        cells = "".join(
-            f'<td class="text">{escape(cell)}</td>' if isinstance(cell, str) else f"<td>{_number(cell)}</td>"
-            for cell in rest
-        )
-        lines.append(f'<tr><th scope="row">{escape(str(first))}</th>{cells}</tr>')
-    return f"<table><thead><tr>{head}</tr></thead><tbody>{''.join(lines)}</tbody></table>"
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "&ndash;"
-    return f"{value:,}" if isinstance(value, int) else amount(value)
-
-
-def _scale(rows: Rows, room: float) -> tuple[Callable[[float], float], float, float]:
-    """Where a value lies in ``room`` units, and the least and the greatest value; zero is always among them."""
-    known = [value for _, values in rows for value in values if value is not None and math.isfinite(value)]
-    low, high = min([0.0, *known]), max([0.0, *known])
-    span = (high - low) or 1.0
-    return (lambda value: (value - low) / span * room), low, high
-
-
-def _bars(title: str, series: Series, rows: Rows) -> str:
-    """Horizontal bars, one group a row."""
-    place, _, _ = _scale(rows, WIDTH - LABELS - 90)
-    group = BAR * len(series) + 8
-    parts = []
-    for number, (label, values) in enumerate(rows):
-        top = 24 + number * group
-        middle = top + BAR * len(series) / 2 + 4
-        parts.append(f'<text x="{LABELS - 8}" y="{middle:.1f}" text-anchor="end">{escape(_short(label))}</text>')
-        for index, value in enumerate(values):
-            if value is None:
-                continue
-            left, right = sorted((place(0.0), place(value)))
-            y = top + index * BAR
-            parts.append(
-                f'<rect class="{_class(index)}" x="{LABELS + left:.1f}" y="{y}" width="{max(right - left, 1):.1f}"'
-                f' height="{BAR - 2}"><title>{escape(label)}: {_number(value)} {escape(series[index])}</title></rect>'
-                f'<text x="{LABELS + right + 4:.1f}" y="{y + BAR - 4}">{_number(value)}</text>'
-            )
-    zero = LABELS + place(0.0)
-    height = 24 + len(rows) * group
-    parts.append(f'<line x1="{zero:.1f}" x2="{zero:.1f}" y1="20" y2="{height}"/>')
-    return _svg(title, series, height + 4, parts)
-
-
-def _columns(title: str, series: Series, rows: Rows) -> str:
-    """Columns over time, one group a row."""
-    height, left = 180, 70
-    place, low, high = _scale(rows, height)
-    step = (WIDTH - left) / max(len(rows), 1)
-    width = min(step * 0.8 / len(series), 40.0)
-    base = 24 + height
-    parts = []
-    for level in sorted({low, 0.0, high}):
-        y = base - place(level)
-        parts.append(
-            f'<line x1="{left}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}"/>'
-            f'<text x="{left - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(float(level))}</text>'
-        )
-    every = max(1, math.ceil(90 / step))
-    for number, (label, values) in enumerate(rows):
-        x = left + number * step
-        for index, value in enumerate(values):
-            if value is not None:
-                bottom, top = sorted((place(0.0), place(value)))
-                parts.append(
-                    f'<rect class="{_class(index)}" x="{x + index * width:.2f}" y="{base - top:.1f}"'
-                    f' width="{width:.2f}" height="{max(top - bottom, 0.5):.1f}">'
-                    f"<title>{escape(label)}: {_number(value)} {escape(series[index])}</title></rect>"
-                )
-        if number % every == 0 and x + 70 <= WIDTH:
-            parts.append(f'<text x="{x:.1f}" y="{base + 16}">{escape(label)}</text>')
-    return _svg(title, series, base + 24, parts)
-
-
-def _svg(title: str, series: Series, height: float, parts: Sequence[str]) -> str:
-    legend = "".join(
-        f'<rect class="{_class(index)}" x="{LABELS + index * 90}" y="4" width="10" height="10"/>'
-        f'<text x="{LABELS + index * 90 + 14}" y="13">{escape(name)}</text>'
-        for index, name in enumerate(series)
-    )
-    return (
-        f'<svg role="img" aria-label="{escape(title)}; the numbers are in the table below"'
-        f' viewBox="0 0 {WIDTH} {height:.0f}">{legend}{"".join(parts)}</svg>'
-    )
-
-
-def _class(index: int) -> str:
-    return ("first", "second")[index % 2]
-
-
-def _short(label: str) -> str:
-    return label if len(label) <= 28 else label[:27] + "…"

@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ..errors import StoreError
+from ..figures import Curve
 from ..types import Value
 from .budgets import Budget, amount
 
-__all__ = ["Comparison", "Kind", "Line", "Miss", "Prefix", "Report", "Share", "money", "size"]
+__all__ = ["Comparison", "Kind", "Line", "Miss", "Prefix", "Report", "Share", "Taught", "money", "size"]
 
 #: The policies that a summary names; the page has them all.
 NAMED = ("no memory", "full history", "no cache")
@@ -136,6 +137,18 @@ class Miss(Value):
     tokens: int
 
 
+class Taught(Value):
+    """A LoRA version of this scope and how it learnt: its measures over the steps of its training."""
+
+    name: str
+    state: str
+    records: int
+    recall: float
+    drift: float
+    cpu_seconds: float
+    curves: tuple[Curve, ...] = ()
+
+
 class Report(Value):
     """What memory cost and saved, and what it holds. ``str()`` of it is a table; `html` makes a page with plots.
 
@@ -159,6 +172,7 @@ class Report(Value):
     prefixes: tuple[Prefix, ...] = ()
     misses: tuple[Miss, ...] = ()
     budgets: tuple[Budget, ...] = ()
+    taught: tuple[Taught, ...] = ()
     storage_month: float | None = None
 
     @property

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from agentmem.types import LEVELS, Scope, Value
 
+from . import plots
 from .gate import GateReport
 from .steps import Point
 
@@ -67,7 +68,11 @@ class LoraVersion(Value):
         return (
             f"{self.name}{mark}: {self.state}, {len(self.records)} records of {self.scope}{others}, on {self.base}, "
             f"{self.bytes / 1e6:.2f} MB, {self.cpu_seconds:.0f} CPU-seconds; gate {self.gate}"
+            + (f"; {learnt}" if (learnt := plots.line(self.curve)) else "")
         )
+
+    def _repr_html_(self) -> str:
+        return plots.body(self)
 
 
 def manifest_of(version: LoraVersion, contents: dict[str, str], run: str = "") -> str:

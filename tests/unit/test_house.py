@@ -39,7 +39,7 @@ ORDER = [
     ["prompt", "ledger", "flow"],
     ["plaintext", "activation", "parametric"],
     ["provider", "database", "config", "tokens", "progress", "pickles", "images"],
-    ["cache_rules", "loras"],
+    ["cache_rules", "loras", "figures"],
     ["schema", "watermark"],
     ["_pure"],
     ["_native"],
