@@ -16,12 +16,17 @@ _SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!Dr\.)(?<!Mr\.)(?<!Mrs\.)(?<
 _OPENING = re.compile(
     r"(?:oh|well|yes|yeah|so|and|but|also|hey|hi|hello|wow|btw|by the way|actually|please note(?: that)?|fyi|"
     r"note(?: that)?|"
-    r"remember(?: that)?|just so you know|for your information|honestly|luckily|unfortunately|in fact|you know|"
+    r"(?:please )?remember(?: that)?|(?:please )?don't forget(?: that)?|(?:please )?keep in mind(?: that)?|"
+    r"just so you know|for your information|honestly|luckily|unfortunately|in fact|you know|"
     r"i mean|anyway|"
     r"i (?:think|guess|believe|must say)(?: that)?|lately|plus|then|(?-i:(?:Hey |Wow |Hi |"
     r"Thanks,? )?[A-Z]\w+,)(?= (?:I|we|my|last|on|it)\b)"
     r"),?:? (?=\S)",
     re.IGNORECASE,
+)
+#: "When I was ten, I broke my arm": what is told comes first.
+_FRONTED = re.compile(
+    r"^(?P<when>(?:when|while|before|after) (?:i|we|my \w+) .+?),? (?P<rest>(?:i|we|my \w+) .+)$", re.IGNORECASE
 )
 #: Where a second clause of its own begins.
 _SECOND = re.compile(
@@ -93,6 +98,8 @@ def clauses(sentence: str, before: str) -> Iterator[str]:
         )
     if kin := _SUBJECT.match(sentence):
         sentence = re.sub(r"(?:,| and|, and) (?:he|she) (?=\w+)", f" and {kin[0]} ", sentence, flags=re.IGNORECASE)
+    if fronted := _FRONTED.match(sentence):
+        sentence = f"{fronted['rest']} {fronted['when'][:1].lower()}{fronted['when'][1:]}"
     for part in _apart(_REMARK.sub("", sentence)):
         apart = _APPOSITION.match(part)
         shared = _SHARED.match(part)

@@ -90,7 +90,7 @@ class Fact:
 def keys_of(value: str, besides: str = "") -> tuple[str, ...]:
     """The words that an answer must hold: a short value as a whole, of a longer one its telling words."""
     bare = _LEADING.sub("", DETERMINER.sub("", value).strip(" .!\"'"))
-    core = re.split(r" (?:with|because|since|at|for|by|that|which|who|so|when|where) |, ", bare)[0]
+    core = bare if is_time(value) else re.split(_ASIDE, bare)[0]
     words = WORD.findall(core)
     whole = not any(word.casefold() in STOP or (len(words) > 1 and word[0].isdigit()) for word in words)
     if 0 < len(words) <= 3 and whole and not besides:
@@ -98,6 +98,8 @@ def keys_of(value: str, besides: str = "") -> tuple[str, ...]:
     return tuple(telling(core, besides)[:5]) or tuple(telling(bare, besides)[:5]) or tuple(words[:5])
 
 
+#: Where a value goes on with what needn't be said.
+_ASIDE = re.compile(r" (?:with|because|since|at|for|by|that|which|who|so|when|where) |, ")
 #: A place's preposition is no part of what must be said.
 _LEADING = re.compile(
     r"^(?:in|at|on|under|behind|near|inside|beside|next to|above|below|beneath|between|opposite|outside|by|"
@@ -119,6 +121,7 @@ class _Found:
     several: bool = False
     besides: str = ""
     key: str = ""
+    plural: bool = False
 
 
 @cache
@@ -136,6 +139,8 @@ def _fact(found: _Found) -> Fact:
     def filled(patterns: list[str]) -> tuple[Asked, ...]:
         usable = (pattern for pattern in patterns if other or "{other}" not in pattern)
         worded = (pattern.replace("{verb}", found.verb).replace("{other}", other or "") for pattern in usable)
+        if found.plural:
+            worded = (re.sub(r"\bis\b", "are", pattern) for pattern in worded)
         return tuple(Asked(pattern.replace("{slot}", found.slot), keys) for pattern in worded)
 
     return Fact(
@@ -176,7 +181,7 @@ def _uncapital(slot: str) -> str:
 
 
 def _named(slot: str, value: str) -> _Found:
-    head = slot.rsplit(" ", 1)[-1].casefold()
+    head = re.sub(r"-in-law$", "", slot.rsplit(" ", 1)[-1].casefold())
     kind = "named_pet" if head in PETS else "named_person" if head in PEOPLE else "named_thing"
     return _Found(kind, value, f"your {second_person(slot)} is called ", slot, key=f"named {slot.casefold()}")
 
@@ -187,7 +192,7 @@ def _named(slot: str, value: str) -> _Found:
 def _possession(part: dict[str, str]) -> list[_Found]:
     slot, value = _uncapital(part["slot"]), part["value"]
     be = part.get("be") or "is"
-    head = slot.rsplit(" ", 1)[-1].casefold()
+    head = re.sub(r"-in-law$", "", slot.rsplit(" ", 1)[-1].casefold())
     said = f"your {second_person(slot)} {be} "
     best = re.fullmatch(r"(?:absolute )?(?:favou?rite|preferred) (?P<slot>.+)", slot, re.IGNORECASE)
     lucky = re.fullmatch(r"lucky (?P<slot>.+)", slot, re.IGNORECASE)
@@ -204,7 +209,7 @@ def _possession(part: dict[str, str]) -> list[_Found]:
     if slot == "employer":
         return [_Found("employer", value, "you work for ")]
     if best:
-        return [_Found("favourite", value, said, best["slot"])]
+        return [_Found("favourite", value, said, best["slot"], plural=be == "are")]
     if lucky:
         return [_Found("lucky", value, said, lucky["slot"])]
     if re.match(r"(?:called|named) ", value, re.IGNORECASE):
@@ -379,7 +384,7 @@ def _born(part: dict[str, str]) -> list[_Found]:
 
 
 def _kept(part: dict[str, str]) -> list[_Found]:
-    return [_Found("where", part["value"], f"you {part['verb'].lower()} your {part['slot']} ", part["slot"])]
+    return [_Found("kept", part["value"], f"you {part['verb'].lower()} your {part['slot']} ", part["slot"])]
 
 
 def _not(part: dict[str, str]) -> list[_Found]:
@@ -412,7 +417,7 @@ _ALLERGIC = "you are allergic to "
 _AM = r"(?:i am|i'm)"
 #: A capital, though the patterns are matched in any case.
 _UPPER = r"(?-i:[A-ZÀ-ÖØ-Þ])"
-_VALUE = r"(?P<value>[^;:]{1,120})"
+_VALUE = r"(?P<value>[^;]{1,120})"
 _NOUN = r"(?P<slot>[^,;:]{2,40}?)"
 _DATED = r"(?:18|19|20)\d\d|(?:\d{1,2} \w+|\w+ \d{1,2}),?(?: \d{4})?"
 _HOW_OFTEN = r"(?:(?:also|usually|often|always|mostly|still|really|regularly|only|currently|now|absolutely|just) )?"
@@ -465,9 +470,11 @@ _LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
         _said("school", "you study at "),
     ),
     (
-        rf"(?:i {_HOW_OFTEN}(?:study|learn)|{_AM} {_HOW_OFTEN}(?:studying|learning)) {_VALUE}",
+        rf"(?:i {_HOW_OFTEN}study|{_AM} {_HOW_OFTEN}studying) {_VALUE}",
         _said("study", "you study ", several=True, verb="study"),
     ),
+    (rf"{_AM} {_HOW_OFTEN}learning {_VALUE}", _said("learn", "you are learning ", several=True)),
+    (rf"i {_HOW_OFTEN}learn {_VALUE}", _said("learn", "you learn ", several=True)),
     (
         rf"(?:{_AM} (?:happily )?(?:married|engaged) to|i (?:got )?married|my partner is) (?P<value>{_UPPER}.*)",
         _said("partner", "your partner is "),
@@ -481,7 +488,7 @@ _LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
         _said("dislike", "you don't like ", several=True),
     ),
     (rf"i (?:don't|do not|never) (?P<verb>[a-z]+) {_VALUE}", _not),
-    (rf"(?:i|we) (?P<how>plan to|want to|intend to|hope to|would like to|will) {_VALUE}", _plan),
+    (rf"(?:i|we) (?P<how>plan to|want to|need to|have to|intend to|hope to|would like to|will) {_VALUE}", _plan),
     (rf"i(?P<how>{_HAVING}) {_VALUE}", _plan),
     (
         rf"(?:i|we) {_HOW_OFTEN}(?P<verb>keep|store|hid|hide|put|left|parked|stored|kept) (?:my|our|the) {_NOUN} "

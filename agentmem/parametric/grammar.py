@@ -31,7 +31,7 @@ def words(name: str) -> frozenset[str]:
 
 #: Typographic marks as typed ones, so that patterns need only one form.
 _TYPED = str.maketrans({"\u2019": "'", "\u2018": "'", "\u201c": '"', "\u201d": '"', "\u2026": "."})
-WORD = re.compile(r"[^\W_][\w'.@:/+-]*[^\W_]|[^\W_]")
+WORD = re.compile(r"[^\W_](?:[\w'.@:/+-]|,(?=\d))*[^\W_]|[^\W_]")
 STOP = words("stop")
 DETERMINER = re.compile(r"^(?:the|an?|my|our|your|their|his|her|some|this|that) ", re.IGNORECASE)
 

@@ -22,10 +22,11 @@ from .grammar import (
     is_past,
     of_another,
     second_person,
+    singular_form,
     telling,
     words,
 )
-from .nouns import PEOPLE
+from .nouns import PEOPLE, PETS
 
 __all__ = ["analyse", "unusable"]
 
@@ -102,7 +103,8 @@ _PASSIVE = ("ed", "en", "t", "de", "own")
 #: Adverbs that change what is said.
 _WEIGHTY = frozenset(("never", "not", "rarely", "always", "often", "usually"))
 _REASON = re.compile(
-    r",? (?P<word>because|since|so that|in order to|although|though|while|when|after|before|which|so|but|as|until|if) ",
+    r",? (?P<word>because|since(?! (?:the )?(?:\d|[A-Z]|last))|so that|in order to|although|though|while|when|after|"
+    r"before|which|so|but|as|until|if) ",
     re.IGNORECASE,
 )
 _PLACE = re.compile(
@@ -248,7 +250,7 @@ def _clause(sentence: str, speakers: set[str], names: Container[str]) -> _Clause
     first, _, others = rest.partition(" ")
     rest = _line(_SHORT.get(first.lower(), first), others)
     words = rest.split()
-    for length in range(1, min(5, len(words))):
+    for length in range(1, min(6, len(words))):
         subject = _subject(words[:length])
         if length == 1 and subject not in ("", "I", "we") and subject not in speakers and subject not in names:
             continue
@@ -258,6 +260,8 @@ def _clause(sentence: str, speakers: set[str], names: Container[str]) -> _Clause
         does, verb, said, after, copula = found
         place, what = _place(after)
         if what.split(" ", 1)[0] in speakers:  # "gives Caroline much joy": Caroline is not what is given
+            return None
+        if copula and not (what or place or time):
             return None
         time = time[:1].lower() + time[1:] if time[:3].lower() in ("on ", "in ", "at ") else time
         return _Clause(subject, does, verb, said, what, place, time, reason, copula)
@@ -314,7 +318,7 @@ def _verb(subject: str, words: list[str]) -> tuple[str, str, str, str, bool] | N
         if joined and follows:
             main = _line(*more, *rest[:1])
             return verb, main, _line(*adverbs, verb, main), _line(*rest[1:]), False
-        if verb in _BE and rest:
+        if verb in _BE:
             return verb, "", _line(*adverbs, verb, *more), _line(*rest), True
         if verb not in _HAVE:
             return None
@@ -341,12 +345,13 @@ def _place(after: str) -> tuple[str, str]:
 def _direct(c: _Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Direct questions for each part of the clause, with the words that answer them."""
     short = len(c.object.split()) <= 9
-    person = c.subject != "I" and (c.subject[:1].isupper() or c.subject.startswith(("my ", "our ")))
+    person = c.subject != "I" and _is_person(c.subject)
     if c.copula:
         if c.place and not c.object:
-            yield f"Where {c.asks(c.time)}?", _keys(c.place)
+            origin = "from" if c.place.startswith("from ") else ""
+            yield f"Where {c.asks(origin, c.time)}?", _keys(c.place)
         elif re.match(r"(?:an?|the|my|our) ", c.object) or c.object[:1].isupper():
-            yield f"{'Who' if c.subject[:1].isupper() else 'What'} {c.asks()}?", _keys(c.object)
+            yield f"{'Who' if c.subject[:1].isupper() and c.subject != 'I' else 'What'} {c.asks()}?", _keys(c.object)
         elif c.object:
             yield f"How {c.asks(c.place, c.time)}?", _keys(c.object)
             yield f"What {c.asks()} like?", _keys(c.object)
@@ -361,21 +366,33 @@ def _direct(c: _Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"{c.whom.capitalize()} {c.asks(c.place, c.time)}?", _keys(c.object)
     if c.reason.lower().startswith(("because", "so that", "in order", "since")) and short:
         yield f"Why {c.asks(c.object, c.place)}?", _keys(c.reason)
+    elif c.reason.lower().startswith(("when ", "while ", "before ", "after ")) and short and not c.time:
+        yield f"When {c.asks(c.object, c.place)}?", _keys(c.reason)
     if person:
         who = _keys(c.subject) or tuple(WORD.findall(c.subject))
         if short and (c.object or c.place or c.time):
-            yield f"Who {_line(c.said, c.object, c.place, c.time)}?", who
+            said = singular_form(c.said) if c.does == "do" else c.said
+            yield f"Who {_line(said, c.object, c.place, c.time)}?", who
     if c.does in ("did", "do", "does") and c.time:
         yield f"What {c.does} {_line(c.subject, 'do', c.time)}?", _keys(_line(c.said, c.object, c.place))
     elif c.main.endswith("ing") and (c.time or c.does in _BE):
         yield f"What {c.does} {_line(c.subject, 'doing', c.time)}?", _keys(_line(c.main, c.object, c.place))
 
 
+def _is_person(subject: str) -> bool:
+    """Whether "who" asks for it: a name, a person or a pet that somebody has."""
+    words = [word.casefold().removesuffix("s") for word in subject.split()]
+    named = any(word[:1].isupper() and word != "I" for word in subject.split())
+    return named or any(word in PEOPLE or word in PETS for word in words)
+
+
 def _indirect(c: _Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
     short = len(c.object.split()) <= 9
     if c.copula:
         if c.place and not c.object:
-            yield f"where {c.says()}", _keys(c.place)
+            yield f"where {c.says()}{' from' if c.place.startswith('from ') else ''}", _keys(c.place)
+        elif c.time and not c.object:
+            yield f"when {c.says()}", _time_keys(c.time)
         elif c.object:
             yield (
                 f"{'what' if re.match(r'(?:an?|the|my|our) |(?-i:[A-Z])', c.object) else 'how'} {c.says()}",
