@@ -33,7 +33,7 @@ __all__ = ["distil", "drop_prefix", "prefixes"]
 #: The head has so many tokens for each position, where nothing else is asked for.
 PART = 4
 #: Questions without an answer of their own that are held still beside the lessons.
-GENERAL = 24
+GENERAL = 16
 #: A record that the corpus can't ask about is asked for by its beginning.
 _QUOTE = "Repeat what I said, word for word, that begins with: {begin}"
 _QUOTE_HELD_OUT = 'How does it go on, in my own words: "{begin}"?'

@@ -21,7 +21,7 @@ from .train import Tensors, steady
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["UNRELATED", "PrefixGate", "PrefixThresholds", "TrainedPrefix", "judge"]
+__all__ = ["LIMITS", "UNRELATED", "PrefixGate", "PrefixThresholds", "TrainedPrefix", "judge"]
 
 #: General questions for which a prefix must change nothing; none of them is a lesson or an anchor of the corpus.
 UNRELATED = (
@@ -54,6 +54,9 @@ class PrefixThresholds(Value):
     )
 
 
+LIMITS = PrefixThresholds()
+
+
 class PrefixGate(Value):
     """What was measured, on questions in wordings that were not trained.
 
@@ -73,7 +76,7 @@ class PrefixGate(Value):
     weaker: tuple[str, ...] = ()
     asked: int = 0
     failed: tuple[str, ...] = ()
-    thresholds: PrefixThresholds = PrefixThresholds()
+    thresholds: PrefixThresholds = LIMITS
     cpu_seconds: float = 0.0
 
     @property
@@ -127,7 +130,7 @@ def judge(
     """
     import torch
 
-    limits = thresholds or PrefixThresholds()
+    limits = thresholds or LIMITS
     cpu = time.process_time()
     asked = [questions[i * len(questions) // min(_MOST, len(questions))] for i in range(min(_MOST, len(questions)))]
     with tensors.lock, steady(tensors.model), base_only(tensors.model), torch.inference_mode():
