@@ -122,8 +122,9 @@ class GateReport(Value):
         )
 
 
-#: Questions that no learnt fact answers, in all; personal ones that nothing answers; those about earlier facts.
-_QUESTIONS, _UNKNOWN, _EARLIER = 40, 8, 20
+#: Questions that no learnt fact answers, in all; personal ones that nothing answers; those about earlier facts; those
+#: that were trained.
+_QUESTIONS, _UNKNOWN, _EARLIER, _TRAINED = 40, 8, 20, 30
 #: Room for an answer that holds a fact, at least.
 _LEAST_TOKENS = 20
 #: A ruined model's drift or KL may have no number: it is given as this, so that reports can be stored and compared.
@@ -177,61 +178,57 @@ def gate(
     cpu = time.process_time()
     opening = next((part.activated for part in together if part.activated), ())
     unrelated = [Example(question, "", (), ()) for question in UNRELATED]
-    tempting = neighbours(corpus, _QUESTIONS - len(unrelated))
     unknowns = unknown(corpus, _UNKNOWN)
-    kinds = [sample(part, max_questions) for part in (corpus.examples, corpus.held_out, corpus.natural)]
+    tempting = neighbours(corpus, _QUESTIONS - len(unrelated))
+    probes = [*unrelated, *unknowns, *tempting]
+    trained_part = sample(corpus.examples, min(max_questions, _TRAINED))
+    held_out, natural = sample(corpus.held_out, max_questions), sample(corpus.natural, max_questions)
+    taught = [*trained_part, *held_out, *natural]
     with tensors.lock, steady(tensors.model):
         with base_only(tensors.model):
             before = _losses(tensors, opening)
-            base = _said_by_base(tensors, unrelated, max_tokens)
-            # Scored in passes of the same shape as below: else the KL would hold the rounding of other shapes.
-            base = _said_like(tensors, unrelated, base, max_tokens, logits=True)
-            base_other = _said_by_base(tensors, (*unknowns, *tempting), max_tokens, common=len(unknowns))
+            said_before = _said_by_base(tensors, probes, max_tokens, common=len(unrelated) + len(unknowns))
+            chat = _asked(tensors, unrelated, said_before[: len(unrelated)], max_tokens)
+            base = said(tensors, *chat, scored=len(unrelated), generate=False)
         with applied(tensors.model, lora):
             drift = _drift(before, _losses(tensors, opening))
-            here = _said_like(tensors, unrelated, base, max_tokens, opening=opening, logits=True)
-            other = _said_like(tensors, (*unknowns, *tempting), base_other, max_tokens, opening=opening)
-            known = [_known(tensors, part, opening) for part in kinds]
+            asked = [_asked(tensors, probes, said_before, max_tokens), _taught(tensors, taught)]
+            prompts, limits, guesses = ([*first, *second] for first, second in zip(*asked, strict=True))
+            here = said(tensors, prompts, limits, guesses, scored=len(unrelated), opening=opening)
         drift_composed = composition = retention = None
         if beside:
             old = sample(earlier.held_out or earlier.examples, _EARLIER) if earlier is not None else []
             new = sample(corpus.held_out or corpus.examples, _EARLIER)
             with applied(tensors.model, *together):
                 drift_composed = _drift(before, _losses(tensors, opening))
-                composition = _share(_known(tensors, new, opening))
-                retention = _share(_known(tensors, old, opening)) if old else None
+                still = _known(tensors, [*new, *old], said(tensors, *_taught(tensors, [*new, *old]), opening=opening))
+            composition = _share(still[: len(new)])
+            retention = _share(still[len(new) :]) if old else None
+    known = _known(tensors, taught, here[len(probes) :])
+    after_trained, after_held_out = len(trained_part), len(trained_part) + len(held_out)
     facts = list({example.answer: example for example in corpus.examples}.values())
-    intruded = [
-        question
-        for question, old_text, new_text in zip(
-            (*unrelated, *unknowns, *tempting),
-            _texts(tensors, base + base_other),
-            _texts(tensors, here + other),
-            strict=True,
-        )
-        if intrudes(facts, question.question, old_text, new_text)
-    ]
-    others = [question for question in intruded if question in tempting or question in unrelated]
+    texts = zip(probes, _texts(tensors, said_before), _texts(tensors, here[: len(probes)]), strict=True)
+    wrong = [intrudes(facts, probe.question, old_text, new_text) for probe, old_text, new_text in texts]
+    at_unknown, at_tempting = len(unrelated), len(unrelated) + len(unknowns)
+    intruding = [*wrong[:at_unknown], *wrong[at_tempting:]]
     report = GateReport(
-        recall_trained=_share(known[0]),
-        recall_held_out=_share(known[1]),
-        recall_natural=_share(known[2]) if known[2] else None,
+        recall_trained=_share(known[:after_trained]),
+        recall_held_out=_share(known[after_trained:after_held_out]),
+        recall_natural=_share(known[after_held_out:]) if natural else None,
         drift=drift,
-        kl=_finite(divergence(base, here)),
-        intrusion=len(others) / (len(unrelated) + len(tempting)),
-        neighbours=sum(question in tempting for question in intruded) / len(tempting) if tempting else None,
-        unknown=1 - sum(question in unknowns for question in intruded) / len(unknowns) if unknowns else None,
+        kl=_finite(divergence(base, here[: len(unrelated)])),
+        intrusion=_share(intruding),
+        neighbours=_share(wrong[at_tempting:]) if tempting else None,
+        unknown=1 - _share(wrong[at_unknown:at_tempting]) if unknowns else None,
         retention=retention,
         composition=composition,
         drift_composed=drift_composed,
-        gated_intrusion=None
-        if concerns is None
-        else sum(concerns(question.question) for question in others) / (len(unrelated) + len(tempting)),
+        gated_intrusion=None if concerns is None else _gated(concerns, [*unrelated, *tempting], intruding),
         passed=False,
         thresholds=thresholds or Thresholds(),
-        missed=_missed((*kinds[0], *kinds[1]), (*known[0], *known[1])),
-        by_record=_by_record((*kinds[1], *kinds[2]), (*known[1], *known[2])),
-        asked=sum(map(len, kinds)) + len(unrelated) + len(tempting) + len(unknowns),
+        missed=_missed(taught[:after_held_out], known[:after_held_out]),
+        by_record=_by_record(taught[after_trained:], known[after_trained:]),
+        asked=len(taught) + len(probes),
         cpu_seconds=time.process_time() - cpu,
     )
     failed = failures(report)
@@ -256,12 +253,13 @@ def intrudes(facts: Iterable[Example], question: str, before: str, now: str) -> 
     return any(f.found_in(now) and not f.found_in(before) and not f.found_in(question) for f in facts)
 
 
-def recall(tensors: Tensors, examples: Sequence[Example]) -> tuple[float, list[str]]:
+def recall(tensors: Tensors, examples: Sequence[Example], *, opening: Sequence[int] = ()) -> tuple[float, list[str]]:
     """The share of ``examples`` that the model answers with their fact, and the record ids of those it doesn't.
 
-    Greedy answers, with whatever LoRAs are on the model; the caller holds its lock.
+    Greedy answers, with whatever LoRAs are on the model; ``opening`` is what calls the activated ones among them
+    (`Lora.activated`). The caller holds the model's lock.
     """
-    known = _known(tensors, examples, ())
+    known = _known(tensors, examples, said(tensors, *_taught(tensors, examples), opening=opening))
     return _share(known), list(_missed(examples, known))
 
 
@@ -270,43 +268,39 @@ def perplexity(tensors: Tensors, text: str) -> float:
     return math.exp(text_loss(tensors, tensors.tokenizer.encode(text)))
 
 
-def _known(tensors: Tensors, examples: Sequence[Example], opening: Sequence[int]) -> list[bool]:
-    """Which of them the model answers with their fact. What it says word for word as taught costs no generation."""
+_Asked = tuple[list[list[int]], list[int], list[list[int]]]
+
+
+def _taught(tensors: Tensors, examples: Sequence[Example]) -> _Asked:
+    """Prompts, most tokens and guesses: what is said word for word as it was taught costs no generation."""
     coded = [encode(tensors, example) for example in examples]
     limits = [max(_LEAST_TOKENS, len(answer) + 4) for _, answer in coded]
-    spoken = said(
-        tensors, [prompt for prompt, _ in coded], limits, guesses=[answer for _, answer in coded], opening=opening
-    )
-    return [example.found_in(text) for example, text in zip(examples, _texts(tensors, spoken), strict=True)]
+    return [prompt for prompt, _ in coded], limits, [answer for _, answer in coded]
 
 
-def _said_by_base(
-    tensors: Tensors, questions: Sequence[Example], most: int, *, common: int | None = None
-) -> list[Answer]:
-    """The base's answers. Those to the first ``common`` questions (all: None) are remembered as guesses."""
-    common = len(questions) if common is None else common
-    keys = [(tensors.identity, question.question) for question in questions]
-    guesses = [_base_answers.get(key, []) if at < common else [] for at, key in enumerate(keys)]
+def _asked(tensors: Tensors, questions: Sequence[Example], base: Sequence[Answer], most: int) -> _Asked:
+    """Prompts, most tokens and guesses: what is said as the base says it costs no generation."""
     prompts = [encode(tensors, question)[0] for question in questions]
-    found = said(tensors, prompts, most, guesses=guesses)
-    for key, answer in zip(keys[:common], found, strict=False):
-        _base_answers[key] = _with_end(tensors, answer)
+    return prompts, [most] * len(prompts), [_with_end(tensors, answer) for answer in base]
+
+
+def _said_by_base(tensors: Tensors, questions: Sequence[Example], most: int, *, common: int) -> list[Answer]:
+    """The base's answers. Those to the first ``common`` questions, which others ask too, are remembered as guesses."""
+    keys = [(tensors.identity, question.question) for question in questions[:common]]
+    guesses = [_base_answers.get(key, []) for key in keys] + [[] for _ in questions[common:]]
+    found = said(tensors, [encode(tensors, question)[0] for question in questions], most, guesses)
+    _base_answers.update((key, _with_end(tensors, answer)) for key, answer in zip(keys, found, strict=False))
     return found
 
 
-def _said_like(
-    tensors: Tensors,
-    questions: Sequence[Example],
-    base: Sequence[Answer],
-    most: int,
-    *,
-    opening: Sequence[int] = (),
-    logits: bool = False,
-) -> list[Answer]:
-    """Answers to compare with the base's: where they are alike they cost one pass."""
-    prompts = [encode(tensors, question)[0] for question in questions]
-    guesses = [_with_end(tensors, answer) for answer in base]
-    return said(tensors, prompts, most, guesses=guesses, logits=logits, opening=opening)
+def _known(tensors: Tensors, examples: Sequence[Example], spoken: Sequence[Answer]) -> list[bool]:
+    return [example.found_in(text) for example, text in zip(examples, _texts(tensors, spoken), strict=True)]
+
+
+def _gated(concerns: Callable[[str], bool], questions: Sequence[Example], intruding: Sequence[bool]) -> float:
+    """The share of questions that intrude and on which a chat would let the LoRA act."""
+    pairs = zip(questions, intruding, strict=True)
+    return sum(wrong and concerns(question.question) for question, wrong in pairs) / len(questions)
 
 
 def _with_end(tensors: Tensors, answer: Answer) -> list[int]:

@@ -10,8 +10,9 @@ import re
 from collections.abc import Iterable, Sequence
 
 from .corpus import Corpus, Example
+from .grammar import of_another
 
-__all__ = ["PASSAGE", "SPOKEN_PASSAGE", "UNRELATED", "facts", "neighbours", "of_others", "sample", "unknown"]
+__all__ = ["PASSAGE", "SPOKEN_PASSAGE", "UNRELATED", "facts", "neighbours", "sample", "unknown"]
 
 #: The opening of H. G. Wells, The War of the Worlds (1898), which is in the public domain. Read as plain text.
 PASSAGE = (
@@ -93,62 +94,9 @@ _UNANSWERED = (
     ("What did I have for lunch yesterday?", "lunch ate yesterday food"),
 )
 
-_ASKED = r"(do|am|have|did|was|can|could|must|should|will|would|had)"
-_AUXILIARY = {"do": "does", "am": "is", "have": "has"}
-_THIRD = {"am": "is", "have": "has", "do": "does", "go": "goes", "was": "was"}
-#: Forms that are the same in the third person: what somebody did, or may do.
-_SAME = frozenset(
-    re.findall(
-        r"\w+",
-        """
-        said told forgot had did went got made saw came took felt met gave left ate can could must should will would
-        may might ever never always usually often really also
-        """,
-    )
-)
 _NOUN = re.compile(
     r"\bmy ((?:favou?rite |[^\W\d_-]+ )?(?!(?:is|are)\b)[^\W\d_-]+?)(?='s\b|[?.,!]| (?:called|named|have|is|are)\b)"
 )
-
-
-def of_others(question: str, person: str) -> str | None:
-    """The same question about somebody else: "Where do I live?" becomes "Where does Maria live?".
-
-    None where the question doesn't speak of the asker.
-    """
-    known = False
-
-    def who() -> str:
-        nonlocal known
-        first, known = not known, True
-        return person if first else "they"
-
-    def whose() -> str:
-        nonlocal known
-        first, known = not known, True
-        return f"{person}'s" if first else "their"
-
-    def swapped(match: re.Match[str]) -> str:
-        text = match.group()
-        folded = text.lower()
-        if folded in ("my", "mine"):
-            return whose()
-        if folded.endswith(" i"):
-            verb = folded[:-2]
-            first = not known
-            name = who()
-            plain = _AUXILIARY.get(verb, verb) if first else {"am": "are"}.get(verb, verb)
-            return f"{_cased(plain, text)} {name}"
-        verb = {"i'm": "am", "i've": "have"}.get(folded) or folded.split(" ", 1)[1]
-        first = not known
-        name = who()
-        if not first:
-            return f"{name} {'are' if verb == 'am' else verb}"
-        return f"{_cased(name, text)} {_third(verb)}"
-
-    pattern = rf"\b(?:{_ASKED} I|I'm|I've|I [a-z]+|my|mine)\b"
-    changed = re.sub(pattern, swapped, question.replace("\u2019", "'"), flags=re.IGNORECASE)
-    return changed if known else None
 
 
 def neighbours(corpus: Corpus, count: int) -> tuple[Example, ...]:
@@ -210,9 +158,9 @@ def _asked_of(group: Sequence[Example], people: Sequence[str], number: int) -> l
     turns = [*group[start:], *group[:start]]
     for turn, example in enumerate(turns * 3):  # a few facts are asked of several people each
         person = people[(number * 5 + turn * 3 + turn // len(turns)) % len(people)]
-        changed = of_others(example.question, person)
-        if changed is not None:
-            found.append(Example(changed, "", (), (), example.system))
+        changed = of_another(example.question, person)
+        if changed != example.question:
+            found.append(Example(changed, "", (), ()))
         if turn == 1:
             found += [Example(question, "", (), ()) for question in _general(group)[:1]]
     return found
@@ -237,26 +185,10 @@ def _general(group: Sequence[Example]) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _third(verb: str) -> str:
-    """The third person of a verb as it stands after "I"."""
-    if verb in _THIRD:
-        return _THIRD[verb]
-    if verb in _SAME or verb.endswith("ed"):
-        return verb
-    if re.search(r"(?:s|x|z|ch|sh|o)$", verb):
-        return f"{verb}es"
-    return f"{verb[:-1]}ies" if re.search(r"[^aeiou]y$", verb) else f"{verb}s"
-
-
 def _names(person: str) -> list[str]:
     """The words that tell a person of `_PEOPLE` from others: names, or what they are."""
     named = [word for word in person.split() if word[:1].isupper() and word != "Mrs"]
     return named or [person.rsplit(maxsplit=1)[-1]]
-
-
-def _cased(text: str, like: str) -> str:
-    """With a capital where the words replaced began with one that isn't the pronoun's."""
-    return text[:1].upper() + text[1:] if like[:1].isupper() and not like.startswith("I") else text
 
 
 def _plain(question: str) -> str:

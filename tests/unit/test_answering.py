@@ -108,8 +108,8 @@ def test_more_rows_than_a_batch_holds(tensors: Any, monkeypatch: pytest.MonkeyPa
 
 def test_logits_stand_where_the_guess_is_predicted(tensors: Any) -> None:
     asked = prompts(tensors)
-    own = said(tensors, asked, 8, logits=True)
-    again = said(tensors, asked, 8, guesses=[answer.tokens for answer in own], logits=True)
+    own = said(tensors, asked, 8, scored=len(asked))
+    again = said(tensors, asked, 8, guesses=[answer.tokens for answer in own], scored=len(asked))
     for answer, forced in zip(own, again, strict=True):
         assert answer.logits is not None
         assert forced.logits is not None
@@ -117,7 +117,7 @@ def test_logits_stand_where_the_guess_is_predicted(tensors: Any) -> None:
         torch.testing.assert_close(answer.logits, forced.logits, rtol=1e-4, atol=1e-4)
     assert divergence(own, again) == pytest.approx(0.0, abs=1e-5)
     with applied(tensors.model, lora(tensors)):
-        here = said(tensors, asked, 8, guesses=[answer.tokens for answer in own], logits=True)
+        here = said(tensors, asked, 8, guesses=[answer.tokens for answer in own], scored=len(asked))
     assert divergence(own, here) > 0.01
 
 

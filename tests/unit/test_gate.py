@@ -43,11 +43,13 @@ def lora(tensors: Any, size: float) -> Lora:
 def says(monkeypatch: pytest.MonkeyPatch, answer: Callable[[str, bool], str]) -> None:
     """Replaces generation by ``answer(question, with the LoRA on)``, to give the gate known answers to judge."""
 
-    def said(tensors: Any, prompts: Any, most: Any, *, logits: bool = False, **_: Any) -> list[Answer]:
+    def said(tensors: Any, prompts: Any, most: Any, *_: Any, scored: int = 0, **__: Any) -> list[Answer]:
         on = bool(tensors.model.get_submodule("model.layers.2.mlp.down_proj")._forward_hooks)
         questions = [tensors.tokenizer.decode(ids).split("user\n")[-1].split("<|im_end|>")[0] for ids in prompts]
         texts = [tensors.tokenizer.encode(answer(question, on)) for question in questions]
-        return [Answer(text, ended=True, logits=torch.zeros(2, 8) if logits else None) for text in texts]
+        return [
+            Answer(text, ended=True, logits=torch.zeros(2, 8) if at < scored else None) for at, text in enumerate(texts)
+        ]
 
     monkeypatch.setattr(gates, "said", said)
 
@@ -249,7 +251,7 @@ def test_a_report_survives_json() -> None:
 def test_a_long_statement_has_room_to_be_said(tensors: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     asked: list[int] = []
 
-    def counted(_tensors: Any, prompts: Any, most: Any, **_: Any) -> list[Answer]:
+    def counted(_tensors: Any, prompts: Any, most: Any, *_: Any, **__: Any) -> list[Answer]:
         asked.extend(most)
         return [Answer([]) for _ in prompts]
 
