@@ -33,21 +33,22 @@ class Recipe:
     #: Examples a step.
     batch: int = 15
     #: Anchors a step, and the weight of their KL term (each direction).
-    anchors: int = 8
+    anchors: int = 16
     kl_weight: float = 2.0
     #: Tokens of the base's own answer to an anchor that are held still.
-    anchor_tokens: int = 12
+    anchor_tokens: int = 8
     threshold: float = 0.1
     #: The divergence in nats below which a token of an anchor counts as unmoved and gives no gradient.
-    anchor_threshold: float = 0.0
+    anchor_threshold: float = 0.02
     warmup: int = 2
     #: Times that every example is seen, at most.
     epochs: int = 16
     #: A few facts are known after a few steps; the rest need some more of them to come to stand still again.
     least_steps: int = 32
     clip: float = 1.0
-    #: The run ends when no anchor is further than this from the base (nats a token, both directions) and all is known.
-    still: float = 0.02
+    #: The run ends when all is known and the anchors are on average no further than this from the base (nats a token,
+    #: both directions).
+    still: float = 0.03
 
     def __post_init__(self) -> None:
         if self.rank < 1 or self.batch < 1 or self.anchors < 1 or not 0 < self.layers <= 1 or self.rate <= 0:

@@ -114,7 +114,8 @@ class Run:
         self.total = max(epochs * math.ceil(len(self.lessons) / recipe.batch), recipe.least_steps)
         self.losses: list[float] = []
         self.curve: list[Point] = []
-        self.queue: list[int] = []
+        #: What is left of the epoch: the numbers of each step's examples.
+        self.queue: list[list[int]] = []
         #: Bytes of weights, their gradients and two moments, all float32; then of the states that are kept.
         self.held = 16 * sum(weight.numel() for weight in self.stack.flat)
         self.rows, self.step_bytes = self._fitting(max(self.lessons, key=lambda lesson: lesson.tokens))
@@ -154,13 +155,13 @@ class Run:
 
     def prepare(self) -> None:
         """Compute what doesn't change during the run: the base's own answers, and every sequence's state."""
-        prompts = [encode(self.tensors, example)[0] for example in self.still]
+        held = self.still if self.recipe.kl_weight else ()
+        prompts = [encode(self.tensors, example)[0] for example in held]
         most, end = self.recipe.anchor_tokens, ends(self.tensors)[0]
-        said = self._said(prompts) if prompts and self.recipe.kl_weight else []
-        # That the base stops after a short answer is held still too.
-        held = [answer if len(answer) == most else [*answer, end] for answer in said]
-        asked = prompts[: len(held)]
-        self.anchors = [Lesson(self._sequence(p, answer)) for p, answer in zip(asked, held, strict=True)]
+        for prompt, answer in zip(prompts, self._said(prompts), strict=True):
+            # That the base stops after a short answer is held still too.
+            ended = answer if len(answer) == most else [*answer, end]
+            self.anchors.append(Lesson(self._sequence(prompt, ended)))
         # What begins alike, and then is of like length, goes through the model together: little is read or padded twice.
         every = [*self.lessons, *self.anchors, self.passage]
         every.sort(key=lambda lesson: (lesson.sequence[0][:_BEGINNING], lesson.tokens))
@@ -172,7 +173,7 @@ class Run:
         self.base_loss = self._passage_loss()
 
     def _said(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
-        return [answer.tokens for answer in said(self.tensors, prompts, self.recipe.anchor_tokens)]
+        return [answer.tokens for answer in said(self.tensors, prompts, self.recipe.anchor_tokens)] if prompts else []
 
     def _alike(self, lessons: Sequence[Lesson]) -> list[list[Lesson]]:
         """Lessons that stand in order of their beginnings, in parts that begin alike and fit one pass."""
@@ -238,23 +239,27 @@ class Run:
             self.curve.append(self._point())
 
     def _done(self) -> bool:
-        """Every answer token is surely recalled and the anchors stand still, after the least number of steps."""
-        if len(self.losses) < max(1, self.recipe.least_steps):
+        """All is known and the anchors stand still on average, after the least number of steps."""
+        if len(self.losses) < max(1, self.recipe.least_steps) or not all(map(self._known, self.lessons)):
             return False
-        still = all(anchor.moved <= self.recipe.still for anchor in self.anchors)
-        return still and all(
-            lesson.losses is not None and bool((lesson.losses < self.recipe.threshold).all()) for lesson in self.lessons
-        )
+        return sum(anchor.moved for anchor in self.anchors) <= self.recipe.still * len(self.anchors)
+
+    def _known(self, lesson: Lesson) -> bool:
+        return lesson.losses is not None and bool((lesson.losses < self.recipe.threshold).all())
 
     def _next(self) -> list[Lesson]:
-        """The examples of this step, in an order that is drawn anew for each epoch."""
-        if not self.queue:
-            self.queue = list(range(len(self.lessons)))
-            self.order.shuffle(self.queue)
+        """The examples of this step, in an order that is drawn anew for each epoch.
+
+        Of those that were known when last seen only every third is looked at, in turn: they would give no gradient.
+        """
         steps = math.ceil(len(self.lessons) / self.recipe.batch)
-        size = math.ceil(len(self.lessons) / steps)
-        part, self.queue = self.queue[:size], self.queue[size:]
-        return [self.lessons[i] for i in part]
+        if not self.queue:
+            epoch = len(self.losses) // steps
+            seen = [i for i, lesson in enumerate(self.lessons) if i % 3 == epoch % 3 or not self._known(lesson)]
+            self.order.shuffle(seen)
+            count = min(steps, len(seen))
+            self.queue = [seen[i::count] for i in range(count)]
+        return [self.lessons[i] for i in self.queue.pop(0)]
 
     def _moved(self) -> list[Lesson]:
         """Every other step the anchors that moved most when last seen, else the next in turn."""
@@ -409,7 +414,7 @@ class Run:
         self.optimizer.load_state_dict({**self.optimizer.state_dict(), "state": moments})
         self.losses = list(note["losses"])
         self.curve = [Point(**point) for point in note["curve"]]
-        self.queue = list(note["queue"])
+        self.queue = [list(part) for part in note["queue"]]
         version, state, gauss = note["order"]
         self.order.setstate((version, tuple(state), gauss))
         for lesson, seen in zip(self.lessons, note["seen"], strict=True):

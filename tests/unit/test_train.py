@@ -370,7 +370,7 @@ def test_the_curve_says_where_the_run_stood(tensors: Any, lessons: Corpus) -> No
 
 
 def test_a_run_ends_when_all_is_known_and_the_rest_stands_still(tensors: Any, lessons: Corpus) -> None:
-    patient = replace(QUICK, still=1e9, threshold=2.0, least_steps=2)
+    patient = replace(QUICK, still=1e9, threshold=2.0, least_steps=2, rate=2e-2, layers=1.0)
     trained = train(tensors, lessons, epochs=60, recipe=patient)
     assert len(trained.losses) < 60
     assert trained.curve[-1].step == len(trained.losses)
