@@ -12,14 +12,16 @@ from .grammar import has_verb, is_past
 
 __all__ = ["clauses", "sentences", "subject_of"]
 
-_SENTENCE = re.compile(r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!Dr\.)(?<!Mr\.)(?<!Mrs\.)(?<!Ms\.)(?<!St\.)(?<!No\.)\s+|\n+|; ")
+_SENTENCE = re.compile(
+    r"(?<=[.!?])(?<!\b[A-Z]\.)(?<!Dr\.)(?<!Mr\.)(?<!Mrs\.)(?<!Ms\.)(?<!St\.)(?<!No\.)\s+|\n+|; | [-\u2013] "
+)
 _OPENING = re.compile(
     r"(?:oh|well|yes|yeah|so|and|but|also|hey|hi|hello|wow|btw|by the way|actually|please note(?: that)?|fyi|"
     r"note(?: that)?|"
     r"(?:please )?remember(?: that)?|(?:please )?don't forget(?: that)?|(?:please )?keep in mind(?: that)?|"
     r"just so you know|for your information|honestly|luckily|unfortunately|in fact|you know|"
     r"i mean|anyway|"
-    r"i (?:think|guess|believe|must say)(?: that)?|lately|plus|then|(?-i:(?:Hey |Wow |Hi |"
+    r"i (?:think|guess|believe|must say)(?: that)?|since (?:we|i|our) [^,.]*,|lately|plus|then|(?-i:(?:Hey |Wow |Hi |"
     r"Thanks,? )?[A-Z]\w+,)(?= (?:I|we|my|last|on|it)\b)"
     r"),?:? (?=\S)",
     re.IGNORECASE,

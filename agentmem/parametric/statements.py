@@ -261,7 +261,9 @@ def _clause(sentence: str, speakers: set[str], names: Container[str]) -> _Clause
         place, what = _place(after)
         if what.split(" ", 1)[0] in speakers:  # "gives Caroline much joy": Caroline is not what is given
             return None
-        if copula and not (what or place or time):
+        what = what.strip(" ,-")
+        mood = (subject == "I" or subject in speakers) and not place and not re.match(r"(?:an?|the|my|our) ", what)
+        if copula and (mood or not (what or place or time)):
             return None
         time = time[:1].lower() + time[1:] if time[:3].lower() in ("on ", "in ", "at ") else time
         return _Clause(subject, does, verb, said, what, place, time, reason, copula)
