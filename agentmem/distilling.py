@@ -97,6 +97,7 @@ def _distil(
             records=ids,
             report={"gate": report.model_dump(mode="json"), "cpu_seconds": trained.cpu_seconds},
             seconds=trained.cpu_seconds,
+            owner=engine.keyed(f"{engine.cache_key(scope)} {system or ''}"),
         )
     spent = Usage(total_s=trained.seconds)
     engine.ledger.note("train", tensors.name, scope, spent, size=0 if kept is None else kept.bytes, here=True)

@@ -88,12 +88,14 @@ class TrainedPages:
         records: Sequence[str],
         report: Mapping[str, Any],
         seconds: float,
+        owner: str,
     ) -> StoredPrefix | None:
         """Keep states that stand for ``head`` under the model ``base``; None where they could not be kept (logged).
 
         ``layers[i]`` is (K, V) of layer i, [KV heads, positions, dim], in whole pages of `GRID`; ``encoded`` is what
-        `settled` gave for them. They are pinned: unlike computed states they can't be had again in a moment. Those of
-        a forgotten record are not kept. Raises `InvalidInput` for states that make no whole pages.
+        `settled` gave for them. They are pinned: unlike computed states they can't be had again in a moment. What was
+        kept for the same ``owner``, an opaque string, goes. Those of a forgotten record are not kept. Raises
+        `InvalidInput` for states that make no whole pages.
         """
         length = layers[0][0].shape[1]
         _check(length, self.GRID)
@@ -123,11 +125,15 @@ class TrainedPages:
             "stands_for": len(head),
             "records": list(records),
             "created": time.time(),
+            "owner": owner,
             "report": dict(report),
         }
         with self._database.write() as connection:
             connection.execute("INSERT OR REPLACE INTO meta VALUES (?, ?)", (self._prefix + own.hex(), json.dumps(row)))
         self._store.pin([page.name.hex() for page in pages])
+        for name, other in self._rows():
+            if other["owner"] == owner and other["base"] == row["base"] and name != own.hex():
+                self.drop(name)
         return _stored(own.hex(), row, pages)
 
     def find(self, base: bytes, tokens: Sequence[int]) -> StoredPrefix | None:

@@ -93,6 +93,7 @@ def stand_in(provider: Any, kept: Kept, states: Callable[[Reader], Any] | None =
         records=("r1",),
         report={},
         seconds=60.0,
+        owner="ana",
     )
     assert stored is not None
     return stored

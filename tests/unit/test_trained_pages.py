@@ -55,7 +55,9 @@ def layers(length: int = 32, seed: int = 0) -> Layers:
     return [(side(), side()) for _ in range(LAYERS)]
 
 
-def keep(prefixes: TrainedPages, made: Layers | None = None, head: list[int] | None = None) -> StoredPrefix:
+def keep(
+    prefixes: TrainedPages, made: Layers | None = None, head: list[int] | None = None, owner: str = "a"
+) -> StoredPrefix:
     made = made or layers()
     stored = prefixes.keep(
         BASE,
@@ -65,6 +67,7 @@ def keep(prefixes: TrainedPages, made: Layers | None = None, head: list[int] | N
         records=("r1", "r2"),
         report={"note": 1},
         seconds=60.0,
+        owner=owner,
     )
     assert stored is not None
     return stored
@@ -116,13 +119,20 @@ def test_no_tenant_finds_or_drops_anothers(kept: Kept) -> None:
 
 
 def test_the_longest_head_wins_and_then_the_newest(kept: Kept) -> None:
-    keep(kept.prefixes, head=HEAD[:50])
-    long = keep(kept.prefixes)
-    newer = keep(kept.prefixes, layers(seed=1))
+    keep(kept.prefixes, head=HEAD[:50], owner="b")
+    long = keep(kept.prefixes, owner="c")
+    newer = keep(kept.prefixes, layers(seed=1), owner="d")
     found = kept.prefixes.find(BASE, [*HEAD, 7])
     assert found is not None
     assert found.digest == newer.digest != long.digest
     assert [entry.stands_for for entry in kept.prefixes.entries()] == [100, 100, 50]
+
+
+def test_an_owner_has_one(kept: Kept) -> None:
+    keep(kept.prefixes, head=HEAD[:50])
+    newer = keep(kept.prefixes)
+    assert [entry.digest for entry in kept.prefixes.entries()] == [newer.digest]
+    assert len(kept.store.entries()) == 2
 
 
 def test_it_is_pinned_until_it_is_dropped(kept: Kept) -> None:
@@ -151,7 +161,7 @@ def test_one_made_from_a_forgotten_record_is_not_kept(kept: Kept) -> None:
             ["r1" if name == "record" else 0 for name in columns],
         )
     made = layers()
-    stored = kept.prefixes.keep(BASE, HEAD, made, encoded=[], records=("r1",), report={}, seconds=1.0)
+    stored = kept.prefixes.keep(BASE, HEAD, made, encoded=[], records=("r1",), report={}, seconds=1.0, owner="a")
     assert stored is None
     assert (kept.store.entries(), kept.rows()) == ([], 0)
 
@@ -166,7 +176,7 @@ def test_half_a_prefix_is_none(kept: Kept) -> None:
 def test_without_room_it_is_not_kept(tmp_path: Path) -> None:
     kept = Kept(tmp_path, budget=1000)
     made = layers()
-    assert kept.prefixes.keep(BASE, HEAD, made, encoded=[], records=(), report={}, seconds=1.0) is None
+    assert kept.prefixes.keep(BASE, HEAD, made, encoded=[], records=(), report={}, seconds=1.0, owner="a") is None
     assert kept.rows() == 0
     kept.close()
 
@@ -174,4 +184,4 @@ def test_without_room_it_is_not_kept(tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [0, 8, 40])
 def test_states_that_make_no_whole_pages_are_refused(length: int, kept: Kept) -> None:
     with pytest.raises(InvalidInput, match=str(length)):
-        kept.prefixes.keep(BASE, HEAD, layers(length), encoded=[], records=(), report={}, seconds=1.0)
+        kept.prefixes.keep(BASE, HEAD, layers(length), encoded=[], records=(), report={}, seconds=1.0, owner="a")
