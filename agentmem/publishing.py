@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import shutil
+import uuid
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -72,28 +73,31 @@ def publish(
                 f"{target} serves no activated LoRA versions: train one with the setting lora_activated = false for it"
             )
         served = as_one(refs).served_name
-        file = _written(engine, versions, refs, facts.lora_format, served)
-        _note(engine, versions, target, served)
+        # An engine that takes a copy into its own store reads a passing file; others may be reading one of that name.
+        copied = facts.lora_loading == "model"
+        folder = engine.folder / FOLDER / (f".{uuid.uuid4().hex}" if copied else "")
         try:
+            file = _written(engine, versions, refs, facts.lora_format, folder)
+            _note(engine, versions, target, served)
             published = provider.publish_lora(served, file)
         except (ConfigError, InvalidInput, Rejected):
+            _spare(engine, target, served)
             _forget_row(engine, target, served)
-            _remove(engine, served)
             raise
+        finally:
+            if copied:
+                shutil.rmtree(folder, ignore_errors=True)
         gone = [one.name for one in versions if engine.registry.get(one.digest, scope).state == "retired"]
         if gone:  # forgotten meanwhile, before the engine knew it
             told = "; ".join(withdraw(engine, [one.digest for one in versions]))
             raise TrainingError(f"{', '.join(gone)} was retired while it was published: taken back. {told}".strip())
-    if facts.lora_loading == "model":  # it lies in the engine's own store now
-        _remove(engine, served)
-    held = file if facts.lora_loading != "model" else None
     return Publication(
         versions=tuple(one.name for one in versions),
         to=target,
         served=served,
         ready=published.ready,
         to_do=published.to_do,
-        file=None if held is None else str(held),
+        file=None if copied else str(file),
     )
 
 
@@ -185,21 +189,28 @@ def _no_place(target: str, loading: str) -> str:
     return f"{target} has no place for a LoRA: parametric memory lives on engines of your own ({', '.join(LOCAL)})"
 
 
-def _written(engine: Engine, versions: Sequence[LoraVersion], refs: Sequence[LoraRef], form: str, served: str) -> Path:
-    """What the engine is to read: a version's own folder, or a file made for it."""
+def _written(engine: Engine, versions: Sequence[LoraVersion], refs: Sequence[LoraRef], form: str, folder: Path) -> Path:
+    """What the engine is to read: a version's own folder, or a file made for it in ``folder``."""
     from .parametric.export import export_gguf, export_peft
 
-    if form == "peft" and len(refs) == 1:
-        return Path(refs[0].path)
-    folder = engine.folder / FOLDER
     if form == "gguf":
-        return export_gguf(refs, folder / f"{served}.gguf", base_config(engine, versions[0]))
-    _remove(engine, served)  # left of a try that was cut short
+        return export_gguf(refs, folder, base_config(engine, versions[0]))
+    if len(refs) == 1:
+        return Path(refs[0].path)
+    served = as_one(refs).served_name
+    shutil.rmtree(folder / served, ignore_errors=True)  # left of an earlier try; the new one has the same bytes
     return export_peft(refs, folder / served)
 
 
+def _spare(engine: Engine, target: str, served: str) -> None:
+    """Delete the files that were made for this engine, unless another one reads them too."""
+    others = "SELECT 1 FROM published WHERE served = ? AND target != ?"
+    if not engine.database.query(others, (served, target)):
+        _remove(engine, served)
+
+
 def _remove(engine: Engine, served: str) -> None:
-    """The files made for an engine, never a version's own."""
+    """The files made for engines, never a version's own."""
     folder = engine.folder / FOLDER
     (folder / f"{served}.gguf").unlink(missing_ok=True)
     shutil.rmtree(folder / served, ignore_errors=True)
@@ -209,7 +220,7 @@ def _taken_back(engine: Engine, target: str, served: str, **settings: Any) -> No
     with _reached(engine, target, **settings) as (_, provider):
         if isinstance(provider, TakesLoras):
             provider.unpublish_lora(served)
-    _remove(engine, served)
+    _spare(engine, target, served)
     _forget_row(engine, target, served)
 
 

@@ -290,6 +290,18 @@ class TestGguf:
         assert not file.exists(), "it is not left for the next start"
         assert any("may still answer" in told for told in receipt.hosted), "the server may run with it"
 
+    def test_a_file_that_another_engine_reads_stays(self, mem: Memory, folder: Path) -> None:
+        ana, version = mem.scope(user="ana").parametric, self.version(mem, folder)
+        file = Path(ana.publish(version, to="llamacpp:m").file or "")
+        with OllamaShim("http://127.0.0.1:9") as shim:
+            mem._engine.settings.providers["ollama"] = {"base_url": shim.url}
+            ana.publish(version, to=f"ollama:{MODEL}")
+            assert file.is_file()
+            ana.unpublish(version, to=f"ollama:{MODEL}")
+            assert file.is_file()
+            mem.forget(list(version.records))
+            assert not file.exists()
+
     def test_this_process_needs_none(self, mem: Memory, folder: Path) -> None:
         with pytest.raises(ConfigError, match="activate one instead"):
             mem.scope(user="ana").parametric.publish(self.version(mem, folder))
