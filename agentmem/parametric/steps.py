@@ -162,7 +162,7 @@ class Run:
             # That the base stops after a short answer is held still too.
             ended = answer if len(answer) == most else [*answer, end]
             self.anchors.append(Lesson(self._sequence(prompt, ended)))
-        # What begins alike, and then is of like length, goes through the model together: little is read or padded twice.
+        # What begins alike, then is of like length, goes through the model together: little is read twice or padded.
         every = [*self.lessons, *self.anchors, self.passage]
         every.sort(key=lambda lesson: (lesson.sequence[0][:_BEGINNING], lesson.tokens))
         for part in self._alike(every):
