@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import cores, planning, prompt
+from .acting import QUERY_CHARACTERS, turned_to
 from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
 from .cores import within
@@ -39,8 +40,6 @@ _log = logging.getLogger("agentmem")
 LONGEST_S = 3.2e9
 #: Recalled at most, records and tokens, for a turn that surely asks for nothing.
 TOLD_K, TOLD_TOKENS = 3, 150
-#: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
-QUERY_CHARACTERS = 2000
 #: Where a host's rules are not known: it keeps no prefix shorter than this, so none is expected back.
 HOSTED_MINIMUM = 1024
 
@@ -53,6 +52,8 @@ class Conversation:
         self.lock = threading.Lock()
         self.prefix: tuple[Message, ...] = ()
         self.loras: tuple[LoraRef, ...] | None = None
+        #: The learnt records that its last turn concerned.
+        self.concerned: tuple[str, ...] = ()
         #: The host's name of its last answer.
         self.answer: str | None = None
         self._plan: tuple[Plan | None] | None = None
@@ -151,6 +152,7 @@ def chat(
         finish_reason=generation.finish_reason,
         model=provider.name,
         records=kept,
+        loras=tuple(ref.name for ref in made.request.loras),
         parsed=None if schema is None or generation.tool_calls else parsed(schema, generation.text),
     )
 
@@ -176,12 +178,13 @@ def _prepared(
     layout, history = begun(engine, conversation, head, told, carried=recall, answers=turn)
     hits: list[Hit] = []
     core: list[Record] = []
+    present = {record for said in history for record in said.records}
     if recall:
-        present = {record for said in history for record in said.records}
         fresh = not engine.records.count_turns(session)
         core = cores.core(engine, conversation.scope, layout, present, new_session=fresh)
-        if turn[0].role == "user":
-            hits = yield from _recall(engine, conversation.scope, turn[0].content, present, noted)
+    concerned = conversation.concerned  # a tool's result belongs to the question before it
+    if turn[0].role == "user":
+        hits, concerned = yield from _recall(engine, conversation, turn[0].content, present, noted, recall=recall)
     in_core = {record.id for record in core}
     in_turn = [hit for hit in hits if hit.record.id not in in_core]
     recalled = [prompt.shown(hit) for hit in in_turn]
@@ -209,6 +212,7 @@ def _prepared(
         options=options,
         recalled=recalled,
         cache=_asked_of_host(engine, conversation, plan, layout, sent),
+        concerned=concerned,
     )
     return _Prepared(request, sent, layout, asked, hits, in_turn, in_core)
 
@@ -270,6 +274,7 @@ def _stored(
                 money=money,
                 turn=facts,
                 here=here,
+                loras=[ref.name for ref in made.request.loras],
             )
     except StoreError as error:
         if new:
@@ -305,7 +310,8 @@ def prime(
     if parallel is not None and not planning.prewarm_pays(engine, sent, parallel):
         return Usage()
     cache = _asked_of_host(engine, conversation, plan, layout, sent)
-    request = _request(engine, conversation, segments, options=Options(max_tokens=0), cache=cache)
+    options = Options(max_tokens=0)
+    request = _request(engine, conversation, segments, options=options, cache=cache, concerned=conversation.concerned)
     shown_here = _shown(engine, provider, segments)
     generation: Generation = yield Generate(provider, request)
     _observe(engine, conversation, request, sent, generation)
@@ -345,34 +351,48 @@ def _shown(engine: Engine, provider: Provider, segments: Sequence[Segment]) -> l
     return []
 
 
-def _recall(engine: Engine, scope: Scope, query: str, present: set[str], noted: list[Usage]) -> Flow[list[Hit]]:
-    """The records that this turn needs and that are not in the conversation already, within the budget.
+def _recall(
+    engine: Engine, conversation: Conversation, query: str, present: set[str], noted: list[Usage], *, recall: bool
+) -> Flow[tuple[list[Hit], tuple[str, ...]]]:
+    """The records that this turn needs and that are not in the conversation already, within the budget; and the ids of
+    those that it concerns among what LoRA versions learnt.
 
     What is recalled is most of what a turn costs: there are none where nothing is likely to be evidence, and few where
     the turn asks for nothing.
     """
     from .plaintext.asking import tells
+    from .plaintext.concerning import WEIGHED
     from .plaintext.fusion import TOGETHER, taken
 
-    settings = engine.settings
-    if settings.recall_k == 0 or settings.recall_tokens == 0:
-        return []
-    most, tokens = settings.recall_k, settings.recall_tokens
-    if tells(query):
-        most, tokens = min(most, TOLD_K), min(tokens, TOLD_TOKENS)
-    budget = within(engine, tokens, 0.1)
+    settings, scope = engine.settings, conversation.scope
+    recall = recall and settings.recall_k > 0 and settings.recall_tokens > 0
+    learnt = engine.learnt(scope)
+    telling = tells(query)
+    if not recall and (telling or not learnt):
+        return [], ()
+    together = max(settings.recall_k, TOGETHER)
     found = yield from search(
         engine,
         scope,
         query.strip()[:QUERY_CHARACTERS],
-        k=max(settings.recall_k, TOGETHER),
+        k=max(together, WEIGHED) if learnt else together,
         noted=noted,
         words_if_down=True,
-        without=present,  # what the model reads anyway must not make anything else look less likely
+        # What the model reads anyway must not make anything else look less likely.
+        without=present - learnt if recall else (),
     )
+    concerned = turned_to(query, found, learnt, conversation.concerned)
+    if not telling:
+        conversation.concerned = concerned
+    if not recall:
+        return [], concerned
+    most, tokens = settings.recall_k, settings.recall_tokens
+    if telling:
+        most, tokens = min(most, TOLD_K), min(tokens, TOLD_TOKENS)
+    found = [hit for hit in found if hit.record.id not in present][:together]
     likely = found[: min(taken([hit.score for hit in found]), most)]
-    fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), budget, engine.count)}
-    return [hit for hit in likely if hit.record.id in fitting]
+    fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), within(engine, tokens, 0.1), engine.count)}
+    return [hit for hit in likely if hit.record.id in fitting], concerned
 
 
 def _asked_of_host(
@@ -393,6 +413,7 @@ def _request(
     cache: CachePlan | None = None,
     tools: tuple[Mapping[str, Any], ...] = (),
     recalled: Sequence[Record] = (),
+    concerned: Sequence[str] = (),
 ) -> Request:
     scope = conversation.scope
     record_pages = engine.record_view(scope) if recalled else None
@@ -415,7 +436,7 @@ def _request(
         recalled=lines,
         record_pages=record_pages,
         prefixes=engine.prefix_view(scope),
-        loras=engine.active_loras(scope),
+        loras=engine.active_loras(scope, concerned),
     )
 
 
@@ -440,8 +461,9 @@ def _observe(
         expected = expected // step * step if capabilities.kv == "tensors" else expected * (expected >= step)
     if capabilities.kv == "none" or (capabilities.kv == "tensors" and engine.settings.page_budget == 0):
         expected = 0
-    switched = conversation.loras is not None and conversation.loras != request.loras
-    conversation.prefix, conversation.loras = stable, request.loras
+    shaping = tuple(ref for ref in request.loras if not ref.activated)  # the others leave the prefix as it is
+    switched = conversation.loras is not None and conversation.loras != shaping
+    conversation.prefix, conversation.loras = stable, shaping
     conversation.answer = generation.id
     cached, estimate = generation.usage.cached_tokens, generation.usage.estimated_cached_tokens
     reason = None

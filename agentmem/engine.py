@@ -18,7 +18,7 @@ import tempfile
 import threading
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -300,19 +300,37 @@ class Engine:
         """An opaque string that can't be guessed, equal for all requests of one tenant of this folder."""
         return hashlib.blake2b((scope.tenant or "").encode(), key=self._secret, digest_size=32).hexdigest()
 
-    def active_loras(self, scope: Scope) -> tuple[LoraRef, ...]:
-        """The LoRA versions that answer for this scope, where the provider can serve them."""
+    def learnt(self, scope: Scope) -> frozenset[str]:
+        """Ids of the records that this scope's active LoRA versions learnt, where each request has to say which of them
+        it concerns (the setting ``lora_when``)."""
         provider = self.provider
-        if provider is None or not provider.capabilities.loras:
-            return ()
-        if not self.registry.active(scope):
+        if provider is None or not provider.capabilities.loras or self.settings.lora_when == "always":
+            return frozenset()
+        return frozenset(record for version in self.registry.active(scope) for record in version.records)
+
+    def active_loras(self, scope: Scope, concerned: Collection[str] | None = None) -> tuple[LoraRef, ...]:
+        """The LoRA versions that answer for this scope, where the provider can serve them.
+
+        With ``concerned``, ids of records that a request concerns, the likeliest first, only the versions that learnt
+        one of them; where the provider takes one version at a time, the one that learnt the likeliest comes first.
+        """
+        provider = self.provider
+        if provider is None or not provider.capabilities.loras or not self.registry.active(scope):
             return ()
         # An engine elsewhere shows no weights: publishing a version to it said that its base is the right one.
         identity = provider.tensors().identity if provider.capabilities.trains else None
         refs = self.registry.refs(scope, identity=identity)
-        if not provider.capabilities.activated_loras:
+        if not provider.capabilities.activated_loras and (late := [ref.name for ref in refs if ref.activated]):
+            _log.warning("%s can't serve activated LoRA versions: %s left out", provider.name, ", ".join(late))
             refs = tuple(ref for ref in refs if not ref.activated)
-        return provider.served_loras(refs) if isinstance(provider, TakesLoras) and refs else refs
+        if concerned is not None and self.settings.lora_when == "recalled":
+            refs = tuple(ref for ref in refs if not set(concerned).isdisjoint(ref.records))
+            if not provider.capabilities.summed_loras:  # else in their own order: it decides the bits of a sum
+                order = {record: place for place, record in enumerate(concerned)}
+                refs = tuple(sorted(refs, key=lambda ref: min(order.get(id_, len(order)) for id_ in ref.records)))
+        if refs and isinstance(provider, TakesLoras):
+            refs = provider.served_loras(refs)
+        return refs
 
     def keyed(self, text: str) -> str:
         """A digest of a text, 64 hex digits, that tells nobody without this folder's secret what the text may be."""

@@ -61,6 +61,7 @@ def report(engine: Engine, scope: Scope, *, since: Any = None, until: Any = None
         records=engine.records.count(scope),
         pages=_count_pages(engine, scope),
         loras=_count_loras(engine, scope),
+        lora_uses=accounts.lora_uses(),
         taught=tuple(_taught(engine, scope)),
     )
 

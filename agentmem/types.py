@@ -291,6 +291,7 @@ class TokenCount(Value):
 
 class Reply(Value):
     """What ``chat`` returns. ``records`` are the ids under which this turn was remembered (empty if it was not).
+    ``loras`` are the names of the LoRA versions that acted on this answer.
 
     ``parsed`` is the answer as the ``schema`` that was asked for says: an object of its class, or JSON values.
     """
@@ -303,6 +304,7 @@ class Reply(Value):
     finish_reason: str | None = None
     model: str = ""
     records: tuple[str, ...] = ()
+    loras: tuple[str, ...] = ()
     parsed: Any = None
 
     def __str__(self) -> str:

@@ -18,8 +18,9 @@ from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from . import prompt
+from .acting import QUERY_CHARACTERS
 from .asking import reply_drafts
-from .chat import QUERY_CHARACTERS, TOLD_K, TOLD_TOKENS
+from .chat import TOLD_K, TOLD_TOKENS
 from .engine import Engine
 from .errors import AgentMemError, BudgetExceeded, InvalidInput, ProviderError, StoreError
 from .flow import Flow

@@ -104,6 +104,15 @@ class Accounts:
         )
         return [Miss(reason=row["reason"], uses=row["uses"], tokens=row["tokens"]) for row in rows]
 
+    def lora_uses(self) -> dict[str, int]:
+        """On how many answers each LoRA version acted, by name, the most used first."""
+        rows = self._query(
+            f"SELECT value AS name, COUNT(*) AS uses FROM uses, json_each(uses.loras) WHERE {self._where}"
+            " GROUP BY value ORDER BY COUNT(*) DESC, value",
+            self._values,
+        )
+        return {row["name"]: row["uses"] for row in rows}
+
     def kinds(self, sizes: Mapping[str, int], compared: Iterable[Comparison] = ()) -> list[Kind]:
         """By kind of memory; ``sizes`` is what each holds on disk, where that is told, by the same names."""
         lines = self.lines()

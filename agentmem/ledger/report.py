@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from ..errors import StoreError
 from ..figures import Curve
 from ..types import Value
@@ -154,7 +156,8 @@ class Report(Value):
 
     ``lines`` is by verb and model, ``providers``, ``scopes`` (the next level beneath the handle) and ``days`` (UTC) sum
     the same uses otherwise. ``bytes`` is on disk, by kind of memory: the whole folder's, so it is told on the root
-    handle only, and so is what storing them costs a month. ``since`` and ``until`` bound the uses, not what is held.
+    handle only, and so is what storing them costs a month. ``lora_uses`` says on how many answers each LoRA version
+    acted. ``since`` and ``until`` bound the uses, not what is held.
     """
 
     lines: list[Line]
@@ -162,6 +165,7 @@ class Report(Value):
     records: int
     pages: int
     loras: int
+    lora_uses: dict[str, int] = Field(default={})
     since: dt.datetime | None = None
     until: dt.datetime | None = None
     providers: tuple[Share, ...] = ()
@@ -234,6 +238,9 @@ class Report(Value):
             told.append(f"budget of {min(self.budgets, key=lambda budget: budget.left)}")
         return told
 
+    def _acted(self) -> str:
+        return f" (acted {sum(self.lora_uses.values())} times)" if self.lora_uses else ""
+
     def _disk(self) -> str:
         sizes = ", ".join(f"{kind} {size(count)}" for kind, count in self.bytes.items())
         month = "" if self.storage_month is None else f" ({amount(self.storage_month)} $ a month)"
@@ -246,7 +253,8 @@ class Report(Value):
         table = Table(
             title="agentmem: what memory cost and saved",
             caption=(
-                f"{self.records} records, {self.pages} KV pages, {self.loras} LoRA versions{self._disk()}"
+                f"{self.records} records, {self.pages} KV pages, {self.loras} LoRA versions{self._acted()}"
+                f"{self._disk()}"
                 f"; {self.cached_share:.0%} of all prompt tokens came from a cache"
             ),
         )

@@ -84,10 +84,11 @@ class Ledger:
         money: tuple[float, float | None] | None = None,
         turn: Turn | None = None,
         here: bool = False,
+        loras: Sequence[str] = (),
     ) -> None:
         """Write down one use. ``shown`` are the records that stood in the prompt; ``size`` is in bytes written;
-        ``turn`` is what the request was made of. ``money`` is what `money` said, asked here (with ``here``) if not
-        given."""
+        ``turn`` is what the request was made of; ``loras`` are the LoRA versions that acted, by name. ``money`` is
+        what `money` said, asked here (with ``here``) if not given."""
         now = self.clock()
         cache = cache or CacheUse()
         paid, bare = money or self.money(model, usage, here=here) or (None, None)
@@ -95,14 +96,16 @@ class Ledger:
         with self.database.write() as connection:
             number = connection.execute(
                 "INSERT INTO uses (at, verb, model, tenant, user, agent, session, input, cached, written, output,"
-                " first_s, total_s, bytes, expected, reason, money, uncached_money, attended, long_written, turn)"
-                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+                " first_s, total_s, bytes, expected, reason, money, uncached_money, attended, long_written, turn,"
+                " loras)"
+                " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
                 (
                     *(now, verb, model, *levels),
                     *(usage.input_tokens, usage.cached_tokens, usage.written_tokens, usage.output_tokens),
                     *(usage.first_token_s, usage.total_s, size, cache.expected_tokens, cache.reason, paid, bare),
                     cache.attended and cache.attended.model_dump_json(),
                     *(usage.written_long_tokens, turn and turn.model_dump_json()),
+                    json.dumps(list(loras)) if loras else None,
                 ),
             ).lastrowid
             connection.execute("UPDATE uses SET turn = NULL WHERE id = ?", ((number or 0) - TURNS_KEPT,))

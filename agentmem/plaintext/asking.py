@@ -1,14 +1,14 @@
-"""Whether a turn only tells: it then needs few records, and what is recalled is most of what a turn costs.
+"""Whether a turn only tells, or surely asks: one that tells needs few records, and one that asks is no evidence.
 
-Says so only where it is sure, by English words at the beginnings of sentences; any other turn may ask. Knows no records
-and no scores.
+Says so only where it is sure, by English words at the beginnings of sentences; any other turn may be either. Knows no
+records and no scores.
 """
 
 from __future__ import annotations
 
 import re
 
-__all__ = ["tells"]
+__all__ = ["asks", "tells"]
 
 #: Of all scripts that have one of their own.
 _QUESTION_MARKS = frozenset("?\uff1f\u061f\u055e\u1367\u2047\u2048\u2049")
@@ -48,6 +48,14 @@ _WISH = re.compile(
     r"|\b(?:not sure|no idea|any ideas?|your (?:help|advice|thoughts?|opinion|view))\b",
     re.IGNORECASE,
 )
+
+
+def asks(text: str) -> bool:
+    """True if the text surely asks for something. Costs microseconds."""
+    if not _QUESTION_MARKS.isdisjoint(text):
+        return True
+    words = (word.lower().replace("\u2019", "'") for word in _WORD.findall(text[:200]))
+    return next((word for word in words if word not in _OPENING), None) in _REQUESTS
 
 
 def tells(text: str) -> bool:

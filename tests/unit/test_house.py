@@ -30,7 +30,7 @@ ORDER = [
     ["teaching"],
     ["kinds", "chat", "transfer", "histories", "reconciling", "reembedding", "counting"],
     ["verbatim"],
-    ["extraction", "asked", "asking", "planning", "cores", "wrapped_marks"],
+    ["acting", "extraction", "asked", "asking", "planning", "cores", "wrapped_marks"],
     ["flows"],
     ["forgetting"],
     ["publishing"],

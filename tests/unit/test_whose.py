@@ -1,0 +1,102 @@
+"""Whose matters a question and a record are about, by grammar."""
+
+from __future__ import annotations
+
+import pytest
+
+from agentmem.plaintext.whose import points_back, same_people
+
+DOG, HOME, TEA = "My dog is called Biscuit.", "I live in Tromsø.", "My favourite tea is sencha."
+SISTER = "My sister's name is Ingrid."
+
+
+@pytest.mark.parametrize(
+    ("question", "record"),
+    [
+        ("What is my dog's name?", DOG),
+        ("What's my dog called?", DOG),
+        ("what is my dog called", DOG),
+        ("Do you remember the name of my dog?", DOG),
+        ("What is the name of my pet?", DOG),
+        ("What is my pet's name?", DOG),
+        ("Who is Biscuit?", DOG),
+        ("Where do I live?", HOME),
+        ("What is the place where I live?", HOME),
+        ("Remind me where I live.", HOME),
+        ("Where could you visit me?", HOME),
+        ("Which tea do I like best?", TEA),
+        ("What is my sister called?", SISTER),
+        ("Do I have a sister? Who is it?", SISTER),
+        ("Who are my siblings?", SISTER),
+        ("What is my brother's job?", "My brother Olaf is a chef in Lyon."),
+        ("What does Olaf do?", "My brother Olaf is a chef in Lyon."),
+        ("What is my kid called?", "My daughter Mia starts school in August."),
+        ("What is my mum's birthday?", "My mother's birthday is on 9 October."),
+        ("What could make me ill?", "I'm allergic to peanuts."),
+        ("Does our flight leave at nine?", "Our flight leaves at 9 from Oslo."),
+        ("Where did Maria move?", "Maria moved to Berlin."),
+        ("Wie heißt mein Hund?", "Mein Hund heißt Biscuit."),
+    ],
+)
+def test_the_same_people(question: str, record: str) -> None:
+    assert same_people(question, record)
+
+
+@pytest.mark.parametrize(
+    ("question", "record"),
+    [
+        ("What is my neighbour Bob's dog called?", DOG),
+        ("What is Bob\u2019s dog called?", DOG),
+        ("What is the dog of my neighbour called?", DOG),
+        ("What is the name of the postman's dog?", DOG),
+        ("What is the dog of Maria called?", DOG),
+        ("What is my cat's name?", DOG),
+        ("What is your dog called?", DOG),
+        ("What is a good name for a dog?", DOG),
+        ("Tell me a common name for a dog.", DOG),
+        ("Can you tell me a good name for a dog?", DOG),
+        ("Where does my colleague Yusuf live?", HOME),
+        ("Where does our plumber live?", HOME),
+        ("Where does Maria live?", HOME),
+        ("Tell me where Maria lives.", HOME),
+        ("Where do you live?", HOME),
+        ("Which tea does my aunt Greta like best?", TEA),
+        ("What is my brother's favourite tea?", TEA),
+        ("What is the favourite tea of my cellist?", TEA),
+        ("When was my plumber born?", "I was born on 12 March 1988."),
+        ("What is the name of Maria's sister?", SISTER),
+        ("What is my brother called?", SISTER),
+        ("What is my brother-in-law Stefan allergic to?", "I'm allergic to peanuts."),
+        ("What does a marine biologist do?", "I work as a marine biologist."),
+    ],
+)
+def test_other_people(question: str, record: str) -> None:
+    assert not same_people(question, record)
+
+
+def test_a_speaker_is_whom_a_question_names() -> None:
+    assert same_people("Where did Caroline move?", "I moved to Sweden.", "Caroline")
+    assert same_people("What is Caroline's dog called?", DOG, "Caroline Berg")
+    assert not same_people("Where did Melanie move?", "I moved to Sweden.", "Caroline")
+
+
+@pytest.mark.parametrize(
+    "question", ["And her age?", "How old is she?", "What about the colour?", "Why?", "Is it big?"]
+)
+def test_what_points_back(question: str) -> None:
+    assert points_back(question)
+
+
+@pytest.mark.parametrize(
+    "question", ["And Bob's dog?", "What is my dog called?", "Who painted the Mona Lisa?", "Sing."]
+)
+def test_what_stands_for_itself(question: str) -> None:
+    assert not points_back(question)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "?", "'s", "I", "of my", "Does my", "my", "what about my old", "\u2019s\u2019", "A" * 9999]
+)
+def test_any_text_is_taken(text: str) -> None:
+    assert same_people(text, text) in (True, False)
+    assert points_back(text) in (True, False)
