@@ -26,7 +26,7 @@ from .train import Trained
 if TYPE_CHECKING:
     from .lora import Lora
 
-__all__ = ["GateReport", "Thresholds", "failures", "gate", "intrudes", "perplexity", "recall"]
+__all__ = ["GateReport", "Thresholds", "drift", "failures", "gate", "intrudes", "perplexity", "recall"]
 
 
 class Thresholds(Value):
@@ -191,7 +191,7 @@ def gate(
             chat = _asked(tensors, unrelated, said_before[: len(unrelated)], max_tokens)
             base = said(tensors, *chat, scored=len(unrelated), generate=False)
         with applied(tensors.model, lora):
-            drift = _drift(before, _losses(tensors, opening))
+            alone = _drift(before, _losses(tensors, opening))
             asked = [_asked(tensors, probes, said_before, max_tokens), _taught(tensors, taught)]
             prompts, limits, guesses = ([*first, *second] for first, second in zip(*asked, strict=True))
             here = said(tensors, prompts, limits, guesses, scored=len(unrelated), opening=opening)
@@ -215,7 +215,7 @@ def gate(
         recall_trained=_share(known[:after_trained]),
         recall_held_out=_share(known[after_trained:after_held_out]),
         recall_natural=_share(known[after_held_out:]) if natural else None,
-        drift=drift,
+        drift=alone,
         kl=_finite(divergence(base, here[: len(unrelated)])),
         intrusion=_share(intruding),
         neighbours=_share(wrong[at_tempting:]) if tempting else None,
@@ -261,6 +261,16 @@ def recall(tensors: Tensors, examples: Sequence[Example], *, opening: Sequence[i
     """
     known = _known(tensors, examples, said(tensors, *_taught(tensors, examples), opening=opening))
     return _share(known), list(_missed(examples, known))
+
+
+def drift(tensors: Tensors, *loras: Lora) -> float:
+    """The relative rise of the perplexity on two unrelated passages (the larger one) under the sum of these LoRAs."""
+    opening = next((lora.activated for lora in loras if lora.activated), ())
+    with tensors.lock, steady(tensors.model):
+        with base_only(tensors.model):
+            before = _losses(tensors, opening)
+        with applied(tensors.model, *loras):
+            return _drift(before, _losses(tensors, opening))
 
 
 def perplexity(tensors: Tensors, text: str) -> float:
