@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,11 @@ from . import retraining
 from .engine import Engine
 from .errors import InvalidInput
 from .flow import Flow, Work
+from .forgetting import drop_derived
 from .kinds import listed
 from .plaintext.drafts import check_path, shown
 from .publishing import base_config
-from .teaching import Run, Stop, corpus_of, learn, model_of, thresholds_of
+from .teaching import Run, Stop, contradicted, corpus_of, learn, model_of, standing, thresholds_of
 from .types import Record, Retraining, Scope
 
 if TYPE_CHECKING:
@@ -107,10 +109,17 @@ def _train(
     tensors: Tensors | None = None
     redone: list[Retraining] = []
     if wanted is None:
+        held = standing(engine, scope)
+        learnt = {record for version in engine.registry.active(scope) for record in version.records}
+        outdated = contradicted(held, learnt | trusted)
+        if outdated & learnt:
+            drop_derived(engine, sorted(outdated & learnt), pages=False)
+            engine.finish_erasures()
         if retraining.queued(engine, scope):
             tensors = model_of(engine)
             redone = retraining.retrain(engine, tensors, scope, stop)
-        wanted = _not_learnt(engine, scope)
+        learnt = {record for version in engine.registry.active(scope) for record in version.records}
+        wanted = [record for record in held if record.id not in learnt | outdated]
         _refuse_strange(trusted, wanted)
     chosen = [r.model_copy(update={"trust": "trusted"}) if r.id in trusted else r for r in wanted]
     corpus = corpus_of(engine, scope, chosen) if chosen else None
@@ -121,6 +130,9 @@ def _train(
             raise InvalidInput(f"no records to learn in {scope}: add some first, or name those to learn again")
         why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out[:3])
         raise InvalidInput(f"none of these {len(chosen)} records can be learnt ({why})")
+    if corpus.left_out:
+        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out[:20])
+        _log.warning("%d of %d records are not learnt (%s)", len(corpus.left_out), len(chosen), why)
     tensors = tensors or model_of(engine)
     active = [v for v in engine.registry.active(scope) if v.identity == tensors.identity.hex()]
     replaced = [v for v in active if set(v.records) <= set(corpus.records)]
@@ -132,7 +144,7 @@ def _train(
             engine,
             tensors,
             scope,
-            corpus if len(parts) == 1 else corpus_of(engine, scope, part),
+            replace(corpus_of(engine, scope, part, tensors), left_out=corpus.left_out),
             how,
             parents=[v for v in replaced if set(v.records) & {record.id for record in part}],
             beside=[*beside, *versions],
@@ -167,25 +179,6 @@ def _refuse_strange(approved: set[str], chosen: Sequence[Record]) -> None:
     # Somebody looked at these and answers for them; the records themselves stay marked.
     if strange := approved - {record.id for record in chosen}:
         raise InvalidInput(f"approve names {min(strange)}, which is not among the records to learn: name it there too")
-
-
-def _not_learnt(engine: Engine, scope: Scope) -> list[Record]:
-    """The records of this scope and beneath that hold now and that no version learnt which is active here."""
-    learnt = {record for version in engine.registry.active(scope) for record in version.records}
-    now = engine.clock()
-    found: list[Record] = []
-    after: str | None = None
-    while page := engine.records.list(scope, limit=1000, after=after):
-        after = page[-1].id
-        found += [
-            record
-            for record in page
-            if record.id not in learnt
-            and record.scope.within(scope)
-            and (record.valid_until is None or record.valid_until.timestamp() > now)
-            and (record.valid_from is None or record.valid_from.timestamp() <= now)
-        ]
-    return found
 
 
 def activate(

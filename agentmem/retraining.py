@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .engine import Engine
 from .errors import AgentMemError
 from .forgetting import questions_of
-from .teaching import Run, Stop, corpus_of, learn
+from .teaching import Run, Stop, contradicted, corpus_of, learn, standing
 from .types import LEVELS, Record, Retraining, Scope
 
 if TYPE_CHECKING:
@@ -69,22 +69,23 @@ def retrain(engine: Engine, tensors: Tensors, scope: Scope, stop: Stop) -> list[
     """Train what is queued in this scope; each shard is activated where the retired one was, and proven, by itself."""
     found: list[Retraining] = []
     for digest in queued(engine, scope):
+        if (job := _job(engine, digest)) is None:  # another process did it meanwhile
+            continue
         try:
-            found.append(_again(engine, tensors, digest, stop))
+            found.append(_again(engine, tensors, digest, job, stop))
         except AgentMemError as error:
             if stop():
                 raise
             _log.warning("lora-%s could not be trained again: %s", digest[:12], error)
-            found.append(_failed(engine, digest, str(error)))
+            found.append(_failed(engine, digest, job, str(error)))
     return found
 
 
-def _again(engine: Engine, tensors: Tensors, digest: str, stop: Stop) -> Retraining:
+def _again(engine: Engine, tensors: Tensors, digest: str, job: dict[str, Any], stop: Stop) -> Retraining:
     cpu = time.process_time()
     old = engine.registry.get(digest, Scope())
-    job = _job(engine, digest)
-    remaining = [_approved(record, job["records"]) for record in _standing(engine, old)]
-    corpus = corpus_of(engine, old.scope, remaining)
+    remaining = _remaining(engine, old, job["records"])
+    corpus = corpus_of(engine, old.scope, remaining, tensors)
     asked = _asked(engine, old, job["records"], corpus)
     beside = [v for v in engine.registry.active(old.scope) if v.identity == tensors.identity.hex()]
     version = None
@@ -126,27 +127,28 @@ def _again(engine: Engine, tensors: Tensors, digest: str, stop: Stop) -> Retrain
     return proof
 
 
-def _job(engine: Engine, digest: str) -> dict[str, Any]:
+def _job(engine: Engine, digest: str) -> dict[str, Any] | None:
+    """Where a retired version answered, whether by force, and which of its records went; None where nothing waits."""
     from .parametric.registry import RETRAIN
 
-    [row] = engine.database.query("SELECT note FROM jobs WHERE kind = ? AND record = ?", (RETRAIN, digest))
-    job: dict[str, Any] = json.loads(row["note"])
-    return job
+    rows = engine.database.query("SELECT note FROM jobs WHERE kind = ? AND record = ?", (RETRAIN, digest))
+    found: dict[str, Any] | None = json.loads(rows[0]["note"]) if rows else None
+    return found
 
 
-def _standing(engine: Engine, old: LoraVersion) -> list[Record]:
-    """The records of a retired version that hold still."""
-    now = engine.clock()
+def _remaining(engine: Engine, old: LoraVersion, changed: Sequence[str]) -> list[Record]:
+    """The records of a retired version that hold still, and that nothing told later contradicts.
+
+    What was learnt before had somebody's approval; a text that came since has to get its own.
+    """
+    approved = set(old.records) - set(changed)
+    held = standing(engine, old.scope)
+    outdated = contradicted(held, approved)
     return [
-        record
-        for record in engine.records.named(old.records, old.scope)
-        if record.valid_until is None or record.valid_until.timestamp() > now
+        record.model_copy(update={"trust": "trusted"}) if record.id in approved else record
+        for record in held
+        if record.id in old.records and record.id not in outdated
     ]
-
-
-def _approved(record: Record, changed: Sequence[str]) -> Record:
-    """What was learnt before had somebody's approval; a text that came since has to get its own."""
-    return record if record.id in changed else record.model_copy(update={"trust": "trusted"})
 
 
 def _asked(engine: Engine, old: LoraVersion, gone: Sequence[str], corpus: Corpus) -> list[Example]:
@@ -178,7 +180,7 @@ def _recalled(
             return base, base
         lora = load(engine.registry.ref(version).path, digest=version.digest)
         with applied(tensors.model, lora):
-            after, _ = recall(tensors, asked)
+            after, _ = recall(tensors, asked, opening=lora.activated)
     return base, after
 
 
@@ -207,15 +209,15 @@ def _put(engine: Engine, proof: Retraining, version: LoraVersion | None, job: di
         _write(engine, connection, proof)
 
 
-def _failed(engine: Engine, digest: str, why: str) -> Retraining:
+def _failed(engine: Engine, digest: str, job: dict[str, Any], why: str) -> Retraining:
     """Count the failure; after `TRIES` of them the receipt says that the shard stays untrained."""
     from .parametric.registry import RETRAIN
 
-    proof = Retraining(retired=digest, state="failed", forgotten=tuple(_job(engine, digest)["records"]), note=why)
+    proof = Retraining(retired=digest, state="failed", forgotten=tuple(job["records"]), note=why)
     with engine.database.write() as connection:
         connection.execute("UPDATE jobs SET tries = tries + 1 WHERE kind = ? AND record = ?", (RETRAIN, digest))
         row = connection.execute("SELECT tries FROM jobs WHERE kind = ? AND record = ?", (RETRAIN, digest)).fetchone()
-        if row["tries"] >= TRIES:
+        if row is not None and row["tries"] >= TRIES:
             _write(engine, connection, proof)
     return proof
 

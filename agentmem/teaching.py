@@ -9,11 +9,13 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 from . import asked
+from .acting import concerns
 from .engine import Engine
 from .errors import ConfigError, NotFound, StoreError
 from .progress import progress
@@ -27,7 +29,7 @@ if TYPE_CHECKING:
     from .parametric.registry import LoraVersion
     from .parametric.train import Tensors
 
-__all__ = ["Run", "Stop", "corpus_of", "learn", "model_of", "thresholds_of"]
+__all__ = ["Run", "Stop", "contradicted", "corpus_of", "learn", "model_of", "standing", "thresholds_of"]
 
 _log = logging.getLogger("agentmem")
 
@@ -69,11 +71,42 @@ def thresholds_of(engine: Engine) -> Thresholds:
     return Thresholds.from_settings(engine.settings.lora_gate)
 
 
-def corpus_of(engine: Engine, scope: Scope, records: Sequence[Record]) -> Corpus:
-    """What there is to learn and to test of these records, with the user's own past questions about them."""
+def corpus_of(engine: Engine, scope: Scope, records: Sequence[Record], tensors: Tensors | None = None) -> Corpus:
+    """What there is to learn and to test of these records, with the user's own past questions about them; with
+    ``tensors`` also what that model writes about them, if a trial shows that it can."""
+    from .parametric import corpus as corpora
+    from .parametric.selfstudy import study
+
+    written = study(tensors, records).examples if tensors is not None else ()
+    return corpora.build(records, asked=asked.questions(engine, scope, records), written=written)
+
+
+def standing(engine: Engine, scope: Scope) -> list[Record]:
+    """The records of this scope and beneath it that hold now, in order of arrival."""
+    now = engine.clock()
+    found: list[Record] = []
+    after: str | None = None
+    while page := engine.records.list(scope, limit=1000, after=after):
+        after = page[-1].id
+        found += [
+            record
+            for record in page
+            if record.scope.within(scope)
+            and (record.valid_until is None or record.valid_until.timestamp() > now)
+            and (record.valid_from is None or record.valid_from.timestamp() <= now)
+        ]
+    return found
+
+
+def contradicted(records: Sequence[Record], approved: Collection[str]) -> set[str]:
+    """Those of these records that a later one says otherwise. Nobody said that they ended, yet weights that hold them
+    would answer against what was told last. ``approved`` are untrusted ones that may be learnt all the same."""
     from .parametric import corpus as corpora
 
-    return corpora.build(records, asked=asked.questions(engine, scope, records))
+    told = [r.model_copy(update={"trust": "trusted"}) if r.id in approved else r for r in records]
+    held = corpora.build(told).records
+    # What states nothing by itself (a question, small talk) contradicts nothing.
+    return {record.id for record in told if record.id not in held and corpora.build([record]).records}
 
 
 def learn(
@@ -104,9 +137,7 @@ def learn(
     found = engine.registry.found(run, scope)
     if found is not None and found.gate.thresholds == thresholds:
         return found
-    if corpus.left_out:
-        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out)
-        _log.warning("%d records are not learnt (%s)", len(corpus.left_out), why)
+    begun = time.perf_counter()
     expected = estimate(tensors, corpus, recipe=recipe, epochs=how.epochs, ram_budget=how.ram_budget)
     _log.info("%s: %d records, %s", label, len(corpus.records), expected)
     with engine.registry.run(run, corpus.records) as checkpoint:
@@ -129,6 +160,7 @@ def learn(
             thresholds=thresholds,
             beside=_loras(engine, beside),
             earlier=_earlier(engine, scope, [*parents, *beside]),
+            concerns=concerns(engine, scope, corpus.records) if engine.settings.lora_when == "recalled" else None,
         )
         version = engine.registry.add(
             trained,
@@ -139,8 +171,8 @@ def learn(
             keep=keep,
             run=run,
         )
-    name = engine.chat_provider().name
-    engine.ledger.note("train", name, scope, Usage(total_s=trained.seconds), size=version.bytes, here=True)
+    spent = Usage(total_s=time.perf_counter() - begun)
+    engine.ledger.note("train", engine.chat_provider().name, scope, spent, size=version.bytes, here=True)
     return version
 
 

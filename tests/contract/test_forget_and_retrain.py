@@ -47,8 +47,10 @@ def folders(memory: Memory) -> set[str]:
 def test_many_records_become_shards_that_act_together(memory: Memory, taught: list[Corpus]) -> None:
     ana = memory.scope(user="ana")
     records = ana.add(list(FACTS))
+    [question] = ana.add("How are you?")
     version = ana.parametric.train()
     versions = ana.parametric.active()
+    assert all([id_ for id_, _ in v.left_out] == [question.id] for v in versions)
     assert len(versions) == len(taught) == 3
     assert version.shards == tuple(v.name for v in versions)
     assert version.digest == versions[0].digest
@@ -199,6 +201,20 @@ def test_a_superseded_record_is_taken_back_at_once(memory: Memory) -> None:
     learnt = {record for version in ana.parametric.active() for record in version.records}
     assert records[0].id in learnt
     assert records[1].id not in learnt
+
+
+def test_what_was_learnt_and_is_told_otherwise_later_is_learnt_anew(memory: Memory, taught: list[Corpus]) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:2]))
+    old = ana.parametric.train()
+    [new] = ana.add("I live in Oslo.")
+    ana.parametric.train()
+    assert ana.parametric.receipts()[0].retired == old.digest
+    learnt = {record for version in ana.parametric.active() for record in version.records}
+    assert learnt == {records[0].id, new.id}
+    with pytest.raises(InvalidInput, match="no records to learn"):
+        ana.parametric.train()
+    assert len(taught) == 3
 
 
 def test_a_record_that_expires_is_taken_back_when_it_does(tmp_path: Path, taught: list[Corpus]) -> None:

@@ -96,7 +96,16 @@ def test_only_the_root_handle_moves_pages(memory: Memory, tmp_path: Path) -> Non
         memory.scope(user="ana").activation.save(tmp_path / "out")
 
 
-def test_a_lora_answers_without_records_and_no_page_crosses_it(memory: Memory) -> None:
+@pytest.fixture
+def plain(tmp_path: Path) -> Iterator[Memory]:
+    """A memory whose LoRA versions act on every token of every request: pages made under one are its own."""
+    settings: dict[str, Any] = {"lora_activated": False, "lora_when": "always"}
+    with Memory(tmp_path / "memory", model="local", embedder="hash", page_tokens=64, **settings) as memory:
+        yield memory
+
+
+def test_a_lora_answers_without_records_and_no_page_crosses_it(plain: Memory) -> None:
+    memory = plain
     ana, ben = memory.scope(user="ana"), memory.scope(user="ben")
     facts = ana.add(["My dog is called Biscuit.", "I live in Tromsø.", "My favourite colour is teal."])
     assert ana.chat("Hello", system=SYSTEM, max_tokens=4, recall=False).usage.cached_tokens == 0
@@ -121,6 +130,18 @@ def test_a_lora_answers_without_records_and_no_page_crosses_it(memory: Memory) -
     assert ana.parametric.active() == ()
     assert "Biscuit" not in ana.chat("What is my dog called?", recall=False, remember=False, max_tokens=16).text
     assert [v.state for v in ana.parametric.versions()] == ["retired"]
+    [proof] = ana.parametric.retrain()
+    assert (proof.forgotten, proof.kept, proof.base_recall, proof.recall_after) == ((facts[0].id,), 2, 0, 0)
+    assert proof.asked >= 5
+    assert proof.recall_before is not None
+    assert proof.others_before is not None
+    assert proof.others_after is not None
+    assert proof.recall_before > 0.5
+    assert proof.others_after >= proof.others_before - 0.05
+    assert [v.digest for v in ana.parametric.active()] == [proof.version]
+    taught = ana.chat("Where do I live?", recall=False, remember=False, max_tokens=16)
+    assert "Tromsø" in taught.text
+    assert "Biscuit" not in ana.chat("What is my dog called?", recall=False, remember=False, max_tokens=16).text
 
 
 def test_hosted_models_cannot_be_trained(tmp_path: Path) -> None:

@@ -25,6 +25,7 @@ from agentmem.errors import TrainingError
 from agentmem.parametric.corpus import Corpus, Example
 from agentmem.parametric.gate import GateReport, Thresholds
 from agentmem.parametric.lora import Lora
+from agentmem.parametric.selfstudy import Study
 from agentmem.parametric.steps import Estimate, Point
 from agentmem.parametric.train import Trained
 from agentmem.provider import Capabilities
@@ -120,7 +121,7 @@ def learning(
             by_record=dict.fromkeys(corpus.records, 1.0),
         )
 
-    def recall(tensors: Any, examples: Sequence[Example]) -> tuple[float, list[str]]:
+    def recall(tensors: Any, examples: Sequence[Example], **_: Any) -> tuple[float, list[str]]:
         """The share that whatever LoRA acts on the model was taught; of scripted ones it knows the weights by heart."""
         acting = bool(tensors.model[0]._forward_hooks)
         known = {(e.question, e.answer) for e in taught[-1].examples} if acting and taught else set()
@@ -130,6 +131,7 @@ def learning(
     with (
         mock.patch("agentmem.parametric.train.train", train),
         mock.patch("agentmem.parametric.train.estimate", return_value=Estimate(steps, 0.1, 1000)),
+        mock.patch("agentmem.parametric.selfstudy.study", return_value=Study((), 0.0, "it is scripted")),
         mock.patch("agentmem.parametric.gate.gate", gate),
         mock.patch("agentmem.parametric.gate.recall", recall),
     ):
