@@ -17,7 +17,8 @@ from agentmem.errors import InvalidInput
 from agentmem.types import Record
 
 from .clauses import clauses, sentences, subject_of
-from .forms import Asked, Fact, recognise
+from .facts import Asked, Fact
+from .forms import recognise
 from .grammar import absolute, capital, fold, of_another, telling, typed
 from .statements import analyse, unusable
 

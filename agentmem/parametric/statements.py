@@ -10,7 +10,7 @@ import re
 from collections.abc import Container, Iterator
 from dataclasses import dataclass
 
-from .forms import Asked, Fact
+from .facts import MOST_TRAINED, Asked, Fact
 from .grammar import (
     STOP,
     WORD,
@@ -30,8 +30,7 @@ from .nouns import PEOPLE, PETS
 
 __all__ = ["analyse", "unusable"]
 
-#: Most questions of a statement that are trained, and most words that an answer is known by.
-MOST_TRAINED = 6
+#: Words that an answer is known by, at most.
 MOST_KEYS = 5
 
 _LEANING = words("leaning")
