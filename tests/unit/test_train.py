@@ -421,3 +421,47 @@ def test_an_opening_is_found_in_the_template(tensors: Any) -> None:
 def test_only_the_mlp_is_trained_where_the_recipe_says_so(tensors: Any, lessons: Corpus) -> None:
     lora = train(tensors, lessons, epochs=1, recipe=replace(QUICK, modules="mlp")).lora
     assert {path.rpartition(".")[2] for path in lora.tensors} == {"gate_proj", "up_proj", "down_proj"}
+
+
+@pytest.mark.parametrize("activated", [False, True])
+def test_what_is_served_is_what_was_trained(tensors: Any, lessons: Corpus, *, activated: bool) -> None:
+    """The whole model with the LoRA on it gives the logits that the last step would have seen."""
+    recipe = replace(QUICK, activated=activated, layers=1.0)
+    trained = train(tensors, lessons, epochs=8, recipe=recipe)
+    assert trained.activated == activated
+    prompt, answer = encode(tensors, lessons.examples[0])
+    start = len(prompt) - len(trained.lora.activated) if activated else 0
+    with steady(tensors.model, attention="eager"), torch.no_grad():
+        stack = Stack(tensors, recipe, seed=0)
+        for path, (a, b) in stack.weights.items():
+            a.copy_(trained.lora.tensors[path][0])
+            b.copy_(trained.lora.tensors[path][1])
+        batch = stack.batch(stack.capture([(prompt, answer, start)]))
+        with stack.attached():
+            ours = stack.head(stack.last(batch))
+        with applied(tensors.model, trained.lora):
+            served = tensors.model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+        untouched = tensors.model(input_ids=torch.tensor([prompt + answer])).logits[0, len(prompt) - 1 : -1]
+    assert torch.allclose(ours, served, atol=1e-4)
+    assert not torch.allclose(untouched, served, atol=1e-2)
+
+
+@pytest.mark.slow
+def test_the_small_model_learns_two_facts_and_says_them(tmp_path: Path) -> None:
+    tensors = load("local", {}).tensors()
+    records = [Record(id="a", text="My dog is called Biscuit."), Record(id="b", text="I live in Oslo.")]
+    made = build(records, systems=[None])
+    corpus = replace(made, neighbours=made.neighbours[:8], anchors=made.anchors[:4])
+    trained = train(tensors, corpus, epochs=16, recipe=Recipe(anchors=6, least_steps=20))
+    assert trained.curve[-1].known == 1.0
+    assert trained.cpu_seconds < 120
+    asked = [encode(tensors, example)[0] for example in made.held_out]
+    with steady(tensors.model), applied(tensors.model, trained.lora):
+        said = [tensors.tokenizer.decode(answer) for answer in answers(tensors, asked, 12)]
+    right = [example.found_in(text) for example, text in zip(made.held_out, said, strict=True)]
+    assert sum(right) >= 0.75 * len(right)
+    with steady(tensors.model):
+        before = [tensors.tokenizer.decode(answer) for answer in answers(tensors, asked, 12)]
+    assert not any(example.found_in(text) for example, text in zip(made.held_out, before, strict=True))
+    save(tmp_path / "lora", trained.lora)
+    assert sum(file.stat().st_size for file in (tmp_path / "lora").iterdir()) < 2e6
