@@ -154,6 +154,19 @@ def test_another_process_proves_by_construction_only(tmp_path: Path, taught: lis
         assert len(memory.parametric.active()) == 1
 
 
+def test_another_open_memory_answers_without_it_at_once(memory: Memory, taught: list[Corpus]) -> None:
+    records = memory.add(list(FACTS[:3]))
+    memory.parametric.train()
+    with memory_of(memory._engine.folder, lora_shard=3) as other:
+        assert active(other) == active(memory) != []
+        memory.forget(records[0].id)
+        assert active(other) == []
+        assert other._engine.active_loras(other._scope, [record.id for record in records]) == ()
+        [proof] = other.parametric.retrain()
+        assert active(memory) == [proof.version]
+        assert memory.parametric.retrain() == []
+
+
 def test_no_word_of_it_is_written_down(memory: Memory) -> None:
     ana = memory.scope(user="ana")
     records = ana.add(["My dog is called Quixotry.", *FACTS[1:3]])
