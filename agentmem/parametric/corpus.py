@@ -30,6 +30,8 @@ SYSTEMS: tuple[str | None, ...] = (None, "You are a helpful assistant.")
 
 #: Longer statements are left to recall: a small LoRA keeps their gist at best.
 LONGEST_WORDS = 40
+#: Facts that are learnt of one record, its first: a long text is for recall.
+FACTS_PER_RECORD = 8
 #: Of the user's own past questions about a record, every one at this place is kept back to test with.
 KEPT_BACK = 3
 #: Neighbour questions per fact, and in all: beyond that more of them cost time and hold no more still.
@@ -155,7 +157,7 @@ def build(
 
     A statement of a known kind ("My dog is called Biscuit", "I'm allergic to peanuts", "To reset the router, hold the
     button") is asked for by wordings of its own; any other one by who, what, where and when questions about its parts,
-    answered by the statement in the second person. Relative times become dates by the record's ``at``. Two records
+    answered by the statement in the second person. Of a long record the first eight facts are taken. Relative times become dates by the record's ``at``. Two records
     that answer the same question differently contradict each other: the later one is learnt; where both can hold ("I
     like tea", "I like chess") they are asked for together. Among several speakers (`Record.name`) "I" is the speaker.
 
@@ -265,7 +267,7 @@ def _facts(record: Record, speaker: str, names: Container[str] = ()) -> tuple[li
         if sentence.endswith("?"):
             reasons.append("it asks, and states nothing")
             continue
-        if len(sentence.split()) > LONGEST_WORDS:
+        if len(sentence) > 10 * LONGEST_WORDS or len(sentence.split()) > LONGEST_WORDS:
             reasons.append(f"its statements are longer than {LONGEST_WORDS} words: a LoRA keeps only their gist")
             continue
         for clause in clauses(sentence.rstrip(" ." if speaker else " .!"), subject):
@@ -279,7 +281,7 @@ def _facts(record: Record, speaker: str, names: Container[str] = ()) -> tuple[li
                 reasons.append(reason or "it states nothing that can be asked for") if fact is None else None
                 facts = [fact] if fact else []
             found.update((fact.key, fact) for fact in facts)
-    return list(found.values()), (reasons or ["it states nothing that can be asked for"])[0]
+    return list(found.values())[:FACTS_PER_RECORD], (reasons or ["it states nothing that can be asked for"])[0]
 
 
 def _spoken(fact: Fact, clause: str, speaker: str) -> Fact:

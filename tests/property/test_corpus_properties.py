@@ -36,7 +36,7 @@ def made(drawn: list[tuple[str, str | None, int]]) -> list[Record]:
     ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(RECORDS, st.lists(st.text(max_size=30), max_size=4))
 def test_any_text_gives_a_sound_corpus(drawn: list[tuple[str, str | None, int]], questions: list[str]) -> None:
     records = made(drawn)

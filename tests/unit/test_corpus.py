@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import time
 
 import pytest
 
@@ -190,3 +191,17 @@ def test_a_written_question_that_is_kept_back_is_not_trained() -> None:
     held = corpus("I live in Tromsø.").held_out[0].question
     made = build([Record(id="a", text="I live in Tromsø.")], written=[Example(held, "You live.", ("live",), ("a",))])
     assert held not in {example.question for example in made.examples}
+
+
+@pytest.mark.parametrize(
+    "part", ["a", "my dog ", " ", "(", "I like it. ", "on 3 May ", "I'm ", "and my ", "the a the ", ",", "'s "]
+)
+def test_a_text_of_any_length_is_read_quickly(part: str) -> None:
+    begun = time.process_time()
+    corpus(part * (100_000 // len(part)))
+    assert time.process_time() - begun < 5
+
+
+def test_of_a_long_record_the_first_facts_are_learnt() -> None:
+    made = corpus(" ".join(f"My code number {i} is {i}00." for i in range(30)))
+    assert made.facts == 8
