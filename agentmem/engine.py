@@ -323,13 +323,14 @@ class Engine:
         if not provider.capabilities.activated_loras and (late := [ref.name for ref in refs if ref.activated]):
             _log.warning("%s can't serve activated LoRA versions: %s left out", provider.name, ", ".join(late))
             refs = tuple(ref for ref in refs if not ref.activated)
+        every = refs
         if concerned is not None and self.settings.lora_when == "recalled":
             refs = tuple(ref for ref in refs if not set(concerned).isdisjoint(ref.records))
             if not provider.capabilities.summed_loras:  # else in their own order: it decides the bits of a sum
                 order = {record: place for place, record in enumerate(concerned)}
                 refs = tuple(sorted(refs, key=lambda ref: min(order.get(id_, len(order)) for id_ in ref.records)))
-        if refs and isinstance(provider, TakesLoras):
-            refs = provider.served_loras(refs)
+        if refs and isinstance(provider, TakesLoras):  # it may have them only in the sum of all
+            refs = provider.served_loras(refs) or provider.served_loras(every)
         return refs
 
     def keyed(self, text: str) -> str:

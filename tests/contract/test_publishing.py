@@ -16,6 +16,7 @@ import torch
 
 from agentmem import Memory
 from agentmem.errors import ConfigError, InvalidInput, NotFound, Rejected, TrainingError, Unavailable
+from agentmem.loras import as_one
 from agentmem.parametric.corpus import record_digest
 from agentmem.parametric.gate import GateReport
 from agentmem.parametric.lora import Lora
@@ -139,6 +140,16 @@ def test_several_versions_are_published_as_one_sum(vllm: VllmDouble, tmp_path: P
         assert vllm.loaded == {}
         assert not folder.exists()
         assert mem._engine.database.query("SELECT * FROM published") == []
+
+
+def test_a_sum_acts_on_a_request_that_concerns_one_of_its_parts(vllm: VllmDouble, tmp_path: Path) -> None:
+    with opened(tmp_path, vllm.url, lora_when="recalled") as mem:
+        ana = mem.scope(user="ana").parametric
+        first, second = learnt(mem, "I live in Tromsø."), learnt(mem, "I have a dog.", seed=1)
+        ana.activate(first, second)
+        served = ana.publish().served
+        assert as_one(mem._engine.active_loras(ANA, list(first.records))).served_name == served
+        assert mem._engine.active_loras(ANA, []) == ()
 
 
 def test_a_server_that_takes_one_at_a_time_answers_with_the_first_it_has(vllm: VllmDouble, tmp_path: Path) -> None:
