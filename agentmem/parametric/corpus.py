@@ -121,10 +121,10 @@ class Corpus:
 
     ``examples`` are trained. ``held_out`` ask for the same facts in wordings that are never trained, with the same
     words for what is asked for; ``natural`` in other words altogether ("What do I do for a living?"), where there are
-    any. ``anchors`` are general questions, and personal ones that no record
-    answers, whose answers must stay the base model's; ``neighbours`` the questions of the
-    facts asked about other people, whose answers must stay it too; neither has an answer here. ``records`` maps each
-    record that was used to the digest of its content; ``left_out`` says why others were not.
+    any. ``anchors`` are general questions, and personal ones that no record answers, whose answers must stay the base
+    model's; ``neighbours`` the questions of the facts asked about other people, whose answers must stay it too; neither
+    has an answer here. ``records`` maps each record that was used to the digest of its content; ``left_out`` says why
+    others were not.
     """
 
     examples: tuple[Example, ...]
@@ -157,9 +157,10 @@ def build(
 
     A statement of a known kind ("My dog is called Biscuit", "I'm allergic to peanuts", "To reset the router, hold the
     button") is asked for by wordings of its own; any other one by who, what, where and when questions about its parts,
-    answered by the statement in the second person. Of a long record the first eight facts are taken. Relative times become dates by the record's ``at``. Two records
-    that answer the same question differently contradict each other: the later one is learnt; where both can hold ("I
-    like tea", "I like chess") they are asked for together. Among several speakers (`Record.name`) "I" is the speaker.
+    answered by the statement in the second person. Of a long record the first eight facts are taken. Relative times
+    become dates by the record's ``at``. Two records that answer the same question differently contradict each other:
+    the later one is learnt; where both can hold ("I like tea", "I like chess") they are asked for together. Among
+    several speakers (`Record.name`) "I" is the speaker.
 
     ``asked`` holds, per record id, questions of the user's own that this record answered: they are trained, except
     every third, which is kept for ``natural``; they count among the records of the corpus, so that forgetting one of
