@@ -84,11 +84,11 @@ class GateReport(Value):
     ``drift`` is the larger of two: text read as it is, and text that the assistant says. ``intrusion`` counts all
     questions that no learnt fact answers, ``neighbours`` those of them that ask the same about other people;
     ``unknown`` is the share of personal questions that nothing answers and that stay without a learnt fact.
-    ``gated_intrusion`` counts only what comes out where the plaintext index lets the version act. ``retention``,
-    ``composition`` and ``drift_composed`` are with the other active versions beside it. ``failed`` says in words
-    which thresholds were missed, ``missed`` are ids of records whose fact did not come out in trained or held-out
-    wording, ``by_record`` maps each id to the share of its held-out and natural questions answered right, ``asked``
-    counts the questions. No question is kept: what is forgotten must not live on in a report.
+    ``gated_intrusion`` counts, of all of these, only what comes out where the plaintext index lets the version act.
+    ``retention``, ``composition`` and ``drift_composed`` are with the other active versions beside it. ``failed`` says
+    in words which thresholds were missed, ``missed`` are ids of records whose fact did not come out in trained or
+    held-out wording, ``by_record`` maps each id to the share of its held-out and natural questions answered right,
+    ``asked`` counts the questions. No question is kept: what is forgotten must not live on in a report.
     """
 
     recall_trained: float
@@ -223,7 +223,7 @@ def gate(
         retention=retention,
         composition=composition,
         drift_composed=drift_composed,
-        gated_intrusion=None if concerns is None else _gated(concerns, [*unrelated, *tempting], intruding),
+        gated_intrusion=None if concerns is None else _gated(concerns, probes, wrong),
         passed=False,
         thresholds=thresholds or Thresholds(),
         missed=_missed(taught[:after_held_out], known[:after_held_out]),
@@ -236,12 +236,17 @@ def gate(
 
 
 def failures(report: GateReport) -> tuple[str, ...]:
-    """Which of its thresholds a report misses, in words with both numbers; what was not measured is not judged."""
+    """Which of its thresholds a report misses, in words with both numbers; what was not measured is not judged.
+
+    Where ``gated_intrusion`` was measured it is judged in the place of what it filters (intrusion, neighbours,
+    unknown): a question on which a chat never lets the version act is not answered by it.
+    """
     found: list[str] = []
+    filtered = ("intrusion", "neighbours", "unknown") if report.gated_intrusion is not None else ()
     for names, least in ((_AT_LEAST, True), (_AT_MOST, False)):
         for name, words in names.items():
             value, limit = getattr(report, name), getattr(report.thresholds, name)
-            if value is not None and (value < limit if least else value > limit):
+            if value is not None and name not in filtered and (value < limit if least else value > limit):
                 found.append(f"{words} is {value:.1%}, not {'at least' if least else 'at most'} {limit:.1%}")
     if report.kl is not None and report.kl > report.thresholds.kl:
         found.append(f"KL on unrelated chat is {report.kl:.3f} nats per token, not at most {report.thresholds.kl:.3f}")

@@ -118,7 +118,11 @@ def test_only_what_a_chat_would_let_it_answer_counts_as_gated(
     first = neighbours(corpus, 1)[0].question
     report = gate(tensors, lora(tensors, 0.0), corpus, concerns=lambda question: question == first)
     assert report.intrusion == 1.0
-    assert report.gated_intrusion == pytest.approx(1 / (len(UNRELATED) + len(neighbours(corpus, 24))))
+    assert report.gated_intrusion == pytest.approx(1 / (40 + len(unknown(corpus, 8))))
+    assert report.passed  # it never speaks where it must not, in a chat
+    everywhere = gate(tensors, lora(tensors, 0.0), corpus, concerns=lambda _: True)
+    assert everywhere.gated_intrusion == 1.0
+    assert len(everywhere.failed) == 1
     assert gate(tensors, lora(tensors, 0.0), corpus).gated_intrusion is None
 
 
