@@ -62,7 +62,7 @@ class Engine:
         model = loaded.model
         parameters = inspect.signature(model.forward).parameters
         self._cache_name = next((key for key in ("past_key_values", "cache_params") if key in parameters), None)
-        self._options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
+        self.options: dict[str, Any] = {"logits_to_keep": 1} if "logits_to_keep" in parameters else {}
         self.loras = Loras(model, loaded.content, lock, settings.lora_ram)
         self._ends = self._end_tokens()
         self._config = model.config.get_text_config(decoder=True)
@@ -80,6 +80,16 @@ class Engine:
         several = configured if isinstance(configured, list | tuple) else [configured]
         found = [*several, self.loaded.tokenizer.eos_token_id, self.template.end_of_turn]
         return frozenset(int(token) for token in found if token is not None)
+
+    @property
+    def ends(self) -> frozenset[int]:
+        """The tokens that end an answer."""
+        return self._ends
+
+    @property
+    def batches(self) -> bool:
+        """Whether several sequences can go through the model at once, with a cache of ours."""
+        return self._cache_name == "past_key_values" and self.states.gridded
 
     # -- one pass of the model -------------------------------------------------------------------------------------
 
@@ -105,14 +115,14 @@ class Engine:
         """
         given = {self._cache_name: cache} if self._cache_name is not None and cache is not None else {}
         with (
-            self._turn(cancel),
+            self.turn(cancel),
             self.loras.acting(loras, starts or {}),
             self._attention_of(cache),
             torch.inference_mode(),
         ):
             try:
                 ids = torch.tensor([tokens], device=self.loaded.device)
-                options = dict.fromkeys(self._options, keep or 1) | given | dict(inputs or {})
+                options = dict.fromkeys(self.options, keep or 1) | given | dict(inputs or {})
                 output = self.loaded.model(input_ids=ids, use_cache=True, return_dict=True, **options)
                 logits: torch.Tensor = output.logits[0, -1 if keep is None else slice(-keep, None)].float().cpu()
             except (torch.OutOfMemoryError, MemoryError) as error:
@@ -126,7 +136,8 @@ class Engine:
         return cache.attending(self._config) if hasattr(cache, "attending") else contextlib.nullcontext()
 
     @contextlib.contextmanager
-    def _turn(self, cancel: threading.Event | None) -> Generator[None]:
+    def turn(self, cancel: threading.Event | None) -> Generator[None]:
+        """The model is this thread's inside."""
         while not self.lock.acquire(timeout=0.05):
             _stop_if(cancel)
         try:
@@ -172,7 +183,7 @@ class Engine:
             prompt = stand.prompt
         elif recall is not None and recall.composed:
             prompt, whole = recall.prompt, recall.prompt.tokens
-        budget = self._budget(len(prompt.tokens), options.max_tokens)
+        budget = self.budget(len(prompt.tokens), options.max_tokens)
         run = _Run(self, request, prompt, budget, cancel, recall=recall, stand=stand)
         text = Text(self.loaded.tokenizer, (*options.stop, *self.template.stops))
         finish, count, first_s = "length", 0, None
@@ -211,7 +222,8 @@ class Engine:
         )
         yield Generation(text=text.text, usage=usage, finish_reason=finish, miss=run.miss, attended=run.attended)
 
-    def _budget(self, length: int, wanted: Any) -> int:
+    def budget(self, length: int, wanted: Any) -> int:
+        """How many tokens an answer to a prompt of ``length`` tokens may have."""
         if wanted is not None and (isinstance(wanted, bool) or not isinstance(wanted, int) or wanted < 0):
             raise InvalidInput(f"max_tokens is {wanted!r}; give a number of tokens, 0 for prefill only")
         budget: int = DEFAULT_ANSWER if wanted is None else wanted

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
     from .lora import Lora
 
-__all__ = ["Delta", "Fitted", "Reach", "attach", "fit", "last_start", "linears", "reach_of", "rows", "summed"]
+__all__ = ["Delta", "Fitted", "Gathered", "Reach", "attach", "fit", "last_start", "linears", "reach_of", "summed"]
 
 _REACH = "_agentmem_reach"
 #: Which tokens call it; empty: it acts on every token.
@@ -263,10 +263,29 @@ def attach(model: torch.nn.Module, modules: Mapping[str, torch.nn.Linear], fitte
     return _hooked(model, modules, hooks, any(fitted.parts))
 
 
-def rows(
+class Gathered:
+    """LoRA sums stacked for passes of ``len(index)`` rows: row i takes ``sums[index[i]]``. Made once per batch."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        modules: Mapping[str, torch.nn.Linear],
+        sums: Sequence[Fitted],
+        index: Sequence[int],
+    ) -> None:
+        self._model = model
+        self._modules = modules
+        self._late = any(any(fitted.parts) for fitted in sums)
+        self._hooks = _stacked(model, modules, sums, index)
+
+    def attach(self) -> list[Any]:
+        """As `attach`."""
+        return _hooked(self._model, self._modules, self._hooks, self._late)
+
+
+def _stacked(
     model: torch.nn.Module, modules: Mapping[str, torch.nn.Linear], sums: Sequence[Fitted], index: Sequence[int]
-) -> list[Any]:
-    """As `attach`, for passes of ``len(index)`` rows: row i takes ``sums[index[i]]``."""
+) -> dict[str, list[Any]]:
     import torch
 
     hooks: dict[str, list[Any]] = {}
@@ -286,7 +305,7 @@ def rows(
                     up[number, :own] = deltas[path].up
             chosen = torch.tensor(list(index), device=module.weight.device)
             hooks.setdefault(path, []).append(_Rows(down, up, chosen, invocation, reach_of(model)))
-    return _hooked(model, modules, hooks, any(invocations))
+    return hooks
 
 
 def _hooked(

@@ -22,8 +22,7 @@ from typing import TYPE_CHECKING, Any
 from agentmem.errors import Corrupt, Full, NotFound, StoreError, TrainingError
 from agentmem.provider import LoraRef
 
-from .deltas import Delta, Fitted, Reach, attach, fit, linears, reach_of, summed
-from .deltas import rows as gathered
+from .deltas import Delta, Fitted, Gathered, Reach, attach, fit, linears, reach_of, summed
 
 if TYPE_CHECKING:
     import torch
@@ -184,6 +183,8 @@ class Switch:
         self._hooks: list[Any] = []
         self._active: tuple[LoraRef, ...] = ()
         self._dropped: set[str] = set()
+        #: The last batch's, since its next token comes soon.
+        self._gathered: tuple[tuple[tuple[LoraRef, ...], ...], Gathered] | None = None
         # A plain attribute, not a submodule: the switch holds the Linear layers, so the model must not own it as one.
         object.__setattr__(model, _OWNER, self)
 
@@ -227,13 +228,17 @@ class Switch:
 
         Afterwards the versions that acted before act again. Raises as `activate`.
         """
-        sums = list(dict.fromkeys(tuple(row) for row in refs))
-        index = [sums.index(tuple(row)) for row in refs]
+        key = tuple(tuple(row) for row in refs)
         with self.paused():
             with self._guard:
-                fitted = [self._sum(row) for row in sums]
-                self._evict()
-            hooks = gathered(self._model, self._modules, fitted, index)
+                self._forget_deleted()
+                if self._gathered is None or self._gathered[0] != key:
+                    sums = list(dict.fromkeys(key))
+                    fitted = [self._sum(row) for row in sums]
+                    made = Gathered(self._model, self._modules, fitted, [sums.index(row) for row in key])
+                    self._gathered = key, made
+                    self._evict()
+                hooks = self._gathered[1].attach()
             try:
                 yield
             finally:
@@ -247,6 +252,8 @@ class Switch:
         with self._guard:
             for key in [key for key in self._loaded if any(digest in gone for digest, _ in key)]:
                 del self._loaded[key]
+            if self._gathered is not None and any(ref.digest in gone for row in self._gathered[0] for ref in row):
+                self._gathered = None
             self._dropped |= {ref.digest for ref in self._active if ref.digest in gone}
 
     def settle(self) -> None:
@@ -278,6 +285,8 @@ class Switch:
             gone = next(ref for ref in refs if not there(ref))
             raise NotFound(f"there is no LoRA in {gone.path}: {gone.name} was deleted or retired")
         parts = [(self._load(ref), ref.scale) for ref in refs]
+        if not parts:
+            return Fitted({}, 0)
         if len(parts) == 1 and parts[0][1] == 1.0:
             return parts[0][0]
         key = tuple((ref.digest, ref.scale) for ref in refs)
@@ -306,6 +315,8 @@ class Switch:
 
     def _forget_deleted(self) -> None:
         """A version that another process forgot must not live on in memory."""
+        if self._gathered is not None and not all(there(ref) for row in self._gathered[0] for ref in row):
+            self._gathered = None
         for key, (paths, _) in list(self._loaded.items()):
             if not all(os.path.exists(path) for path in paths):
                 del self._loaded[key]
@@ -354,7 +365,7 @@ def applied_rows(
         else:
             keys = [tuple(id(lora) for lora in row) for row in per_row]
             sums = {key: total(row) for key, row in zip(keys, per_row, strict=True)}
-            hooks = gathered(model, modules, list(sums.values()), [list(sums).index(key) for key in keys])
+            hooks = Gathered(model, modules, list(sums.values()), [list(sums).index(key) for key in keys]).attach()
         try:
             yield
         finally:

@@ -20,7 +20,7 @@ WEIGHED = 60
 #: The least probability of a record that is concerned. Low, since those who ask of others are told apart by grammar:
 #: measured on 36 facts amid other statements and earlier questions, 99 % of held-out and 95 % of reworded questions
 #: reach it, and none of 168 questions about neighbours or unrelated matters concerns a record (tests/benchmarks/
-#: lora_gating.py).
+#: lora_serving.py).
 LEAST = 0.005
 #: And the least part of the likeliest one's: of many versions only those that the question is about should act.
 BESIDE = 0.1

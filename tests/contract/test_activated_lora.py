@@ -249,3 +249,59 @@ def test_dropping_waits_for_nobody(llama: Path, tmp_path: Path) -> None:
     provider.generate(asked(text(40), max_tokens=2))
     assert switch.active == ()
     provider.close()
+
+
+# -- batches -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "mistral", "gemma3", "phi", "mamba"])
+def test_each_row_of_a_batch_is_answered_as_if_alone(kind: str, tiny_model: Tiny, tmp_path: Path) -> None:
+    provider = local(tiny_model(tmp_path / "model", kind), tmp_path)
+    if kind != "mamba":
+        provider._ready()._ends = frozenset({3, 4, 5, 6, 7})  # some answers end early
+    asks = [
+        asked(text(length), max_tokens=most, temperature=heat, seed=1, stop=stop)
+        for length, most, heat, stop in [
+            (30, 9, 0, ()),
+            (70, 5, 0, ()),
+            (5, 12, 0.7, ()),
+            (30, 0, 0, ()),
+            (44, 12, 0, ("a",)),
+        ]
+    ]
+    if kind == "llama":
+        refs = [taught(tmp_path / str(i), i, activated=OPENING if i % 2 else ()) for i in range(3)]
+        sets = ((refs[0],), (), (refs[1],), (refs[2],), (refs[1], refs[2]))
+        asks = [replace(ask, loras=loras) for ask, loras in zip(asks, sets, strict=True)]
+    alone = [provider.generate(ask) for ask in asks]
+    together = provider.generate_batch(asks)
+    for one, other in zip(alone, together, strict=True):
+        assert (one.text, one.finish_reason) == (other.text, other.finish_reason)
+        assert one.usage.input_tokens == other.usage.input_tokens
+        assert one.usage.output_tokens == other.usage.output_tokens
+    assert provider.generate_batch([]) == []
+    assert provider.generate(asks[0]).text == alone[0].text
+    provider.close()
+
+
+def test_a_batch_in_which_a_version_is_forgotten_ends_with_a_named_error(llama: Path, tmp_path: Path) -> None:
+    provider = local(llama, tmp_path)
+    engine = provider._ready()
+    engine._ends = frozenset()
+    ref = taught(tmp_path / "ref", 1)
+    rows, passes = engine.loras.rows, 0
+
+    def forgetting(*arguments: Any) -> Any:
+        nonlocal passes
+        passes += 1
+        if passes == 3:
+            shutil.rmtree(ref.path)
+            provider.drop_loras([ref.digest])
+        return rows(*arguments)
+
+    engine.loras.rows = forgetting
+    with pytest.raises(Unavailable, match="ask again"):
+        provider.generate_batch([asked(text(40), max_tokens=9, loras=(ref,)), asked(text(30), max_tokens=9)])
+    assert provider.tensors().model._agentmem_switch.loaded == {}
+    assert not any(module._forward_hooks for module in provider.tensors().model.modules())
+    provider.close()
