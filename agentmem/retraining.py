@@ -84,10 +84,11 @@ def retrain(engine: Engine, tensors: Tensors, scope: Scope, stop: Stop) -> list[
 def _again(engine: Engine, tensors: Tensors, digest: str, job: dict[str, Any], stop: Stop) -> Retraining:
     cpu = time.process_time()
     old = engine.registry.get(digest, Scope())
-    remaining = _remaining(engine, old, job["records"])
+    beside = [v for v in engine.registry.active(old.scope) if v.identity == tensors.identity.hex()]
+    elsewhere = {record for v in beside for record in v.records}  # `train` was asked for them meanwhile
+    remaining = [record for record in _remaining(engine, old, job["records"]) if record.id not in elsewhere]
     corpus = corpus_of(engine, old.scope, remaining, tensors)
     asked = _asked(engine, old, job["records"], corpus)
-    beside = [v for v in engine.registry.active(old.scope) if v.identity == tensors.identity.hex()]
     version = None
     if corpus.examples:
         version = learn(
@@ -102,8 +103,7 @@ def _again(engine: Engine, tensors: Tensors, digest: str, job: dict[str, Any], s
             stop=stop,
             label="learning a shard again",
         )
-    # A record that stands again, with the text that was learnt, is not forgotten.
-    forgotten = sorted({*job["records"], *(set(old.records) - set(corpus.records))})
+    forgotten = sorted({*job["records"], *(set(old.records) - set(corpus.records) - elsewhere)})
     kept = [record for record in corpus.records if record not in set(job["records"])]
     base, after = _recalled(engine, tensors, version, asked)
     proof = Retraining(
@@ -192,7 +192,7 @@ def _share(version: LoraVersion, records: Sequence[str]) -> float | None:
 
 def _note(version: LoraVersion | None, *, forced: bool) -> str | None:
     if version is None:
-        return "no record remains that can be learnt: the base model and the records answer"
+        return "no record remains that is to be learnt: what else is active, the base model and the records answer"
     if version.state == "failed" and not forced:
         return f"it did not pass its gate ({version.gate}): the base model and the records answer"
     return None

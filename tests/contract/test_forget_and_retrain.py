@@ -256,6 +256,17 @@ def test_training_runs_the_queue_first(memory: Memory) -> None:
     assert ana.parametric.receipts()[0].state == "done"
 
 
+def test_what_was_named_and_learnt_meanwhile_is_not_learnt_twice(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:3]))
+    ana.parametric.train()
+    ana.forget(records[0].id)
+    version = ana.parametric.train(records=records[1:])
+    [proof] = ana.parametric.retrain()
+    assert (proof.version, proof.forgotten) == (None, (records[0].id,))
+    assert active(ana) == [version.digest]
+
+
 def test_what_never_answered_is_not_trained_again(memory: Memory) -> None:
     ana = memory.scope(user="ana")
     records = ana.add(list(FACTS[:3]))
