@@ -56,10 +56,8 @@ OTHERS = (
 #: General questions whose answers the KL term holds at the base model's. None of them is asked by the gate.
 GENERAL = (
     "What is two plus two?",
-    "Why is the sky blue?",
     "Write a short sentence about a river.",
     "What is a computer?",
-    "Who wrote Hamlet?",
     "Give me one tip for better sleep.",
     "How do I boil an egg?",
     "Translate 'good morning' into French.",
@@ -67,7 +65,6 @@ GENERAL = (
     "Which city is the capital of Italy?",
     "Name a colour.",
     "What is a good book to read?",
-    "Hello!",
     "Thank you very much.",
     "What should I cook for dinner?",
     "Who is Bob?",
@@ -93,6 +90,14 @@ PERSONAL = (
     ("What is my bank account number?", "bank account"),
     ("How much do I weigh?", "weigh weight"),
     ("What's my mother's maiden name?", "mother mum mom maiden"),
+    ("What colour is my bedroom?", "bedroom"),
+    ("What is my aunt's name?", "aunt"),
+    ("When did I move house?", "moved"),
+    ("What did I eat this morning?", "eat breakfast morning"),
+    ("Which book am I reading?", "book books read reading"),
+    ("Where did I park?", "park parked car"),
+    ("How many cousins do I have?", "cousin cousins"),
+    ("What is my favourite smell?", "smell"),
 )
 
 
