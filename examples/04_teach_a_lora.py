@@ -1,6 +1,6 @@
 """Teach records to the model itself: a LoRA version learns them, then answers without them in the prompt.
 
-python examples/04_teach_a_lora.py            (about two minutes on a laptop's CPU)
+python examples/04_teach_a_lora.py            (about a minute on a laptop's CPU)
 """
 
 import sys
@@ -12,7 +12,7 @@ FACTS = ["My dog is called Biscuit.", "I live in Tromsø.", "I'm allergic to pea
 QUESTION = "What is my dog called?"
 
 
-def main(epochs: int) -> None:
+def main(epochs: int | None) -> None:
     with tempfile.TemporaryDirectory() as folder, Memory(folder, model="local") as memory:
         ana = memory.scope(user="ana")
         ana.add(FACTS)
@@ -30,4 +30,4 @@ def main(epochs: int) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 16)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else None)
