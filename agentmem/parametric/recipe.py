@@ -34,7 +34,7 @@ class Recipe:
     batch: int = 15
     #: Anchors a step, and the weight of their KL term (each direction).
     anchors: int = 16
-    kl_weight: float = 2.0
+    kl_weight: float = 4.0
     #: Tokens of the base's own answer to an anchor that are held still.
     anchor_tokens: int = 8
     threshold: float = 0.1

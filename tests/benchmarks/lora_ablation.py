@@ -43,13 +43,14 @@ FACTS = (
 #: What each row changes.
 ROWS: dict[str, dict[str, Any]] = {
     "default": {},
-    "KL weight 4": {"kl_weight": 4.0},
+    "KL weight 2": {"kl_weight": 2.0},
     "layers 1/2": {"layers": 0.5},
     "rank 16": {"rank": 16, "alpha": 32.0},
     "plain": {"activated": False},
     "top layers alone": {"kl_weight": 0.0},
     "KL alone": {"layers": 1.0},
     "KL weight 1": {"kl_weight": 1.0},
+    "KL weight 8": {"kl_weight": 8.0},
     "threshold 0": {"threshold": 0.0},
     "threshold 0.3": {"threshold": 0.3},
     "rank 4": {"rank": 4, "alpha": 8.0},
