@@ -152,8 +152,10 @@ def _chosen(engine: Engine, scope: Scope, version: Any) -> list[LoraVersion]:
         if not found:
             raise InvalidInput(f"no LoRA version is active in {scope}: name the one to publish")
     else:
-        several = isinstance(version, Sequence) and not isinstance(version, str)
-        found = [registry.get(one, scope) for one in (version if several else (version,))]
+        several: Sequence[Any] = (version,)
+        if isinstance(version, Sequence) and not isinstance(version, str):
+            several = version
+        found = [registry.get(one, scope) for one in several]
         if not found:
             raise InvalidInput("no LoRA version to publish: name one")
     for one in found:

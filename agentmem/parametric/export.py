@@ -34,6 +34,7 @@ def export_peft(loras: Sequence[LoraRef], path: str | os.PathLike[str]) -> Path:
     target = Path(path)
     _refuse_taken(target)
     refs = _several(loras)
+    told: dict[str, Any]
     try:
         target.mkdir(mode=0o700, parents=True, exist_ok=True)
         if len(refs) == 1 and refs[0].scale == 1.0:

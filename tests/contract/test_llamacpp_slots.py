@@ -396,7 +396,7 @@ class TestLora:
         with llama_server.running(slot_dir, loras=[random_lora(tmp_path / "one.gguf")]) as (url, _):
             yield url
 
-    def test_a_switch_of_the_servers_scales_leaks_without_slots_and_not_with_them(
+    def test_a_switch_of_the_servers_scales_leaks_into_no_chat(
         self, server: str, tmp_path: Path, slot_dir: Path
     ) -> None:
         with opened(tmp_path, server) as mem:
@@ -407,7 +407,7 @@ class TestLora:
                 assert answers.setdefault(scale, reply.text) == reply.text
         assert answers[0.0] != answers[1.0], "the LoRA changes the answer"
         assert len(files(slot_dir)) == 2
-        # The same without slots: the states computed under the LoRA are reused without it.
+        # The same where no slots are saved: a set other than the last request's is computed anew.
         plain = {"base_url": server}
         with Memory(
             ":memory:", model="llamacpp:m", embedder="none", system=SYSTEM, providers={"llamacpp": plain}
@@ -415,7 +415,14 @@ class TestLora:
             for scale in (1.0, 0.0):
                 httpx.post(f"{server}/lora-adapters", json=[{"id": 0, "scale": scale}]).raise_for_status()
                 reply = mem.scope(session=f"{scale}").chat("Which house has 5 doors?", **ASK)
-        assert reply.usage.cached_tokens > LONG, "the leak is there, in the server"
+                assert (reply.text, reply.usage.cached_tokens) == (answers[scale], 0)
+            again = mem.scope(session="again").chat("Which house has 5 doors?", **ASK)
+            assert again.usage.cached_tokens > LONG, "under the same set they are reused"
+        body = {"messages": [{"role": "user", "content": SYSTEM}], "max_tokens": 1}
+        for scale in (1.0, 0.0):
+            httpx.post(f"{server}/lora-adapters", json=[{"id": 0, "scale": scale}]).raise_for_status()
+            told = httpx.post(f"{server}/v1/chat/completions", json=body, timeout=60).json()
+        assert told["timings"]["cache_n"] > LONG, "the leak is there, in the server"
 
     def test_loras_chosen_per_request_keep_their_states_apart(
         self, server: str, tmp_path: Path, slot_dir: Path

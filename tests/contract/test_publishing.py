@@ -44,7 +44,8 @@ def vllm() -> Iterator[VllmDouble]:
 def opened(folder: Path, url: str, **settings: Any) -> Memory:
     table = {"base_url": f"{url}/v1", "max_retries": 0}
     common: dict[str, Any] = {"model": f"vllm:{BASE}", "embedder": "none", "lora_when": "always"}
-    return Memory(folder, **{**common, "providers": {"vllm": table}, **settings})
+    common = {**common, "providers": {"vllm": table}, **settings}
+    return Memory(folder, **common)
 
 
 def learnt(
