@@ -136,10 +136,11 @@ def test_a_model_with_windows_is_refused(tiny_model: Callable[..., Path], tmp_pa
 
 @pytest.mark.slow
 def test_the_default_model_answers_behind_a_third_of_its_core_block(tmp_path: Path) -> None:
-    with Memory(tmp_path / "memory", model="local", embedder="hash", providers={"local": {"threads": 1}}) as memory:
+    local = {"local": {"threads": 1}}
+    with Memory(tmp_path / "memory", model="local", embedder="hash", page_tokens=128, providers=local) as memory:
         ana = memory.scope(user="ana")
         ana.add(list(FACTS))
-        made = ana.parametric.distil()
+        made = ana.parametric.distil(tokens=80)
         assert made.gate.passed, str(made)
         assert 3 * made.tokens <= made.stands_for
         assert made.gate.ll_trained > made.gate.ll_truncated
