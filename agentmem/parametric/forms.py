@@ -184,10 +184,13 @@ def _relative(part: dict[str, str]) -> list[_Found]:
     return []
 
 
+def _birthday_of(part: dict[str, str]) -> list[_Found]:
+    slot, when = part["slot"].lower(), re.sub("^on ", "", part["value"])
+    return [_Found("birthday_of", when, f"your {slot}'s birthday is ", slot)]
+
+
 def _relative_does(part: dict[str, str]) -> list[_Found]:
     slot = part["slot"].lower()
-    if slot.rsplit(" ", 1)[-1] not in PEOPLE:
-        return []
     if part["verb"] == "works as":
         return [_Found("relative_job", part["value"], f"your {slot} works as ", slot)]
     return [_Found("relative_home", part["value"], f"your {slot} lives in ", slot)]
@@ -432,6 +435,7 @@ _LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
     (rf"i {_HOW_OFTEN}(?P<verb>{_SAYS}) {_VALUE}", _verb),
     (rf"{_AM} {_HOW_OFTEN}{_VALUE}", _am),
     (rf"{_KIN},? (?P<name>{_UPPER}[\w'-]*),? (?P<verb>works as|lives|is|was) {_VALUE}", _relative),
+    (rf"{_KIN}'s birthday is {_VALUE}", _birthday_of),
     (rf"{_KIN} (?P<verb>works as|lives) (?:in |at )?{_VALUE}", _relative_does),
     (rf"(?:my|our) {_NOUN} (?P<be>is|are|was|were) {_VALUE}", _possession),
     (rf"(?P<slot>the [^,;:]{{2,50}}?) (?P<be>is|are) {_VALUE}", _the),

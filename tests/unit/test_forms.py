@@ -69,6 +69,8 @@ def trained(*texts: str) -> dict[str, Example]:
         ("My shoe size is 43.", "Which size are my shoes?", "Your shoe size is 43.", "43"),
         ("My motorbike is a Triumph.", "What do I ride?", "Your motorbike is a Triumph.", "Triumph"),
         ("I collect old maps.", "What is in my collection?", "You collect old maps.", "old maps"),
+        ("My aunt's birthday is on 3 May.", "When was my aunt born?", "Your aunt's birthday is 3 May.", "May"),
+        ("My tailor works as a clown.", "What is my tailor's job?", "Your tailor works as a clown.", "clown"),
         ("Sencha is my favourite tea.", "Which tea do I like best?", "Your favourite tea is Sencha.", "Sencha"),
         ("I speak Basque.", "Which language do I speak?", "You speak Basque.", "Basque"),
         ("I drive a Saab.", "What vehicle do I own?", "You drive a Saab.", "Saab"),
