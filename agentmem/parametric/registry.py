@@ -147,7 +147,7 @@ class Registry:
         """The versions that this scope can see (its own, those beneath it, those of the levels above), newest first."""
         rows = self._database.query("SELECT * FROM loras ORDER BY created DESC, digest")
         active = self._active_digests(scope)
-        return [version_of(row, active) for row in rows if visible(scope_of(row), scope)]
+        return [version_of(row, active) for row in self._seen(rows, scope)]
 
     def get(self, version: str | LoraVersion, scope: Scope) -> LoraVersion:
         """A version by its name or digest, as it is now.
@@ -157,9 +157,9 @@ class Registry:
         wanted = getattr(version, "digest", version)
         if not isinstance(wanted, str) or not wanted:
             raise InvalidInput(f"a LoRA version is named by its name or digest, not by a {type(wanted).__name__}")
-        for row in self._database.query("SELECT * FROM loras WHERE digest = ? OR name = ?", (wanted, wanted)):
-            if visible(scope_of(row), scope):
-                return version_of(row, self._active_digests(scope))
+        rows = self._database.query("SELECT * FROM loras WHERE digest = ? OR name = ?", (wanted, wanted))
+        for row in self._seen(rows, scope):
+            return version_of(row, self._active_digests(scope))
         raise NotFound(f"no LoRA version {wanted!r} in {scope}")
 
     # ---- what answers
@@ -168,7 +168,8 @@ class Registry:
         """The versions that this scope answers with: its own newest activation, else that of the nearest level above.
 
         Empty is the base model: nothing was activated, or what was is damaged (which is logged). A version that learnt
-        a record which has ended since (``valid_until``, superseded) is retired here.
+        a record which has ended since (``valid_until``, superseded) is retired here. One of a level above that learnt
+        what this scope can't read (another user's records) acts there, never here.
         """
         digests = self._active_digests(scope)
         if not digests:
@@ -178,7 +179,7 @@ class Registry:
                 self.retire(list(ended), records=[record for records in ended.values() for record in records])
             except StoreError as error:  # a full disk must not keep anybody from an answer
                 _logger.warning("a LoRA version that learnt what holds no longer could not be retired: %s", error)
-        rows = {row["digest"]: row for row in self._rows(digests) if row["state"] != "retired"}
+        rows = {row["digest"]: row for row in self._seen(self._rows(digests), scope) if row["state"] != "retired"}
         found: list[LoraVersion] = []
         for digest in digests:
             if digest not in rows or digest in ended:
@@ -421,6 +422,21 @@ class Registry:
     def _rows(self, digests: Sequence[str]) -> list[sqlite3.Row]:
         marks = ", ".join("?" * len(digests))
         return self._database.query(f"SELECT * FROM loras WHERE digest IN ({marks})", digests)
+
+    def _seen(self, rows: Sequence[sqlite3.Row], scope: Scope) -> list[sqlite3.Row]:
+        """Those of these rows of ``loras`` that a handle of ``scope`` may use: of what the levels above learnt, only
+        versions whose every record it may read. Sessions of one user and agent share them."""
+        seen = [row for row in rows if visible(scope_of(row), scope)]
+        above = [row["digest"] for row in seen if scope_of(row) != scope and scope.within(scope_of(row))]
+        reader = scope.model_copy(update={"session": None})
+        strange: set[str] = set()
+        for part in chunks(above):
+            sql = (
+                "SELECT DISTINCT key, tenant, user, agent, '' AS session FROM lineage CROSS JOIN records "
+                f"ON id = record WHERE kind = 'lora' AND key IN ({', '.join('?' * len(part))})"
+            )
+            strange |= {row["key"] for row in self._database.query(sql, part) if not visible(scope_of(row), reader)}
+        return [row for row in seen if row["digest"] not in strange]
 
     def _active_digests(self, scope: Scope) -> list[str]:
         return active_digests(self._database, scope)

@@ -431,6 +431,32 @@ def test_one_user_s_versions_are_nobody_else_s(memory: Memory) -> None:
     assert len(memory.parametric.retrain()) == 1
 
 
+@pytest.mark.parametrize("when", ["recalled", "always"])
+def test_what_a_level_above_learnt_of_one_user_answers_no_other(when: str, tmp_path: Path) -> None:
+    with learning(), memory_of(tmp_path, lora_when=when) as memory:
+        ana, ben = memory.scope(user="ana"), memory.scope(user="ben")
+        ana.add(FACTS[0])
+        ben.add(FACTS[2])
+        version = memory.parametric.train()
+        assert active(memory) == [version.digest]
+        assert ben.parametric.active() == ()
+        assert ben.parametric.versions() == []
+        assert ben.chat("What is my lucky number?", remember=False).loras == ()
+        for verb in (ben.parametric.activate, lambda v: ben.parametric.export(v, tmp_path / "out")):
+            with pytest.raises(NotFound):
+                verb(version)
+
+
+def test_what_is_shared_is_learnt_for_all_and_sessions_share_what_their_user_taught(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    shared = _taught(memory, FACTS[0])
+    assert active(ana) == [shared.digest]
+    memory.scope(user="ana", session="one").add(FACTS[2])
+    own = ana.parametric.train()
+    assert active(memory.scope(user="ana", session="two")) == [shared.digest, own.digest]
+    assert active(memory.scope(user="ben")) == [shared.digest]
+
+
 def test_tenants_learn_apart(memory: Memory) -> None:
     one, other = memory.scope(tenant="one", user="ana"), memory.scope(tenant="other", user="ana")
     version = _taught(one, FACTS[0])
