@@ -14,7 +14,7 @@ from agentmem.types import Message
 if TYPE_CHECKING:
     from .corpus import Example
 
-__all__ = ["PASSAGE", "Tensors", "answers", "encode", "ends", "opening", "steady"]
+__all__ = ["HELD", "PASSAGE", "Tensors", "answers", "encode", "ends", "opening", "steady"]
 
 #: The opening of Herman Melville, Moby-Dick (1851), in the public domain: what a run watches its drift on. The gate
 #: reads another text.
@@ -22,6 +22,24 @@ PASSAGE = (
     "Call me Ishmael. Some years ago, never mind how long precisely, having little or no money in my purse, and "
     "nothing particular to interest me on shore, I thought I would sail about a little and see the watery part of the "
     "world. It is a way I have of driving off the spleen and regulating the circulation."
+)
+
+#: What a run holds still beside the base's own answers: passages as somebody might ask for them, so that long plain
+#: prose is among the anchors. Charles Dickens, A Tale of Two Cities (1859), and Mary Shelley, Frankenstein (1818), in
+#: the public domain.
+HELD = (
+    (
+        "Tell me something.",
+        "It was the best of times, it was the worst of times, it was the age of wisdom, it was the age of foolishness, "
+        "it was the epoch of belief, it was the epoch of incredulity, it was the season of Light, it was the season of "
+        "Darkness.",
+    ),
+    (
+        "Read me a page of a book.",
+        "You will rejoice to hear that no disaster has accompanied the commencement of an enterprise which you have "
+        "regarded with such evil forebodings. I arrived here yesterday, and my first task is to assure my dear sister "
+        "of my welfare.",
+    ),
 )
 
 

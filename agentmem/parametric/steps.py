@@ -24,7 +24,7 @@ from agentmem.types import Value
 from . import checkpoint as checkpoints
 from .answering import said
 from .corpus import Corpus, Example
-from .lessons import PASSAGE, Tensors, encode, ends, opening
+from .lessons import HELD, PASSAGE, Tensors, encode, ends, opening
 from .losses import answer_loss, divergence
 from .recipe import Recipe
 from .states import Stack, State
@@ -162,6 +162,10 @@ class Run:
             # That the base stops after a short answer is held still too.
             ended = answer if len(answer) == most else [*answer, end]
             self.anchors.append(Lesson(self._sequence(prompt, ended)))
+        for question, text in HELD if self.anchors else ():
+            prompt, _ = encode(self.tensors, Example(question, "", (), ()))
+            passage = self.tensors.tokenizer.encode(text, add_special_tokens=False)
+            self.anchors.append(Lesson(self._sequence(prompt, list(passage))))
         # What begins alike, then is of like length, goes through the model together: little is read twice or padded.
         every = [*self.lessons, *self.anchors, self.passage]
         every.sort(key=lambda lesson: (lesson.sequence[0][:_BEGINNING], lesson.tokens))

@@ -287,7 +287,7 @@ def test_a_few_facts_still_take_enough_steps_for_the_rest_to_settle(tensors: Any
 
 
 def test_the_anchors_that_moved_most_are_seen_to_again(tensors: Any, lessons: Corpus) -> None:
-    corpus = replace(lessons, neighbours=(), anchors=lessons.anchors[:3])
+    corpus = replace(lessons, neighbours=(), anchors=lessons.anchors[:1])  # and two passages of prose
     run = Run(tensors, corpus, replace(QUICK, anchors=1), seed=0, epochs=6, ram_budget=None)
     run.prepare()
     for anchor, moved in zip(run.anchors, (0.1, 0.9, 0.2), strict=True):
