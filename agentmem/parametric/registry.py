@@ -14,8 +14,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -139,9 +138,18 @@ class Registry:
         sound = [row for row in rows if scope_of(row) == scope and self._files.sound(row["digest"])]
         return version_of(sound[0], self._active_digests(scope)) if sound else None
 
-    def run(self, key: str, contents: Mapping[str, str]) -> AbstractContextManager[Path | None]:
-        """Where a training run keeps its checkpoint; see `VersionFolder.run`."""
-        return self._files.run(key, contents)
+    @contextlib.contextmanager
+    def run(self, key: str, contents: Mapping[str, str]) -> Generator[Path | None]:
+        """Where a training run keeps its checkpoint; see `VersionFolder.run`. Raises `TrainingError` at once where one
+        of its records is gone or changed already; no checkpoint of such a run stays."""
+        with self._files.run(key, contents) as checkpoint:
+            try:
+                # Now that the folder says what is learnt: whatever is forgotten from here on finds it.
+                _refuse_stale(self._database, dict(contents))
+                yield checkpoint
+            except TrainingError:
+                self.drop_runs()
+                raise
 
     def versions(self, scope: Scope) -> list[LoraVersion]:
         """The versions that this scope can see (its own, those beneath it, those of the levels above), newest first."""

@@ -14,6 +14,7 @@ import pytest
 from agentmem import AsyncMemory, Memory
 from agentmem.errors import ConfigError, Full, InvalidInput, NotFound, ScopeError, TrainingError
 from agentmem.parametric.corpus import Corpus
+from agentmem.parametric.steps import Estimate
 from agentmem.parametric.versions import LoraVersion
 from agentmem.testing import FakeClock
 from tests.reliability.learner import FACTS, IDENTITY, Teachable, learning, memory_of
@@ -374,6 +375,23 @@ def test_a_record_forgotten_while_it_is_learnt_is_in_no_version(memory: Memory, 
     with learning(step=forget), pytest.raises((TrainingError, OSError)):
         ana.parametric.train()
     assert ana.parametric.versions() == []
+
+
+def test_a_record_forgotten_just_before_its_run_begins_is_not_learnt_and_leaves_no_checkpoint(
+    memory: Memory, taught: list[Corpus], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ana = memory.scope(user="ana")
+    records = ana.add(list(FACTS[:2]))
+
+    def forget(*_: object, **__: object) -> Estimate:
+        ana.forget(records[0].id)
+        return Estimate(1, 0.1, 1000)
+
+    monkeypatch.setattr("agentmem.parametric.train.estimate", forget)
+    with pytest.raises(TrainingError, match="was forgotten"):
+        ana.parametric.train()
+    assert taught == []
+    assert folders(memory) == set()
 
 
 async def test_a_cancelled_task_stops_the_training_and_stores_nothing(tmp_path: Path) -> None:
