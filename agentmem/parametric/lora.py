@@ -188,6 +188,9 @@ class Switch:
         # A plain attribute, not a submodule: the switch holds the Linear layers, so the model must not own it as one.
         object.__setattr__(model, _OWNER, self)
 
+    def __deepcopy__(self, memo: object) -> None:
+        """None: a copy of the model has no switch until one is made for it."""
+
     @property
     def active(self) -> tuple[LoraRef, ...]:
         """The versions that act on the model now."""

@@ -233,6 +233,18 @@ def test_deleted_files_are_not_served_from_memory(model: Any, tmp_path: Path) ->
         switch.activate([a])
 
 
+def test_a_copied_model_has_no_switch(model: Any, tmp_path: Path) -> None:
+    import copy
+
+    switch = Switch(model)
+    switch.activate([stored(tmp_path / "a", made(model, 1))])
+    switch.activate([])
+    other = copy.deepcopy(model)
+    assert getattr(other, "_agentmem_switch", None) is None
+    with base_only(other):
+        assert torch.equal(logits(other), logits(model))
+
+
 def test_another_model_refuses_it(model: Any, tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
     import transformers
 
