@@ -143,7 +143,7 @@ def ten(folder: Path, facts: Sequence[Fact], *, naive: bool) -> dict[str, Row]:
             "steps": len(version.curve) and version.curve[-1].step,
             "bytes": version.bytes,
             "swap_ms": swap_seconds(tensors, ref) * 1e3,
-            "switch_in_chat_ms": switching_in_chat([ana, bob], probes[0]) * 1e3,
+            "switch_in_chat_ms": switching_in_chat([ana, bob], corpus.held_out[0].question) * 1e3,
             **through_chat(ana, bob, corpus, natural, probes),
         }
         rows["base"] = {
