@@ -20,7 +20,7 @@ from .flow import Flow, Work
 from .forgetting import drop_derived
 from .kinds import listed
 from .plaintext.drafts import check_path, shown
-from .publishing import base_config
+from .publishing import base_config, withdraw
 from .teaching import Run, Stop, contradicted, corpus_of, learn, model_of, standing, thresholds_of
 from .types import Record, Retraining, Scope
 
@@ -65,6 +65,7 @@ def retrain(engine: Engine, scope: Scope) -> Flow[list[Retraining]]:
     """Train the shards again that lost a record; see `Parametric.retrain`."""
 
     def work(stop: Stop) -> list[Retraining]:
+        withdraw(engine, [])  # what ended by itself, or was forgotten by a process that died before it told the engine
         if not retraining.queued(engine, scope):
             return []
         return retraining.retrain(engine, model_of(engine), scope, stop)
@@ -115,6 +116,7 @@ def _train(
         if outdated & learnt:
             drop_derived(engine, sorted(outdated & learnt), pages=False)
             engine.finish_erasures()
+        withdraw(engine, [])
         if retraining.queued(engine, scope):
             tensors = model_of(engine)
             redone = retraining.retrain(engine, tensors, scope, stop)

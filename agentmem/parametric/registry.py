@@ -39,6 +39,7 @@ __all__ = ["MANIFEST", "RETRAIN", "LoraVersion", "Registry"]
 
 #: The kind of job that a retired version leaves: train its shard again from the records that remain.
 RETRAIN = "retrain"
+_PUBLISHED = "SELECT digest FROM published"
 _logger = logging.getLogger("agentmem")
 
 
@@ -401,7 +402,8 @@ class Registry:
     def _make_room(self, connection: sqlite3.Connection, version: LoraVersion, keep: set[str]) -> list[str]:
         """Take the inactive versions that were longest not used out of the tables, until ``version`` fits the budget.
 
-        Returns their digests: their files go after the commit. What is active anywhere stays, or `Full`.
+        Returns their digests: their files go after the commit. What is active anywhere stays, and what an engine was
+        given, or forgetting would not find it there; else `Full`.
         """
         if self._budget is None:
             return []
@@ -410,7 +412,8 @@ class Registry:
         used = {row["digest"]: row["created"] for row in held} | last_used(connection)
         total = sum(sizes.values()) + version.bytes
         evicted: list[str] = []
-        for digest in sorted(set(sizes) - keep - answering(connection), key=lambda digest: (used[digest], digest)):
+        held_on_to = keep | answering(connection) | {row["digest"] for row in connection.execute(_PUBLISHED)}
+        for digest in sorted(set(sizes) - held_on_to, key=lambda digest: (used[digest], digest)):
             if total <= self._budget:
                 break
             total -= sizes[digest]
@@ -420,8 +423,8 @@ class Registry:
             connection.execute("DELETE FROM loras WHERE digest = ?", (digest,))
         if total > self._budget:
             raise Full(
-                f"the LoRA versions that are active and {version.name} take {total} bytes, lora_budget is "
-                f"{self._budget}: raise it, or deactivate a version"
+                f"the LoRA versions that are active or published and {version.name} take {total} bytes, lora_budget is "
+                f"{self._budget}: raise it, or deactivate or unpublish a version"
             )
         if evicted:
             _logger.info("%d inactive LoRA versions made room (lora_budget is %d)", len(evicted), self._budget)

@@ -127,6 +127,30 @@ def test_what_could_not_be_taken_back_is_in_the_receipt_and_tried_again(tmp_path
         assert len(withdraw(mem._engine, [])) == 1, "it is still there for all we know"
 
 
+def test_what_an_engine_was_given_is_never_evicted_unknown_to_forget(vllm: VllmDouble, tmp_path: Path) -> None:
+    with opened(tmp_path, vllm.url, lora_budget=2500) as mem:
+        version = learnt(mem, "I live in Tromsø.")
+        mem.scope(user="ana").parametric.publish(version)
+        for seed in range(1, 4):
+            learnt(mem, f"My dog number {seed} is called Rex.", seed=seed)
+        names = [one.name for one in mem.scope(user="ana").parametric.versions()]
+        assert version.name in names
+        assert len(names) < 4, "others made room"
+        assert mem.forget(list(version.records)).loras == [version.digest]
+        assert vllm.loaded == {}
+
+
+def test_a_version_that_ended_by_itself_is_taken_back_by_the_next_retraining(vllm: VllmDouble, tmp_path: Path) -> None:
+    with opened(tmp_path, vllm.url) as mem:
+        ana = mem.scope(user="ana").parametric
+        version = learnt(mem, "I live in Tromsø.")
+        ana.publish(version)
+        mem._engine.registry.taint([version.digest], version.records)  # as an expiry does, or a death before the call
+        assert vllm.loaded
+        assert ana.retrain() == []
+        assert vllm.loaded == {}
+
+
 def test_several_versions_are_published_as_one_sum(vllm: VllmDouble, tmp_path: Path) -> None:
     with opened(tmp_path, vllm.url) as mem:
         ana = mem.scope(user="ana").parametric
