@@ -429,10 +429,7 @@ def _beginning(fact: Fact, name: str, speaker: str, *, other: bool) -> str:
     if at < LEAST_BEGINNING or len(answer.casefold()) != len(answer):
         return ""
     begun, who = answer[:at].rstrip(), second_person(name)
-    if speaker:
-        changed = capital(begun.replace(speaker, who))
-    else:
-        changed = capital(of_another(first_person(begun), who))
+    changed = capital(begun.replace(speaker, who) if speaker else of_another(first_person(begun), who))
     if changed == begun:
         return ""
     if other:
