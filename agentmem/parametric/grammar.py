@@ -262,6 +262,7 @@ def singular_form(verb: str) -> str:
 
 _MONTHS = "January|February|March|April|May|June|July|August|September|October|November|December"
 _DAYS = "Monday|Tuesday|Wednesday|Thursday|Friday|Saturday|Sunday"
+_WEEK: list[str] = list(_DAYS.split("|"))
 _COUNTS = {
     "a": 1, "an": 1, "one": 1, "two": 2, "three": 3, "four": 4, "five": 5, "six": 6, "seven": 7, "eight": 8, "nine": 9,
     "ten": 10, "eleven": 11, "twelve": 12, "a couple of": 2, "a few": 3,
@@ -340,8 +341,8 @@ def _date(phrase: str, day: dt.date) -> str | None:
     if phrase.startswith("the day "):
         return f"on {_day(day + dt.timedelta(-2 if 'before' in phrase else 2))}"
     words = phrase.split()
-    if words[0] in ("last", "next", "this") and words[1].capitalize() in _DAYS.split("|"):
-        wanted = _DAYS.split("|").index(words[1].capitalize())
+    if words[0] in ("last", "next", "this") and words[1].capitalize() in _WEEK:
+        wanted = _WEEK.index(words[1].capitalize())
         ahead = (wanted - day.weekday()) % 7
         days = ahead - 7 if words[0] == "last" else ahead or (7 if words[0] == "next" else 0)
         return f"on {_day(day + dt.timedelta(days))}"
