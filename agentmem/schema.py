@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import datetime as dt
 
-__all__ = ["FORMAT", "GUARDS", "PLANS", "SCHEMA", "TABLES", "UPGRADES", "RowDigest", "unix_seconds"]
+__all__ = ["FORMAT", "GUARDS", "LEARNT", "PLANS", "SCHEMA", "TABLES", "UPGRADES", "RowDigest", "unix_seconds"]
 
 #: Version of the tables below, kept in ``PRAGMA user_version``. A newer file is refused; an older one is upgraded in
 #: place.
-FORMAT = 5
+FORMAT = 6
 
 #: How damage is seen that SQLite itself keeps silent on. ``totals`` is kept by triggers, so that no write can forget
 #: it: how many rows a table has and the sum of their checksums, weighted by place (a row that is missing, or an old
@@ -38,10 +38,6 @@ CREATE INDEX spaces_whole ON spaces (id, name, digest, dimension);
 CREATE INDEX tombstones_whole ON tombstones (record, at);
 CREATE INDEX cores_whole ON cores (tenant, user, agent, session, ids, built, records);
 CREATE INDEX activations_whole ON activations (id, at, digest, tenant, user, agent, session);
-CREATE INDEX uses_whole ON uses (
-    id, at, verb, model, tenant, user, agent, session, input, cached, written, output, first_s, total_s, bytes,
-    expected, reason, money, uncached_money, attended, long_written, turn, loras
-);
 -- With the money, so that a budget's sum reads no rows; the second is for handles that set a user but no tenant.
 CREATE INDEX uses_scope ON uses (tenant, user, agent, session, at, money);
 CREATE INDEX uses_user ON uses (user, tenant, agent, session, at, money);
@@ -50,8 +46,6 @@ CREATE INDEX kept_whole ON kept (turn, place, record, start, stop);
 CREATE INDEX budgets_whole ON budgets (tenant, user, agent, session, per, dollars, action, at);
 CREATE INDEX counts_whole ON counts (model, uses, estimated, counted, squares);
 CREATE INDEX shown_whole ON shown (record, model, at, times, holds_s);
-CREATE INDEX receipts_whole ON receipts (retired, at, report);
-CREATE INDEX published_whole ON published (digest, target, served, at);
 INSERT OR IGNORE INTO meta VALUES ('identity', lower(hex(randomblob(8))));
 """
 
@@ -79,6 +73,10 @@ CREATE TABLE counts (
     model TEXT PRIMARY KEY, uses INTEGER NOT NULL, estimated REAL NOT NULL, counted REAL NOT NULL,
     squares REAL NOT NULL                       -- of the relative errors that the estimates had
 ) WITHOUT ROWID;
+"""
+
+#: What LoRA versions leave behind, since format 6, and the guards of that.
+LEARNT = """
 -- What became of a LoRA version that learnt a record which was forgotten or changed (JSON of `types.Retraining`):
 -- numbers and ids, no text. They outlive the version as the proof that the record is not in what took its place.
 CREATE TABLE receipts (retired TEXT PRIMARY KEY, at REAL NOT NULL, report TEXT NOT NULL) WITHOUT ROWID;
@@ -87,6 +85,12 @@ CREATE TABLE published (
     digest TEXT NOT NULL, target TEXT NOT NULL, served TEXT NOT NULL, at REAL NOT NULL,
     PRIMARY KEY (digest, target, served)
 ) WITHOUT ROWID;
+CREATE INDEX receipts_whole ON receipts (retired, at, report);
+CREATE INDEX published_whole ON published (digest, target, served, at);
+CREATE INDEX uses_whole ON uses (
+    id, at, verb, model, tenant, user, agent, session, input, cached, written, output, first_s, total_s, bytes,
+    expected, reason, money, uncached_money, attended, long_written, turn, loras
+);
 """
 
 #: What makes of a file of each format one of the next, in one transaction.
@@ -117,10 +121,10 @@ CREATE TABLE jobs (
 CREATE INDEX jobs_record ON jobs (record, kind);
 ALTER TABLE uses ADD COLUMN long_written INTEGER NOT NULL DEFAULT 0;
 ALTER TABLE uses ADD COLUMN turn TEXT;
-ALTER TABLE uses ADD COLUMN loras TEXT;
 """
     + PLANS
     + GUARDS,
+    5: "ALTER TABLE uses ADD COLUMN loras TEXT;\nDROP INDEX IF EXISTS uses_whole;" + LEARNT,
 }
 
 TABLES = """
@@ -234,7 +238,7 @@ CREATE TABLE shown (
 ) WITHOUT ROWID;
 """
 #: All that a new file has.
-SCHEMA = TABLES + PLANS + GUARDS
+SCHEMA = TABLES + PLANS + GUARDS + LEARNT
 
 
 def unix_seconds(moment: str | None) -> float | None:

@@ -24,9 +24,10 @@ GOLDEN = Path(__file__).parents[1] / "golden" / "databases"
 
 
 def golden(folder: Path, format: int) -> dict[str, Any]:
-    """Put a ``memory.db`` as format 4 wrote it (or an older one had it) into a folder; returns what is in it."""
+    """Put a ``memory.db`` as format 4 or 5 wrote it (or an older one had it) into a folder; returns what is in it."""
     folder.mkdir(exist_ok=True)
-    (folder / "memory.db").write_bytes(gzip.decompress((GOLDEN / "format-4.db.gz").read_bytes()))
+    written = f"format-{max(format, 4)}.db.gz"
+    (folder / "memory.db").write_bytes(gzip.decompress((GOLDEN / written).read_bytes()))
     with sqlite3.connect(folder / "memory.db") as old:
         for since, column in ((4, "pages DROP COLUMN grid"), (3, "uses DROP COLUMN attended")):
             if format < since:
@@ -39,7 +40,7 @@ def golden(folder: Path, format: int) -> dict[str, Any]:
     return content
 
 
-@pytest.mark.parametrize("format", [1, 2, 3, 4])
+@pytest.mark.parametrize("format", [1, 2, 3, 4, 5])
 def test_a_folder_of_an_older_format_is_upgraded_after_a_backup(tmp_path: Path, format: int) -> None:
     expected = golden(tmp_path, format)
     before = (tmp_path / "memory.db").read_bytes()
@@ -77,7 +78,8 @@ def test_the_first_forget_after_an_upgrade_deletes_the_backup(tmp_path: Path, ca
 
 def test_an_upgrade_that_fails_leaves_the_file_as_it_was(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     golden(tmp_path, 4)
-    monkeypatch.setattr("agentmem.database.UPGRADES", {4: "CREATE TABLE half (x);\nCREATE TABLE records (x);"})
+    half = {4: "CREATE TABLE half (x);\nCREATE TABLE records (x);", 5: ""}
+    monkeypatch.setattr("agentmem.database.UPGRADES", half)
     with pytest.raises(StoreError, match="already exists"):
         Database(tmp_path / "memory.db")
     monkeypatch.undo()
