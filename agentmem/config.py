@@ -100,7 +100,8 @@ class Settings(BaseSettings):
     lora_when: Literal["recalled", "always"] = Field(
         default="recalled",
         description="when an active LoRA version acts on a request: only where the plaintext index says that the "
-        "request concerns what the version learnt, or on every request of its scope",
+        "request concerns what the version learnt, or on every request of its scope (one whose gate judged the former "
+        "only is then left out)",
     )
     lora_gate: dict[str, float] = Field(
         default={}, description="what a LoRA version must reach before it may serve: `parametric.gate.Thresholds`"

@@ -319,7 +319,7 @@ class Engine:
             return ()
         # An engine elsewhere shows no weights: publishing a version to it said that its base is the right one.
         identity = provider.tensors().identity if provider.capabilities.trains else None
-        refs = self.registry.refs(scope, identity=identity)
+        refs = self.registry.refs(scope, identity=identity, always=self.settings.lora_when == "always")
         if not provider.capabilities.activated_loras and (late := [ref.name for ref in refs if ref.activated]):
             _log.warning("%s can't serve activated LoRA versions: %s left out", provider.name, ", ".join(late))
             refs = tuple(ref for ref in refs if not ref.activated)

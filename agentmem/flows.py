@@ -344,7 +344,8 @@ def verify(engine: Engine) -> Verification:
 
     def count() -> list[str]:
         for table in ("records", "pages", "loras"):
-            counts[table] = engine.database.query(f"SELECT count(*) FROM {table}")[0][0]
+            held = " WHERE state != 'retired'" if table == "loras" else ""
+            counts[table] = engine.database.query(f"SELECT count(*) FROM {table}{held}")[0][0]
         return []
 
     def index() -> list[str]:

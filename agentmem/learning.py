@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from . import retraining
 from .engine import Engine
-from .errors import InvalidInput
+from .errors import InvalidInput, TrainingError
 from .flow import Flow, Work
 from .forgetting import drop_derived
 from .kinds import listed
@@ -206,12 +206,14 @@ def export(
         raise InvalidInput(f"format is {shown(format)}: give one of {', '.join(FORMATS)}")
     target = check_path(path)
     found = engine.registry.get(_named(version), scope)
+    if found.state == "retired":
+        raise TrainingError(f"{found.name} is retired, a record it learnt is gone: train a new version")
     ref = engine.registry.ref(found)
     return export_peft([ref], target) if format == "peft" else export_gguf([ref], target, base_config(engine, found))
 
 
 def _named(version: Any) -> str:
     name = getattr(version, "digest", version)
-    if not isinstance(name, str):
+    if not isinstance(name, str) or not name:
         raise InvalidInput(f"the LoRA version is {shown(version)}: give a version, its name or its digest")
     return name

@@ -104,10 +104,10 @@ def publish(
 def unpublish(engine: Engine, scope: Scope, version: str | LoraVersion, to: str | None = None) -> tuple[str, ...]:
     """Take this version, and sums that hold it, back from the engine ``to`` (None: from all that were given it);
     returns the names that are gone there. Raises `ProviderError` where one stays."""
-    digest = engine.registry.get(version, scope).digest
-    rows = [row for row in _rows(engine, [digest]) if to is None or row[0] == to]
+    found = engine.registry.get(version, scope)
+    rows = [row for row in _rows(engine, [found.digest]) if to is None or row[0] == to]
     if not rows:
-        raise NotFound(f"{shown(version)} was not published{'' if to is None else f' to {to}'}")
+        raise NotFound(f"{found.name} was not published{'' if to is None else f' to {to}'}")
     for target, served in rows:
         _taken_back(engine, target, served)
     return tuple(served for _, served in rows)

@@ -130,12 +130,14 @@ def learn(
     from .parametric.gate import gate
     from .parametric.train import estimate
     from .parametric.train import train as teach
+    from .parametric.versions import judged_alike
 
     thresholds = thresholds_of(engine)
     recipe = _recipe(engine, tensors)
     run = _key(tensors, scope, corpus, recipe, how)
     found = engine.registry.found(run, scope)
-    if found is not None and found.gate.thresholds == thresholds:
+    filtered = engine.settings.lora_when == "recalled"
+    if found is not None and judged_alike(found.gate, thresholds, filtered=filtered):
         return found
     begun = time.perf_counter()
     expected = estimate(tensors, corpus, recipe=recipe, epochs=how.epochs, ram_budget=how.ram_budget)
@@ -160,7 +162,7 @@ def learn(
             thresholds=thresholds,
             beside=_loras(engine, beside),
             earlier=_earlier(engine, scope, [*parents, *beside]),
-            concerns=concerns(engine, scope, corpus.records) if engine.settings.lora_when == "recalled" else None,
+            concerns=concerns(engine, scope, corpus.records) if filtered else None,
         )
         version = engine.registry.add(
             trained,

@@ -384,6 +384,8 @@ class Retraining(Value):
         def share(value: float | None) -> str:
             return "-" if value is None else f"{value:.0%}"
 
+        if self.state == "queued":
+            return f"lora-{self.retired[:12]} is retired and waits for retrain(), without {len(self.forgotten)} records"
         became = f"lora-{self.version[:12]}" if self.version else "no version"
         return (
             f"lora-{self.retired[:12]} -> {became} ({self.state}), without {len(self.forgotten)} records, {self.kept} "

@@ -29,7 +29,17 @@ from .corpus import record_digest
 from .folder import MANIFEST, VersionFolder
 from .gate import GateReport
 from .lora import CONFIG, WEIGHTS, save, write_file
-from .versions import LoraVersion, chunks, columns, manifest_of, scope_of, version_of, visible
+from .versions import (
+    LoraVersion,
+    chunks,
+    columns,
+    judged_alike,
+    manifest_of,
+    scope_of,
+    unfit_always,
+    version_of,
+    visible,
+)
 
 if TYPE_CHECKING:
     from .lora import Lora
@@ -114,7 +124,7 @@ class Registry:
                 found = connection.execute("SELECT * FROM loras WHERE digest = ?", (digest,)).fetchone()
                 if found is not None and found["state"] != "retired" and self._files.sound(digest):
                     held = version_of(found, self._active_digests(scope))
-                    if held.gate.thresholds == gate.thresholds:
+                    if judged_alike(held.gate, gate.thresholds, filtered=gate.gated_intrusion is not None):
                         return held
                 evicted = self._make_room(connection, version, {*keep, digest})
                 self._files.publish(staging, digest)
@@ -201,16 +211,25 @@ class Registry:
             found.append(version_of(rows[digest], digests))
         return tuple(found)
 
-    def refs(self, scope: Scope, *, identity: bytes | None) -> tuple[LoraRef, ...]:
+    def refs(self, scope: Scope, *, identity: bytes | None, always: bool = False) -> tuple[LoraRef, ...]:
         """What a request of this scope carries as `Request.loras` on the base model ``identity``; empty for the base.
 
         A version that was trained on another base, or is damaged, is left out and logged; where ``identity`` is None
-        the base is not compared (a server's, whose weights can't be seen).
+        the base is not compared (a server's, whose weights can't be seen). So is, with ``always`` (it would act on
+        every request), one that passed its gate only because it acts on what concerns it.
         """
         found: list[LoraRef] = []
         for version in self.active(scope):
             if identity is not None and version.identity != identity.hex():
                 _logger.warning("%s is not used: it was trained on another base model (%s)", version.name, version.base)
+                continue
+            if always and (why := unfit_always(version)):
+                _logger.warning(
+                    "%s is not used: its gate let it act only on what concerns it (%s): train it again with "
+                    "lora_when = 'always'",
+                    version.name,
+                    "; ".join(why),
+                )
                 continue
             found.append(self.ref(version))
         return tuple(found)

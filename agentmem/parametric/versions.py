@@ -16,10 +16,21 @@ from pydantic import Field
 from agentmem.types import LEVELS, Scope, Value
 
 from . import plots
-from .gate import GateReport
+from .gate import GateReport, Thresholds, failures
 from .steps import Point
 
-__all__ = ["LoraVersion", "chunks", "columns", "manifest_of", "scope_of", "upwards", "version_of", "visible"]
+__all__ = [
+    "LoraVersion",
+    "chunks",
+    "columns",
+    "judged_alike",
+    "manifest_of",
+    "scope_of",
+    "unfit_always",
+    "upwards",
+    "version_of",
+    "visible",
+]
 
 #: Fields of a version that say how it stands now, not what it is: never part of its manifest.
 _PASSING = {"active", "shards"}
@@ -88,6 +99,18 @@ def version_of(row: sqlite3.Row, active: Collection[str] = ()) -> LoraVersion:
         fields.pop(name, None)
     fields.update(state=row["state"], active=row["digest"] in active)
     return LoraVersion.model_validate(fields)
+
+
+def unfit_always(version: LoraVersion) -> tuple[str, ...]:
+    """Why a version that passed its gate would have failed it, were it to act on every request of its scope."""
+    if version.state != "ready":  # one that failed was forced: somebody knows
+        return ()
+    return failures(version.gate.model_copy(update={"gated_intrusion": None}))
+
+
+def judged_alike(report: GateReport, thresholds: Thresholds, *, filtered: bool) -> bool:
+    """Whether a gate measured against these thresholds, and for acting only on what concerns a version or always."""
+    return report.thresholds == thresholds and (report.gated_intrusion is not None) == filtered
 
 
 def upwards(scope: Scope) -> Iterator[Scope]:

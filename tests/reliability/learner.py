@@ -78,8 +78,10 @@ def learning(
     passes: Callable[[Corpus], bool] = lambda corpus: True,
     step: Callable[[int], object] = lambda number: None,
     steps: int = 3,
+    intrusion: float = 0.0,
 ) -> Generator[list[Corpus]]:
-    """Inside, training is scripted. Yields the corpora that were trained, in order. ``step`` is called at each step."""
+    """Inside, training is scripted. Yields the corpora that were trained, in order. ``step`` is called at each step,
+    ``intrusion`` is what the gate measures where nothing filters what a version answers."""
     taught: list[Corpus] = []
 
     def train(
@@ -109,13 +111,16 @@ def learning(
             lora, (0.1,), 0.5, 0.5, seed, 2, {"rank": 2}, IDENTITY.hex(), "tiny", dict(corpus.records), (point,)
         )
 
-    def gate(tensors: Any, trained: Any, corpus: Corpus, *, thresholds: Thresholds, **_: Any) -> GateReport:
+    def gate(
+        tensors: Any, trained: Any, corpus: Corpus, *, thresholds: Thresholds, concerns: Any = None, **_: Any
+    ) -> GateReport:
         passed = passes(corpus)
         return GateReport(
             recall_trained=1,
             recall_held_out=1,
             drift=0.0 if passed else 9.0,
-            intrusion=0,
+            intrusion=intrusion,
+            gated_intrusion=None if concerns is None else 0.0,
             passed=passed,
             thresholds=thresholds,
             by_record=dict.fromkeys(corpus.records, 1.0),
