@@ -173,8 +173,8 @@ def _general(group: Sequence[Example]) -> list[str]:
         question = example.question
         if match := _NOUN.search(question):
             noun = re.sub(r"^favou?rite ", "", match.group(1))
-            if " " in noun and noun.endswith("s"):  # "where my aunt lives": the last word may be a verb
-                continue
+            if " " in noun and (noun.endswith("s") or re.search(r"\b(?:do|does|did) my\b", question)):
+                continue  # "where my aunt lives", "where does my aunt live": the last word is a verb
             name = "name" in question or "called" in question
             article = "an" if noun[0].lower() in "aeiou" else "a"
             found.append(
