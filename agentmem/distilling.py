@@ -68,7 +68,8 @@ def _distil(
         )
     heads = _Heads(tensors, system, records)
     length = _length(tokens, len(heads.full), pages.GRID)
-    examples, questions = _examples(corpus_of(engine, scope, records), records)
+    corpus = corpus_of(engine, scope, records)
+    examples, questions = _examples(corpus, records)
     lessons, asked = heads.lessons(examples), heads.lessons(questions)
     if not asked:
         raise InvalidInput(
@@ -86,7 +87,8 @@ def _distil(
         truncated=heads.truncated(length),
         nothing=heads.nothing,
     )
-    ids = tuple(record.id for record in records)
+    # With the user's own past questions that were trained: what was learnt from them goes with them too.
+    ids = tuple(dict.fromkeys([*(record.id for record in records), *corpus.records]))
     kept = None
     if report.passed:
         kept = pages.keep(

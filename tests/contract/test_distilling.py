@@ -111,6 +111,40 @@ def test_it_answers_until_its_core_changes_or_it_is_dropped_or_forgotten(
     assert tiny._engine.database.query("SELECT key FROM meta WHERE key LIKE 'trained prefix%'") == []
 
 
+def test_a_question_of_the_user_that_was_trained_takes_it_along_when_it_is_forgotten(
+    tiny: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    ana = tiny.scope(user="ana")
+    records = ana.add(list(FACTS[:9]))
+    turn = ana.chat("Remind me, what is the name of my dog, the puppy?", max_tokens=2).records
+    ana.update(turn[-1], text="Your dog is called Biscuit.")
+    made = ana.parametric.distil(tokens=32)
+    assert turn[0] in made.records
+    assert {record.id for record in records} <= set(made.records)
+    ana.forget(turn[0])
+    assert ana.parametric.prefixes() == []
+
+
+def test_a_record_that_is_forgotten_while_it_is_distilled_is_not_kept(
+    tiny: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch)
+    ana = tiny.scope(user="ana")
+    records = ana.add(list(FACTS[:9]))
+    judge = prefix_gate.judge
+
+    def forget(*given: Any, **named: Any) -> Any:
+        ana.forget(records[0].id)
+        return judge(*given, **named)
+
+    monkeypatch.setattr(prefix_gate, "judge", forget)
+    assert ana.parametric.distil(tokens=32).digest == ""
+    assert ana.parametric.prefixes() == []
+    assert tiny._engine.database.query("SELECT key FROM meta WHERE key LIKE 'trained prefix%'") == []
+    assert ana.activation.entries() == []
+
+
 def test_an_interrupted_run_keeps_nothing(tiny: Memory, monkeypatch: pytest.MonkeyPatch) -> None:
     quick(monkeypatch)
 
