@@ -25,6 +25,7 @@ from .teaching import Run, Stop, contradicted, corpus_of, learn, model_of, stand
 from .types import Record, Retraining, Scope
 
 if TYPE_CHECKING:
+    from .parametric.corpus import Corpus
     from .parametric.registry import LoraVersion
     from .parametric.train import Tensors
 
@@ -137,7 +138,7 @@ def _train(
         _log.warning("%d of %d records are not learnt (%s)", len(corpus.left_out), len(chosen), why)
     tensors = tensors or model_of(engine)
     active = [v for v in engine.registry.active(scope) if v.identity == tensors.identity.hex()]
-    replaced = [v for v in active if set(v.records) <= set(corpus.records)]
+    replaced = [v for v in active if _taught_again(engine, v, corpus)]
     beside = [v for v in active if v not in replaced]
     parts = shards(corpus, chosen, engine.settings.lora_shard)
     versions: list[LoraVersion] = []
@@ -169,12 +170,25 @@ def _activate(engine: Engine, scope: Scope, versions: Sequence[LoraVersion], rep
             _log.warning("%s is not active: %s", version.name, version.gate)
     if not ready:
         return
-    # One that they were to replace goes only when all of its records are in versions that passed.
+    # One that they were to replace goes only when all that they learnt of its records is in versions that passed.
     held = {record for version in versions if version.digest in ready for record in version.records}
+    lost = {record for version in versions for record in version.records} - held
     with engine.database.write():
-        gone = {version.digest for version in replaced if set(version.records) <= held} | ready
+        gone = {version.digest for version in replaced if lost.isdisjoint(version.records)} | ready
         kept = [version.digest for version in engine.registry.active(scope) if version.digest not in gone]
         engine.registry.activate([*kept, *(v.digest for v in versions if v.digest in ready)], scope)
+
+
+def _taught_again(engine: Engine, version: LoraVersion, corpus: Corpus) -> bool:
+    """Whether ``corpus`` teaches all that this version learnt. The user's own past questions that it learnt wordings
+    from teach nothing by themselves, and others may be asked by now."""
+    from .parametric import corpus as corpora
+
+    left = set(version.records) - set(corpus.records)
+    if left == set(version.records):
+        return False
+    records = engine.records.named(sorted(left), Scope())
+    return not any(corpora.build([record.model_copy(update={"trust": "trusted"})]).records for record in records)
 
 
 def _refuse_strange(approved: set[str], chosen: Sequence[Record]) -> None:

@@ -86,6 +86,29 @@ def test_all_records_learnt_anew_take_the_place_of_the_old_version(memory: Memor
     assert [v.digest for v in ana.parametric.rollback()] == [first.digest]
 
 
+def test_a_version_is_replaced_also_where_other_questions_were_asked_since(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    [dog, boat] = ana.add([FACTS[0], "My boat is called Morgenstern."])
+
+    def ask(question: str) -> str:
+        turn = ana.chat(question).records
+        ana.update(turn[-1], text="Your dog is called Biscuit.")
+        return turn[0]
+
+    early = ask("Remind me, what is the name of my dog, the puppy?")
+    old = ana.parametric.train(records=[dog.id])
+    assert set(old.records) == {dog.id, early}
+    for year in range(13):  # more than a record's newest dozen, which is what is learnt
+        ask(f"Can you tell me what my dog was called in year {year}?")
+    new = ana.parametric.train(records=[dog.id], seed=1)
+    assert early not in new.records
+    assert active(ana) == [new.digest]
+    both = ana.parametric.train(records=[dog.id, boat.id], seed=2)
+    assert active(ana) == [both.digest]
+    again = ana.parametric.train(records=[dog.id], seed=3)
+    assert active(ana) == [both.digest, again.digest], "the boat is in the older one only"
+
+
 def test_the_same_training_again_gives_what_is_stored(memory: Memory, taught: list[Corpus]) -> None:
     ana = memory.scope(user="ana")
     records = ana.add(list(FACTS[:2]))
