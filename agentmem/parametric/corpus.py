@@ -19,7 +19,7 @@ from agentmem.types import Record
 from .clauses import clauses, sentences, subject_of
 from .facts import Asked, Fact
 from .forms import recognise
-from .grammar import absolute, capital, first_person, fold, of_another, second_person, telling, typed
+from .grammar import absolute, capital, fold, of_another, telling, typed
 from .statements import analyse, unusable
 
 __all__ = ["GENERAL", "OTHERS", "PERSONAL", "SYSTEMS", "Corpus", "Example", "build", "record_digest"]
@@ -37,19 +37,6 @@ KEPT_BACK = 3
 #: Neighbour questions per fact, and in all: beyond that more of them cost time and hold no more still.
 NEIGHBOURS_PER_FACT = 5
 MOST_NEIGHBOURS = 64
-#: Characters of an answer's beginning, at least.
-LEAST_BEGINNING = 8
-
-#: How else an answer may come to the place where it would tell.
-OTHER_BEGINNINGS = (
-    (" is called", "'s name is"),
-    (" works as a", " is a"),
-    (" works as an", " is an"),
-    (" lives in", " is from"),
-    ("'s birthday is", " was born on"),
-    (" drives a", " has a"),
-    (" likes", " loves"),
-)
 
 #: Whose dog it might also be. The gate asks about people who are not among these.
 OTHERS = (
@@ -118,9 +105,7 @@ PERSONAL = (
 class Example:
     """One question and its answer. ``keys``: the words by which a free answer is known to hold the fact.
 
-    ``records`` are the ids of the records that it was made from. ``begins`` is set for some questions about other
-    people: the sentence that would give the fact away, up to where it would ("Bob's dog is called"); what the base
-    model says next is what must stay.
+    ``records`` are the ids of the records that it was made from.
     """
 
     question: str
@@ -128,7 +113,6 @@ class Example:
     keys: tuple[str, ...]
     records: tuple[str, ...]
     system: str | None = None
-    begins: str = ""
 
     def found_in(self, text: str) -> bool:
         """True if ``text`` holds the fact: two thirds of the keys, as whole words, in any case."""
@@ -222,17 +206,17 @@ def build(
     examples += [example for example in written
                  if set(example.records) <= kept and example.keys and _same(example.question) not in taken]  # fmt: skip
     taken |= {_same(example.question) for example in examples}
-    others = {text: begins for text, begins in _neighbours(learnt.values()).items() if _same(text) not in taken}
+    neighbours = [text for text in _neighbours(learnt.values()) if _same(text) not in taken]
     subjects = {word for example in examples for word in fold(f"{example.question} {example.answer}").split()}
     personal = [text for text, about in PERSONAL if subjects.isdisjoint(about.split())]
     mixed = [text for pair in zip_longest(personal, GENERAL) for text in pair if text]
-    general = {text: "" for text in mixed if _same(text) not in taken}
+    general = [text for text in mixed if _same(text) not in taken]
     return Corpus(
         examples=tuple(examples),
         held_out=tuple(held_out),
         natural=tuple(natural),
         anchors=_still(general, systems),
-        neighbours=_still(dict(list(others.items())[:MOST_NEIGHBOURS]), systems),
+        neighbours=_still(neighbours[:MOST_NEIGHBOURS], systems),
         records={id_: digest for id_, digest in used.items() if id_ in kept},
         left_out=tuple(left_out),
     )
@@ -386,27 +370,22 @@ def _worded(learnt: Iterable[_Learnt], column: str, systems: Sequence[str | None
     return made
 
 
-def _neighbours(learnt: Iterable[_Learnt]) -> dict[str, str]:
-    """Each fact's own questions about other people, and one of its look about nobody; the facts take turns.
-
-    With the beginning of an answer, or none: every other question about somebody has one.
-    """
-    columns: list[list[tuple[str, str]]] = []
+def _neighbours(learnt: Iterable[_Learnt]) -> list[str]:
+    """Each fact's own questions about other people, and one of its look about nobody; the facts take turns."""
+    columns: list[list[str]] = []
     for i, one in enumerate(learnt):
-        column: list[tuple[str, str]] = []
+        column: list[str] = []
         asked = [each.question for each in one.fact.trained]
         for place in range(NEIGHBOURS_PER_FACT - 1 if one.fact.general else NEIGHBOURS_PER_FACT):
             if not asked:
                 break
             # Names and wordings go round at different speeds, so that no name hangs on a wording.
             name = OTHERS[(5 * place + i) % len(OTHERS)]
-            question = _of_neighbour(asked[(place + i) % len(asked)], name, one.speaker)
-            begins = _beginning(one.fact, name, one.speaker, other=place % 4 == 3) if place % 2 else ""
-            column.append((question, begins))
-        column += [(question, "") for question in one.fact.general[:1]]
-        columns.append([pair for pair in column if pair[0]])
+            column.append(_of_neighbour(asked[(place + i) % len(asked)], name, one.speaker))
+        column += one.fact.general[:1]
+        columns.append([text for text in column if text])
     rows = [column[row] for row in range(max(map(len, columns), default=0)) for column in columns if len(column) > row]
-    return dict(rows)
+    return list(dict.fromkeys(rows))
 
 
 def _of_neighbour(question: str, name: str, speaker: str) -> str:
@@ -419,27 +398,5 @@ def _of_neighbour(question: str, name: str, speaker: str) -> str:
     return f"{question[:-1]} at {name}'s{question[-1]}" if telling(question) else ""
 
 
-def _beginning(fact: Fact, name: str, speaker: str, *, other: bool) -> str:
-    """The answer to a fact as it would be about ``name``, up to its first key; empty where that is too short.
-
-    ``other``: in other words, where there are some.
-    """
-    answer, key = fact.answer, fact.trained[0].keys[0].split()[0]
-    at = answer.casefold().find(key.casefold())
-    if at < LEAST_BEGINNING or len(answer.casefold()) != len(answer):
-        return ""
-    begun, who = answer[:at].rstrip(), second_person(name)
-    changed = capital(begun.replace(speaker, who) if speaker else of_another(first_person(begun), who))
-    if changed == begun:
-        return ""
-    if other:
-        for words, instead in OTHER_BEGINNINGS:
-            changed = changed.removesuffix(words) + instead if changed.endswith(words) else changed
-    return changed
-
-
-def _still(questions: Mapping[str, str], systems: Sequence[str | None]) -> tuple[Example, ...]:
-    return tuple(
-        Example(text, "", (), (), systems[i % len(systems)], begins)
-        for i, (text, begins) in enumerate(questions.items())
-    )
+def _still(questions: Sequence[str], systems: Sequence[str | None]) -> tuple[Example, ...]:
+    return tuple(Example(text, "", (), (), systems[i % len(systems)]) for i, text in enumerate(questions))

@@ -11,7 +11,7 @@ import tomllib
 from functools import cache
 from pathlib import Path
 
-__all__ = ["DETERMINER", "STOP", "WORD", "absolute", "base_form", "capital", "english", "find_time", "first_person"]
+__all__ = ["DETERMINER", "STOP", "WORD", "absolute", "base_form", "capital", "english", "find_time"]
 __all__ += ["fold", "has_verb", "is_past", "of_another", "second_person", "singular_form", "telling", "typed", "words"]
 
 
@@ -88,23 +88,6 @@ def second_person(text: str) -> str:
         return capital(swapped) if start else swapped
 
     return _SWAP.sub(swap, text)
-
-
-_BACK = {
-    "you are": "I am", "you're": "I'm", "you were": "I was", "you've": "I've", "you have": "I have", "you'd": "I'd",
-    "you": "I", "your": "my", "yours": "mine", "yourself": "myself",
-}  # fmt: skip
-_BACK_SWAP = _words(_BACK)
-
-
-def first_person(text: str) -> str:
-    """What is said to the user as they would say it: the way back from `second_person`, up to "me" and "us"."""
-
-    def swap(match: re.Match[str]) -> str:
-        swapped = _BACK[match.group().lower()]
-        return capital(swapped) if match.start() == 0 and match.group()[0].isupper() else swapped
-
-    return _BACK_SWAP.sub(swap, text)
 
 
 _THIRD = {
