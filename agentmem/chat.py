@@ -92,6 +92,8 @@ class _Prepared:
     #: Those of them that stand in the turn, not in the core.
     recalled: list[Hit]
     core: set[str]
+    #: The records that the answer may come from through LoRA versions.
+    learnt: set[str]
 
     @property
     def turn(self) -> list[Message]:
@@ -214,7 +216,10 @@ def _prepared(
         cache=_asked_of_host(engine, conversation, plan, layout, sent),
         concerned=concerned,
     )
-    return _Prepared(request, sent, layout, asked, hits, in_turn, in_core)
+    learnt = {record for ref in request.loras for record in ref.records}
+    if engine.settings.lora_when == "recalled":
+        learnt &= set(concerned)
+    return _Prepared(request, sent, layout, asked, hits, in_turn, in_core, learnt)
 
 
 def _stored(
@@ -244,7 +249,7 @@ def _stored(
             # The turn itself is what must not be lost; its vectors are made at the next search.
             _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
     # What the answer was made from, beside the conversation so far.
-    before_it = {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core
+    before_it = {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core | made.learnt
     facts = planning.facts(engine, session, made.sent, made.turn, recalled=made.recalled, reply=generation)
     try:
         with engine.database.write() as connection:

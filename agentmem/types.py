@@ -314,10 +314,10 @@ class Reply(Value):
 class Erasure(Value):
     """The receipt of ``forget``: what was removed, and where. With ``dry_run`` nothing was removed yet.
 
-    ``replies`` are answers to one of these records, or written with one recalled or in the core. They are memories of
-    their own and were kept; forget them by these ids if they repeat what should be gone. ``saved`` are folders that
-    `activation.save` wrote and that hold states of them: yours to delete. ``hosted`` says, per provider that saw one of
-    the records, what it may still hold and until when.
+    ``replies`` are answers to one of these records, or written with one recalled, in the core or learnt by a LoRA
+    version that acted on it. They are memories of their own and were kept; forget them by these ids if they repeat what
+    should be gone. ``saved`` are folders that `activation.save` wrote and that hold states of them: yours to delete.
+    ``hosted`` says, per provider that saw one of the records, what it may still hold and until when.
     """
 
     dry_run: bool = False
@@ -344,9 +344,7 @@ class Erasure(Value):
             + (f", {len(self.slots)} saved slots" if self.slots else "")
         ]
         if self.replies:
-            lines.append(
-                f"  kept {len(self.replies)} replies written with them in the prompt: {', '.join(self.replies)}"
-            )
+            lines.append(f"  kept {len(self.replies)} replies written with them: {', '.join(self.replies)}")
         lines += [f"  saved KV pages in {folder} still hold them: delete that folder" for folder in self.saved]
         return "\n".join(lines + [f"  {note}" for note in self.hosted])
 

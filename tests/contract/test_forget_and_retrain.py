@@ -86,6 +86,20 @@ def test_all_records_learnt_anew_take_the_place_of_the_old_version(memory: Memor
     assert [v.digest for v in ana.parametric.rollback()] == [first.digest]
 
 
+@pytest.mark.parametrize("when", ["recalled", "always"])
+def test_the_receipt_names_replies_that_a_version_may_have_made_of_it(when: str, tmp_path: Path) -> None:
+    with learning(), memory_of(tmp_path, lora_when=when) as memory:
+        ana = memory.scope(user="ana")
+        [dog, number] = ana.add([FACTS[0], FACTS[2]])
+        ana.parametric.train()
+        reply = ana.chat("What is the name of my dog?", recall=False)
+        assert reply.loras
+        other = ana.chat("What is my lucky number?", recall=False)
+        replies = [reply.records[-1]] if when == "recalled" else [reply.records[-1], other.records[-1]]
+        assert ana.forget(dog.id).replies == replies
+        assert number.id in {record.id for record in ana.list()}
+
+
 def test_a_version_is_replaced_also_where_other_questions_were_asked_since(memory: Memory) -> None:
     ana = memory.scope(user="ana")
     [dog, boat] = ana.add([FACTS[0], "My boat is called Morgenstern."])
