@@ -57,8 +57,9 @@ def forget(
     if receipt.records and not receipt.dry_run:
         engine.questions.update(asked)
         engine.finish_erasures()
-        if receipt.loras:
-            receipt = receipt.model_copy(update={"hosted": [*receipt.hosted, *withdraw(engine, receipt.loras)]})
+        # Also where no version is retired now: one that ended before may be at an engine still.
+        if told := withdraw(engine, receipt.loras):
+            receipt = receipt.model_copy(update={"hosted": [*receipt.hosted, *told]})
     return receipt
 
 

@@ -103,7 +103,7 @@ class VersionFolder:
         path = self.folder / name
         self._checked.pop(name, None)
         try:
-            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink(missing_ok=True)
         except FileNotFoundError:
             return
         except OSError as error:

@@ -100,6 +100,21 @@ def test_the_receipt_names_replies_that_a_version_may_have_made_of_it(when: str,
         assert number.id in {record.id for record in ana.list()}
 
 
+def test_a_link_in_a_checkpoint_s_place_keeps_nobody_from_forgetting(memory: Memory, tmp_path: Path) -> None:
+    ana = memory.scope(user="ana")
+    [record] = ana.add(FACTS[0])
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    (elsewhere / "records.json").write_text(json.dumps({record.id: "0" * 64}))
+    lora = memory._engine.folder / "lora"
+    lora.mkdir(exist_ok=True)
+    (lora / ".run-link").symlink_to(elsewhere)
+    ana.parametric.train()
+    ana.forget(record.id)
+    assert folders(memory) == set()
+    assert (elsewhere / "records.json").exists()
+
+
 def test_a_version_is_replaced_also_where_other_questions_were_asked_since(memory: Memory) -> None:
     ana = memory.scope(user="ana")
     [dog, boat] = ana.add([FACTS[0], "My boat is called Morgenstern."])

@@ -151,6 +151,17 @@ def test_a_version_that_ended_by_itself_is_taken_back_by_the_next_retraining(vll
         assert vllm.loaded == {}
 
 
+def test_a_version_that_ended_by_itself_is_taken_back_when_its_record_is_forgotten(
+    vllm: VllmDouble, tmp_path: Path
+) -> None:
+    with opened(tmp_path, vllm.url) as mem:
+        version = learnt(mem, "I live in Tromsø.")
+        mem.scope(user="ana").parametric.publish(version)
+        mem._engine.registry.taint([version.digest], version.records)
+        assert mem.forget(list(version.records)).loras == []
+        assert vllm.loaded == {}
+
+
 def test_several_versions_are_published_as_one_sum(vllm: VllmDouble, tmp_path: Path) -> None:
     with opened(tmp_path, vllm.url) as mem:
         ana = mem.scope(user="ana").parametric
