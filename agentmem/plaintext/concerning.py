@@ -11,7 +11,7 @@ from collections.abc import Collection, Sequence
 from agentmem.types import Hit
 
 from .asking import asks
-from .whose import same_people
+from .whose import personal, same_people
 
 __all__ = ["WEIGHED", "concerned"]
 
@@ -22,6 +22,9 @@ WEIGHED = 60
 #: reach it, and none of 168 questions about neighbours or unrelated matters concerns a record (tests/benchmarks/
 #: lora_serving.py).
 LEAST = 0.005
+#: The least probability of a record that is nobody's own ("To reset the boiler, ..."): grammar says nothing of whose
+#: matters are meant there. Unrelated questions reach 0.06 (0.13 of any record), its own 0.5 and more.
+LEAST_IMPERSONAL = 0.2
 #: And the least part of the likeliest one's: of many versions only those that the question is about should act.
 BESIDE = 0.1
 
@@ -31,17 +34,21 @@ def concerned(question: str, hits: Sequence[Hit], learnt: Collection[str]) -> li
 
     A hit's score is the probability that it is evidence, and shared among all that was found: earlier questions and
     answers took of it what belongs to the statements behind them, so they are left out of the sum. What is then at
-    least `LEAST` likely, and likely enough beside the best, is concerned if it tells of the same people.
+    least `LEAST` likely (`LEAST_IMPERSONAL` where it is nobody's own), and likely enough beside the best, is concerned
+    if it tells of the same people.
     """
     stated = [
         hit for hit in hits if hit.record.id in learnt or not (hit.record.role != "user" or asks(hit.record.text))
     ]
     held = sum(hit.score for hit in stated)
-    least = LEAST * held / max(sum(hit.score for hit in hits), 1e-12)
+    share = held / max(sum(hit.score for hit in hits), 1e-12)
+    least = LEAST * share
     found: list[str] = []
     for hit in stated:
         if hit.score < least:
             break
+        if hit.score < LEAST_IMPERSONAL * share and not personal(hit.record.text):
+            continue
         if hit.record.id in learnt and same_people(question, hit.record.text, hit.record.name):
             least = max(least, BESIDE * hit.score)
             found.append(hit.record.id)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from .postings import stems
 
-__all__ = ["points_back", "same_people"]
+__all__ = ["personal", "points_back", "same_people"]
 
 
 def _set(words: str) -> frozenset[str]:
@@ -102,6 +102,11 @@ def same_people(question: str, record: str, name: str | None = None) -> bool:
     if not all(map(told.has, _others(words))):
         return False
     return not told.first or _own(words) or any(map(told.names, words))
+
+
+def personal(record: str) -> bool:
+    """Whether a record tells of the speaker's own matters."""
+    return _Told(record, None).first
 
 
 def points_back(question: str) -> bool:

@@ -72,3 +72,13 @@ def test_versions_are_named_in_errors(memory: Memory) -> None:
         ana.parametric.unpublish(version)
     with pytest.raises(InvalidInput, match="the LoRA version is '': give a version, its name or its digest"):
         ana.parametric.activate("")
+
+
+def test_what_nobody_trusts_is_not_learnt_unless_somebody_approves(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    [trusted] = ana.add([FACTS[0]])
+    [page] = ana.add([FACTS[1]], source="https://example.org", trust="untrusted")
+    version = ana.parametric.train(records=[trusted, page])
+    assert version.records == (trusted.id,)
+    assert [record for record, _ in version.left_out] == [page.id]
+    assert ana.parametric.train(records=[page], approve=[page]).records == (page.id,)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from agentmem.plaintext.whose import points_back, same_people
+from agentmem.plaintext.concerning import concerned
+from agentmem.plaintext.whose import personal, points_back, same_people
+from agentmem.types import Hit, Record
 
 DOG, HOME, TEA = "My dog is called Biscuit.", "I live in Tromsø.", "My favourite tea is sencha."
 SISTER = "My sister's name is Ingrid."
@@ -100,3 +102,20 @@ def test_what_stands_for_itself(question: str) -> None:
 def test_any_text_is_taken(text: str) -> None:
     assert same_people(text, text) in (True, False)
     assert points_back(text) in (True, False)
+
+
+BOILER = "To reset the boiler, hold the grey lever for eleven seconds."
+
+
+def test_what_is_nobodys_own() -> None:
+    assert not personal(BOILER)
+    assert personal(DOG)
+
+
+def test_what_is_nobodys_own_concerns_only_what_it_likely_answers() -> None:
+    boiler, dog = Record(id="boiler", text=BOILER), Record(id="dog", text=DOG)
+    unlikely = [Hit(record=boiler, score=0.05), Hit(record=dog, score=0.02)]
+    assert concerned("What is 12 times 9?", unlikely, {"boiler", "dog"}) == []
+    assert concerned("What is my dog called?", unlikely, {"boiler", "dog"}) == ["dog"]
+    likely = [Hit(record=boiler, score=0.7), Hit(record=dog, score=0.02)]
+    assert concerned("How is the boiler reset?", likely, {"boiler", "dog"}) == ["boiler"]
