@@ -121,7 +121,11 @@ def _train(
         if retraining.queued(engine, scope):
             tensors = model_of(engine)
             redone = retraining.retrain(engine, tensors, scope, stop)
-        learnt = {record for version in engine.registry.active(scope) for record in version.records}
+        learnt = set()
+        if acting := engine.registry.active(scope):
+            tensors = tensors or model_of(engine)
+            own = tensors.identity.hex()  # what another base learnt, this one can't answer with
+            learnt = {record for version in acting if version.identity == own for record in version.records}
         wanted = [record for record in held if record.id not in learnt | outdated]
         _refuse_strange(trusted, wanted)
     chosen = [r.model_copy(update={"trust": "trusted"}) if r.id in trusted else r for r in wanted]

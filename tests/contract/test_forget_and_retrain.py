@@ -115,6 +115,17 @@ def test_a_link_in_a_checkpoint_s_place_keeps_nobody_from_forgetting(memory: Mem
     assert (elsewhere / "records.json").exists()
 
 
+def test_another_base_learns_what_only_the_first_one_knew(tmp_path: Path, taught: list[Corpus]) -> None:
+    with memory_of(tmp_path) as memory:
+        memory.add(list(FACTS[:2]))
+        first = memory.parametric.train()
+    other = Teachable()
+    other._tensors.identity = b"\xcd" * 32
+    with memory_of(tmp_path, other) as memory:
+        assert memory.parametric.train(seed=1).records == first.records
+    assert len(taught) == 2
+
+
 def test_a_version_is_replaced_also_where_other_questions_were_asked_since(memory: Memory) -> None:
     ana = memory.scope(user="ana")
     [dog, boat] = ana.add([FACTS[0], "My boat is called Morgenstern."])
