@@ -45,7 +45,7 @@ def line(points: Sequence[Point]) -> str:
     blocks = "".join(_BLOCKS[min(max(round(p.known * 7), 0), 7)] for p in shown)
     parts = [f"known {blocks} {last.known:.0%}", f"loss {first.loss:.2f} to {last.loss:.2f}"]
     if (drift := next((p.drift for p in reversed(points) if p.drift is not None), None)) is not None:
-        parts.append(f"drift {drift:+.1%}")
+        parts.append(f"drift {drift:+.1%} on a passage of its own")  # the gate reads others
     if (kl := next((p.kl for p in reversed(points) if p.kl is not None), None)) is not None:
         parts.append(f"KL {kl:.3f}")
     return f"{', '.join(parts)} after {last.step} steps"
@@ -65,4 +65,8 @@ def body(version: LoraVersion) -> str:
     ]
     plot = panels(f"how {version.name} learnt", curves(version.curve)) if version.curve else ""
     told = table(("version", ""), facts) + table(("gate " + ("passed" if gate.passed else "failed"), ""), measured)
+    if gate.failed:
+        told += table(("why the gate failed",), [(why,) for why in gate.failed])
+    if version.left_out:
+        told += table(("record that it did not learn", "why"), version.left_out)
     return f'<div class="agentmem"><style>{STYLE}</style>{figure(version.name, plot, told)}</div>'

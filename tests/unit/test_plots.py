@@ -101,8 +101,18 @@ def test_a_notebook_shows_it_light_or_dark_with_nothing_loaded_from_elsewhere() 
     assert not re.search(r"https?://|<script|@import|url\(", shown)
 
 
+def test_a_notebook_says_why_a_gate_failed_and_what_was_not_learnt() -> None:
+    failed = GATE.model_copy(update={"passed": False, "failed": ("drift on unrelated text is 9.0%, not at most 4.0%",)})
+    shown = version(*RUN).model_copy(update={"gate": failed, "left_out": (("r7", "it asks, and states nothing"),)})
+    assert "drift on unrelated text is 9.0%" in shown._repr_html_()
+    assert "it asks, and states nothing" in shown._repr_html_()
+    assert "why the gate failed" not in version(*RUN)._repr_html_()
+
+
 def test_in_a_line_of_text() -> None:
-    assert line(RUN) == "known ▂▅█ 100%, loss 3.00 to 0.09, drift +1.8%, KL 0.050 after 32 steps"
+    assert (
+        line(RUN) == "known ▂▅█ 100%, loss 3.00 to 0.09, drift +1.8% on a passage of its own, KL 0.050 after 32 steps"
+    )
     assert line(RUN[:1]) == "known ▂ 10%, loss 3.00 to 3.00 after 1 steps"
     assert line(RUN) in str(version(*RUN))
     long = line([point(step, step / 400) for step in range(1, 401)])
