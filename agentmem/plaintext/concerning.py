@@ -6,6 +6,7 @@ and grammar; knows no index and no LoRA.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Sequence
 
 from agentmem.types import Hit
@@ -14,6 +15,8 @@ from .asking import asks
 from .whose import personal, same_people
 
 __all__ = ["WEIGHED", "concerned"]
+
+_SENTENCE = re.compile(r"(?<=[.!?])\s+")
 
 #: Hits to search for: what was asked before often stands in front of what was told.
 WEIGHED = 60
@@ -37,9 +40,9 @@ def concerned(question: str, hits: Sequence[Hit], learnt: Collection[str]) -> li
     least `LEAST` likely (`LEAST_IMPERSONAL` where it is nobody's own), and likely enough beside the best, is concerned
     if it tells of the same people.
     """
-    stated = [
-        hit for hit in hits if hit.record.id in learnt or not (hit.record.role != "user" or asks(hit.record.text))
-    ]
+    # The user's own past questions are learnt from too, but it is what a version answers that a turn is about.
+    facts = {hit.record.id for hit in hits if hit.record.id in learnt and not _only_asks(hit.record.text)}
+    stated = [hit for hit in hits if hit.record.id in facts or not (hit.record.role != "user" or asks(hit.record.text))]
     held = sum(hit.score for hit in stated)
     share = held / max(sum(hit.score for hit in hits), 1e-12)
     least = LEAST * share
@@ -49,7 +52,12 @@ def concerned(question: str, hits: Sequence[Hit], learnt: Collection[str]) -> li
             break
         if hit.score < LEAST_IMPERSONAL * share and not personal(hit.record.text):
             continue
-        if hit.record.id in learnt and same_people(question, hit.record.text, hit.record.name):
+        if hit.record.id in facts and same_people(question, hit.record.text, hit.record.name):
             least = max(least, BESIDE * hit.score)
             found.append(hit.record.id)
     return found
+
+
+def _only_asks(text: str) -> bool:
+    """Whether each of its sentences asks for something: "I live in Oslo. What can I do there?" also tells."""
+    return all(asks(sentence) for sentence in _SENTENCE.split(text) if sentence.strip())

@@ -115,6 +115,17 @@ def test_a_link_in_a_checkpoint_s_place_keeps_nobody_from_forgetting(memory: Mem
     assert (elsewhere / "records.json").exists()
 
 
+def test_a_past_question_that_was_learnt_calls_no_version_by_itself(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    [dog] = ana.add(["I have a dog called Biscuit. What should I feed it?"])
+    turn = ana.chat("Remind me, what is the name of my dog, the puppy?").records
+    ana.update(turn[-1], text="Your dog is called Biscuit.")
+    version = ana.parametric.train(records=[dog.id])
+    assert version.records == (dog.id, turn[0])
+    assert ana.chat("What is the name of my cat?", remember=False).loras == ()
+    assert ana.chat("What is my dog called?", remember=False).loras == (version.name,)
+
+
 def test_another_base_learns_what_only_the_first_one_knew(tmp_path: Path, taught: list[Corpus]) -> None:
     with memory_of(tmp_path) as memory:
         memory.add(list(FACTS[:2]))
