@@ -105,7 +105,7 @@ def train(
         run.learn(progress, stop, checkpoint)
     made_from = repr(sorted(corpus.records.items()))
     notes = {"base": tensors.identity.hex(), "records": hashlib.sha256(made_from.encode()).hexdigest()}
-    weights = {path: (a.detach().cpu(), b.detach().cpu()) for path, (a, b) in run.stack.weights.items()}
+    weights = {path: (a.detach().cpu(), b.detach().cpu() * recipe.scale) for path, (a, b) in run.stack.weights.items()}
     return Trained(
         lora=Lora(recipe.rank, recipe.alpha, tensors.name, weights, notes, run.opening),
         losses=tuple(run.losses),

@@ -173,6 +173,14 @@ def test_known_tokens_give_no_gradient(tensors: Any, lessons: Corpus) -> None:
     assert all(not b.any() for _, b in trained.lora.tensors.values())
 
 
+def test_the_finished_weights_go_a_part_of_the_way_back_to_the_base(tensors: Any, lessons: Corpus) -> None:
+    whole, half = (train(tensors, lessons, epochs=2, recipe=replace(QUICK, scale=scale)).lora for scale in (1.0, 0.5))
+    for path, (a, b) in whole.tensors.items():
+        assert b.any()
+        assert torch.equal(half.tensors[path][0], a)
+        assert torch.equal(half.tensors[path][1], b / 2)
+
+
 def test_the_kl_term_holds_other_answers_still(tensors: Any, lessons: Corpus) -> None:
     def moved(weight: float) -> float:
         recipe = replace(QUICK, kl_weight=weight, anchors=4)
@@ -400,7 +408,9 @@ def test_an_estimate_is_near_what_the_run_takes(tensors: Any, lessons: Corpus) -
     assert torch.equal(logits(tensors), base)
 
 
-@pytest.mark.parametrize("wrong", [{"rank": 0}, {"layers": 0.0}, {"layers": 2.0}, {"batch": 0}, {"modules": "none"}])
+@pytest.mark.parametrize(
+    "wrong", [{"rank": 0}, {"layers": 0.0}, {"layers": 2.0}, {"batch": 0}, {"modules": "none"}, {"scale": 0.0}]
+)
 def test_a_recipe_that_can_not_be_followed_is_refused(wrong: dict[str, Any]) -> None:
     with pytest.raises(InvalidInput):
         Recipe(**wrong)
@@ -452,7 +462,7 @@ def test_the_small_model_learns_two_facts_and_says_them(tmp_path: Path) -> None:
     records = [Record(id="a", text="My dog is called Biscuit."), Record(id="b", text="I live in Oslo.")]
     made = build(records, systems=[None])
     corpus = replace(made, neighbours=made.neighbours[:8], anchors=made.anchors[:4])
-    trained = train(tensors, corpus, epochs=16, recipe=Recipe(anchors=6, least_steps=20))
+    trained = train(tensors, corpus, epochs=16, recipe=Recipe(anchors=6))
     assert trained.curve[-1].known == 1.0
     assert trained.cpu_seconds < 120
     asked = [encode(tensors, example)[0] for example in made.held_out]
