@@ -96,6 +96,7 @@ def test_only_the_root_handle_moves_pages(memory: Memory, tmp_path: Path) -> Non
         memory.scope(user="ana").activation.save(tmp_path / "out")
 
 
+@pytest.mark.timeout(1800)  # training takes two CPU-minutes, and other work may share the machine
 def test_a_lora_answers_without_records_and_no_page_crosses_it(memory: Memory) -> None:
     ana, ben = memory.scope(user="ana"), memory.scope(user="ben")
     facts = ana.add(["My dog is called Biscuit.", "I live in Tromsø.", "My favourite colour is teal."])
@@ -131,9 +132,10 @@ def test_hosted_models_cannot_be_trained(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not LOCOMO.exists(), reason="the development data is not beside the checkout")
+@pytest.mark.timeout(1000)
 def test_a_real_conversation_is_recalled_and_its_prefix_restored() -> None:
     script = ROOT / "tests" / "benchmarks" / "locomo_chat.py"
     command = [sys.executable, str(script), "--questions", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     assert done.stdout.rstrip().endswith("yes")

@@ -277,10 +277,10 @@ def test_ten_thousand_turns_are_chosen_for_in_milliseconds_from_a_small_state() 
                 layouts.done(one, Layout(None if rules.marked else f"{0:032x}"))
             else:
                 layouts.done(one, layouts.choose(coming(one)))
-        begun = time.perf_counter()
+        begun = time.process_time()
         for _ in range(20):
             layouts.choose(coming(turn(10_001, clock + 30, "s499")))
-        assert (time.perf_counter() - begun) / 20 < 0.02  # about 1 ms where nothing else runs
+        assert (time.process_time() - begun) / 20 < 0.02  # about 1 ms where nothing else runs
         assert len(json.dumps(layouts.state())) < 8_000
 
 

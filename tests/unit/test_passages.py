@@ -58,14 +58,14 @@ def test_spaces_belong_to_the_piece_before_them() -> None:
 
 
 def test_the_largest_texts_are_cut_in_linear_time_into_at_most_so_many_pieces() -> None:
-    started = time.perf_counter()
+    started = time.process_time()
     for text in ("x" * (1 << 24), "a b. " * 3_000_000, " " * (1 << 24)):
         pieces = by_characters(text)
         assert len(pieces) <= MOST
         assert pieces[-1][1] == len(text)
     ends = list(range(1, 4_000_001))
     assert len(by_tokens("." * 4_000_000, ends, whole=3, aim=2)) <= MOST
-    assert time.perf_counter() - started < 20
+    assert time.process_time() - started < 20
 
 
 def test_without_an_embedder_characters_count() -> None:

@@ -144,10 +144,10 @@ def test_recalled_text_is_never_in_a_system_message() -> None:
 
 
 def test_escaping_takes_time_in_proportion_to_the_text() -> None:
-    begun = time.perf_counter()
+    begun = time.process_time()
     for unit in ("[", "[A", "<", "[AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"):
         prompt.record_line(made(1, unit * (1_000_000 // len(unit))))
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_ordinary_text_stays_readable() -> None:

@@ -64,9 +64,9 @@ def test_redacting_twice_changes_nothing_more(text: str) -> None:
 @pytest.mark.parametrize("unit", ["a", "1", "a.", "1 ", "a@", "sk-", "+1 ", "AA00", "-----BEGIN PRIVATE KEY-----", "("])
 def test_time_is_in_proportion_to_the_text(unit: str) -> None:
     assert ALL is not None
-    begun = time.perf_counter()
+    begun = time.process_time()
     ALL(unit * (200_000 // len(unit)))
-    assert time.perf_counter() - begun < 5
+    assert time.process_time() - begun < 5
 
 
 def test_an_unknown_detector_is_refused() -> None:
