@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .database import Database
     from .provider import Request
 
-__all__ = ["Calibration", "TokenCounter", "counter_for", "encoding", "image_tokens", "request_tokens"]
+__all__ = ["PER_MESSAGE", "Calibration", "TokenCounter", "counter_for", "encoding", "image_tokens", "request_tokens"]
 
 #: The vocabularies at hand: SHA-256 that tiktoken expects of the unpacked file, the pattern that cuts text into pieces,
 #: the special tokens. As in tiktoken_ext/openai_public.py, which can only download them; a test compares.
