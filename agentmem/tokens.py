@@ -136,7 +136,8 @@ def _ranks(content: bytes) -> dict[bytes, int]:
 
 #: Tokens that OpenAI's chat format adds to a message (its role among them), and to a request so that the answer begins
 #: (the vendor's cookbook, "How to count tokens with tiktoken"). Other formats are near; `Calibration` learns the rest.
-PER_MESSAGE, PER_REQUEST = 4, 3
+PER_MESSAGE = 4
+PER_REQUEST = 3
 
 
 def request_tokens(request: Request, count: Callable[[str], int]) -> int:
