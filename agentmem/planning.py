@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import prompt
 from .plaintext.drafts import utc_seconds
 from .provider import CachePlan, Generation, Mark, Request
+from .tokens import PER_MESSAGE
 from .types import Hit, Message, Record, Scope, Segment
 
 if TYPE_CHECKING:
@@ -29,25 +30,27 @@ if TYPE_CHECKING:
     from .engine import Engine
 
 __all__ = [
-    "MESSAGE_TOKENS",
     "Measured",
     "Plan",
     "expected",
     "facts",
+    "grown",
     "head_tokens",
+    "history_of",
     "keep",
     "measured",
     "planned",
     "prewarm_pays",
+    "sent_history",
     "sizes",
+    "store",
+    "stored",
     "warm_every",
     "with_kept",
 ]
 
 _log = logging.getLogger("agentmem")
 
-#: What a chat format adds to each message, in tokens: OpenAI's published count, near enough for the others.
-MESSAGE_TOKENS = 4
 #: Of a model's window, what a prompt's verbatim history may take.
 WINDOW_SHARE = 0.5
 #: Where a host's window is not known.
@@ -109,10 +112,10 @@ def measured(
         block(tool, engine.count(tool))
     for segment in segments:
         for message in segment.messages:
-            block(_key(message), engine.count(message.content) + MESSAGE_TOKENS)
+            block(_key(message), engine.count(message.content) + PER_MESSAGE)
             for call in message.tool_calls:
                 text = prompt.call_text(call)
-                block(text, engine.count(text) + MESSAGE_TOKENS)
+                block(text, engine.count(text) + PER_MESSAGE)
             ends.append(len(blocks))
         if segment.stable:
             name = "history" if segment.name == "turn" else segment.name
@@ -150,11 +153,8 @@ class Plan:
         self._rules = rules
         self._lock = threading.Lock()
         self._model = engine.chat_provider().name
-        self._levels = [value or "" for _, value in scope.levels()]
-        stored = engine.database.query(
-            "SELECT state FROM layouts WHERE model = ? AND tenant = ? AND user = ? AND agent = ? AND session = ?",
-            (self._model, *self._levels),
-        )
+        self._scope = scope
+        state = stored(engine, self._model, scope)
         settings = engine.settings
         limits: dict[str, Any] = {
             "core_tokens": settings.core_tokens,
@@ -162,7 +162,6 @@ class Plan:
             "history_tokens": settings.history_tokens,
         }
         try:
-            state: dict[str, Any] = json.loads(stored[0]["state"]) if stored else {}
             self._layouts = Layouts(rules, **limits, state=state.get("layouts"))
         except (AttributeError, TypeError, ValueError) as error:  # InvalidInput is a ValueError
             _log.warning("how %s's prompts were laid out can't be read, they are laid out anew: %s", self._model, error)
@@ -170,8 +169,7 @@ class Plan:
             self._layouts = Layouts(rules, **limits)
         self._marks = MarkPlanner(rules, state=state.get("marks"))
         self._held: int | None = None
-        #: The last history that was sent: the name that it goes by, its blocks, the digest of all its bytes.
-        self._history: tuple[str, int, str] = _history_of(state.get("history"))
+        self._history = history_of(state.get("history"))
 
     def choose(self, session: str, system: int, message: int, recalled: Sequence[tuple[str, int]] | None) -> Layout:
         """How this turn is laid out, of the tokens of its parts; ``recalled`` is None while it is not known: where the
@@ -201,7 +199,7 @@ class Plan:
     def cache_plan(self, prompt_: Measured, layout: Layout | None, previous: str | None) -> CachePlan:
         """What the host is asked to keep of this request."""
         with self._lock:
-            marks = self._marks.plan(self._named(prompt_, layout), self._engine.clock())
+            marks = self._marks.plan(self._levels(prompt_, layout), self._engine.clock())
         found: dict[int, str] = {}
         for blocks, lifetime in marks:
             # A mark stands at the end of a message; the tools stand before them all.
@@ -212,32 +210,76 @@ class Plan:
         # Asked for from the first request on: Anthropic compares only with answers to requests that asked, too.
         return CachePlan(marks=placed, previous=previous, diagnose=self._rules.diagnoses)
 
-    def _named(self, prompt_: Measured, layout: Layout | None) -> list[Level]:
-        """The levels, with a history that only grew under the name that it had."""
-        name, blocks, digest = self._history
-        grown = 0 < blocks <= len(prompt_.digests) and prompt_.digests[blocks - 1] == digest
-        longest = None if layout is None else layout.longest
-        return [
-            replace(level, key=name if grown else level.key, longest=longest) if level.name == "history" else level
-            for level in prompt_.levels
-        ]
-
     def done(self, connection: sqlite3.Connection, prompt_: Measured, turn: Turn | None, layout: Layout | None) -> None:
         """This request was answered: learn from it, and keep what was learnt, in the caller's transaction."""
         now = self._engine.clock()
         with self._lock:
-            levels = self._named(prompt_, layout)
+            levels = self._levels(prompt_, layout)
             self._marks.done(levels, now)
-            if levels and levels[-1].name == "history":
-                self._history = str(levels[-1].key), levels[-1].blocks, prompt_.digests[levels[-1].blocks - 1]
+            self._history = sent_history(prompt_, levels) or self._history
             if turn is not None and layout is not None:
                 self._layouts.done(turn, layout, held=self._held)
-            state = json.dumps(
-                {"layouts": self._layouts.state(), "marks": self._marks.state(), "history": self._history}
-            )
-        connection.execute(
-            "INSERT OR REPLACE INTO layouts VALUES (?, ?, ?, ?, ?, ?, ?)", (self._model, *self._levels, now, state)
-        )
+            state = {"layouts": self._layouts.state(), "marks": self._marks.state(), "history": self._history}
+        store(connection, self._model, self._scope, now, state)
+
+    def _levels(self, prompt_: Measured, layout: Layout | None) -> list[Level]:
+        return grown(prompt_, self._history, None if layout is None else layout.longest)
+
+
+def stored(engine: Engine, name: str, scope: Scope) -> dict[str, Any]:
+    """What was kept of the prompts that go by this name in this scope; empty where nothing is, or it can't be read."""
+    rows = engine.database.query(
+        "SELECT state FROM layouts WHERE model = ? AND tenant = ? AND user = ? AND agent = ? AND session = ?",
+        _row(name, scope),
+    )
+    try:
+        state = json.loads(rows[0]["state"]) if rows else {}
+    except ValueError:
+        state = None
+    if not isinstance(state, dict):
+        _log.warning("how %s's prompts were laid out can't be read, they are laid out anew", name)
+        return {}
+    return state
+
+
+def store(connection: sqlite3.Connection, name: str, scope: Scope, at: float, state: Mapping[str, Any]) -> None:
+    """Keep it, in the caller's transaction."""
+    connection.execute(
+        "INSERT OR REPLACE INTO layouts VALUES (?, ?, ?, ?, ?, ?, ?)", (*_row(name, scope), at, json.dumps(state))
+    )
+
+
+def _row(name: str, scope: Scope) -> list[str]:
+    return [name, *(value or "" for _, value in scope.levels())]
+
+
+#: The last history that was sent: the name that it goes by, its blocks, the digest of all its bytes.
+History = tuple[str, int, str]
+
+
+def grown(sent: Measured, last: History, longest: int | None = None) -> list[Level]:
+    """The levels of a request, with a history that only grew since the ``last`` one under the name that it had;
+    ``longest`` as in `Level`."""
+    name, blocks, digest = last
+    same = 0 < blocks <= len(sent.digests) and sent.digests[blocks - 1] == digest
+    return [
+        replace(level, key=name if same else level.key, longest=longest) if level.name == "history" else level
+        for level in sent.levels
+    ]
+
+
+def sent_history(sent: Measured, levels: Sequence[Level]) -> History | None:
+    """The history of a request with these levels; None where it has none."""
+    if not levels or levels[-1].name != "history":
+        return None
+    return str(levels[-1].key), levels[-1].blocks, sent.digests[levels[-1].blocks - 1]
+
+
+def history_of(kept: Any) -> History:
+    """What was kept of the last history, nothing where that is not what it should be."""
+    if isinstance(kept, list) and [type(part) for part in kept] == [str, int, str]:
+        return kept[0], kept[1], kept[2]
+    return "", 0, ""
 
 
 def expected(engine: Engine, rules: CacheRules, request: Request, sent: Measured) -> int:
@@ -264,7 +306,7 @@ def expected(engine: Engine, rules: CacheRules, request: Request, sent: Measured
 def head_tokens(engine: Engine, system: str | None, tools: Sequence[Mapping[str, Any]], *, memories: bool) -> int:
     """Tokens of what stands at the head of a prompt, as `measured` will count them: the tools and the system part."""
     texts = [text for text in (system, prompt.MEMORY_NOTE if memories else None) if text]
-    said = engine.count("\n\n".join(texts)) + MESSAGE_TOKENS if texts else 0
+    said = engine.count("\n\n".join(texts)) + PER_MESSAGE if texts else 0
     return said + sum(engine.count(json.dumps(dict(tool), sort_keys=True)) for tool in tools)
 
 
@@ -332,13 +374,6 @@ def _told(engine: Engine, turns: Sequence[Record], said: Sequence[Message]) -> l
             found[-1] = id_, session, before + tokens, at
         answered = message.role == "assistant"
     return found
-
-
-def _history_of(stored: Any) -> tuple[str, int, str]:
-    """What was kept of the last history, nothing where that is not what it should be."""
-    if isinstance(stored, list) and [type(part) for part in stored] == [str, int, str]:
-        return stored[0], stored[1], stored[2]
-    return "", 0, ""
 
 
 def keep(connection: sqlite3.Connection, turn: str, hits: Sequence[Hit]) -> None:

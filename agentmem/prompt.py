@@ -18,6 +18,7 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from .tokens import PER_MESSAGE
 from .types import Hit, Message, Record, Segment, ToolCall
 
 __all__ = [
@@ -232,7 +233,7 @@ def paired(history: Sequence[Message], answers: Sequence[Message] = ()) -> list[
 def cost(messages: Iterable[Message], count: Count) -> int:
     """Tokens of these messages, with what a chat format adds to each."""
     return sum(
-        count(message.content) + 4 + sum(count(call_text(call)) + 4 for call in message.tool_calls)
+        count(message.content) + PER_MESSAGE + sum(count(call_text(call)) + PER_MESSAGE for call in message.tool_calls)
         for message in messages
     )
 

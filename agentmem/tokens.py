@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from .database import Database
     from .provider import Request
 
-__all__ = ["Calibration", "TokenCounter", "counter_for", "encoding", "image_tokens", "request_tokens"]
+__all__ = ["PER_MESSAGE", "Calibration", "TokenCounter", "counter_for", "encoding", "image_tokens", "request_tokens"]
 
 #: The vocabularies at hand: SHA-256 that tiktoken expects of the unpacked file, the pattern that cuts text into pieces,
 #: the special tokens. As in tiktoken_ext/openai_public.py, which can only download them; a test compares.
@@ -136,7 +136,8 @@ def _ranks(content: bytes) -> dict[bytes, int]:
 
 #: Tokens that OpenAI's chat format adds to a message (its role among them), and to a request so that the answer begins
 #: (the vendor's cookbook, "How to count tokens with tiktoken"). Other formats are near; `Calibration` learns the rest.
-PER_MESSAGE, PER_REQUEST = 4, 3
+PER_MESSAGE = 4
+PER_REQUEST = 3
 
 
 def request_tokens(request: Request, count: Callable[[str], int]) -> int:

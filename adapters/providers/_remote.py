@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from agentmem.errors import AgentMemError, ConfigError, InvalidInput, ProviderError, Unavailable
 from agentmem.provider import Capabilities, Generation, Request
-from agentmem.tokens import counter_for
+from agentmem.tokens import counter_for, request_tokens
 
 from ._http import Clock, Failure, clean, connection_failed, from_status, guard, refused, scrub
 from ._single_flight import Flights
@@ -412,8 +412,7 @@ def _counted(request: Request, generation: Generation) -> Generation:
     """The generation with an estimate of its prompt's tokens where the server left them out (0 would be no prompt)."""
     if generation.usage.input_tokens:
         return generation
-    counter = counter_for("")
-    tokens = sum(counter.count(m.content) + 4 for segment in request.segments for m in segment.messages)
+    tokens = request_tokens(request, counter_for("").count)
     return replace(generation, usage=generation.usage.model_copy(update={"input_tokens": tokens}))
 
 

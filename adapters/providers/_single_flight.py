@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from agentmem.cache_rules import CacheRules
 from agentmem.provider import Mark, Request
-from agentmem.tokens import counter_for
+from agentmem.tokens import PER_MESSAGE, counter_for
 from agentmem.types import Message
 
 from ._http import Clock
@@ -147,7 +147,7 @@ class Flights:
         if rules is None or prefix.size < rules.minimum:  # no token is shorter than a byte
             return False
         counter = counter_for("")
-        return sum(counter.count(message.content) + 4 for message in prefix.messages) + 16 >= rules.minimum
+        return sum(counter.count(message.content) + PER_MESSAGE for message in prefix.messages) + 16 >= rules.minimum
 
 
 async def _landed(flight: Future[None], seconds: float) -> None:

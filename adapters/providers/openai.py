@@ -146,10 +146,12 @@ class OpenAI(Remote):
         return build(request, self._served, stream=stream, salted=None if salt is None else salt(request))
 
     def _chat(self, client: Any, body: dict[str, Any]) -> Any:
+        # As extra_body the conversation goes out as it is. Given by name, the SDK holds each part of it against its
+        # types, which for 130 messages takes longer than all the rest of a turn.
         named = "input" if "input" in body else "messages"
-        rest = {name: value for name, value in body.items() if name not in ("model", named, "stream")}
+        rest = {name: value for name, value in body.items() if name not in ("model", "stream")}
         send = client.responses.create if named == "input" else client.chat.completions.create
-        return send(model=body["model"], stream=body.get("stream", False), extra_body=rest, **{named: body[named]})
+        return send(model=body["model"], stream=body.get("stream", False), extra_body=rest, **{named: []})
 
     def _parse(self, payload: Mapping[str, Any]) -> Generation:
         parse = responses.parse_reply if "output" in payload or "choices" not in payload else chat.parse_reply

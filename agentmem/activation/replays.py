@@ -122,7 +122,7 @@ def planned(
     layouts, planner = Layouts(rules, core_tokens=core_tokens, window=window), MarkPlanner(rules)
     cache, history = PromptCache(rules), _History()
     numbers: dict[str, int] = {}
-    kept: dict[str, int] = {}  # of a record, the turn before which it stands
+    kept: dict[str, int] = {}  # of a record, the turn behind whose message it stands
     for number, turn in enumerate(turns):
         coming = Coming(turn.at, turn.session, turn.system, turn.message, held=planner.held(turn.at))
         first = _first(layouts.choose(coming), numbers, number)

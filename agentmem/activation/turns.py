@@ -52,7 +52,7 @@ class Layout:
 
     ``start``: the id of the turn at which the verbatim history begins (None: nothing of earlier turns). ``core``: how
     many tokens of core block are wanted, 0 for none. ``keep``: what was recalled for this turn stays in the history,
-    before the turn. ``longest``: index of the longest of the host's lifetimes that the history is worth
+    behind the turn's message. ``longest``: index of the longest of the host's lifetimes that the history is worth
     (`marks.Level.longest`); after longer pauses it would begin anew.
     """
 

@@ -129,6 +129,19 @@ def test_the_callers_own_marks_are_found_again(host: HostServer, memory: Memory,
     assert FACT in json.dumps(host.requests[1].body)
 
 
+@pytest.mark.parametrize("damage", ["{", "[]", '{"marks": 3, "history": "x"}'])
+def test_what_was_kept_of_marks_may_be_damaged(host: HostServer, memory: Memory, damage: str) -> None:
+    bot = agentmem.wrap(CLAUDES.sync(host), memory)
+    for question in ("I walk my dog every morning. " * 60, QUESTION):
+        claude_create(bot, [user(question)], system=SYSTEM)
+        with memory._engine.database.write() as connection:
+            connection.execute("UPDATE layouts SET state = ?", (damage,))
+    assert FACT in json.dumps(host.requests[-1].body)
+    assert "cache_control" in json.dumps(host.requests[-1].body)
+    [row] = memory._engine.database.query("SELECT COUNT(*) AS uses FROM uses WHERE verb = 'chat'")
+    assert row["uses"] == 2
+
+
 def test_marks_can_be_refused(host: HostServer, memory: Memory) -> None:
     claude_create(agentmem.wrap(CLAUDES.sync(host), memory, cache=False), [user(QUESTION)], system=SYSTEM)
     assert "cache_control" not in json.dumps(host.requests[-1].body)
