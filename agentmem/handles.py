@@ -161,13 +161,14 @@ class Parametric:
 
         Default are the records of the scope that hold now, are trusted and that no active version learnt; before them,
         what waits for `retrain` is done. ``records`` names exactly those to learn. Untrusted ones are left out but for
-        those in ``approve``, which you have looked at. More records than the setting ``lora_shard`` become several
-        versions, each trained on its own: the first is returned, its ``shards`` names all.
+        those in ``approve``, which you have looked at. Records of several users (tenants, agents) are learnt apart, by
+        versions of their own scopes; more of one than the setting ``lora_shard`` become several, each trained on its
+        own. The first is returned, its ``shards`` names all.
 
-        A version that passes its gate is activated for the scope unless ``activate=False``, beside those that are
-        active; one that learnt all records of an older one takes its place. One that fails stays inactive, with the
-        report in ``.gate``. ``ram_budget`` bounds the bytes that training holds beyond the model. Interrupted (or its
-        task cancelled), nothing is stored; the same call goes on from its checkpoint.
+        A version that passes its gate is activated for its scope unless ``activate=False``, beside those that are
+        active here or above; one that learnt all records of an older one takes its place. One that fails stays
+        inactive, with the report in ``.gate``. ``ram_budget`` bounds the bytes that training holds beyond the model.
+        Interrupted (or its task cancelled), nothing is stored; the same call goes on from its checkpoint.
 
         Raises `ConfigError` for a model without weights, `InvalidInput` where there is nothing to learn,
         `TrainingError` where a record is forgotten or changed meanwhile, `Full` where ``lora_budget`` has no room.

@@ -21,13 +21,12 @@ from .forgetting import drop_derived
 from .kinds import listed
 from .plaintext.drafts import check_path, shown
 from .publishing import base_config, withdraw
-from .teaching import Run, Stop, contradicted, corpus_of, learn, model_of, standing, thresholds_of
+from .teaching import Run, Stop, contradicted, corpus_of, learn, model_of, owned, standing, thresholds_of
 from .types import Record, Retraining, Scope
 
 if TYPE_CHECKING:
     from .parametric.corpus import Corpus
     from .parametric.registry import LoraVersion
-    from .parametric.train import Tensors
 
 _log = logging.getLogger("agentmem")
 
@@ -99,52 +98,84 @@ def _train(
     approved: list[Any],
     stop: Stop,
 ) -> LoraVersion:
-    from .parametric.shards import shards
-
     thresholds_of(engine)  # a wrong setting is told before anything is computed
     if not engine.chat_provider().capabilities.trains:
         model_of(engine)  # says which providers show their weights
-    wanted = None if named is None else [engine.records.get(id_, scope) for id_ in named]
+    wanted = [] if named is None else [engine.records.get(id_, scope) for id_ in named]
     trusted = {engine.records.get(id_, scope).id for id_ in approved}
-    if wanted is not None:
-        _refuse_strange(trusted, wanted)
-    tensors: Tensors | None = None
     redone: list[Retraining] = []
-    if wanted is None:
-        held = standing(engine, scope)
-        learnt = {record for version in engine.registry.active(scope) for record in version.records}
-        outdated = contradicted(held, learnt | trusted)
-        if outdated & learnt:
-            drop_derived(engine, sorted(outdated & learnt), pages=False)
-            engine.finish_erasures()
-        withdraw(engine, [])
-        if retraining.queued(engine, scope):
-            tensors = model_of(engine)
-            redone = retraining.retrain(engine, tensors, scope, stop)
-        learnt = set()
-        if acting := engine.registry.active(scope):
-            tensors = tensors or model_of(engine)
-            own = tensors.identity.hex()  # what another base learnt, this one can't answer with
-            learnt = {record for version in acting if version.identity == own for record in version.records}
-        wanted = [record for record in held if record.id not in learnt | outdated]
-        _refuse_strange(trusted, wanted)
+    if named is None:
+        wanted, redone = _not_learnt(engine, scope, trusted, stop)
+    _refuse_strange(trusted, wanted)
     chosen = [r.model_copy(update={"trust": "trusted"}) if r.id in trusted else r for r in wanted]
-    corpus = corpus_of(engine, scope, chosen) if chosen else None
-    if corpus is None or not corpus.examples:
+    plan = [(whose, mine, corpus_of(engine, whose, mine)) for whose, mine in owned(chosen, scope).items()]
+    if not any(corpus.examples for _, _, corpus in plan):
         if again := [proof.version for proof in redone if proof.version]:
             return engine.registry.get(again[-1], scope)
-        if corpus is None:
+        if not plan:
             raise InvalidInput(f"no records to learn in {scope}: add some first, or name those to learn again")
-        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out[:3])
-        raise InvalidInput(f"none of these {len(chosen)} records can be learnt ({why})")
-    if corpus.left_out:
-        why = "; ".join(f"{record}: {reason}" for record, reason in corpus.left_out[:20])
-        _log.warning("%d of %d records are not learnt (%s)", len(corpus.left_out), len(chosen), why)
-    tensors = tensors or model_of(engine)
+        raise InvalidInput(f"none of these {len(chosen)} records can be learnt ({_why(plan, 3)})")
+    if left := sum(len(corpus.left_out) for _, _, corpus in plan):
+        _log.warning("%d of %d records are not learnt (%s)", left, len(chosen), _why(plan, 20))
+    versions: list[LoraVersion] = []
+    for whose, mine, corpus in plan:
+        versions += _taught(engine, whose, mine, corpus, how, activate=activate, keep=versions, stop=stop)
+    first = engine.registry.get(versions[0].digest, scope)
+    return first.model_copy(update={"shards": tuple(version.name for version in versions)})
+
+
+def _not_learnt(engine: Engine, scope: Scope, trusted: set[str], stop: Stop) -> tuple[list[Record], list[Retraining]]:
+    """The records of this scope that no active version of their owner learnt on this base; before, what is outdated is
+    taken back and what waits to be learnt again is."""
+
+    def acting(whose: Scope, base: str | None = None) -> set[str]:
+        active = engine.registry.active(whose)
+        return {record for version in active if base in (None, version.identity) for record in version.records}
+
+    held = owned(standing(engine, scope), scope)
+    outdated: set[str] = set()
+    learnt: set[str] = set()
+    for whose, records in held.items():
+        learnt |= (mine := acting(whose))
+        outdated |= contradicted(records, mine | trusted)
+    if outdated & learnt:
+        drop_derived(engine, sorted(outdated & learnt), pages=False)
+        engine.finish_erasures()
+    withdraw(engine, [])
+    redone = retraining.retrain(engine, model_of(engine), scope, stop) if retraining.queued(engine, scope) else []
+    wanted: list[Record] = []
+    for whose, records in held.items():
+        mine = acting(whose)
+        if mine:  # what another base learnt, this one can't answer with
+            mine = acting(whose, model_of(engine).identity.hex())
+        wanted += [record for record in records if record.id not in mine | outdated]
+    return wanted, redone
+
+
+def _why(plan: Sequence[tuple[Scope, list[Record], Corpus]], most: int) -> str:
+    left = [f"{record}: {reason}" for _, _, corpus in plan for record, reason in corpus.left_out]
+    return "; ".join(left[:most])
+
+
+def _taught(
+    engine: Engine,
+    scope: Scope,
+    records: Sequence[Record],
+    corpus: Corpus,
+    how: Run,
+    *,
+    activate: bool,
+    keep: Sequence[LoraVersion],
+    stop: Stop,
+) -> list[LoraVersion]:
+    """Versions of this scope, a shard each, that learnt what ``corpus`` holds of its records."""
+    from .parametric.shards import shards
+
+    tensors = model_of(engine)
     active = [v for v in engine.registry.active(scope) if v.identity == tensors.identity.hex()]
     replaced = [v for v in active if _taught_again(engine, v, corpus)]
     beside = [v for v in active if v not in replaced]
-    parts = shards(corpus, chosen, engine.settings.lora_shard)
+    parts = shards(corpus, records, engine.settings.lora_shard)
     versions: list[LoraVersion] = []
     for number, part in enumerate(parts, 1):
         version = learn(
@@ -155,15 +186,14 @@ def _train(
             how,
             parents=[v for v in replaced if set(v.records) & {record.id for record in part}],
             beside=[*beside, *versions],
-            keep=[v.digest for v in (*active, *versions)],
+            keep=[v.digest for v in (*keep, *active, *versions)],
             stop=stop,
             label="learning" if len(parts) == 1 else f"learning {number} of {len(parts)}",
         )
         versions.append(version)
     if activate:
         _activate(engine, scope, versions, replaced)
-    first = engine.registry.get(versions[0].digest, scope)
-    return first.model_copy(update={"shards": tuple(version.name for version in versions)})
+    return versions
 
 
 def _activate(engine: Engine, scope: Scope, versions: Sequence[LoraVersion], replaced: Sequence[LoraVersion]) -> None:
@@ -178,9 +208,8 @@ def _activate(engine: Engine, scope: Scope, versions: Sequence[LoraVersion], rep
     held = {record for version in versions if version.digest in ready for record in version.records}
     lost = {record for version in versions for record in version.records} - held
     with engine.database.write():
-        gone = {version.digest for version in replaced if lost.isdisjoint(version.records)} | ready
-        kept = [version.digest for version in engine.registry.active(scope) if version.digest not in gone]
-        engine.registry.activate([*kept, *(v.digest for v in versions if v.digest in ready)], scope)
+        gone = {version.digest for version in replaced if lost.isdisjoint(version.records)}
+        engine.registry.join([v.digest for v in versions if v.digest in ready], scope, instead_of=gone)
 
 
 def _taught_again(engine: Engine, version: LoraVersion, corpus: Corpus) -> bool:

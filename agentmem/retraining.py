@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from .engine import Engine
 from .errors import AgentMemError
 from .forgetting import questions_of
-from .teaching import Run, Stop, contradicted, corpus_of, learn, standing
+from .teaching import Run, Stop, contradicted, corpus_of, learn, owner, standing
 from .types import LEVELS, Record, Retraining, Scope
 
 if TYPE_CHECKING:
@@ -86,6 +86,7 @@ def _again(engine: Engine, tensors: Tensors, digest: str, job: dict[str, Any], s
     old = engine.registry.get(digest, Scope())
     beside = [v for v in engine.registry.active(old.scope) if v.identity == tensors.identity.hex()]
     elsewhere = {record for v in beside for record in v.records}  # `train` was asked for them meanwhile
+    elsewhere |= {record.id for record in engine.records.named(old.records, Scope()) if not _own(record, old.scope)}
     remaining = [record for record in _remaining(engine, old, job["records"]) if record.id not in elsewhere]
     corpus = corpus_of(engine, old.scope, remaining, tensors)
     asked = _asked(engine, old, job["records"], corpus)
@@ -142,13 +143,18 @@ def _remaining(engine: Engine, old: LoraVersion, changed: Sequence[str]) -> list
     What was learnt before had somebody's approval; a text that came since has to get its own.
     """
     approved = set(old.records) - set(changed)
-    held = standing(engine, old.scope)
+    held = [record for record in standing(engine, old.scope) if _own(record, old.scope)]
     outdated = contradicted(held, approved)
     return [
         record.model_copy(update={"trust": "trusted"}) if record.id in approved else record
         for record in held
         if record.id in old.records and record.id not in outdated
     ]
+
+
+def _own(record: Record, scope: Scope) -> bool:
+    """False for records of a narrower scope (another user's): `train` teaches those to versions of their own."""
+    return owner(record, scope) == scope
 
 
 def _asked(engine: Engine, old: LoraVersion, gone: Sequence[str], corpus: Corpus) -> list[Example]:
@@ -204,8 +210,7 @@ def _put(engine: Engine, proof: Retraining, version: LoraVersion | None, job: di
         if version is not None and (version.state == "ready" or job["forced"]):
             for place in job["places"]:
                 scope = Scope(**{level: value or None for level, value in zip(LEVELS, place, strict=True)})
-                beside = [v for v in engine.registry.active(scope) if v.digest != version.digest]
-                engine.registry.activate([*beside, version], scope, force=bool(job["forced"]))
+                engine.registry.join([version.digest], scope, force=bool(job["forced"]))
         _write(engine, connection, proof)
 
 

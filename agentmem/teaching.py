@@ -10,7 +10,7 @@ import hashlib
 import json
 import logging
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +29,18 @@ if TYPE_CHECKING:
     from .parametric.registry import LoraVersion
     from .parametric.train import Tensors
 
-__all__ = ["Run", "Stop", "contradicted", "corpus_of", "learn", "model_of", "standing", "thresholds_of"]
+__all__ = [
+    "Run",
+    "Stop",
+    "contradicted",
+    "corpus_of",
+    "learn",
+    "model_of",
+    "owned",
+    "owner",
+    "standing",
+    "thresholds_of",
+]
 
 _log = logging.getLogger("agentmem")
 
@@ -72,13 +83,34 @@ def thresholds_of(engine: Engine) -> Thresholds:
 
 
 def corpus_of(engine: Engine, scope: Scope, records: Sequence[Record], tensors: Tensors | None = None) -> Corpus:
-    """What there is to learn and to test of these records, with the user's own past questions about them; with
+    """What there is to learn and to test of these records, with their owner's past questions about them; with
     ``tensors`` also what that model writes about them, if a trial shows that it can."""
     from .parametric import corpus as corpora
     from .parametric.selfstudy import study
 
+    whose = {record.id: owner(record, scope) for record in records}
+    questions = {
+        id_: tuple(question for question in found if owner(question, scope) == whose[id_])
+        for id_, found in asked.questions(engine, scope, records).items()
+    }
     written = study(tensors, records).examples if tensors is not None else ()
-    return corpora.build(records, asked=asked.questions(engine, scope, records), written=written)
+    return corpora.build(records, asked=questions, written=written)
+
+
+def owner(record: Record, scope: Scope) -> Scope:
+    """The scope whose version learns this record in a training of ``scope``: its tenant, user and agent, whose sessions
+    share what was learnt. What lies above ``scope`` is learnt for ``scope``."""
+    whose = record.scope.model_copy(update={"session": None})
+    return whose if whose.within(scope) else scope
+
+
+def owned(records: Iterable[Record], scope: Scope) -> dict[Scope, list[Record]]:
+    """These records by their `owner`. No version learns those of two, or one's facts would answer the other; and what
+    one says contradicts nothing that the other said."""
+    found: dict[Scope, list[Record]] = {}
+    for record in records:
+        found.setdefault(owner(record, scope), []).append(record)
+    return found
 
 
 def standing(engine: Engine, scope: Scope) -> list[Record]:

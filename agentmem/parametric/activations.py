@@ -1,7 +1,8 @@
 """Which LoRA versions answer in which scope: the rows of the table ``activations``.
 
-The newest row of a scope says what acts there and beneath it, several digests as their sum, none as the base model; the
-older rows are what `rollback` goes back to. Knows digests and scopes; knows nothing of what a version is.
+The newest row of a scope says what acts there and beneath it: several digests as their sum, none as the base model, and
+behind `FOLLOWS` also what the level above answers with, whatever that is at the time. Older rows are what `rollback`
+goes back to. Knows digests and scopes; knows nothing of what a version is.
 """
 
 from __future__ import annotations
@@ -13,38 +14,55 @@ from agentmem.types import LEVELS, Scope
 
 from .versions import columns, upwards
 
-__all__ = ["active_digests", "answering", "deactivate", "last_used", "places"]
+__all__ = ["FOLLOWS", "active_digests", "answering", "deactivate", "last_used", "named", "own_digests", "places"]
+
+#: The first word of a row beneath which the level above answers too.
+FOLLOWS = "+"
+
+
+def named(row: sqlite3.Row) -> list[str]:
+    """The digests of a row, without what it follows."""
+    return [digest for digest in str(row["digest"]).split() if digest != FOLLOWS]
+
+
+def own_digests(database: Database, scope: Scope) -> tuple[list[str], bool]:
+    """What this scope's own newest activation names, and whether the level above answers here as well."""
+    rows = database.query(
+        "SELECT digest FROM activations WHERE tenant = ? AND user = ? AND agent = ? AND session = ? "
+        "ORDER BY id DESC LIMIT 1",
+        columns(scope),
+    )
+    return (named(rows[0]), rows[0]["digest"].startswith(FOLLOWS)) if rows else ([], True)
 
 
 def active_digests(database: Database, scope: Scope) -> list[str]:
-    """What this scope answers with: its own newest activation, else that of the nearest level above it."""
+    """What this scope answers with: its own newest activation and, where that follows or there is none, what the level
+    above answers with, before it."""
+    found: list[str] = []
     for level in upwards(scope):
-        rows = database.query(
-            "SELECT digest FROM activations WHERE tenant = ? AND user = ? AND agent = ? AND session = ? "
-            "ORDER BY id DESC LIMIT 1",
-            columns(level),
-        )
-        if rows:
-            return str(rows[0]["digest"]).split()
-    return []
+        own, follows = own_digests(database, level)
+        found = [*own, *found]
+        if not follows:
+            break
+    return list(dict.fromkeys(found))
 
 
 def answering(connection: sqlite3.Connection) -> set[str]:
     """The digests that act in any scope now."""
-    return {digest for row in _newest(connection) for digest in row["digest"].split()}
+    return {digest for row in _newest(connection) for digest in named(row)}
 
 
 def last_used(connection: sqlite3.Connection) -> dict[str, float]:
     """When each digest was last activated."""
     used: dict[str, float] = {}
     for row in connection.execute("SELECT at, digest FROM activations ORDER BY at"):
-        used.update(dict.fromkeys(row["digest"].split(), row["at"]))
+        used.update(dict.fromkeys(named(row), row["at"]))
     return used
 
 
 def places(connection: sqlite3.Connection, digest: str) -> list[list[str]]:
     """The scopes, as columns, that answer with this version now."""
-    return [[row[level] for level in LEVELS] for row in _newest(connection) if digest in row["digest"].split()]
+    return [[row[level] for level in LEVELS] for row in _newest(connection) if digest in named(row)]
 
 
 def deactivate(connection: sqlite3.Connection, digest: str) -> None:
@@ -55,12 +73,12 @@ def deactivate(connection: sqlite3.Connection, digest: str) -> None:
     """
     newest = {row["id"]: row["total"] for row in _newest(connection)}
     for row in connection.execute("SELECT id, digest FROM activations").fetchall():
-        named = row["digest"].split()
-        if digest not in named:
+        words = row["digest"].split()
+        if digest not in words:
             continue
-        named.remove(digest)
-        if named or newest.get(row["id"], 0) > 1:
-            connection.execute("UPDATE activations SET digest = ? WHERE id = ?", (" ".join(named), row["id"]))
+        words.remove(digest)
+        if words or newest.get(row["id"], 0) > 1:
+            connection.execute("UPDATE activations SET digest = ? WHERE id = ?", (" ".join(words), row["id"]))
         else:
             connection.execute("DELETE FROM activations WHERE id = ?", (row["id"],))
 

@@ -14,7 +14,7 @@ import json
 import logging
 import os
 import sqlite3
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,7 +24,7 @@ from agentmem.errors import Full, InvalidInput, NotFound, ScopeError, StoreError
 from agentmem.provider import LoraRef
 from agentmem.types import Scope
 
-from .activations import active_digests, answering, deactivate, last_used, places
+from .activations import FOLLOWS, active_digests, answering, deactivate, last_used, named, own_digests, places
 from .corpus import record_digest
 from .folder import MANIFEST, VersionFolder
 from .gate import GateReport
@@ -184,7 +184,8 @@ class Registry:
     # ---- what answers
 
     def active(self, scope: Scope) -> tuple[LoraVersion, ...]:
-        """The versions that this scope answers with: its own newest activation, else that of the nearest level above.
+        """The versions that this scope answers with: those of its own newest activation, and of the levels above those
+        that act here too (`activate`, `join`); without an activation of its own, what the level above answers with.
 
         Empty is the base model: nothing was activated, or what was is damaged (which is logged). A version that learnt
         a record which has ended since (``valid_until``, superseded) is retired here. One of a level above that learnt
@@ -250,23 +251,42 @@ class Registry:
         )
 
     def activate(
-        self, versions: Sequence[str | LoraVersion], scope: Scope, *, force: bool = False
+        self, versions: Sequence[str | LoraVersion], scope: Scope, *, force: bool = False, follow: bool = False
     ) -> tuple[LoraVersion, ...]:
         """Answer with exactly these versions, their sum, in ``scope`` and beneath it from the next request on.
 
-        None of them is the base model. One transaction: all act or none. Raises `TrainingError` for a retired version,
+        None of them is the base model; with ``follow`` what the level above answers with acts beside them, whatever it
+        is at the time. One transaction: all act or none. Raises `TrainingError` for a retired version,
         or one that failed its gate (unless ``force``, or it is active here already); `ScopeError` for one that was
         trained from a narrower scope, which would tell one user's facts to others; `Corrupt` for damaged files.
         """
         with self._database.write() as connection:  # as they are now, under the write lock
-            found = {version.digest: version for version in (self.get(named, scope) for named in versions)}
+            found = {version.digest: version for version in (self.get(wanted, scope) for wanted in versions)}
             for version in found.values():
                 self._admit(version, scope, force=force)
             connection.execute(
                 "INSERT INTO activations (at, digest, tenant, user, agent, session) VALUES (?, ?, ?, ?, ?, ?)",
-                (self._clock(), " ".join(found), *columns(scope)),
+                (self._clock(), " ".join([FOLLOWS, *found] if follow else found), *columns(scope)),
             )
         return tuple(version.model_copy(update={"active": True}) for version in found.values())
+
+    def join(
+        self, versions: Sequence[str], scope: Scope, *, instead_of: Collection[str] = (), force: bool = False
+    ) -> None:
+        """Answer with these digests too, beside what answers in ``scope`` and in the place of ``instead_of``.
+
+        What a level above answers with stays that level's to change: a rollback there takes it back here as well. Only
+        where one of those is replaced, the others are held on to here. Errors as of `activate`.
+        """
+        with self._database.write():
+            acting = [version.digest for version in self.active(scope)]
+            own, follow = own_digests(self._database, scope)
+            gone = {*instead_of, *versions}
+            if follow and not gone.isdisjoint(set(acting) - set(own)):
+                own, follow = acting, False
+            self.activate(
+                [*(d for d in acting if d in own and d not in gone), *versions], scope, force=force, follow=follow
+            )
 
     def _admit(self, version: LoraVersion, scope: Scope, *, force: bool) -> None:
         if not scope.within(version.scope):
@@ -400,7 +420,7 @@ class Registry:
         for row in self._database.query("SELECT digest FROM activations"):
             problems += [
                 f"an activation names lora-{digest[:12]}, which is not there: activate another version"
-                for digest in row["digest"].split()
+                for digest in named(row)
                 if digest not in held
             ]
         with self._files.guard() as _:  # what is being written now is no orphan
@@ -455,15 +475,17 @@ class Registry:
 
     def _seen(self, rows: Sequence[sqlite3.Row], scope: Scope) -> list[sqlite3.Row]:
         """Those of these rows of ``loras`` that a handle of ``scope`` may use: of what the levels above learnt, only
-        versions whose every record it may read. Sessions of one user and agent share them."""
+        versions whose every record it may read. Sessions of one user share them; those without a user may be
+        anybody's."""
         seen = [row for row in rows if visible(scope_of(row), scope)]
         above = [row["digest"] for row in seen if scope_of(row) != scope and scope.within(scope_of(row))]
-        reader = scope.model_copy(update={"session": None})
+        reader = scope.model_copy(update={"session": None}) if scope.user else scope
         strange: set[str] = set()
         for part in chunks(above):
             sql = (
-                "SELECT DISTINCT key, tenant, user, agent, '' AS session FROM lineage CROSS JOIN records "
-                f"ON id = record WHERE kind = 'lora' AND key IN ({', '.join('?' * len(part))})"
+                "SELECT DISTINCT key, tenant, user, agent, CASE WHEN user = '' THEN session ELSE '' END AS session "
+                "FROM lineage CROSS JOIN records ON id = record "
+                f"WHERE kind = 'lora' AND key IN ({', '.join('?' * len(part))})"
             )
             strange |= {row["key"] for row in self._database.query(sql, part) if not visible(scope_of(row), reader)}
         return [row for row in seen if row["digest"] not in strange]

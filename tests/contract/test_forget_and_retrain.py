@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,9 @@ from agentmem.errors import ConfigError, Full, InvalidInput, NotFound, ScopeErro
 from agentmem.parametric.corpus import Corpus
 from agentmem.parametric.steps import Estimate
 from agentmem.parametric.versions import LoraVersion
+from agentmem.teaching import Run, corpus_of, learn, model_of
 from agentmem.testing import FakeClock
+from agentmem.types import Record, Scope
 from tests.reliability.learner import FACTS, IDENTITY, Teachable, learning, memory_of
 
 
@@ -524,12 +526,63 @@ def test_one_user_s_versions_are_nobody_else_s(memory: Memory) -> None:
 
 
 @pytest.mark.parametrize("when", ["recalled", "always"])
-def test_what_a_level_above_learnt_of_one_user_answers_no_other(when: str, tmp_path: Path) -> None:
+def test_the_root_teaches_each_user_apart_and_what_is_shared_to_all(when: str, tmp_path: Path) -> None:
+    with learning() as taught, memory_of(tmp_path, lora_when=when) as memory:
+        ana, ben = memory.scope(user="ana"), memory.scope(user="ben")
+        mine = ana.add(FACTS[0]) + memory.scope(user="ana", session="one").add(FACTS[3])
+        his = [*ben.add(["My dog is called Rex.", FACTS[2]]), *memory.scope(user="ben", agent="coach").add(FACTS[6])]
+        shared = memory.add("The office closes at six.")
+        first = memory.parametric.train()
+        whose = {version.name: version for version in memory.parametric.versions()}
+        assert set(first.shards) == set(whose)
+        learnt = {str(version.scope): set(version.records) for version in whose.values()}
+        assert learnt == {
+            "(root)": {shared[0].id},
+            "user='ana'": {record.id for record in mine},
+            "user='ben'": {record.id for record in his[:2]},
+            "user='ben' agent='coach'": {his[2].id},
+        }
+        assert all(len({str(r.scope.user) for r in mine + his + shared if r.id in c.records}) == 1 for c in taught)
+        for handle, readable in ((ana, mine + shared), (ben, his[:2] + shared), (memory, shared)):
+            answers = {record for version in handle.parametric.active() for record in version.records}
+            assert answers == {record.id for record in readable}
+        assert ben.chat("What is my sister's name? And my favourite tea?", remember=False).loras == (
+            () if when == "recalled" else tuple(version.name for version in ben.parametric.active())
+        )
+        [ana_s] = [version for version in whose.values() if version.scope == ana._scope]
+        for verb in (ben.parametric.activate, lambda v: ben.parametric.export(v, tmp_path / "out")):
+            with pytest.raises(NotFound):
+                verb(ana_s)
+        with pytest.raises(ScopeError):
+            memory.parametric.activate(ana_s)
+        with pytest.raises(InvalidInput, match="no records to learn"):
+            memory.parametric.train()
+
+
+def test_what_one_user_says_contradicts_nobody_else(memory: Memory) -> None:
+    ana, ben = memory.scope(user="ana"), memory.scope(user="ben")
+    ana.add(FACTS[1])
+    own = ana.parametric.train()
+    ben.add("I live in Oslo.")
+    memory.parametric.train()
+    assert active(ana) == [own.digest]
+    assert len(active(ben)) == 1
+
+
+def test_a_user_s_question_about_what_is_shared_is_not_learnt_for_all(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    [office] = memory.add("My office dog is called Biscuit.")
+    turn = ana.chat("Remind me, what is the name of my office dog, the puppy?").records
+    ana.update(turn[-1], text="Your office dog is called Biscuit.")
+    assert memory.parametric.train(records=[office.id]).records == (office.id,)
+    assert ana.parametric.train(records=[office.id]).records == (office.id, turn[0])
+
+
+@pytest.mark.parametrize("when", ["recalled", "always"])
+def test_a_version_with_what_another_can_not_read_answers_him_never(when: str, tmp_path: Path) -> None:
     with learning(), memory_of(tmp_path, lora_when=when) as memory:
         ana, ben = memory.scope(user="ana"), memory.scope(user="ben")
-        ana.add(FACTS[0])
-        ben.add(FACTS[2])
-        version = memory.parametric.train()
+        version = _mixed(memory, [*ana.add(FACTS[0]), *ben.add(FACTS[2])])
         assert active(memory) == [version.digest]
         assert ben.parametric.active() == ()
         assert ben.parametric.versions() == []
@@ -537,6 +590,78 @@ def test_what_a_level_above_learnt_of_one_user_answers_no_other(when: str, tmp_p
         for verb in (ben.parametric.activate, lambda v: ben.parametric.export(v, tmp_path / "out")):
             with pytest.raises(NotFound):
                 verb(version)
+
+
+def test_a_version_of_several_users_is_learnt_again_apart(memory: Memory) -> None:
+    ana, ben = memory.scope(user="ana"), memory.scope(user="ben")
+    records = [*memory.add(FACTS[3]), *ana.add(FACTS[0]), *ben.add(list(FACTS[1:3]))]
+    _mixed(memory, records)
+    ben.forget(records[2].id)
+    [proof] = memory.parametric.retrain()
+    assert (proof.forgotten, proof.kept) == ((records[2].id,), 1)
+    assert memory._engine.registry.get(str(proof.version), Scope()).records == (records[0].id,)
+    memory.parametric.train()
+    assert {r for version in ben.parametric.active() for r in version.records} == {records[0].id, records[3].id}
+
+
+def test_sessions_of_nobody_in_particular_share_nothing(memory: Memory) -> None:
+    one, two = memory.scope(session="one"), memory.scope(session="two")
+    one.add(FACTS[0])
+    two.add(FACTS[2])
+    version = memory.parametric.train()
+    assert active(memory) == [version.digest], "the root reads both"
+    assert active(one) == active(two) == active(memory.scope(user="ana")) == []
+    own = one.parametric.train()
+    assert active(one) == [own.digest]
+    assert active(two) == []
+
+
+def _mixed(memory: Memory, records: Sequence[Record]) -> LoraVersion:
+    """A version of the root that learnt records of several users, as earlier builds made them; it is active there."""
+    engine = memory._engine
+    corpus = corpus_of(engine, Scope(), records)
+    version = learn(engine, model_of(engine), Scope(), corpus, Run(), stop=lambda: False)
+    memory.parametric.activate(version)
+    return version
+
+
+def test_a_user_follows_what_the_level_above_rolls_back(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    shared = _taught(memory, FACTS[0])
+    records = ana.add(list(FACTS[1:3]))
+    own = ana.parametric.train()
+    assert active(ana) == [shared.digest, own.digest]
+    memory.parametric.rollback()
+    assert active(ana) == [own.digest]
+    memory.parametric.activate(shared)
+    assert active(ana) == [shared.digest, own.digest]
+    ana.forget(records[0].id)
+    assert active(ana) == [shared.digest]
+    [proof] = ana.parametric.retrain()
+    assert active(ana) == [shared.digest, proof.version]
+    memory.parametric.rollback()
+    assert active(ana) == [proof.version], "retraining pinned nothing of the level above"
+    assert memory.verify().problems == []
+
+
+def test_what_a_user_chose_exactly_stays_so_when_more_is_learnt(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    shared = _taught(memory, FACTS[0])
+    ana.parametric.activate()
+    own = _taught(ana, FACTS[1])
+    assert active(ana) == [own.digest], "the base was asked for, not what is shared"
+    ana.parametric.activate(shared)
+    memory.parametric.rollback()
+    assert active(ana) == [shared.digest]
+
+
+def test_a_user_who_learns_what_is_shared_anew_follows_it_no_longer(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    shared = _taught(memory, FACTS[0])
+    other = _taught(memory, FACTS[3])
+    own = ana.parametric.train(records=shared.records, seed=1)
+    assert active(ana) == [other.digest, own.digest]
+    assert active(memory) == [shared.digest, other.digest]
 
 
 def test_what_is_shared_is_learnt_for_all_and_sessions_share_what_their_user_taught(memory: Memory) -> None:
