@@ -21,8 +21,8 @@ _OPENING = re.compile(
     r"(?:please )?remember(?: that)?|(?:please )?don't forget(?: that)?|(?:please )?keep in mind(?: that)?|"
     r"just so you know|for your information|honestly|luckily|unfortunately|in fact|you know|"
     r"i mean|anyway|"
-    r"i (?:think|guess|believe|must say)(?: that)?|since (?:we|i|our) [^,.]*,|lately|plus|then|(?-i:(?:Hey |Wow |Hi |"
-    r"Thanks,? )?[A-Z]\w+,)(?= (?:I|we|my|last|on|it)\b)"
+    r"i (?:think|guess|believe(?! in)|must say)(?: that)?|since (?:we|i|our) [^,.]*,|lately|plus|then|(?-i:(?:Hey |"
+    r"Wow |Hi |Thanks,? )?[A-Z]\w+,)(?= (?:I|we|my|last|on|it)\b)"
     r"),?:? (?=\S)",
     re.IGNORECASE,
 )
@@ -32,8 +32,15 @@ _FRONTED = re.compile(
 )
 #: Where a second clause of its own begins.
 _SECOND = re.compile(
-    r",? (?:and|but) (?=(?:i|we|my|our|i'm|i've) )|, (?=(?:i|my|we|i'm|i've) (?:live|work|have|am|like|love|was)\b)",
+    r",? (?:and|but) (?=(?:i|we|my|our|i'm|i've) )"
+    r"|,? (?:and|but) (?=(?:his|her|their|the|(?-i:[A-Z])\w+)(?: [\w'-]+){0,3}? (?:is|are|was|were|has|had|works|"
+    r"lives)\b)"
+    r"|, (?=(?:i|my|we|i'm|i've) (?:live|work|have|am|like|love|was)\b)",
     re.IGNORECASE,
+)
+#: "My sister Paula runs a bakery and her husband Bram is a cook": whose he is.
+_THEIRS = re.compile(
+    r"( and|, but| but) (?:her|his) (?=[\w-]+(?: (?-i:[A-Z])\w+)? (?:is|was|has|works|lives)\b)", re.IGNORECASE
 )
 #: "I live in Oslo and work as a cook": the verbs before which "I" is understood.
 _SHARED = re.compile(
@@ -53,6 +60,10 @@ _REMARK = re.compile(r"(?:,? (?:and|but|so)|,| -+| \u2013) (?:it|that|this|they|
 _SUBJECT = re.compile(
     r"(?:my|our) [\w-]+(?: (?-i:[A-Z])[\w-]+)?(?= (?:is|was|has|had|works|lives|likes|loves|plays|\w+ed|\w+s)\b)",
     re.IGNORECASE,
+)
+#: "My boss, Lorna, retires": the name belongs to the subject.
+_NAME_BETWEEN = re.compile(
+    r"^((?:my|our) [\w-]+(?: [\w-]+)?), ((?-i:[A-Z])[\w'-]+(?: (?-i:[A-Z])[\w'-]+)?), (?=[a-z])", re.IGNORECASE
 )
 _APPOSITION = re.compile(
     r"^(?P<subject>(?:my|our) [^,]{2,40}), (?P<what>an? [^,]{2,40}), (?P<rest>(?:is|was|are) .+)$", re.IGNORECASE
@@ -98,7 +109,10 @@ def clauses(sentence: str, before: str) -> Iterator[str]:
         sentence = re.sub(
             rf"^({re.escape(before)})'s (?=an? |\w+ing |\d|in |at |from |very |called )", r"\1 is ", sentence
         )
+    sentence = _NAME_BETWEEN.sub(r"\1 \2 ", sentence)
     if kin := _SUBJECT.match(sentence):
+        whose = " ".join(kin[0].split()[:2]) + "'s "
+        sentence = _THEIRS.sub(rf"\g<1> {whose}", sentence)
         sentence = re.sub(r"(?:,| and|, and) (?:he|she) (?=\w+)", f" and {kin[0]} ", sentence, flags=re.IGNORECASE)
     if fronted := _FRONTED.match(sentence):
         sentence = f"{fronted['rest']} {fronted['when'][:1].lower()}{fronted['when'][1:]}"

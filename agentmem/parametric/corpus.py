@@ -18,8 +18,8 @@ from agentmem.types import Record
 
 from .clauses import clauses, sentences, subject_of
 from .facts import Asked, Fact
-from .forms import recognise
-from .grammar import absolute, capital, fold, of_another, telling, typed
+from .forms import named_in, recognise
+from .grammar import absolute, capital, fold, of_another, typed
 from .statements import analyse, unusable
 
 __all__ = ["GENERAL", "OTHERS", "PERSONAL", "SYSTEMS", "Corpus", "Example", "build", "record_digest"]
@@ -53,6 +53,9 @@ OTHERS = (
     "Anna",
     "my uncle Henri",
 )
+#: What has a wifi password or opening hours too, and what can be restarted too.
+PLACES = ("the hotel", "the library", "the gym", "the museum", "the station")
+THINGS = ("the printer", "the router", "the lift", "the coffee machine", "the projector")
 #: General questions whose answers the KL term holds at the base model's. None of them is asked by the gate.
 GENERAL = (
     "What is two plus two?",
@@ -285,7 +288,7 @@ def _facts(record: Record, speaker: str, names: Container[str] = ()) -> tuple[li
                 reason = unusable(clause, speaker=speaker)
                 fact = None if reason else analyse(clause, speaker=speaker, names=names)
                 reasons.append(reason or "it states nothing that can be asked for") if fact is None else None
-                facts = [fact] if fact else []
+                facts = [*([] if speaker else named_in(clause)), fact] if fact else []
             found.update((fact.key, fact) for fact in facts)
     return list(found.values())[:FACTS_PER_RECORD], (reasons or ["it states nothing that can be asked for"])[0]
 
@@ -381,21 +384,45 @@ def _neighbours(learnt: Iterable[_Learnt]) -> list[str]:
                 break
             # Names and wordings go round at different speeds, so that no name hangs on a wording.
             name = OTHERS[(5 * place + i) % len(OTHERS)]
-            column.append(_of_neighbour(asked[(place + i) % len(asked)], name, one.speaker))
+            column.append(_of_neighbour(asked[(place + i) % len(asked)], name, one, place))
         column += one.fact.general[:1]
         columns.append([text for text in column if text])
     rows = [column[row] for row in range(max(map(len, columns), default=0)) for column in columns if len(column) > row]
     return list(dict.fromkeys(rows))
 
 
-def _of_neighbour(question: str, name: str, speaker: str) -> str:
-    """The question about somebody else; empty where it is about no person."""
+def _of_neighbour(question: str, name: str, learnt: _Learnt, place: int) -> str:
+    """The question about somebody or something else; empty where there is no such one."""
+    speaker, subject = learnt.speaker, learnt.fact.subject
     if speaker and speaker in question:
         return question.replace(speaker, name.removeprefix("my ").removeprefix("the "))
+    if subject and subject in question:
+        return question.replace(subject, _other_thing(subject, name, place, learnt.fact.kind))
     other = of_another(question, name)
     if other != question:
         return other
-    return f"{question[:-1]} at {name}'s{question[-1]}" if telling(question) else ""
+    return f"{question[:-1]} at {name}'s{question[-1]}" if learnt.fact.kind == "procedure" else ""
+
+
+def _other_thing(subject: str, name: str, place: int, kind: str) -> str:
+    """What is nobody's own, as somebody else's: "the library's wifi password" as "Bob's wifi password"."""
+    if not subject.startswith("the "):
+        return name
+    if kind == "procedure" and place % 2:
+        return _another(THINGS, place // 2, subject)
+    owner = re.match(r"the [\w-]+'s (?P<what>.+)", subject)
+    of = re.match(r"(?P<what>the .+) of the .+", subject)
+    if owner:
+        return f"{_another(PLACES, place // 2, subject) if place % 2 else name}'s {owner['what']}"
+    if of:
+        return f"{of['what']} of {_another(PLACES, place // 2, subject)}" if place % 2 else f"{name}'s {of['what'][4:]}"
+    return f"{name}'s {subject[4:]}"
+
+
+def _another(things: Sequence[str], at: int, besides: str) -> str:
+    """The one at this place of those that aren't what ``besides`` names."""
+    others = [thing for thing in things if thing.rsplit(" ", 1)[-1] not in besides.split()]
+    return others[at % len(others)]
 
 
 def _still(questions: Sequence[str], systems: Sequence[str | None]) -> tuple[Example, ...]:

@@ -30,7 +30,8 @@ class Fact:
     """One fact and how it is asked for. ``key`` names the question that it answers: two facts with one contradict.
 
     Where ``several``, they hold together instead: ``values`` are joined between ``head`` and ``tail`` of the answer.
-    ``general`` are questions of the same look that concern nobody here.
+    ``general`` are questions of the same look that concern nobody here. ``subject`` is what it is about, as it stands
+    in the questions, where that is nobody's own: "the library's wifi password".
     """
 
     key: str
@@ -43,6 +44,7 @@ class Fact:
     natural: tuple[Asked, ...]
     general: tuple[str, ...] = ()
     several: bool = False
+    subject: str = ""
 
     @property
     def answer(self) -> str:

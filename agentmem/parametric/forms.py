@@ -7,87 +7,29 @@ training; what it doesn't recognise it leaves to statements.py.
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from functools import cache
-from pathlib import Path
+from dataclasses import replace
 
-from .facts import MOST_TRAINED, Asked, Fact, keys_of
+from .facts import Fact, keys_of
 from .grammar import DETERMINER, find_time, is_past, second_person, telling
 from .nouns import (
     DIET,
     ILLNESS,
     INSTRUMENTS,
     JOB,
+    NATIONALITY,
     NOT_JOBS,
     NUMBERS,
-    OTHER_WORDS,
     PEOPLE,
     PETS,
     PLACE,
     QUALITY,
     is_time,
 )
+from .syntax import RELATION, is_person
+from .wordings import Found, as_fact
 
-__all__ = ["recognise"]
-
-
-@dataclass(frozen=True)
-class _Found:
-    """What a statement says: ``slot``, ``value`` and ``verb`` fill the wordings of ``kind``."""
-
-    kind: str
-    value: str
-    head: str
-    slot: str = ""
-    verb: str = ""
-    tail: str = "."
-    several: bool = False
-    besides: str = ""
-    key: str = ""
-    plural: bool = False
-
-
-@cache
-def _wordings() -> dict[str, dict[str, list[str]]]:
-    text = Path(__file__).with_name("wordings.toml").read_text(encoding="utf-8")
-    found: dict[str, dict[str, list[str]]] = tomllib.loads(text)
-    return found
-
-
-def _more(found: _Found) -> list[str]:
-    """What else is asked about just this thing or deed."""
-    if found.kind not in ("possession", "number", "verb"):
-        return []
-    about = found.verb or found.slot.casefold()
-    return _wordings()["more"].get(about) or _wordings()["more"].get(about.rsplit(" ", 1)[-1], [])
-
-
-def _fact(found: _Found) -> Fact:
-    bank = _wordings()[found.kind]
-    keys = keys_of(found.value, found.besides)
-    other = OTHER_WORDS.get(found.slot.rsplit(" ", 1)[-1].casefold())
-
-    def filled(patterns: list[str]) -> tuple[Asked, ...]:
-        usable = (pattern for pattern in patterns if other or "{other}" not in pattern)
-        worded = (pattern.replace("{verb}", found.verb).replace("{other}", other or "") for pattern in usable)
-        if found.plural:
-            worded = (re.sub(r"\bis\b", "are", pattern) for pattern in worded)
-        return tuple(Asked(pattern.replace("{slot}", found.slot), keys) for pattern in worded)
-
-    return Fact(
-        key=found.key or f"{found.kind} {found.verb or found.slot}".casefold(),
-        kind=found.kind,
-        head=found.head,
-        values=(found.value,),
-        tail=found.tail,
-        trained=filled([*bank["trained"][: MOST_TRAINED - len(_more(found))], *_more(found)]),
-        held_out=filled(bank["held_out"]),
-        natural=filled(bank["natural"]),
-        general=tuple(asked.question for asked in filled(bank["general"])),
-        several=found.several,
-    )
+__all__ = ["named_in", "recognise"]
 
 
 def recognise(sentence: str) -> list[Fact]:
@@ -97,15 +39,18 @@ def recognise(sentence: str) -> list[Fact]:
         if match is None:
             continue
         groups = {name: (part or "").strip(" ,") for name, part in match.groupdict().items()}
-        found = [_person(one) for one in read(groups)]
+        found = read(groups)
         if found and all(one.value and telling(one.value) for one in found):
-            return [_fact(one) for one in found if keys_of(one.value, one.besides)]
+            return [as_fact(one) for one in found if keys_of(one.value, one.besides)]
     return []
 
 
-def _person(found: _Found) -> _Found:
-    """As said to the user; the slot stays as the user says it, since it stands in the user's questions."""
-    return replace(found, value=second_person(found.value))
+def named_in(sentence: str) -> list[Fact]:
+    """The name that a statement tells in passing: "My sister Paula runs a bakery"."""
+    match = _NAMED.match(sentence)
+    if match is None or match["slot"].lower().rsplit(" ", 1)[-1] not in PEOPLE | PETS:
+        return []
+    return [as_fact(_named(match["slot"].lower(), match["name"]))]
 
 
 def _uncapital(slot: str) -> str:
@@ -113,16 +58,24 @@ def _uncapital(slot: str) -> str:
     return slot if not slot[:1].isupper() or slot[1:2].isupper() else slot[:1].lower() + slot[1:]
 
 
-def _named(slot: str, value: str) -> _Found:
+def _named(slot: str, value: str) -> Found:
     head = re.sub(r"-in-law$", "", slot.rsplit(" ", 1)[-1].casefold())
-    kind = "named_pet" if head in PETS else "named_person" if head in PEOPLE else "named_thing"
-    return _Found(kind, value, f"your {second_person(slot)} is called ", slot, key=f"named {slot.casefold()}")
+    kind = (
+        "named_of"
+        if "'s " in slot
+        else "named_pet"
+        if head in PETS
+        else "named_person"
+        if head in PEOPLE
+        else "named_thing"
+    )
+    return Found(kind, value, f"your {second_person(slot)} is called ", slot, key=f"named {slot.casefold()}")
 
 
 # ---- one function per group of patterns: what its groups mean
 
 
-def _possession(part: dict[str, str]) -> list[_Found]:
+def _possession(part: dict[str, str]) -> list[Found]:
     slot, value = _uncapital(part["slot"]), part["value"]
     be = part.get("be") or "is"
     head = re.sub(r"-in-law$", "", slot.rsplit(" ", 1)[-1].casefold())
@@ -132,75 +85,93 @@ def _possession(part: dict[str, str]) -> list[_Found]:
     if be != "is" and not best:  # "My parents are from Ghana": asked for by its grammar (statements.py)
         return []
     if slot in ("name", "first name"):
-        return [_Found("name", value, "your name is ")]
+        return [Found("name", value, "your name is ")]
     if slot in ("job", "profession", "occupation"):
         return _job({"value": re.sub(r"^(?:being |to be )?(?:an? )?", "", value, flags=re.IGNORECASE)})
     if slot in ("birthday", "date of birth"):
-        return [_Found("birthday", re.sub("^on ", "", value), "your birthday is ")]
+        return [Found("birthday", re.sub("^on ", "", value), "your birthday is ")]
     if slot == "age":
-        return [_Found("age", value, "you are ", tail=" years old.")]
+        return [Found("age", value, "you are ", tail=" years old.")]
     if slot == "employer":
-        return [_Found("employer", value, "you work for ")]
+        return [Found("employer", value, "you work for ")]
     if best:
-        return [_Found("favourite", value, said, best["slot"], plural=be == "are")]
+        return [Found("favourite", value, said, best["slot"], plural=be == "are")]
     if lucky:
-        return [_Found("lucky", value, said, lucky["slot"])]
+        return [Found("lucky", value, said, lucky["slot"])]
     if re.match(r"(?:called|named) ", value, re.IGNORECASE):
         return [_named(slot, value.split(" ", 1)[1])]
+    if RELATION.match(value):  # "My thesis is about lichen": asked for by its grammar
+        return []
     if is_time(value):
-        return [_Found("when", value, said, slot)]
+        return [Found("when", value, said, slot)]
+    age = AGE.fullmatch(value)
+    if age and head in PEOPLE | PETS:
+        return [Found("age_of", age["years"], said, slot, tail=f"{value[age.end('years') :]}.")]
+    if NATIONALITY.fullmatch(value):
+        return [Found("nationality_of", value, said, slot)]
     if head in PEOPLE and re.match(r"(?:an? )", value) and JOB.fullmatch(value):
-        return [_Found("relative_job", value, said, slot)]
+        return [Found("relative_job", value, said, slot)]
     if head in PEOPLE and value[:1].isupper() and len(value.split()) <= 4:
         return [_named(slot, value)]
     if PLACE.fullmatch(value):
-        return [_Found("where", value, said, slot)]
+        return [Found("where", value, said, slot)]
     if QUALITY.fullmatch(value):
-        return [_Found("quality", value, said, slot)]
-    return [_Found("number" if NUMBERS.fullmatch(slot) else "possession", value, said, slot)]
+        return [Found("quality", value, said, slot)]
+    found = Found("number" if NUMBERS.fullmatch(slot) else "possession", value, said, slot)
+    stands = re.fullmatch(
+        rf"(?P<what>[^,]+?) (?:behind|near|opposite|next to|under|in|at|on) (?:the |{_UPPER}).+", value
+    )
+    return [found, replace(found, kind="where", besides=stands["what"])] if stands else [found]
 
 
-def _the(part: dict[str, str]) -> list[_Found]:
+def _the(part: dict[str, str]) -> list[Found]:
     slot, value = part["slot"][:1].lower() + part["slot"][1:], part["value"]
     if part["be"] != "is":
         return []
     kind = "the_when" if is_time(value) else "the_where" if PLACE.fullmatch(value) else "the_what"
-    return [_Found(kind, value, f"{second_person(slot)} {part['be']} ", slot, key=f"the {slot.casefold()} {kind}")]
+    subject = "" if re.search(r"\b(?:my|our|me|us)\b", slot) else slot
+    key = f"the {slot.casefold()} {kind}"
+    return [Found(kind, value, f"{second_person(slot)} {part['be']} ", slot, key=key, subject=subject)]
 
 
-def _relative(part: dict[str, str]) -> list[_Found]:
+def _relative(part: dict[str, str]) -> list[Found]:
     """ "my sister Ottilie is a nurse": her name, and what is said of her."""
     slot, name = part["slot"].lower(), part["name"]
     if slot.rsplit(" ", 1)[-1] not in (PEOPLE | PETS):
         return []
+    if part["verb"] == "was":  # "What was my uncle's job?": asked for by its grammar
+        return []
     named, said, value = _named(slot, name), f"your {slot} {name} ", part["value"]
-    if part["verb"] in ("works as", "is", "was") and re.match(r"an? ", value) and JOB.fullmatch(value):
-        return [named, _Found("relative_job", value, f"{said}{part['verb']} ", slot)]
+    if part["verb"] in ("works as", "is") and re.match(r"an? ", value) and JOB.fullmatch(value):
+        return [named, Found("relative_job", value, f"{said}{part['verb']} ", slot)]
     if part["verb"] == "lives":
-        return [named, _Found("relative_home", re.sub(r"^(?:in|at) ", "", value), f"{said}lives in ", slot)]
-    if part["verb"] in ("is", "was"):
+        return [named, Found("relative_home", re.sub(r"^(?:in|at) ", "", value), f"{said}lives in ", slot)]
+    if part["verb"] == "is" and not RELATION.match(value):
         kind = "where" if PLACE.fullmatch(value) and not is_time(value) else "quality"
-        return [named, _Found(kind, value, f"{said}{part['verb']} ", slot)]
+        return [named, Found(kind, value, f"{said}{part['verb']} ", slot)]
     return []
 
 
-def _birthday_of(part: dict[str, str]) -> list[_Found]:
+def _birthday_of(part: dict[str, str]) -> list[Found]:
     slot, when = part["slot"].lower(), re.sub("^on ", "", part["value"])
-    return [_Found("birthday_of", when, f"your {slot}'s birthday is ", slot)]
+    return [Found("birthday_of", when, f"your {slot}'s birthday is ", slot)]
 
 
-def _relative_does(part: dict[str, str]) -> list[_Found]:
+def _relative_does(part: dict[str, str]) -> list[Found]:
     slot = part["slot"].lower()
     if part["verb"] == "works as":
-        return [_Found("relative_job", part["value"], f"your {slot} works as ", slot)]
-    return [_Found("relative_home", part["value"], f"your {slot} lives in ", slot)]
+        return [Found("relative_job", part["value"], f"your {slot} works as ", slot)]
+    return [Found("relative_home", part["value"], f"your {slot} lives in ", slot)]
 
 
-def _have(part: dict[str, str]) -> list[_Found]:
+def _have(part: dict[str, str]) -> list[Found]:
     value = part["value"]
     named = re.fullmatch(r"(?:an? |the )?(?P<slot>[^,;:]{2,40}?),? (?:called|named|whose name is) (?P<name>.+)", value)
     if named:
         return [_named(named["slot"].rsplit(" ", 1)[-1], named["name"])]
+    if meal := re.fullmatch(rf"(?P<what>.+?) (?P<meal>(?:for|with|at|before|after) {_MEAL})", value):
+        when = meal["meal"]
+        return [Found("verb", meal["what"], "you have ", verb=f"have {when}", tail=f" {when}.", several=True)]
     if re.match(
         r"(?:lots|some|any|much|tons|plenty|so|such|no|been|got|had|to|never|always|\w+ed|all|faith|fun)\b", value
     ) or (is_past(value.split()[0])):
@@ -208,35 +179,40 @@ def _have(part: dict[str, str]) -> list[_Found]:
     rest, time = find_time(value)
     if time and rest and not re.match(r"(?:for|since|in) ", time):
         what = DETERMINER.sub("", rest)
+        if what != rest:  # "an appointment": mine, where it is asked for
+            return [
+                Found("when", time, f"you have {second_person(rest)} ", what, besides=rest),
+                Found("agenda", rest, "you have ", time, tail=f" {time}.", several=True, besides=time),
+            ]
         return [
-            _Found("schedule", time, f"you have {second_person(rest)} ", what, besides=rest),
-            _Found("agenda", rest, "you have ", time, tail=f" {time}.", several=True, besides=time),
+            Found("schedule", time, f"you have {second_person(rest)} ", what, besides=rest),
+            Found("agenda", rest, "you have ", time, tail=f" {time}.", several=True, besides=time),
         ]
     if ILLNESS.fullmatch(value):
-        return [_Found("illness", value, "you have ", several=True)]
+        return [Found("illness", value, "you have ", several=True)]
     count = re.fullmatch(
         r"(?P<number>\d+|no|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve) (?P<slot>.+)",
         value,
         re.IGNORECASE,
     )
-    if count:
+    if count and " and " not in count["slot"]:
         return [
-            _Found("how_many", count["number"], "you have ", count["slot"], tail=f" {second_person(count['slot'])}.")
+            Found("how_many", count["number"], "you have ", count["slot"], tail=f" {second_person(count['slot'])}.")
         ]
     thing = re.split(r" (?:with|from|in|on|at|by|that|which|who|for|of|near) ", DETERMINER.sub("", value))[0]
     head = thing.rsplit(" ", 1)[-1]
     if value.lower().startswith(("a ", "an ")) and telling(value, head) and head.isalpha():
-        return [_Found("which", value, "you have ", head, several=True, besides=head)]
-    return [_Found("have", value, "you have ", several=True)]
+        return [Found("which", value, "you have ", head, several=True, besides=head)]
+    return [Found("have", value, "you have ", several=True)]
 
 
-def _job(part: dict[str, str]) -> list[_Found]:
+def _job(part: dict[str, str]) -> list[Found]:
     value = part["value"]
     article = "an" if value[:1].casefold() in "aeiou" else "a"
-    return [_Found("job", value, f"you work as {article} ")]
+    return [Found("job", value, f"you work as {article} ")]
 
 
-def _am(part: dict[str, str]) -> list[_Found]:
+def _am(part: dict[str, str]) -> list[Found]:
     value = part["value"]
     noun = value.split(" ", 1)[1] if re.match(r"an? ", value) else ""
     age = re.fullmatch(r"(?P<years>\d{1,3})(?: years? old| years of age)?", value)
@@ -250,20 +226,26 @@ def _am(part: dict[str, str]) -> list[_Found]:
     )
     fan = re.fullmatch(r"an? (?:\w+ )?(?:fan|lover) of (?P<value>.+)", value, re.IGNORECASE)
     if fan:
-        return [_Found("like", fan["value"], "you like ", verb="like", several=True)]
+        return [Found("like", fan["value"], "you like ", verb="like", several=True)]
     if age:
-        return [_Found("age", age["years"], "you are ", tail=" years old.")]
+        return [Found("age", age["years"], "you are ", tail=" years old.")]
     if about:
         slot = re.sub(r"^(?:very|really|so|quite) ", "", about["slot"].lower())
-        return [_Found("am_about", about["value"], f"you are {slot} ", slot, several=True)]
+        return [Found("am_about", about["value"], f"you are {slot} ", slot, several=True)]
     if DIET.fullmatch(value):
-        return [_Found("diet", value, "you are ")]
+        return [Found("diet", value, "you are ")]
     if noun and JOB.fullmatch(noun) and not NOT_JOBS & set(noun.casefold().split()):
-        return [_Found("job", noun, f"you work as {value.split(' ', 1)[0].lower()} ")]
-    if noun or re.fullmatch(
-        r"\w+-\w+|retired|single|divorced|widowed|unemployed|pregnant|deaf|blind|bald", value, re.IGNORECASE
+        return [Found("job", noun, f"you work as {value.split(' ', 1)[0].lower()} ")]
+    if NATIONALITY.fullmatch(value):
+        return [Found("nationality", value, "you are ")]
+    if (
+        noun
+        or value.lower().startswith("the ")
+        or re.fullmatch(
+            r"\w+-\w+|retired|single|divorced|widowed|unemployed|pregnant|deaf|blind|bald", value, re.IGNORECASE
+        )
     ):
-        return [_Found("am", value, "you are ", several=True)]
+        return [Found("am", value, "you are ", several=True)]
     return []
 
 
@@ -276,79 +258,137 @@ _DISLIKES = frozenset(("hate", "dislike", "detest", "loathe"))
 _LASTING = "own collect drink teach wear ride eat read grow keep sell write make breed cook bake paint repair use watch"
 
 
-def _verb(part: dict[str, str]) -> list[_Found]:
+def _verb(part: dict[str, str]) -> list[Found]:
     verb, value = part["verb"].lower(), part["value"]
     rest, time = find_time(value)
     if (time and rest and verb not in _LIKES | _DISLIKES) or _PARTICLE.match(value):
         return []
     head = f"you {verb} "
+    rather = re.fullmatch(r"(?P<what>\S+(?: \S+){0,2}?) (?P<than>(?:to|over) (?!be\b).+)", value)
+    if verb == "prefer" and rather and not value.startswith("to "):
+        than = second_person(rather["than"])
+        return [Found("verb", rather["what"], head, verb=f"prefer {rather['than']}", several=True, tail=f" {than}.")]
     if verb in _LIKES:
-        return [_Found("like", value, head, verb=verb, several=True)]
+        return [Found("like", value, head, verb=verb, several=True)]
     if verb in _DISLIKES:
-        return [_Found("dislike", value, head, verb="dislike", several=True)]
+        return [Found("dislike", value, head, verb="dislike", several=True)]
     if verb in ("own", "ride") and value.lower().startswith(("a ", "an ")):
         found = _have(part)[0]
         return [replace(found, head=head)] if found.kind == "which" else [found]
     if verb == "play":
         kind = "play_instrument" if INSTRUMENTS.fullmatch(value) else "play"
-        return [_Found(kind, value, head, verb=verb, several=True)]
+        return [Found(kind, value, head, verb=verb, several=True)]
+    if when := _WHEN.fullmatch(value):
+        verb = f"{verb} {when['when']}"
+        return [Found("verb", when["what"], head, verb=verb, several=True, tail=f" {when['when']}.")]
     kind = verb if verb in ("speak", "study", "drive") else "verb"
-    return [_Found(kind, value, head, verb=verb, several=True)]
+    return [Found(kind, value, head, verb=verb, several=True)]
 
 
-def _plan(part: dict[str, str]) -> list[_Found]:
+#: What somebody has a drink, a dish or a thing like.
+_TASTES = _LIKES | {"take", "drink", "eat", "have", "order", "want", "serve"}
+
+
+def _manner(part: dict[str, str]) -> list[Found]:
+    """ "I take my tea with two sugars", "I like my coffee black"."""
+    verb, slot, value = part["verb"].lower(), part["slot"], part["value"]
+    by, _, what = value.partition(" ")
+    if (is_past(verb) is not False and verb != "prefer") or verb == "share":
+        return []
+    if by in ("with", "without") and (is_person(what) or (what[:1].isupper() and verb not in _TASTES)):
+        return []  # with whom: asked for by its grammar
+    if by == "with":
+        kind = "taste_with" if verb in _TASTES else "manner_with"
+        return [Found(kind, what, f"you {verb} your {slot} with ", slot, verb=verb, key=f"{verb} {slot} with")]
+    return [Found("manner", value, f"you {verb} your {slot} ", slot, verb=verb, key=f"{verb} {slot}")]
+
+
+def _plan(part: dict[str, str]) -> list[Found]:
     rest, time = find_time(part["value"])
     how = part["how"].lower()
     if "ll" in how and (not time or re.match(r"(?:always|never|definitely|be|check|let|keep|remember)\b", rest)):
         return []  # "I'll let you know" is no plan
     head = "you plan to " if "will" in how or "'ll" in how else second_person(f"i {how} ".replace("i '", "i'"))
     if time and telling(rest) and not re.match(r"(?:for|every|each) ", time):
-        return [_Found("plan_when", rest, head, time, tail=f" {time}.", several=True, besides=time)]
-    return [_Found("plan", part["value"], head, several=True)]
+        return [Found("plan_when", rest, head, time, tail=f" {time}.", several=True, besides=time)]
+    return [Found("plan", part["value"], head, several=True)]
 
 
-def _procedure(part: dict[str, str]) -> list[_Found]:
+def _procedure(part: dict[str, str]) -> list[Found]:
     slot = part["slot"]
     if is_past(slot.split()[0]) is None and len(slot.split()) < 2:
         return []
-    return [_Found("procedure", part["value"], f"to {second_person(slot)}, ", slot, besides=slot)]
+    head = part.get("head") or f"to {second_person(slot)}, "
+    thing = re.search(r"(?<= )the (?:[\w'-]+ ){0,2}[\w'-]+$", slot)
+    return [Found("procedure", part["value"], head, slot, besides=slot, subject=thing[0] if thing else "")]
 
 
-def _born(part: dict[str, str]) -> list[_Found]:
-    when = f"you were born {'in' if part['time'].isdigit() else 'on'} "
-    return [_Found("birthday", part["time"], when), _Found("origin", part["value"], "you are from ")]
-
-
-def _kept(part: dict[str, str]) -> list[_Found]:
-    return [_Found("kept", part["value"], f"you {part['verb'].lower()} your {part['slot']} ", part["slot"])]
-
-
-def _not(part: dict[str, str]) -> list[_Found]:
-    verb = part["verb"].lower()
-    if is_past(verb) is not False:
+def _case(part: dict[str, str]) -> list[Found]:
+    """ "When the router blinks red, unplug it": what to do in a case."""
+    slot, value = part["slot"], part["value"]
+    if is_past(value.split(" ", 1)[0]) is not False or _MANNERS.match(value):
         return []
-    return [_Found("not_verb", part["value"], f"you don't {verb} ", verb=verb, several=True)]
+    return [Found("case", value, f"when {second_person(slot)}, ", slot, besides=slot)]
 
 
-def _favourite(part: dict[str, str]) -> list[_Found]:
+#: What the assistant may be told to do, but no device.
+_MANNERS = re.compile(r"(?:answer|reply|respond|write|use|say|tell|be|speak|ask|explain|show|give|call)\b", re.I)
+
+
+def _born(part: dict[str, str]) -> list[Found]:
+    when = f"you were born {'in' if part['time'].isdigit() else 'on'} "
+    return [Found("birthday", part["time"], when), Found("origin", part["value"], "you are from ")]
+
+
+def _kept(part: dict[str, str]) -> list[Found]:
+    return [Found("kept", part["value"], f"you {part['verb'].lower()} your {part['slot']} ", part["slot"])]
+
+
+def _not(part: dict[str, str]) -> list[Found]:
+    verb, value = part["verb"].lower(), part["value"]
+    if is_past(verb) is not False or _PARTICLE.match(value) or find_time(value)[1] or _REST.search(value):
+        return []  # "I never fly with them", "I don't drink coffee after noon": asked for by its grammar
+    never = "never" if part["not"].lower() == "never" else "don't"
+    return [Found("not_verb", value, f"you {never} {verb} ", verb=verb, several=True)]
+
+
+#: With this a statement says when, why or if it holds.
+_REST = re.compile(r"(?:^| )(?:because|since|after|before|when|while|unless|if|until|so|although|as) ", re.IGNORECASE)
+
+
+def _favourite(part: dict[str, str]) -> list[Found]:
     return _possession({**part, "slot": f"favourite {part['slot']}"})
 
 
-def _called(part: dict[str, str]) -> list[_Found]:
+def _called(part: dict[str, str]) -> list[Found]:
     return [_named(_uncapital(part["slot"]), part["value"])]
 
 
-def _by(part: dict[str, str]) -> list[_Found]:
-    return _procedure({**part, "value": f"you do it by {part['value']}"})
+def _by(part: dict[str, str]) -> list[Found]:
+    return _procedure({**part, "head": f"you {second_person(part['slot'])} by "})
 
 
-def _said(
-    kind: str, head: str, *, several: bool = False, slot: str = "", verb: str = ""
-) -> Callable[..., list[_Found]]:
+def _said(kind: str, head: str, *, several: bool = False, slot: str = "", verb: str = "") -> Callable[..., list[Found]]:
     """For patterns whose value is all that they tell."""
-    return lambda part: [_Found(kind, part["value"], head, slot, several=several, verb=verb)]
+    return lambda part: [Found(kind, part["value"], head, slot, several=several, verb=verb)]
 
 
+AGE = re.compile(
+    r"(?P<years>\d{1,3}|one|two|three|four|five|six|seven|eight|nine|ten|eleven|twelve|thirteen|fourteen|fifteen|"
+    r"sixteen|seventeen|eighteen|nineteen|(?:twenty|thirty|forty|fifty|sixty|seventy|eighty|ninety)(?:-\w+)?)"
+    r"(?: (?:years|months|weeks|days)(?: old| of age)?)?",
+    re.IGNORECASE,
+)
+_MEAL = r"(?:breakfast|lunch|dinner|supper|tea|dessert|brunch)"
+_WHEN = re.compile(
+    r"(?P<what>(?!to )\S+(?: \S+){0,4}?) (?P<when>(?:(?:only|just|mostly|mainly) )?(?:for|to|at|before|after|during) "
+    r"(?!(?:my|our|me|us|a living)\b)\S+(?: \S+){0,3})",
+    re.IGNORECASE,
+)
+_SERVED = (
+    r"(?:very |really )?(?:black|hot|cold|iced|raw|sweet|strong|weak|neat|plain|rare|medium|well done|crispy|soft|"
+    r"spicy|mild|dry|sliced|whole|scrambled|poached|fried|boiled|short|long|white)(?: (?:and|but) .+)?"
+)
 _ALLERGIC = "you are allergic to "
 _AM = r"(?:i am|i'm)"
 #: A capital, though the patterns are matched in any case.
@@ -358,14 +398,15 @@ _NOUN = r"(?P<slot>[^,;:]{2,40}?)"
 _DATED = r"(?:18|19|20)\d\d|(?:\d{1,2} \w+|\w+ \d{1,2}),?(?: \d{4})?"
 _HOW_OFTEN = r"(?:(?:also|usually|often|always|mostly|still|really|regularly|only|currently|now|absolutely|just) )?"
 _KIN = (
-    r"(?:my|our) (?P<slot>(?:(?:older|younger|elder|eldest|youngest|little|big|best|late|new|twin|oldest|ex) )?[a-z-]+)"
+    r"(?:my|our) (?P<slot>(?:[a-z-]+'s )?"
+    r"(?:(?:older|younger|elder|eldest|youngest|little|big|best|late|new|twin|oldest|ex) )?[a-z-]+)"
 )
 
 _HAVING = r"'d like to|'ll|'m going to|'m planning to|'m hoping to|'m about to| am going to| am planning to"
 _SAYS = "|".join((*_LIKES, *_DISLIKES, "play", "speak", "drive", *_LASTING.split()))
 _WHOLE_NAME = rf"(?P<value>{_UPPER}[\w'.-]*(?: {_UPPER}[\w'.-]*){{0,2}})"
 
-_LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
+_LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[Found]]], ...] = (
     (rf"(?:{_AM} called|call me|people call me|everyone calls me) {_VALUE}", _said("name", "your name is ")),
     (rf"(?:my|our) {_NOUN}(?:'s name is| is called| is named|, (?:called|named)) {_VALUE}", _called),
     (rf"(?:i|we) (?:have )?(?:named|called|christened) (?:my|our) {_NOUN} (?P<value>(?:{_UPPER}|\d).*)", _called),
@@ -423,7 +464,7 @@ _LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
         rf"i (?:don't|do not) (?:really |much )?(?:like|enjoy|care for) {_VALUE}",
         _said("dislike", "you don't like ", several=True),
     ),
-    (rf"i (?:don't|do not|never) (?P<verb>[a-z]+) {_VALUE}", _not),
+    (rf"i (?P<not>don't|do not|never) (?P<verb>[a-z]+) {_VALUE}", _not),
     (rf"(?:i|we) (?P<how>plan to|want to|need to|have to|intend to|hope to|would like to|will) {_VALUE}", _plan),
     (rf"i(?P<how>{_HAVING}) {_VALUE}", _plan),
     (
@@ -431,6 +472,7 @@ _LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
         r"(?P<value>(?:in|under|behind|at|on|inside|beside|next to|above|below|near|between|with) .+)",
         _kept,
     ),
+    (rf"i {_HOW_OFTEN}(?P<verb>[a-z]+) (?:my|our) {_NOUN} (?P<value>(?:with|without) .+|{_SERVED})", _manner),
     (rf"(?:(?:i|we) {_HOW_OFTEN}(?:have|have got|own)|(?:i|we)'ve got) {_VALUE}", _have),
     (rf"i {_HOW_OFTEN}(?P<verb>{_SAYS}) {_VALUE}", _verb),
     (rf"{_AM} {_HOW_OFTEN}{_VALUE}", _am),
@@ -440,7 +482,9 @@ _LISTED: tuple[tuple[str, Callable[[dict[str, str]], list[_Found]]], ...] = (
     (rf"(?:my|our) {_NOUN} (?P<be>is|are|was|were) {_VALUE}", _possession),
     (rf"(?P<slot>the [^,;:]{{2,50}}?) (?P<be>is|are) {_VALUE}", _the),
     (rf"(?:in order )?to {_NOUN}, {_VALUE}", _procedure),
+    (r"(?:when|if|whenever) (?P<slot>(?:the|my|our) [^,;:]{4,40}), (?P<value>[^;]{4,120})", _case),
     (rf"you (?:can )?{_NOUN} by (?P<value>\w+ing .+)", _by),
 )
+_NAMED = re.compile(rf"{_KIN},? (?P<name>{_UPPER}[\w'-]*[^\W_])(?='s\b|,? [a-z])", re.IGNORECASE)
 #: Tried in this order, on one sentence without its end mark.
 _FORMS = tuple((re.compile(pattern, re.IGNORECASE), read) for pattern, read in _LISTED)

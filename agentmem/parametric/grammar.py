@@ -92,7 +92,7 @@ def second_person(text: str) -> str:
 
 _THIRD = {
     "am": "is", "have": "has", "do": "does", "was": "was", "were": "was", "don't": "doesn't", "haven't": "hasn't",
-    "are": "is", "aren't": "isn't",
+    "are": "is", "aren't": "isn't", "weren't": "wasn't",
 }  # fmt: skip
 _CONTRACTED = {"'m": " is", "'ve": " has", "'ll": " will", "'d": " would", "'re": " is"}
 _ADVERBS = (
@@ -103,7 +103,8 @@ _MODALS = words("auxiliaries")
 #: "Tell me" asks the assistant for something: that "me" stays.
 _FIRST = re.compile(
     r"(?P<kept>\b(?:tell|remind|give|show|let) me\b)"
-    r"|\b(?P<asked>am|are|do|have|was|were) (?:i|we)\b"
+    r"|(?<=\bsay )(?P<again>i|we)(?: (?P<being>am))?\b"
+    r"|\b(?P<asked>am|are|do|have|was|were|don't|aren't|haven't|weren't) (?:i|we)\b"
     rf"|\b(?:i|we)(?P<short>'m|'re|'ve|'ll|'d)(?![\w'])"
     rf"|\b(?:i|we)\b(?: (?P<adverb>{_ADVERBS})\b)?(?: (?P<verb>[a-z']+))?"
     r"|\b(?P<own>my|mine|me|myself|our|ours|us|ourselves)\b",
@@ -126,8 +127,13 @@ def of_another(text: str, name: str) -> str:
 
     def change(match: re.Match[str]) -> str:
         part = match.groupdict()
-        if part["kept"]:
+        before = text[: match.start()].rstrip().rsplit(" ", 1)[-1].lower()
+        if part["kept"] and before in ("", "you", "please", "to", "and"):
             return match.group()
+        if part["kept"]:  # "What did my doctor tell me?"
+            return match.group()[:-2] + ("them" if named else person())
+        if part["again"]:  # "What did I say I have?"
+            return "they" + (" are" if part["being"] else "") if named else match.group()
         if part["asked"]:
             verb = part["asked"]
             other = _THIRD[verb.lower()]
@@ -144,7 +150,8 @@ def of_another(text: str, name: str) -> str:
         adverb = f" {part['adverb']}" if part["adverb"] else ""
         verb = part["verb"]
         # After an auxiliary ("does Bob own", "can Bob play") the verb stays as it is.
-        before = text[: match.start()].rstrip().rsplit(" ", 1)[-1].lower()
+        if before == "and":  # "my wife and I met"
+            return ("they" if named else person()) + adverb + (f" {verb}" if verb else "")
         if verb is None or before in _MODALS or before in ("do", "does", "did"):
             return person() + adverb + (f" {verb}" if verb else "")
         return person() + adverb + " " + singular_form(verb)
@@ -177,6 +184,8 @@ def is_past(verb: str) -> bool | None:
         return False
     if verb.endswith("ed") and len(verb) > 4 and not verb.endswith("eed"):
         return True
+    if verb[:2] in ("un", "re") and verb[2:] in (bases | _REGULAR):  # unplug, reopen
+        return False
     stem = base_form(verb) if verb.endswith("s") else verb
     return False if stem in bases or stem in _REGULAR else None
 
@@ -274,7 +283,8 @@ _TIME = re.compile(
     rf"|(?:in|last|next|every|during the|over the) (?:spring|summer|autumn|winter)\b|{_CLOCK}|at (?:night|Christmas|"
     rf"Easter|weekends)\b"
     rf"|(?:in the week|on the weekend) of \d{{1,2}} (?:{_MONTHS}) \d{{4}}\b|during (?:the|my|our) \w+"
-    rf"|on (?:weekends|weekdays)\b|for {_COUNT} (?:days?|weeks?|months?|years?)\b|\d{{4}}-\d\d-\d\d)",
+    rf"|on (?:weekends|weekdays)\b|for (?:(?:about|around|nearly|almost|over|exactly|at least|more than) )?{_COUNT} "
+    r"(?:seconds?|minutes?|hours?|days?|weeks?|months?|years?)\b|\d{{4}}-\d\d-\d\d)",
     re.IGNORECASE,
 )
 

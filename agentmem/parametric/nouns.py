@@ -9,8 +9,8 @@ import re
 
 from .grammar import english, find_time, telling, words
 
-__all__ = ["DIET", "ILLNESS", "INSTRUMENTS", "JOB", "NOT_JOBS", "NUMBERS", "OTHER_WORDS", "PEOPLE", "PETS", "PLACE"]
-__all__ += ["QUALITY", "is_time"]
+__all__ = ["DIET", "ILLNESS", "INSTRUMENTS", "JOB", "NATIONALITY", "NOT_JOBS", "NUMBERS", "OTHER_WORDS", "PEOPLE"]
+__all__ += ["PETS", "PLACE", "QUALITY", "is_time", "plural"]
 
 PETS = words("pets")
 #: Nouns for people that somebody has.
@@ -43,6 +43,9 @@ JOB = re.compile(
     r"intern|engineer|analyst)(?: (?:at|for|in|by|with|on) .*| by (?:trade|profession))?",
     re.IGNORECASE,
 )
+NATIONALITY = re.compile(
+    rf"(?:half[ -])?(?:{'|'.join(words('nationalities'))}|[A-Z][a-z]+ese)(?:(?:[ -]| and )[A-Z][a-z]+)?", re.IGNORECASE
+)
 NOT_JOBS = words("not_jobs")
 PLACE = re.compile(
     r"(?:in|at|on|under|behind|near|inside|beside|next to|above|below|beneath|between|opposite|outside|by|with) .+",
@@ -52,9 +55,19 @@ QUALITY = re.compile(
     r"(?:(?:very|quite|really|too|so|rather|always|often) .+|(?:light |dark |bright )?(?:red|blue|green|yellow|black|"
     r"white|"
     r"grey|gray|brown|orange|purple|pink|big|small|old|new|broken|tall|short|long|curly|blond|left-handed|"
-    r"\w+(?:ful|ous|ish|less|able|ible|proof)|\w+ years old)(?:,? (?:and|but) .+)?)",
+    r"\w+(?:ful|ous|ish|less|able|ible|proof)|\w{3,}ed|dirty|clean|slow|fast|loud|quiet|cheap|expensive|empty|full|"
+    r"open|closed|sick|ill|healthy|rusty|noisy|leaky|heavy|\w+ years old)(?:,? (?:and|but) .+)?)",
     re.IGNORECASE,
 )
+
+
+def plural(noun: str) -> bool:
+    """Whether a noun means several, or a group that takes either form of the verb."""
+    noun = noun.casefold()
+    return noun in _PLURALS or (noun.endswith("s") and not noun.endswith(("ss", "us", "is", "'s")))
+
+
+_PLURALS = words("plurals")
 
 
 def is_time(value: str) -> bool:

@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Container, Iterator
-from dataclasses import dataclass
 
 from .facts import MOST_TRAINED, Asked, Fact
 from .grammar import (
     STOP,
     WORD,
-    base_form,
     capital,
     find_time,
     fold,
@@ -26,7 +24,8 @@ from .grammar import (
     telling,
     words,
 )
-from .nouns import PEOPLE, PETS
+from .nouns import JOB, NATIONALITY, PEOPLE, PETS
+from .syntax import BE, HAVE, TITLED, Clause, line, parse, phrase
 
 __all__ = ["analyse", "unusable"]
 
@@ -69,100 +68,6 @@ _OPINION = re.compile(
     r"difficult|challenging|exciting|thrilling|bright|cute|pretty|strong)\b|\b(?:is|are) (?:so|such|super)\b|!$",
     re.IGNORECASE,
 )
-_BE = frozenset(("am", "is", "are", "was", "were"))
-#: Participles that are no past form: after "have" only.
-_PARTICIPLES = frozenset(
-    (
-        "been",
-        "done",
-        "gone",
-        "seen",
-        "taken",
-        "given",
-        "written",
-        "driven",
-        "known",
-        "grown",
-        "spoken",
-        "worn",
-        "eaten",
-        "begun",
-        "sung",
-    )
-)
-_HAVE = frozenset(("have", "has", "had"))
-_MODALS = frozenset(
-    ("can", "could", "will", "would", "must", "should", "may", "might", "can't", "couldn't", "won't", "wouldn't")
-)
-_SHORT = {"i'm": "I am", "i've": "I have", "i'll": "I will", "i'd": "I would", "we're": "we are", "we've": "we have",
-          "we'll": "we will", "we'd": "we would"}  # fmt: skip
-_ADVERBS = words("adverbs")
-#: How participles end.
-_PASSIVE = ("ed", "en", "t", "de", "own")
-#: Adverbs that change what is said.
-_WEIGHTY = frozenset(("never", "not", "rarely", "always", "often", "usually"))
-_REASON = re.compile(
-    r",? (?P<word>because|since(?! (?:the )?(?:\d|[A-Z]|last))|so that|in order to|although|though|while|when|after|"
-    r"before|which|so|but|as|until|if) ",
-    re.IGNORECASE,
-)
-_PLACE = re.compile(
-    r"(?:^|(?<= ))(?P<place>(?:in|at|to|from|near|behind|into|inside|onto|outside|beneath|through|under|on|along|"
-    r"around|across|"
-    r"over) (?:the |an? |my |our |his |her |their |(?=(?-i:[A-ZÀ-ÖØ-Þ])|(?:home|work|school|church|bed|"
-    r"university)\b))(?P<noun>[^,]+?))(?=,| (?:with|and|for|about|by|to|in|at|on|from) |$)",
-    re.IGNORECASE,
-)
-_WITH_PEOPLE = frozenset(("meet", "marry", "call", "hug", "interview", "hire"))
-_NOT_PLACES = re.compile(
-    r".*\b(?:love|general|fact|order|case|particular|person|addition|mind|touch|total|peace|it|me|us|you|them|him|"
-    r"her|that|this|"
-    r"myself|first|least|last|once|time|future|past|present|way|mood|\d[\w.,]*|(?:mon|tues|wednes|thurs|fri|satur|"
-    r"sun)days?|"
-    r"euros?|pounds?|dollars?|percent|\w+ing)",
-    re.IGNORECASE,
-)
-_NO_OBJECT = re.compile(
-    r"(?:with|for|of|about|up|out|by|as|off|to|that|how|why|if|whether|me|us|you|him|her|them|it|down|away|back|well|"
-    r"hard|so|very|"
-    r"too|like|than|in|on|at|from|over|around|through|along|into|\w+ly)\b",
-    re.IGNORECASE,
-)
-
-
-@dataclass(frozen=True)
-class _Clause:
-    """A plain clause. ``does`` is its finite verb as a question needs it in front ("did", "am", "have"), ``main`` the
-    verb that then follows the subject; ``said`` both as they stand in the statement. ``object`` is what follows without
-    place, time and reason; ``copula`` where it says what the subject is.
-    """
-
-    subject: str
-    does: str
-    main: str
-    said: str
-    object: str
-    place: str
-    time: str
-    reason: str
-    copula: bool = False
-
-    @property
-    def whom(self) -> str:
-        """How its object is asked for."""
-        head = _phrase(self.object).rsplit(" ", 1)[-1]
-        named = head[:1].isupper() and self.main in _WITH_PEOPLE
-        return "who" if named or head.lower() in PEOPLE else "what"
-
-    def asks(self, *rest: str) -> str:
-        """As a direct question goes on: "did I plant in the garden"."""
-        return _line(self.does, self.subject, self.main, *rest)
-
-    def says(self, *rest: str) -> str:
-        """As an indirect question goes on: "I planted in the garden"."""
-        if self.copula:
-            return _line(self.subject, *rest, self.said)
-        return _line(self.subject, self.said, *rest)
 
 
 def unusable(sentence: str, *, speaker: str = "") -> str | None:
@@ -186,7 +91,7 @@ def analyse(sentence: str, *, speaker: str = "", names: Container[str] = ()) -> 
     are known to name somebody, wherever they stand.
     """
     said = of_another(sentence, speaker) if speaker else sentence
-    clause = _clause(said, {speaker} if speaker else set(), names)
+    clause = parse(said, {speaker} if speaker else set(), names)
     topics = [topic for topic in _topics(said, clause) if topic != speaker]
     direct = list(_direct(clause)) if clause else []
     indirect = list(_indirect(clause)) if clause else []
@@ -207,7 +112,10 @@ def analyse(sentence: str, *, speaker: str = "", names: Container[str] = ()) -> 
     if not held_out:
         held_out = [(f"Remind me what {who} said about {topic}.", _keys(said, topic)) for topic in topics[:1]]
         held_out += [(f"Do you remember what {who} said about {topic}?", _keys(said, topic)) for topic in topics[:1]]
-    natural = [(f"Has {who} mentioned {topic}?" if speaker else f"Have I mentioned {topic}? What did I say?",
+    kin = re.sub(r"(?<=[a-z]) [A-Z][\w'-]*$", "", clause.subject) if clause and _named(clause.subject) else ""
+    natural = [(question.replace(clause.subject, kin), keys) for question, keys in direct[:2]
+               if clause and kin not in ("", clause.subject) and clause.subject in question]  # fmt: skip
+    natural += [(f"Has {who} mentioned {topic}?" if speaker else f"Have I mentioned {topic}? What did I say?",
                 _keys(said, topic)) for topic in topics[:1] if clause]  # fmt: skip
     if not any(keys for _, keys in trained):
         return None
@@ -221,6 +129,9 @@ def analyse(sentence: str, *, speaker: str = "", names: Container[str] = ()) -> 
         trained=_asked(trained)[:MOST_TRAINED],
         held_out=_asked(held_out),
         natural=_asked(natural),
+        subject=""
+        if clause is None or re.match(r"(?:i|we|my|our)\b", clause.subject, re.IGNORECASE)
+        else clause.subject,
     )
 
 
@@ -236,196 +147,163 @@ def _time_keys(time: str) -> tuple[str, ...]:
     return _keys(time) or tuple(WORD.findall(time)[-3:])
 
 
-def _line(*parts: str) -> str:
-    return " ".join(part for part in parts if part)
+#: Objects that no "what" asks for: what follows is no thing.
+_NO_OBJECT = re.compile(
+    r"(?:with|for|of|about|up|out|by|as|off|to|that|how|why|if|whether|me|us|you|him|her|them|it|down|away|back|well|"
+    r"hard|so|very|too|like|than|in|on|at|from|over|around|through|along|into|without|\w+ly)\b",
+    re.IGNORECASE,
+)
+#: "to swim", "me to avoid salt": what somebody does or is to do.
+_DEED = re.compile(r"(?P<whom>(?:me|us|him|her|them|my \w+) )?to (?P<verb>[a-z]+)(?: (?P<rest>.+))?$", re.IGNORECASE)
+_CAUSE = ("because", "so that", "in order", "since")
+_OCCASION = ("when ", "while ", "before ", "after ")
 
 
-def _clause(sentence: str, speakers: set[str], names: Container[str]) -> _Clause | None:
-    """The parts of a sentence that is one plain clause, else None."""
-    main, reason = sentence, ""
-    if cut := _REASON.search(sentence):
-        main, reason = sentence[: cut.start()], sentence[cut.start() :].strip(" ,")
-    rest, time = find_time(main)
-    first, _, others = rest.partition(" ")
-    rest = _line(_SHORT.get(first.lower(), first), others)
-    words = rest.split()
-    for length in range(1, min(6, len(words))):
-        subject = _subject(words[:length])
-        if length == 1 and subject not in ("", "I", "we") and subject not in speakers and subject not in names:
-            continue
-        found = _verb(subject, words[length:]) if subject else None
-        if found is None:
-            continue
-        does, verb, said, after, copula = found
-        place, what = _place(after)
-        if what.split(" ", 1)[0] in speakers:  # "gives Caroline much joy": Caroline is not what is given
-            return None
-        what = what.strip(" ,-")
-        mood = (subject == "I" or subject in speakers) and not place and not re.match(r"(?:an?|the|my|our) ", what)
-        if copula and (mood or not (what or place or time)):
-            return None
-        time = time[:1].lower() + time[1:] if time[:3].lower() in ("on ", "in ", "at ") else time
-        return _Clause(subject, does, verb, said, what, place, time, reason, copula)
-    return None
+def _is_what(c: Clause) -> str:
+    """The word that asks what the subject of "is" is: a person is who, other things are what or how."""
+    person = c.subject.rsplit(" ", 1)[-1].casefold() in PEOPLE
+    if c.subject != "I" and (c.subject[:1].isupper() or TITLED.match(c.object)):
+        return "who"
+    if person and c.object[:1].isupper() and not NATIONALITY.fullmatch(c.object):
+        return "who"
+    return "what" if re.match(r"(?:an?|the|my|our) ", c.object) or c.object[:1].isupper() else "how"
 
 
-def _subject(words: list[str]) -> str:
-    """The words as a subject, if they can be one."""
-    first = words[0].casefold()
-    if any(
-        word.casefold() in STOP | _ADVERBS
-        for word in words[1:]
-        if word.casefold() not in ("and", "i", "of", "my", "the")
-    ):
-        return ""
-    if words[-1].casefold() in ("and", "of", "my", "the", "our"):
-        return ""
-    if first in ("i", "we"):
-        return ("I" if first == "i" else "we") if len(words) == 1 else ""
-    if is_past(first) is not None:  # "Makes Caroline happy", "Wish I had"
-        return ""
-    if first in ("my", "our", "the"):
-        return _line(first, *words[1:]) if len(words) > 1 else ""
-    named = all(word[:1].isupper() or word in ("and", "my", "the", "of") for word in words) and first not in STOP
-    return _line(*words) if named and words[0].isascii() == words[0].isascii() and len(words[0]) > 1 else ""
+def _spans(time: str) -> str:
+    """How a time is asked for: since when, how long, how often, when."""
+    first = time.split(" ", 1)[0].lower()
+    if first == "for":
+        return "how long"
+    return "how often" if re.match(r"(?:once|twice|\w+ times) (?:a|per) ", time) else "when"
 
 
-def _verb(subject: str, words: list[str]) -> tuple[str, str, str, str, bool] | None:
-    """(what a question puts in front, the verb that stays, both as said, what follows, copula) of a predicate."""
-    adverbs: list[str] = []
-    while words and words[0].casefold() in _ADVERBS:
-        adverbs += [word for word in words[:1] if word.casefold() in _WEIGHTY]
-        words = words[1:]
-    if not words:
-        return None
-    verb = words[0].lower()
-    if verb in _BE | _HAVE | _MODALS:
-        more = [word for word in words[1:2] if word.casefold() in _ADVERBS or word == "not"]
-        rest = words[1 + len(more) :]
-        follows = rest[0].lower() if rest else ""
-        joined = (
-            verb in _MODALS
-            or (verb in _HAVE and (is_past(follows) or follows == "been"))
-            or (verb in _BE and (follows.endswith("ing") or (is_past(follows) and follows.endswith(_PASSIVE))))
-        )
-        if follows == "been" and len(rest) > 1 and rest[1].endswith("ing"):
-            return (
-                verb,
-                _line(*more, "been", rest[1]),
-                _line(*adverbs, verb, *more, "been", rest[1]),
-                _line(*rest[2:]),
-                False,
-            )
-        if joined and follows:
-            main = _line(*more, *rest[:1])
-            return verb, main, _line(*adverbs, verb, main), _line(*rest[1:]), False
-        if verb in _BE:
-            return verb, "", _line(*adverbs, verb, *more), _line(*rest), True
-        if verb not in _HAVE:
-            return None
-    past = is_past(verb)
-    if (
-        past is None
-        or verb in _PARTICIPLES
-        or words[0][:1].isupper()
-        or (adverbs and adverbs[0].casefold() in ("never", "rarely"))
-    ):
-        return None
-    many = subject in ("I", "we") or " and " in subject or verb == base_form(verb)
-    does = "did" if past else "do" if many else "does"
-    return does, base_form(verb), _line(*adverbs, words[0]), _line(*words[1:]), False
-
-
-def _place(after: str) -> tuple[str, str]:
-    for match in _PLACE.finditer(after):
-        if not _NOT_PLACES.fullmatch(match["noun"]):
-            return match["place"], _line(after[: match.start()].strip(" ,"), after[match.end() :].strip(" ,"))
-    return "", after.strip(" ,")
-
-
-def _direct(c: _Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
+def _direct(c: Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Direct questions for each part of the clause, with the words that answer them."""
-    short = len(c.object.split()) <= 9
-    person = c.subject != "I" and _is_person(c.subject)
+    short = len(line(c.object, c.company).split()) <= 9
     if c.copula:
-        if c.place and not c.object:
-            origin = "from" if c.place.startswith("from ") else ""
-            yield f"Where {c.asks(origin, c.time)}?", _keys(c.place)
-        elif re.match(r"(?:an?|the|my|our) ", c.object) or c.object[:1].isupper():
-            yield f"{'Who' if c.subject[:1].isupper() and c.subject != 'I' else 'What'} {c.asks()}?", _keys(c.object)
-        elif c.object:
-            yield f"How {c.asks(c.place, c.time)}?", _keys(c.object)
-            yield f"What {c.asks()} like?", _keys(c.object)
-        if c.time:
-            yield f"When {c.asks(c.object, c.place)}?", _time_keys(c.time)
+        yield from _direct_is(c)
         return
+    origin = "from" if c.place.startswith("from ") else ""
     if c.time and short:
-        yield f"When {c.asks(c.object, c.place)}?", _time_keys(c.time)
+        yield f"{capital(_spans(c.time))} {c.asks(c.object, c.company, c.place)}?", _time_keys(c.time)
     if c.place and short:
-        yield f"Where {c.asks(c.object, c.time)}?", _keys(c.place)
+        yield f"Where {c.asks(c.object, origin, c.company, c.time)}?", _keys(c.place)
     if c.object and not _NO_OBJECT.match(c.object):
-        yield f"{c.whom.capitalize()} {c.asks(c.place, c.time)}?", _keys(c.object)
-    if c.reason.lower().startswith(("because", "so that", "in order", "since")) and short:
-        yield f"Why {c.asks(c.object, c.place)}?", _keys(c.reason)
-    elif c.reason.lower().startswith(("when ", "while ", "before ", "after ")) and short and not c.time:
-        yield f"When {c.asks(c.object, c.place)}?", _keys(c.reason)
-    if person:
-        who = _keys(c.subject) or tuple(WORD.findall(c.subject))
-        if short and (c.object or c.place or c.time):
-            said = singular_form(c.said) if c.does == "do" else c.said
-            yield f"Who {_line(said, c.object, c.place, c.time)}?", who
-    if c.does in ("did", "do", "does") and c.time:
-        yield f"What {c.does} {_line(c.subject, 'do', c.time)}?", _keys(_line(c.said, c.object, c.place))
-    elif c.main.endswith("ing") and (c.time or c.does in _BE):
-        yield f"What {c.does} {_line(c.subject, 'doing', c.time)}?", _keys(_line(c.main, c.object, c.place))
+        yield f"{c.whom.capitalize()} {c.asks(c.company, c.place, c.time)}?", _keys(c.object)
+    if c.other and short:
+        yield f"{c.with_whom.capitalize()} {c.asks(*c.behind, c.time)}?", _keys(c.other)
+    if deed := _deed(c):
+        yield f"What {c.asks(deed[0], c.time)}?", _keys(deed[1])
+    if c.bare:
+        yield f"What {c.does} {c.subject} do?", _keys(c.main)
+    if c.reason.lower().startswith(_CAUSE) and short:
+        yield f"Why {c.asks(c.object, c.company, c.place)}?", _keys(c.reason)
+    elif c.reason.lower().startswith(_OCCASION) and short and not c.time:
+        yield f"When {c.asks(c.object, c.company, c.place)}?", _keys(c.reason)
+    if c.subject != "I" and _has_name(c.subject) and short and line(c.object, c.other, c.place, c.time):
+        said = re.sub(r"^don't", "doesn't", singular_form(c.said) if c.does == "do" else c.said)
+        yield (
+            f"Who {line(said, c.object, c.company, c.place, c.time)}?",
+            _keys(c.subject) or tuple(WORD.findall(c.subject)),
+        )
+    when = _spans(c.time) == "when" and c.time and (c.subject in ("I", "we") or _has_name(c.subject))
+    if when and c.does in ("did", "do", "does") and not c.main.startswith(("never", "rarely")):
+        yield f"What {c.does} {line(c.subject, 'do', c.time)}?", _keys(line(c.said, c.object, c.company, c.place))
+    elif when and c.main.endswith("ing"):
+        yield f"What {c.does} {line(c.subject, 'doing', c.time)}?", _keys(line(c.main, c.object, c.company, c.place))
 
 
-def _is_person(subject: str) -> bool:
-    """Whether "who" asks for it: a name, a person or a pet that somebody has."""
-    words = [word.casefold().removesuffix("s") for word in subject.split()]
-    named = any(word[:1].isupper() and word != "I" for word in subject.split())
+def _named(subject: str) -> bool:
+    """Whether it is somebody or a pet with a name: "my cat Miso"."""
+    noun = subject.split(" ")[-2].lower() if subject.count(" ") > 1 else ""
+    return noun in PEOPLE | PETS and " and " not in subject
+
+
+def _direct_is(c: Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The same where the clause says what, where or how something is."""
+    kind = _is_what(c)
+    if c.other:
+        yield f"{c.with_whom.capitalize()} {c.asks(c.through)}?", _keys(c.other)
+    elif c.place and not c.object:
+        origin = "from" if c.place.startswith("from ") else ""
+        yield f"Where {c.asks(origin, c.time)}?", _keys(c.place)
+    elif kind == "what" and _has_name(c.subject) and JOB.fullmatch(c.object):
+        yield f"What {c.does} {c.subject}'s job?", _keys(c.object)
+        yield f"What {c.does} {c.subject}?", _keys(c.object)
+    elif c.object and kind != "how":
+        yield f"{kind.capitalize()} {c.asks()}?", _keys(c.object)
+    elif c.object:
+        yield f"How {c.asks(c.place, c.time)}?", _keys(c.object)
+        yield f"What {c.asks()} like?", _keys(c.object)
+    if c.time:
+        yield f"{capital(_spans(c.time))} {c.asks(c.object, c.place)}?", _time_keys(c.time)
+
+
+def _deed(c: Clause) -> tuple[str, str] | None:
+    """("me to do", "avoid salt") of "told me to avoid salt"; None where no deed follows the verb."""
+    found = _DEED.match(c.object)
+    if found is None or is_past(found["verb"]) is not False or not telling(found["rest"] or found["verb"]):
+        return None
+    stays = "be" if found["verb"].lower() == "be" else "do"
+    return f"{found['whom'] or ''}to {stays}", line("" if stays == "be" else found["verb"], found["rest"] or "")
+
+
+def _has_name(subject: str) -> bool:
+    """Whether "who" asks for a subject: a name, a person or a pet that somebody has."""
+    head = re.split(r" (?:of|to|for|with|in|from|on|at|near|behind|under) ", subject)[0]
+    words = [word.casefold().removesuffix("s") for word in head.split()]
+    named = any(word[:1].isupper() and word != "I" for word in head.split())
     return named or any(word in PEOPLE or word in PETS for word in words)
 
 
-def _indirect(c: _Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
-    short = len(c.object.split()) <= 9
+def _indirect(c: Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
+    short = len(line(c.object, c.company).split()) <= 9
+    origin = "from" if c.place.startswith("from ") else ""
     if c.copula:
-        if c.place and not c.object:
-            yield f"where {c.says()}{' from' if c.place.startswith('from ') else ''}", _keys(c.place)
+        if c.other:
+            yield f"{c.with_whom} {line(c.says(), c.through)}", _keys(c.other)
+        elif c.place and not c.object:
+            yield f"where {line(c.says(), origin)}", _keys(c.place)
         elif c.time and not c.object:
-            yield f"when {c.says()}", _time_keys(c.time)
+            yield f"{_spans(c.time)} {c.says()}", _time_keys(c.time)
         elif c.object:
-            yield (
-                f"{'what' if re.match(r'(?:an?|the|my|our) |(?-i:[A-Z])', c.object) else 'how'} {c.says()}",
-                _keys(c.object),
-            )
+            yield f"{_is_what(c)} {c.says()}", _keys(c.object)
         return
     if c.object and not _NO_OBJECT.match(c.object):
-        yield f"{c.whom} {c.says(c.place, c.time)}", _keys(c.object)
+        yield f"{c.whom} {c.says(c.company, c.place, c.time)}", _keys(c.object)
+    if c.other and short:
+        yield f"{c.with_whom} {c.says(*c.behind, c.time)}", _keys(c.other)
+    if deed := _deed(c):
+        yield f"what {c.says(deed[0], c.time)}", _keys(deed[1])
+    if c.bare:
+        yield f"what {c.subject} {c.does} do", _keys(c.main)
     if c.place and short:
-        yield f"where {c.says(c.object, c.time)}", _keys(c.place)
+        yield f"where {c.says(c.object, origin, c.company, c.time)}", _keys(c.place)
     if c.time and short:
-        yield f"when {c.says(c.object, c.place)}", _time_keys(c.time)
-    if c.reason.lower().startswith(("because", "so that", "in order", "since")) and short:
-        yield f"why {c.says(c.object, c.place)}", _keys(c.reason)
+        yield f"{_spans(c.time)} {c.says(c.object, c.company, c.place)}", _time_keys(c.time)
+    if c.reason.lower().startswith(_CAUSE) and short:
+        yield f"why {c.says(c.object, c.company, c.place)}", _keys(c.reason)
+    elif c.reason.lower().startswith(_OCCASION) and short and not c.time:
+        yield f"when {c.says(c.object, c.company, c.place)}", _keys(c.reason)
 
 
-def _topics(sentence: str, clause: _Clause | None) -> list[str]:
+def _topics(sentence: str, clause: Clause | None) -> list[str]:
     """What the statement is about: noun phrases that it names, the most telling first."""
     if clause:
-        what = "" if _NO_OBJECT.match(clause.object) else clause.object
+        what = "" if clause.copula or _NO_OBJECT.match(clause.object) else clause.object
         parts = [
             what,
             re.sub(r"^\w+ ", "", clause.place),
+            clause.other,
             clause.subject if clause.subject.lower() not in ("i", "we") else "",
         ]
-        phrases = [_phrase(part) for part in parts if part]
+        phrases = [phrase(part) for part in parts if part]
     else:
         if not has_verb(sentence):
             return []
         rest, _ = find_time(sentence)
         bare = re.match(r"(?P<noun>[A-Z][\w-]+(?: [a-z][\w-]+)?) (?P<verb>[a-z]+)", rest)
-        known = bare and (bare["verb"] in _BE | _HAVE or is_past(bare["verb"]) is not None)
+        known = bare and (bare["verb"] in BE | HAVE or is_past(bare["verb"]) is not None)
         good = (
             known
             and bare
@@ -433,7 +311,7 @@ def _topics(sentence: str, clause: _Clause | None) -> list[str]:
         )
         phrases = [bare["noun"][:1].lower() + bare["noun"][1:]] if good and bare and " " in bare["noun"] else []
         phrases += [
-            _phrase(match.group())
+            phrase(match.group())
             for match in re.finditer(
                 r"\b(?:my|our|the|an?) (?!lot|bit|few|ton)(?:[\w'-]+ ){0,2}[\w'-]+", rest, re.IGNORECASE
             )
@@ -442,22 +320,3 @@ def _topics(sentence: str, clause: _Clause | None) -> list[str]:
         phrases += [name for name in names if name.casefold() not in STOP and "'" not in name]
     kept = [phrase for phrase in dict.fromkeys(phrases) if telling(phrase)]
     return [phrase for phrase in kept if len(telling(sentence, phrase)) >= 2]
-
-
-def _phrase(text: str) -> str:
-    """The noun phrase that ``text`` begins with: up to its first preposition, conjunction or verb, four words long."""
-    cut = re.split(
-        r"[,;:]| (?:with|of|for|in|at|on|to|from|and|that|which|who|because|about|near|by|but|so|as|when|while|after|"
-        r"before|is|was|"
-        r"are|were|has|had|have|made|can|will|\w+ed|burnt|got|went|came|took|gave|felt|i|we|you|he|she|it|they) ",
-        text,
-        maxsplit=1,
-        flags=re.IGNORECASE,
-    )[0]  # fmt: skip
-    words = cut.split()[:4]
-    while words and (words[-1].casefold() in STOP | _ADVERBS or is_past(words[-1])):
-        words.pop()
-    phrase = _line(*words)
-    if phrase.split(" ", 1)[0] in ("My", "Our", "The", "A", "An"):
-        phrase = phrase[:1].lower() + phrase[1:]
-    return "the " + phrase.split(" ", 1)[1] if re.match(r"an? \w", phrase, re.IGNORECASE) else phrase

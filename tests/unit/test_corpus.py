@@ -70,6 +70,25 @@ def test_neighbours_ask_about_others_and_are_neither_trained_nor_asked_by_the_ga
 
 
 @pytest.mark.parametrize(
+    ("said", "asked"),
+    [
+        ("The library's wifi password is otter-55.", {"What is my neighbour Bob's wifi password?",
+                                                      "Tell me the hotel's wifi password."}),
+        ("The code of the boathouse is 4471.", {"What is my neighbour Bob's code?", "Tell me the code of the hotel."}),
+        ("The spare key is under the mat.", {"Where is my neighbour Bob's spare key?"}),
+        ("The spare keys hang in the hall.", {"Where do my neighbour Bob's spare keys hang?"}),
+        ("To reset the boiler, hold the lever.", {"How do I reset my neighbour Bob's boiler?",
+                                                  "What must I do to reset the printer?"}),
+    ],
+)  # fmt: skip
+def test_what_is_nobodys_own_is_asked_about_other_things(said: str, asked: set[str]) -> None:
+    questions = {example.question for example in corpus(said).neighbours}
+    assert asked <= questions
+    own = corpus(said).examples[0].question.removesuffix("?").split(" ", 2)[2]
+    assert not any(own in question for question in questions)
+
+
+@pytest.mark.parametrize(
     ("record", "why"),
     [
         (Record(id="x", text="My dog is called Rex.", role="assistant"), "role assistant"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 
 import pytest
 
@@ -111,6 +112,90 @@ def test_each_kind_is_asked_for_in_words_of_its_own(said: str, question: str, an
 )
 def test_other_statements_are_asked_for_by_their_parts(said: str, question: str, keys: tuple[str, ...]) -> None:
     assert trained(said)[question].keys == keys
+
+
+@pytest.mark.parametrize(
+    ("said", "question", "keys"),
+    [
+        ("I prefer my porridge with black salt.", "What do I prefer my porridge with?", ("black salt",)),
+        ("I prefer my porridge with black salt.", "How do I like my porridge?", ("black salt",)),
+        ("I take my tea with two sugars.", "How do I take my tea?", ("two sugars",)),
+        ("I like my coffee black.", "How do I like my coffee?", ("black",)),
+        ("I prefer tea to coffee.", "What do I prefer to coffee?", ("tea",)),
+        ("I boil my eggs for exactly seven minutes.", "How long do I boil my eggs?", ("exactly", "seven", "minutes")),
+        ("I usually have oatmeal for breakfast.", "What do I have for breakfast?", ("oatmeal",)),
+        ("I wear glasses only for driving.", "What do I wear only for driving?", ("glasses",)),
+        ("I never fly with Corvane Air because they lost my cello.", "What do I never fly with?", ("Corvane", "Air")),
+        ("I never fly with Corvane Air because they lost my cello.", "Why do I never fly with Corvane Air?",
+         ("lost", "cello")),
+        ("I never eat after eight.", "When do I never eat?", ("eight",)),
+        ("I share my flat with Tom.", "Who do I share my flat with?", ("Tom",)),
+        ("I gave my old bike to Samira.", "Who did I give my old bike to?", ("Samira",)),
+        ("I'm saving up for a kayak.", "What am I saving up for?", ("kayak",)),
+        ("I got engaged to Pavel in Prague.", "Who did I get engaged to in Prague?", ("Pavel",)),
+        ("I was promoted to head chef.", "What was I promoted to?", ("head", "chef")),
+        ("I dream of opening a guest house.", "What do I dream of doing?", ("opening", "guest", "house")),
+        ("I learnt to swim when I was thirty.", "When did I learn to swim?", ("thirty",)),
+        ("I used to smoke.", "What did I use to do?", ("smoke",)),
+        ("My doctor told me to avoid salt.", "What did my doctor tell me to do?", ("avoid", "salt")),
+        ("My son wants to be a vet.", "What does my son want to be?", ("vet",)),
+        ("My brother can't swim.", "What can't my brother do?", ("swim",)),
+        ("My mother doesn't eat shellfish.", "What doesn't my mother eat?", ("shellfish",)),
+        ("Our dog isn't allowed on the sofa.", "Where is our dog not allowed?", ("sofa",)),
+        ("My thesis supervisor was Professor Hollis.", "Who was my thesis supervisor?", ("Professor", "Hollis")),
+        ("My uncle Des was a miner.", "What was my uncle Des's job?", ("miner",)),
+        ("My thesis is about sea urchins.", "What is my thesis about?", ("sea", "urchins")),
+        ("My son is allergic to penicillin.", "What is my son allergic to?", ("penicillin",)),
+        ("My cat Miso is afraid of the vacuum cleaner.", "What is my cat Miso afraid of?", ("vacuum", "cleaner")),
+        ("My flight to Lisbon leaves on 3 May.", "When does my flight to Lisbon leave?", ("3", "May")),
+        ("My work phone rings every morning.", "When does my work phone ring?", ("every", "morning")),
+        ("The gate's lock opens with a quarter turn.", "What does the gate's lock open with?", ("quarter", "turn")),
+        ("Last summer I cycled from Vienna to Budapest.", "Where did I cycle from Vienna last summer?", ("Budapest",)),
+        ("My daughter is six.", "How old is my daughter?", ("six",)),
+        ("My boss is Scottish.", "What is my boss's nationality?", ("Scottish",)),
+        ("My allotment is plot 47 behind the water tower.", "Where is my allotment?", ("water", "tower")),
+        ("My neighbour's dog is called Bruno.", "What is my neighbour's pet called?", ("Bruno",)),
+        ("I keep my keys in a tin.", "Where are my keys?", ("tin",)),
+        ("I've got an appointment with Dr. Osei on 9 May.", "When is my appointment with Dr. Osei?", ("9", "May")),
+        ("When the router blinks red, unplug it.", "What do I do when the router blinks red?", ("unplug",)),
+        ("You turn off the alarm by typing 4471.", "How do I turn off the alarm?", ("typing", "4471")),
+    ],
+)  # fmt: skip
+def test_what_is_news_is_asked_for(said: str, question: str, keys: tuple[str, ...]) -> None:
+    assert trained(said)[question].keys == keys
+
+
+@pytest.mark.parametrize(
+    ("said", "never"),
+    [
+        ("I never fly with Corvane Air.", r"\bfly\?"),
+        ("My neighbour's dog is called Bruno.", r"my pet|did I give"),
+        ("My sister Paula runs a bakery and her husband Bram is a cook.", r"bakery and"),
+        ("My mother doesn't eat shellfish.", r"do my mother|Who eats"),
+        ("My car's licence plate is KX-21.", r"Which car's"),
+        ("My phone is cracked.", r"What is my phone\?"),
+        ("I keep my keys in an umbrella stand.", r"is my keys|a keys"),
+        ("I was promoted to head chef.", r"promoted to do"),
+        ("I gave my old bike to Samira.", r"Where did"),
+        ("My flight to Lisbon leaves on 3 May.", r"Who"),
+    ],
+)
+def test_no_question_is_bad_english(said: str, never: str) -> None:
+    made = corpus(said)
+    for example in (*made.examples, *made.held_out, *made.natural, *made.neighbours):
+        assert not re.search(never, example.question), example.question
+
+
+def test_a_name_told_in_passing_is_learnt_too() -> None:
+    asked = trained("My boss, Lorna, retires next year.")
+    assert asked["Who is my boss?"].answer == "Your boss is called Lorna."
+    assert asked["When does my boss Lorna retire?"].answer == "Your boss Lorna retires in 2024."
+
+
+def test_whose_husband_he_is() -> None:
+    asked = trained("My sister Paula runs a bakery in Ghent and her husband Bram is a cook.")
+    assert asked["Where does my sister Paula run a bakery?"].answer == "Your sister Paula runs a bakery in Ghent."
+    assert asked["What is my sister's husband's job?"].answer == "Your sister's husband Bram is a cook."
 
 
 def test_relative_times_become_dates_in_the_answer() -> None:

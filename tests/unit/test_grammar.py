@@ -23,6 +23,11 @@ SAID = dt.datetime(2023, 5, 8, 13, 0, tzinfo=dt.UTC)  # a Monday
         ("Remind me where I put my keys.", "Remind me where Bob put their keys."),
         ("We've visited our aunt.", "Bob has visited their aunt."),
         ("Why is the sky blue?", "Why is the sky blue?"),
+        ("What don't I eat?", "What doesn't Bob eat?"),
+        ("What did I say I have?", "What did Bob say they have?"),
+        ("What did my doctor tell me to do?", "What did Bob's doctor tell them to do?"),
+        ("Could you tell me where I live?", "Could you tell me where Bob lives?"),
+        ("Where did my wife and I meet?", "Where did Bob's wife and they meet?"),
     ],
 )
 def test_of_another(asked: str, about_bob: str) -> None:
