@@ -29,6 +29,7 @@ from .config import Settings
 from .database import Database
 from .errors import ConfigError, Corrupt, Full, StoreError
 from .ledger.uses import Ledger
+from .loras import PUBLISHED
 from .plaintext.records import Records
 from .plaintext.redact import redactor
 from .plaintext.search import Searcher
@@ -422,6 +423,9 @@ class Engine:
         sizes = {"records": sum(_size(file) for file in self.folder.glob("memory.db*"))}
         for kind, name in (("index", "index"), ("KV pages", "pages"), ("LoRA", "lora")):
             sizes[kind] = sum(_size(file) for file in (self.folder / name).rglob("*"))
+        # Made for engines that read them from here (publishing.py); none in most folders.
+        if published := sum(_size(file) for file in (self.folder / PUBLISHED).rglob("*")):
+            sizes["published LoRA"] = published
         if slots := self.slots.size():
             sizes["saved slots"] = slots
         return sizes

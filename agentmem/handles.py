@@ -238,6 +238,8 @@ class Parametric:
         memory's own model), under a name that holds its digest; several, or all active ones (None), as their sum.
 
         Forgetting a record that one of them learnt takes it back there, or says in the receipt that it could not.
+        A user, password or key in the address is used for this call and not kept: what is taken back later goes by the
+        settings (``base_url``, ``api_key``).
         Raises `ConfigError` for an engine with no place for a LoRA, `ProviderError` where it refuses or is away.
         """
         return run(local(publishing.publish, self._engine, self._scope, version, to))

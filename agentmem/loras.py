@@ -15,7 +15,10 @@ from typing import Protocol, runtime_checkable
 
 from .errors import InvalidInput
 
-__all__ = ["HoldsLoras", "LoraRef", "PublishedLora", "TakesLoras", "as_one", "served_name"]
+__all__ = ["PUBLISHED", "HoldsLoras", "LoraRef", "PublishedLora", "TakesLoras", "as_one", "served_name"]
+
+#: The folder, in a memory's own, of files that were made for engines to read from there.
+PUBLISHED = "published"
 
 
 @dataclass(frozen=True, kw_only=True)

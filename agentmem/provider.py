@@ -8,12 +8,14 @@ the function `create`).
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from urllib.parse import urlsplit, urlunsplit
 
 from .cache_rules import CacheRules
 from .errors import ConfigError, MissingDependency
@@ -46,6 +48,8 @@ __all__ = [
     "Slots",
     "TakesLoras",
     "load",
+    "may_take_loras",
+    "public_name",
     "served_name",
     "split_name",
 ]
@@ -461,6 +465,26 @@ def split_name(name: str) -> tuple[str, str]:
     return name[:cut], name[cut + 1 :]
 
 
+def public_name(name: str) -> str:
+    """``name`` without user, password and query of an address in the model's place: fit to be shown and stored."""
+    scheme, model = split_name(name)
+    if "://" not in model:
+        return name
+    try:
+        parts = urlsplit(model)
+    except ValueError as error:
+        raise ConfigError(f"the address behind {scheme}: is none ({error})") from None
+    return f"{scheme}:{urlunsplit((parts.scheme, parts.netloc.rpartition('@')[2], parts.path.rstrip('/'), '', ''))}"
+
+
+def may_take_loras(name: str) -> bool:
+    """False for a scheme that surely has no place for a LoRA; known without a key, a network or the vendor's SDK."""
+    module = f"agentmem.adapters.providers.{split_name(name)[0]}"
+    with contextlib.suppress(ModuleNotFoundError):  # `load` says more about it
+        return bool(getattr(importlib.import_module(module), "TAKES_LORAS", True))
+    return True
+
+
 def load(name: str, settings: Mapping[str, Any]) -> Provider:
     """The provider for ``"scheme:model"``. ``settings`` is the scheme's table of the configuration.
 
@@ -472,7 +496,7 @@ def load(name: str, settings: Mapping[str, Any]) -> Provider:
         provider: Provider = create(model, settings)
     except ModuleNotFoundError as error:
         hint = INSTALL.get(scheme, f"pip install {error.name}")
-        raise MissingDependency(f"model {name!r} needs the package {error.name!r}: {hint}") from error
+        raise MissingDependency(f"model {public_name(name)!r} needs the package {error.name!r}: {hint}") from error
     return provider
 
 

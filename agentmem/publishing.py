@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 from . import provider as providers
 from .engine import Engine
 from .errors import AgentMemError, ConfigError, InvalidInput, NotFound, Rejected, TrainingError
-from .loras import LoraRef, TakesLoras, as_one
+from .loras import PUBLISHED, LoraRef, TakesLoras, as_one
 from .plaintext.drafts import shown
 from .provider import Provider
 from .types import Scope, Value
@@ -29,12 +29,10 @@ __all__ = ["Publication", "base_config", "publish", "unpublish", "withdraw"]
 
 _log = logging.getLogger("agentmem")
 
-#: Where the files lie that an engine reads from this machine.
-FOLDER = "published"
 #: Engines that can serve a LoRA, for messages; what each can do is in its `Capabilities`.
 LOCAL = ("local", "llamacpp", "vllm", "ollama")
 #: What a receipt waits for an engine: it may be down.
-WITHDRAWING = {"timeout_s": 10.0, "max_retries": 0}
+WITHDRAWING: dict[str, Any] = {"timeout_s": 10.0, "max_retries": 0}
 
 
 class Publication(Value):
@@ -62,6 +60,8 @@ def publish(
     """Give this version to the engine ``to`` ("scheme:model"; default: the memory's own model); see
     `Parametric.publish`. Several versions (None: all that are active in this scope) are published as their exact sum.
     """
+    if isinstance(to, str) and not providers.may_take_loras(to):
+        raise ConfigError(_no_place(providers.public_name(to), "none"))
     versions = _chosen(engine, scope, version)
     with _reached(engine, to) as (target, provider):
         facts = provider.capabilities
@@ -75,14 +75,19 @@ def publish(
         served = as_one(refs).served_name
         # An engine that takes a copy into its own store reads a passing file; others may be reading one of that name.
         copied = facts.lora_loading == "model"
-        folder = engine.folder / FOLDER / (f".{uuid.uuid4().hex}" if copied else "")
+        folder = engine.folder / PUBLISHED / (f".{served}-{uuid.uuid4().hex}" if copied else "")
+        # Before a file is written and the engine is told, so that nothing of it can be anywhere unknown to `withdraw`.
+        new = _note(engine, versions, target, served)
+        asked = False
         try:
             file = _written(engine, versions, refs, facts.lora_format, folder)
-            _note(engine, versions, target, served)
+            asked = True
             published = provider.publish_lora(served, file)
-        except (ConfigError, InvalidInput, Rejected):
-            _spare(engine, target, served)
-            _forget_row(engine, target, served)
+        except BaseException as error:
+            # Another error may hide that the engine has it; and one that it was given before, it has still.
+            if new and (not asked or isinstance(error, (ConfigError, InvalidInput, Rejected))):
+                _spare(engine, target, served)
+                _forget_row(engine, target, served)
             raise
         finally:
             if copied:
@@ -105,11 +110,12 @@ def unpublish(engine: Engine, scope: Scope, version: str | LoraVersion, to: str 
     """Take this version, and sums that hold it, back from the engine ``to`` (None: from all that were given it);
     returns the names that are gone there. Raises `ProviderError` where one stays."""
     found = engine.registry.get(version, scope)
-    rows = [row for row in _rows(engine, [found.digest]) if to is None or row[0] == to]
+    wanted = None if to is None else providers.public_name(to)
+    rows = [row for row in _rows(engine, [found.digest]) if wanted in (None, row[0])]
     if not rows:
-        raise NotFound(f"{found.name} was not published{'' if to is None else f' to {to}'}")
+        raise NotFound(f"{found.name} was not published{'' if wanted is None else f' to {wanted}'}")
     for target, served in rows:
-        _taken_back(engine, target, served)
+        _taken_back(engine, target, served, to=to)
     return tuple(served for _, served in rows)
 
 
@@ -170,9 +176,10 @@ def _chosen(engine: Engine, scope: Scope, version: Any) -> list[LoraVersion]:
 
 @contextlib.contextmanager
 def _reached(engine: Engine, to: str | None, **settings: Any) -> Generator[tuple[str, Provider]]:
-    """The engine's name and its provider: the memory's own, or one that is closed at the end."""
+    """The engine's name, without any key in it, and its provider: the memory's own, or one that is closed at the
+    end."""
     if to is None:
-        yield engine.chat_provider().name, engine.chat_provider()
+        yield providers.public_name(engine.chat_provider().name), engine.chat_provider()
         return
     name: Any = to
     if not isinstance(name, str) or not name.strip():
@@ -180,9 +187,19 @@ def _reached(engine: Engine, to: str | None, **settings: Any) -> Generator[tuple
     scheme, _ = providers.split_name(to)
     provider = providers.load(to, {**engine.settings.providers.get(scheme, {}), **settings})
     try:
-        yield to, provider
+        yield providers.public_name(to), provider
     finally:
         provider.close()
+
+
+def _configured(engine: Engine, target: str) -> str:
+    """What is stored of an engine's name, with the user and password of an address as the settings know them."""
+    scheme, _ = providers.split_name(target)
+    base = engine.settings.providers.get(scheme, {}).get("base_url")
+    for name in (engine.settings.model, f"{scheme}:{base}" if isinstance(base, str) else None):
+        if name and "://" in name and providers.public_name(name).removesuffix("/v1") == target.removesuffix("/v1"):
+            return name
+    return target
 
 
 def _no_place(target: str, loading: str) -> str:
@@ -213,13 +230,14 @@ def _spare(engine: Engine, target: str, served: str) -> None:
 
 def _remove(engine: Engine, served: str) -> None:
     """The files made for engines, never a version's own."""
-    folder = engine.folder / FOLDER
+    folder = engine.folder / PUBLISHED
     (folder / f"{served}.gguf").unlink(missing_ok=True)
-    shutil.rmtree(folder / served, ignore_errors=True)
+    for left in (folder / served, *folder.glob(f".{served}*")):  # the latter of a process that died over it
+        shutil.rmtree(left, ignore_errors=True) if left.is_dir() else left.unlink(missing_ok=True)
 
 
-def _taken_back(engine: Engine, target: str, served: str, **settings: Any) -> None:
-    with _reached(engine, target, **settings) as (_, provider):
+def _taken_back(engine: Engine, target: str, served: str, *, to: str | None = None, **settings: Any) -> None:
+    with _reached(engine, to or _configured(engine, target), **settings) as (_, provider):
         if isinstance(provider, TakesLoras):
             provider.unpublish_lora(served)
     _spare(engine, target, served)
@@ -229,13 +247,15 @@ def _taken_back(engine: Engine, target: str, served: str, **settings: Any) -> No
 # ---- which engine was given what
 
 
-def _note(engine: Engine, versions: Sequence[LoraVersion], target: str, served: str) -> None:
-    """Before the engine is told, so that a version can never be there unknown to `withdraw`."""
+def _note(engine: Engine, versions: Sequence[LoraVersion], target: str, served: str) -> bool:
+    """Write down that this engine is given these; False where it was before."""
     with engine.database.write() as connection:
+        known = (target, served) in _rows(engine, [one.digest for one in versions])
         connection.executemany(
             "INSERT OR REPLACE INTO published (digest, target, served, at) VALUES (?, ?, ?, ?)",
             [(one.digest, target, served, engine.clock()) for one in versions],
         )
+    return not known
 
 
 def _forget_row(engine: Engine, target: str, served: str) -> None:

@@ -27,7 +27,7 @@ DRAWN = 5
 HELD = {
     "plaintext": ("records", "index"),
     "activation": ("KV pages", "saved slots"),
-    "parametric": ("LoRA",),
+    "parametric": ("LoRA", "published LoRA"),
 }
 
 

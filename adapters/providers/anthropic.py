@@ -33,6 +33,9 @@ OFFICIAL = "https://api.anthropic.com"
 #: Seconds for which a host of unknown rules is said to hold a prefix: the shortest time at Anthropic.
 HOLDS_S = 300.0
 
+#: A hosted model has no place for a LoRA (`agentmem.provider.may_take_loras`).
+TAKES_LORAS = False
+
 #: What a host can do that is not Anthropic's and serves none of its models can only be told.
 SETTINGS: Mapping[str, type] = {"images": bool, "schemas": bool, "diagnostics": bool}
 

@@ -30,6 +30,9 @@ __all__ = ["SETTINGS", "OpenAI", "Reader", "create"]
 OFFICIAL = "https://api.openai.com/v1"
 APIS = ("responses", "chat")
 
+#: A hosted model has no place for a LoRA (`agentmem.provider.may_take_loras`).
+TAKES_LORAS = False
+
 SETTINGS: Mapping[str, type] = {
     "api": str,
     "host": str,

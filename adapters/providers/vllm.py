@@ -1,7 +1,7 @@
 """``vllm:model``: a vLLM server, as ``openai_compatible:`` with ``host = "vllm"``.
 
 Knows only where it is: ``vllm:http://host:8000`` and ``vllm:http://host:8000/v1`` are the server's address and take the
-first model that it lists.
+first model that it lists. A user, a password or ``?api_key=`` in the address is sent to the server and shown nowhere.
 """
 
 from __future__ import annotations
@@ -9,8 +9,10 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import parse_qs, urlsplit
 
 from agentmem.errors import ConfigError
+from agentmem.provider import public_name
 
 from . import openai_compatible
 from ._vllm import Vllm
@@ -29,9 +31,15 @@ def create(model: str, settings: Mapping[str, Any]) -> Vllm:
     values = {"host": "vllm", **settings}
     if values["host"] != "vllm":
         raise ConfigError(f"vllm: host is {values['host']!r}; for another host use openai_compatible:")
-    name, address = f"vllm:{model}", model.startswith(("http://", "https://"))
+    name, address = public_name(f"vllm:{model}"), model.startswith(("http://", "https://"))
     if address:
-        values["base_url"] = model.rstrip("/").removesuffix("/v1") + "/v1"
+        parts = urlsplit(model)
+        asked = parse_qs(parts.query)
+        values["api_key"] = asked.pop("api_key", [values.get("api_key")])[-1]
+        if asked:
+            raise ConfigError(f"{name}: the address may have ?api_key= behind it and nothing else")
+        plain = parts._replace(query="", fragment="").geturl()
+        values["base_url"] = plain.rstrip("/").removesuffix("/v1") + "/v1"
     values["base_url"] = values.get("base_url") or os.environ.get("VLLM_BASE_URL") or DEFAULT
     values["api_key"] = values.get("api_key") or os.environ.get("VLLM_API_KEY")
     provider = _made(model, values, name)

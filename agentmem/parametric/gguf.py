@@ -58,7 +58,7 @@ def write_gguf(path: str | os.PathLike[str], lora: Lora, config: Any, *, name: s
     gguf = _package()
     architecture, tensors = _tensors(gguf, lora, config)
     target = Path(path)
-    staging = target.with_name(f".new-{uuid.uuid4().hex}")
+    staging = target.with_name(f".{target.stem}-{uuid.uuid4().hex}")
     try:
         os.close(os.open(staging, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))  # as private as the records
         writer = gguf.GGUFWriter(staging, architecture)

@@ -15,7 +15,16 @@ import pytest
 import torch
 
 from agentmem import Memory
-from agentmem.errors import ConfigError, InvalidInput, NotFound, Rejected, TrainingError, Unavailable
+from agentmem.errors import (
+    AgentMemError,
+    ConfigError,
+    Full,
+    InvalidInput,
+    NotFound,
+    Rejected,
+    TrainingError,
+    Unavailable,
+)
 from agentmem.loras import as_one
 from agentmem.parametric.corpus import record_digest
 from agentmem.parametric.gate import GateReport
@@ -205,6 +214,109 @@ def test_an_address_is_enough(vllm: VllmDouble, tmp_path: Path) -> None:
         assert list(vllm.loaded) == [publication.served]
         assert ana.unpublish(version, to=f"vllm:{vllm.url}") == (publication.served,)
         assert vllm.loaded == {}
+
+
+def test_no_key_in_an_address_is_stored_or_shown(vllm: VllmDouble, tmp_path: Path) -> None:
+    secret = vllm.url.replace("http://", "http://ops:hunter2@")
+    with opened(tmp_path, "http://127.0.0.1:9") as mem:
+        ana = mem.scope(user="ana").parametric
+        first, second = learnt(mem, "I live in Tromsø."), learnt(mem, "I have a dog.", seed=1)
+        publication = ana.publish(first, to=f"vllm:{secret}")
+        ana.publish(second, to=f"vllm:{vllm.url}/v1?api_key=hunter2")
+        assert vllm.seen[-1] == "Bearer hunter2"
+        assert vllm.seen[0].startswith("Basic ")
+        assert publication.to == f"vllm:{vllm.url}"
+        assert "hunter2" not in str(publication)
+        assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
+        with pytest.raises(NotFound) as told:
+            ana.unpublish(first, to="vllm:http://ops:hunter2@elsewhere")
+        assert "hunter2" not in str(told.value)
+        assert ana.unpublish(first, to=f"vllm:{secret}")
+        assert list(vllm.loaded) == [f"{second.name}-{second.digest[:16]}"]
+
+
+def test_what_was_published_with_a_key_is_taken_back_with_the_configured_one(vllm: VllmDouble, tmp_path: Path) -> None:
+    secret = vllm.url.replace("http://", "http://ops:hunter2@")
+    with opened(tmp_path, secret, lora_budget=None) as mem:
+        version = learnt(mem, "I live in Tromsø.")
+        mem.scope(user="ana").parametric.publish(version, to=f"vllm:{vllm.url.replace('http://', 'http://x:y@')}")
+        vllm.seen.clear()
+        assert mem.forget(list(version.records)).hosted == []
+        assert vllm.loaded == {}
+        assert {kept.partition(" ")[0] for kept in vllm.seen} == {"Basic"}
+        assert len(set(vllm.seen)) == 1
+
+
+def test_a_memory_on_an_address_with_a_key_shows_none(vllm: VllmDouble, tmp_path: Path) -> None:
+    secret = vllm.url.replace("http://", "http://ops:hunter2@")
+    with Memory(tmp_path, model=f"vllm:{secret}", embedder="none", lora_when="always") as mem:
+        version = learnt(mem, "I live in Tromsø.")
+        ana = mem.scope(user="ana")
+        assert ana.parametric.publish(version).to == f"vllm:{vllm.url}"
+        ana.chat("Where do I live?")
+        assert not [file for file in tmp_path.rglob("*") if file.is_file() and b"hunter2" in file.read_bytes()]
+        assert mem.forget(list(version.records)).hosted == []
+        assert vllm.loaded == {}
+
+
+def test_an_address_with_another_query_is_refused(tmp_path: Path) -> None:
+    with opened(tmp_path, "http://127.0.0.1:9") as mem:
+        version = learnt(mem, "I live in Tromsø.")
+        with pytest.raises(ConfigError, match="api_key=") as told:
+            mem.scope(user="ana").parametric.publish(version, to="vllm:http://host:8000?token=hunter2")
+        assert "hunter2" not in str(told.value)
+        with pytest.raises(ConfigError, match="address"):
+            mem.scope(user="ana").parametric.publish(version, to="vllm:http://[broken")
+
+
+@pytest.mark.parametrize("model", ["openai:gpt-5.6-luna", "anthropic:claude-haiku-4-5"])
+def test_a_hosted_api_is_refused_at_once_without_a_key(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("OPENAI_API_KEY", "ANTHROPIC_API_KEY", "ANTHROPIC_AUTH_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
+    with opened(tmp_path, "http://127.0.0.1:9") as mem, pytest.raises(ConfigError, match="no place for a LoRA"):
+        mem.scope(user="ana").parametric.publish(to=model)
+
+
+def test_what_lies_there_for_engines_is_counted(vllm: VllmDouble, tmp_path: Path) -> None:
+    with opened(tmp_path, vllm.url) as mem:
+        ana = mem.scope(user="ana").parametric
+        assert "published LoRA" not in mem.report().bytes
+        ana.activate(learnt(mem, "I live in Tromsø."), learnt(mem, "I have a dog.", seed=1))
+        folder = Path(ana.publish().file or "")
+        held = mem.report()
+        assert held.bytes["published LoRA"] == sum(file.stat().st_size for file in folder.iterdir()) > 0
+        [kind] = [kind for kind in held.kinds if kind.name == "parametric"]
+        assert kind.bytes == held.bytes["LoRA"] + held.bytes["published LoRA"]
+
+
+def test_a_second_publication_that_is_refused_leaves_what_is_known_of_the_first(tmp_path: Path) -> None:
+    server = VllmDouble()
+    with server, opened(tmp_path, server.url) as mem:
+        version = learnt(mem, "I live in Tromsø.")
+        ana = mem.scope(user="ana").parametric
+        ana.publish(version)
+        server.refuses = True
+        with pytest.raises(AgentMemError):
+            ana.publish(version)
+        server.refuses = False
+        assert mem.forget(list(version.records)).hosted == []
+        assert server.loaded == {}
+
+
+def test_what_could_not_be_written_is_not_noted_as_given(
+    vllm: VllmDouble, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> Path:
+        raise Full("no space left")
+
+    with opened(tmp_path, vllm.url) as mem:
+        version = learnt(mem, "I live in Tromsø.")
+        monkeypatch.setattr("agentmem.publishing._written", full)
+        with pytest.raises(Full):
+            mem.scope(user="ana").parametric.publish(version)
+        assert mem._engine.database.query("SELECT * FROM published") == []
 
 
 def test_a_server_without_the_routes_names_the_variable_it_needs(tmp_path: Path) -> None:

@@ -18,17 +18,24 @@ BASE = "base-model"
 
 
 class VllmDouble:
-    """``with VllmDouble() as server:`` serves at ``server.url``; ``server.loaded``: LoRA names and their folders."""
+    """``with VllmDouble() as server:`` serves at ``server.url``; ``server.loaded``: LoRA names and their folders,
+    ``server.seen``: how each request authorised itself. While ``server.refuses`` it answers 401."""
 
     def __init__(self, *, allowed: bool = True) -> None:
         self.loaded: dict[str, str] = {}
         self.bodies: list[dict[str, Any]] = []
+        self.seen: list[str] = []
+        self.refuses = False
         double = self
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
 
             def do_GET(self) -> None:
+                double.seen.append(self.headers.get("authorization", ""))
+                if double.refuses:
+                    self._error(401, "Unauthorized", "AuthenticationError")
+                    return
                 models = [
                     {"id": BASE, "object": "model", "created": 0, "owned_by": "vllm", "root": BASE, "parent": None}
                 ]
