@@ -35,8 +35,8 @@ FACTS_PER_RECORD = 8
 #: Of the user's own past questions about a record, every one at this place is kept back to test with.
 KEPT_BACK = 3
 #: Neighbour questions per fact, and in all: beyond that more of them cost time and hold no more still.
-NEIGHBOURS_PER_FACT = 5
-MOST_NEIGHBOURS = 64
+NEIGHBOURS_PER_FACT = 12
+MOST_NEIGHBOURS = 128
 
 #: Whose dog it might also be. The gate asks about people who are not among these.
 OTHERS = (

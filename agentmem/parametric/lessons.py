@@ -25,8 +25,9 @@ PASSAGE = (
 )
 
 #: What a run holds still beside the base's own answers: passages as somebody might ask for them, so that long plain
-#: prose is among the anchors. Charles Dickens, A Tale of Two Cities (1859), and Mary Shelley, Frankenstein (1818), in
-#: the public domain.
+#: prose is among the anchors, told and spoken. All in the public domain: Charles Dickens, A Tale of Two Cities (1859),
+#: Mary Shelley, Frankenstein (1818), Charlotte Brontë, Jane Eyre (1847), Lewis Carroll, Alice in Wonderland
+#: (1865), Charles Darwin, On the Origin of Species (1859), Arthur Conan Doyle, A Study in Scarlet (1887, shortened).
 HELD = (
     (
         "Tell me something.",
@@ -39,6 +40,30 @@ HELD = (
         "You will rejoice to hear that no disaster has accompanied the commencement of an enterprise which you have "
         "regarded with such evil forebodings. I arrived here yesterday, and my first task is to assure my dear sister "
         "of my welfare.",
+    ),
+    (
+        "Tell me a story.",
+        "There was no possibility of taking a walk that day. We had been wandering, indeed, in the leafless shrubbery "
+        "an hour in the morning; but since dinner the cold winter wind had brought with it clouds so sombre, and a "
+        "rain so penetrating, that further outdoor exercise was now out of the question.",
+    ),
+    (
+        "Say something.",
+        "Alice was beginning to get very tired of sitting by her sister on the bank, and of having nothing to do: once "
+        "or twice she had peeped into the book her sister was reading, but it had no pictures or conversations in it, "
+        "“and what is the use of a book,” thought Alice “without pictures or conversations?”",
+    ),
+    (
+        "What are you reading?",
+        "When on board H.M.S. Beagle, as naturalist, I was much struck with certain facts in the distribution of the "
+        "inhabitants of South America, and in the geological relations of the present to the past inhabitants of that "
+        "continent.",
+    ),
+    (
+        "Go on.",
+        "“You have been in Afghanistan, I perceive.” “How on earth did you know that?” I asked in astonishment. “Never "
+        "mind,” said he, chuckling to himself. “The question now is about hemoglobin. No doubt you see the "
+        "significance of this discovery of mine?”",
     ),
 )
 

@@ -24,7 +24,7 @@ from agentmem.provider import LoraRef, load
 from agentmem.types import Record
 
 FLOAT = {"dtype": "float32"}
-QUICK = Recipe(rank=4, rate=5e-3, batch=4, anchors=2, anchor_tokens=4, least_steps=0)
+QUICK = Recipe(rank=4, layers=1 / 3, rate=5e-3, batch=4, anchors=2, anchor_tokens=4, least_steps=0)
 
 
 @pytest.fixture(scope="module")
