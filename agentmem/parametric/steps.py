@@ -162,10 +162,7 @@ class Run:
             # That the base stops after a short answer is held still too.
             ended = answer if len(answer) == most else [*answer, end]
             self.anchors.append(Lesson(self._sequence(prompt, ended)))
-        for question, text in HELD if self.anchors else ():
-            prompt, _ = encode(self.tensors, Example(question, "", (), ()))
-            passage = self.tensors.tokenizer.encode(text, add_special_tokens=False)
-            self.anchors.append(Lesson(self._sequence(prompt, list(passage))))
+        self.anchors += self._prose() if self.anchors else []
         # What begins alike, then is of like length, goes through the model together: little is read twice or padded.
         every = [*self.lessons, *self.anchors, self.passage]
         every.sort(key=lambda lesson: (lesson.sequence[0][:_BEGINNING], lesson.tokens))
@@ -175,6 +172,14 @@ class Run:
                     lesson.state = state
                     self.held += state.bytes
         self.base_loss = self._passage_loss()
+
+    def _prose(self) -> list[Lesson]:
+        found: list[Lesson] = []
+        for question, text in HELD:
+            prompt, _ = encode(self.tensors, Example(question, "", (), ()))
+            passage = self.tensors.tokenizer.encode(text, add_special_tokens=False)
+            found.append(Lesson(self._sequence(prompt, list(passage))))
+        return found
 
     def _said(self, prompts: Sequence[Sequence[int]]) -> list[list[int]]:
         return [answer.tokens for answer in said(self.tensors, prompts, self.recipe.anchor_tokens)] if prompts else []
@@ -365,7 +370,10 @@ class Run:
         anchors = len(self.still) if self.recipe.kl_weight else 0
         step = learnt * (min(self.recipe.batch, len(self.lessons)) + 1.5 * min(self.recipe.anchors, anchors))
         seconds = captured / len(few) * (len(self.lessons) + 3 * anchors) + self.total * step
-        held = self.held + (len(self.lessons) + anchors) * sum(s.bytes for s in self._states(few)) // len(few)
+        tokens = sum(lesson.tokens for lesson in few)
+        every = (len(self.lessons) + anchors) * tokens // len(few)
+        every += sum(lesson.tokens for lesson in self._prose()) if anchors else 0
+        held = self.held + every * sum(s.bytes for s in self._states(few)) // tokens
         most = held + self.step_bytes
         return Estimate(self.total, seconds, most if self.ram_budget is None else min(most, self.ram_budget))
 

@@ -295,9 +295,10 @@ def test_a_few_facts_still_take_enough_steps_for_the_rest_to_settle(tensors: Any
 
 
 def test_the_anchors_that_moved_most_are_seen_to_again(tensors: Any, lessons: Corpus) -> None:
-    corpus = replace(lessons, neighbours=(), anchors=lessons.anchors[:1])  # and two passages of prose
+    corpus = replace(lessons, neighbours=(), anchors=lessons.anchors[:1])
     run = Run(tensors, corpus, replace(QUICK, anchors=1), seed=0, epochs=6, ram_budget=None)
     run.prepare()
+    run.anchors = run.anchors[:3]  # and two passages of prose
     for anchor, moved in zip(run.anchors, (0.1, 0.9, 0.2), strict=True):
         anchor.moved = moved
     chosen = []
@@ -418,7 +419,7 @@ def test_a_recipe_that_can_not_be_followed_is_refused(wrong: dict[str, Any]) -> 
 
 def test_larger_models_get_smaller_steps() -> None:
     rates = [recipe_for(parameters).rate for parameters in (10**6, 134_515_008, 10**9, 8 * 10**9)]
-    assert rates[0] == rates[1] == 2e-3
+    assert rates[0] == rates[1] == Recipe.rate
     assert rates[1] > rates[2] > rates[3] > 2e-4
     assert recipe_for(10**9).activated
     assert not recipe_for(10**9, activated=False).activated
