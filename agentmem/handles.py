@@ -127,7 +127,8 @@ class Activation:
         return run(local(kinds.swap_in, self._engine, self._scope, keys))
 
     def save(self, path: str | os.PathLike[str]) -> int:
-        """Copy all pages with their lineage into a new folder; returns how many. As private as the transcript.
+        """Copy all pages with their lineage into a new folder; returns how many. As private as the transcript. Trained
+        prefixes are left out, and how many is logged: `Parametric.distil` makes them again elsewhere.
 
         On the root handle only: the pages of a prompt's head serve many scopes. What is forgotten later stays in that
         folder: the receipt of `forget` names it while it is there, and deleting it is yours.

@@ -58,6 +58,7 @@ class Saved(BaseModel):
     pinned: bool
     records: list[str]
     codec: str = Field(default="raw", max_length=16)
+    grid: int = Field(default=0, ge=0, le=1 << 16)
 
 
 class Manifest(BaseModel):
@@ -139,6 +140,7 @@ def save(entries: Sequence[Entry], catalog: Catalog, path: Path, cipher: PageCip
                     pinned=entry.pinned,
                     records=list(entry.records),
                     codec=row.codec,
+                    grid=row.grid,
                 )
             )
         manifest = Manifest(format=FORMAT, digest=_digest(pages), pages=pages)
@@ -236,6 +238,7 @@ def _restored(
             uses=0,
             pinned=saved.pinned,
             codec=saved.codec,
+            grid=saved.grid,
         )
         if catalog.bytes_of_files() + row.bytes > budget.total:
             logger.warning("no room in the budget of %d bytes for all saved KV pages", budget.total)

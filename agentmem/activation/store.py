@@ -424,11 +424,17 @@ class PageStore:
     def save(self, path: str | os.PathLike[str]) -> int:
         """Copy all sound pages and their lineage into the new folder ``path``, whole or not at all; returns how many.
 
-        Encrypted pages stay encrypted. Nothing deletes a saved page but you: see `saved_with`. Raises `InvalidInput` if
-        the folder exists and isn't empty, `Full` if it doesn't fit.
+        Encrypted pages stay encrypted. Trained prefixes are left out, with a warning that says how many: what they
+        stand for is named by this folder's secret. Nothing deletes a saved page but you: see `saved_with`. Raises
+        `InvalidInput` if the folder exists and isn't empty, `Full` if it doesn't fit.
         """
         archive.note(self._database, Path(path))
-        return archive.save(self.entries(), self._catalog, Path(path), self._cipher)
+        learnt, pages = trained.names(self._database), self.entries()
+        computed = [entry for entry in pages if entry.identity not in learnt]
+        saved = archive.save(computed, self._catalog, Path(path), self._cipher)
+        if left := {entry.identity for entry in pages} & learnt:
+            logger.warning("%d trained prefixes are not saved: distil them again where the pages go", len(left))
+        return saved
 
     def saved_with(self, record_ids: Sequence[str]) -> list[str]:
         """The folders written by `save` that hold pages made from these records, as far as they are where they were."""

@@ -25,7 +25,7 @@ from .tenant import TenantPages
 if TYPE_CHECKING:
     from .store import PageStore
 
-__all__ = ["StoredPrefix", "TrainedPages", "base_of", "prune"]
+__all__ = ["StoredPrefix", "TrainedPages", "base_of", "names", "prune"]
 
 logger = logging.getLogger("agentmem")
 
@@ -193,6 +193,12 @@ def base_of(content: bytes, dtype: str) -> bytes:
     Neither device nor threads nor versions are in it, as they are in the identity of computed states: these are weights
     that were learnt, and serve wherever the model does."""
     return digest({"base": content, "dtype": dtype})
+
+
+def names(database: Database) -> set[str]:
+    """The digests of all trained prefixes, of any tenant: the identities of their pages."""
+    rows = database.query("SELECT substr(key, -64) AS name FROM meta WHERE key > ? AND key < ?", (_NAME, _NAME + "~"))
+    return {row["name"] for row in rows}
 
 
 def prune(connection: sqlite3.Connection) -> None:

@@ -166,6 +166,24 @@ def test_one_made_from_a_forgotten_record_is_not_kept(kept: Kept) -> None:
     assert (kept.store.entries(), kept.rows()) == ([], 0)
 
 
+def test_saving_leaves_it_out_and_says_so(kept: Kept, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    view = kept.store.view(b"ana", grid=16)
+    view.seal(bytes(32), list(range(32)), 0, layers(), [(), ()])
+    assert kept.store.save(tmp_path / "computed") == 2
+    assert not caplog.records
+    keep(kept.prefixes)
+    keep(kept.of("bo"), layers(seed=1))
+    assert kept.store.save(tmp_path / "saved") == 2
+    assert "2 trained prefixes are not saved" in caplog.text
+    (tmp_path / "other").mkdir()
+    other = Kept(tmp_path / "other")
+    assert other.store.restore(tmp_path / "saved") == 2
+    assert [entry.tokens for entry in other.store.entries()] == [16, 16]
+    assert other.prefixes.find(BASE, HEAD) is None
+    other.close()
+    assert kept.prefixes.find(BASE, HEAD) is not None
+
+
 def test_half_a_prefix_is_none(kept: Kept) -> None:
     stored = keep(kept.prefixes)
     kept.store._catalog.path(stored.pages[1].name).unlink()
