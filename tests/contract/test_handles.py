@@ -34,7 +34,6 @@ def in_child(work: Any) -> int:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
 
-@pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_parent_and_child_both_write_after_a_fork(tmp_path: Path) -> None:
     with Memory(tmp_path / "m", model=ScriptedProvider("ok"), embedder="hash") as memory:
         memory.add("before")

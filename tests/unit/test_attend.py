@@ -514,7 +514,6 @@ def test_threads_share_a_prefix_and_the_workers() -> None:
     assert not wrong
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 def test_a_forked_child_makes_workers_of_its_own() -> None:
     case = Case(Call(BF16, parts=(Part(INT8, 1024), Part(INT8, 1024))))
     expected = case.attend(native, 3)

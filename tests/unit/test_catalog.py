@@ -272,7 +272,6 @@ def test_what_ctrl_c_left_half_applied_is_not_gone_on_with(
     assert len(set(view.document.tolist())) == 1
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_starts_with_a_free_lock(tmp_path: Path) -> None:
     store = Store(tmp_path / "memory.db")

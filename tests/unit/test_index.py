@@ -676,7 +676,6 @@ def test_threads_search_while_others_add_and_delete(store: Store) -> None:
     index.close()
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_starts_with_a_free_lock(store: Store) -> None:
     store.add(5)

@@ -297,7 +297,6 @@ def test_threads_search_one_memory() -> None:
     store.database.close()
 
 
-@pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_searches_though_another_thread_was_searching(tmp_path: Path) -> None:
     store = Store(path=tmp_path / "memory.db")
