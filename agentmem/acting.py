@@ -6,6 +6,7 @@ age?". Knows no weights: `Engine.active_loras` turns what is said here into vers
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -39,14 +40,15 @@ def turned_to(question: str, hits: Sequence[Hit], learnt: Collection[str], befor
     return tuple(found)
 
 
-def concerns(engine: Engine, scope: Scope, learnt: Collection[str]) -> Callable[[str], bool]:
-    """A test whether a version that learnt these records would act on a question that is asked by itself in this scope,
-    beside the versions that are active there: what a gate asks of each question that it may intrude into."""
+def concerns(engine: Engine, scope: Scope, learnt: Collection[str]) -> Callable[[str], frozenset[str]]:
+    """Which records a question that is asked by itself in this scope concerns, among these and what the versions that
+    are active there learnt: what a gate asks of each question, to know which versions would act on it."""
     all_learnt = engine.learnt(scope) | set(learnt)
 
-    def concerns_one(question: str) -> bool:
+    @functools.cache
+    def concerned_by(question: str) -> frozenset[str]:
         query = question.strip()[:QUERY_CHARACTERS]
         hits = run(search(engine, scope, query, k=WEIGHED, words_if_down=True))
-        return not set(learnt).isdisjoint(turned_to(question, hits, all_learnt, ()))
+        return frozenset(turned_to(question, hits, all_learnt, ()))
 
-    return concerns_one
+    return concerned_by

@@ -22,7 +22,7 @@ from .progress import progress
 from .types import Record, Scope, Usage
 
 if TYPE_CHECKING:
-    from .parametric.corpus import Corpus
+    from .parametric.corpus import Corpus, Example
     from .parametric.gate import Thresholds
     from .parametric.lora import Lora
     from .parametric.recipe import Recipe
@@ -56,8 +56,9 @@ class Run:
     ram_budget: int | None = None
 
 
-#: Other active versions that act beside a new one in its gate, where only those that a request concerns act.
-BESIDE = 2
+#: Other active versions that a new one is tried beside in its gate, the newest: 320 records where a shard has 20. Their
+#: weights take about 3 MB each, and every sum of them that answers a question takes passes of its own.
+BESIDE = 16
 
 
 def model_of(engine: Engine) -> Tensors:
@@ -187,14 +188,19 @@ def learn(
                 checkpoint=checkpoint,
                 ram_budget=how.ram_budget,
             )
+        tried = _loaded(engine, beside[-BESIDE:])
+        learnt = {*corpus.records, *(record for version, _ in tried for record in version.records)}
+        told = concerns(engine, scope, learnt) if filtered else None
         report = gate(
             tensors,
             trained,
             corpus,
             thresholds=thresholds,
-            beside=_loras(engine, beside),
-            earlier=_earlier(engine, scope, [*parents, *beside]),
-            concerns=concerns(engine, scope, corpus.records) if filtered else None,
+            beside=[lora for _, lora in tried],
+            others=len(beside),
+            earlier=_earlier(engine, scope, [*parents, *(version for version, _ in tried)]),
+            concerns=None if told is None else lambda question: not told(question).isdisjoint(corpus.records),
+            acting=None if told is None else lambda asked: _acting(asked, told, [version for version, _ in tried]),
         )
         version = engine.registry.add(
             trained,
@@ -228,18 +234,23 @@ def _key(tensors: Tensors, scope: Scope, corpus: Corpus, recipe: Recipe, how: Ru
     return hashlib.sha256(json.dumps(told).encode("utf-8", "surrogatepass")).hexdigest()[:32]
 
 
-def _loras(engine: Engine, versions: Sequence[LoraVersion]) -> list[Lora]:
-    """The weights of other active versions, as many as may act at once."""
+def _loaded(engine: Engine, versions: Sequence[LoraVersion]) -> list[tuple[LoraVersion, Lora]]:
+    """These versions with their weights; what is damaged is left out."""
     from .parametric.lora import load
 
-    at_once = versions if engine.settings.lora_when == "always" else versions[-BESIDE:]
-    found: list[Lora] = []
-    for version in at_once:
+    found: list[tuple[LoraVersion, Lora]] = []
+    for version in versions:
         try:
-            found.append(load(engine.registry.ref(version).path, digest=version.digest))
+            found.append((version, load(engine.registry.ref(version).path, digest=version.digest)))
         except (StoreError, NotFound) as error:
             _log.warning("%s is left out of a gate: %s", version.name, error)
     return found
+
+
+def _acting(asked: Example, told: Callable[[str], frozenset[str]], versions: Sequence[LoraVersion]) -> list[int]:
+    """Which of these versions act on a question in a chat, and the one that taught it anyway."""
+    concerned = {*told(asked.question), *asked.records}
+    return [at for at, version in enumerate(versions) if not concerned.isdisjoint(version.records)]
 
 
 def _earlier(engine: Engine, scope: Scope, versions: Sequence[LoraVersion]) -> Corpus | None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from pydantic import Field
@@ -85,7 +85,8 @@ class GateReport(Value):
     questions that no learnt fact answers, ``neighbours`` those of them that ask the same about other people;
     ``unknown`` is the share of personal questions that nothing answers and that stay without a learnt fact.
     ``gated_intrusion`` counts, of all of these, only what comes out where the plaintext index lets the version act.
-    ``retention``, ``composition`` and ``drift_composed`` are with the other active versions beside it. ``failed`` says
+    ``retention``, ``composition`` and ``drift_composed`` are with other active versions beside it: ``beside`` of the
+    ``others`` acted in a sum that was asked. ``failed`` says
     in words which thresholds were missed, ``missed`` are ids of records whose fact did not come out in trained or
     held-out wording, ``by_record`` maps each id to the share of its held-out and natural questions answered right,
     ``asked`` counts the questions. No question is kept: what is forgotten must not live on in a report.
@@ -102,6 +103,8 @@ class GateReport(Value):
     retention: float | None = None
     composition: float | None = None
     drift_composed: float | None = None
+    beside: int = 0
+    others: int = 0
     gated_intrusion: float | None = None
     passed: bool
     failed: tuple[str, ...] = ()
@@ -114,11 +117,12 @@ class GateReport(Value):
     def __str__(self) -> str:
         natural = "" if self.recall_natural is None else f", {self.recall_natural:.0%} reworded"
         kl = "" if self.kl is None else f", KL {self.kl:.3f}"
+        beside = f", beside {self.beside} of {self.others} active" if self.others else ""
         why = f" ({'; '.join(self.failed)})" if self.failed else ""
         return (
             f"{'passed' if self.passed else 'failed'}: recall {self.recall_trained:.0%} trained, "
             f"{self.recall_held_out:.0%} held out{natural}, drift {self.drift:+.1%}{kl}, "
-            f"intrusion {self.intrusion:.0%}{why}"
+            f"intrusion {self.intrusion:.0%}{beside}{why}"
         )
 
 
@@ -158,17 +162,20 @@ def gate(
     *,
     thresholds: Thresholds | None = None,
     beside: Sequence[Lora] = (),
+    others: int | None = None,
     earlier: Corpus | None = None,
     concerns: Callable[[str], bool] | None = None,
+    acting: Callable[[Example], Collection[int]] | None = None,
     max_questions: int = 40,
     max_tokens: int = 16,
 ) -> GateReport:
     """Ask the model with the LoRA on it, and compare with the base. The model is as before afterwards; its lock is
     held.
 
-    ``beside``: the LoRAs that are served with it, and ``earlier`` what they were taught: a sample of it, and of the new
-    facts, is asked for with all of them on the model. ``concerns(question)`` says whether a chat would let the LoRA act
-    on this question.
+    ``beside``: LoRAs that are served with it, of ``others`` in all, and ``earlier`` what they were taught: a sample of
+    it, and of the new facts, is asked for under the exact sum that answers in a chat. ``acting(example)`` says which of
+    ``beside`` a chat lets act on that question, None that all of them do. ``concerns(question)`` says whether a chat
+    would let the LoRA itself act on this question.
 
     At most ``max_questions`` of each kind are asked, an even sample over the facts; ``max_tokens`` bounds an answer to
     a question that no fact answers. Costs about ten CPU-seconds for ten facts on a 135M model.
@@ -184,6 +191,12 @@ def gate(
     trained_part = sample(corpus.examples, min(max_questions, _TRAINED))
     held_out, natural = sample(corpus.held_out, max_questions), sample(corpus.natural, max_questions)
     taught = [*trained_part, *held_out, *natural]
+    old = sample(earlier.held_out or earlier.examples, _EARLIER) if beside and earlier is not None else []
+    new = sample(corpus.held_out or corpus.examples, _EARLIER) if beside else []
+    sums: dict[tuple[int, ...], list[Example]] = {}
+    for example in (*new, *old):
+        members = range(len(beside)) if acting is None else acting(example)
+        sums.setdefault(tuple(sorted(members)), []).append(example)
     with tensors.lock, steady(tensors.model):
         with base_only(tensors.model):
             before = _losses(tensors, opening)
@@ -197,13 +210,16 @@ def gate(
             here = said(tensors, prompts, limits, guesses, scored=len(unrelated), opening=opening)
         drift_composed = composition = retention = None
         if beside:
-            old = sample(earlier.held_out or earlier.examples, _EARLIER) if earlier is not None else []
-            new = sample(corpus.held_out or corpus.examples, _EARLIER)
-            with applied(tensors.model, *together):
-                drift_composed = _drift(before, _losses(tensors, opening))
-                still = _known(tensors, [*new, *old], said(tensors, *_taught(tensors, [*new, *old]), opening=opening))
-            composition = _share(still[: len(new)])
-            retention = _share(still[len(new) :]) if old else None
+            widest = max(sums, key=len, default=())
+            still: dict[int, bool] = {}
+            for sum_of, part in sums.items():
+                with applied(tensors.model, lora, *(beside[at] for at in sum_of)):
+                    if sum_of and sum_of == widest:
+                        drift_composed = _drift(before, _losses(tensors, opening))
+                    answers = _known(tensors, part, said(tensors, *_taught(tensors, part), opening=opening))
+                    still.update(zip(map(id, part), answers, strict=True))
+            composition = _share([still[id(example)] for example in new])
+            retention = _share([still[id(example)] for example in old]) if old else None
     known = _known(tensors, taught, here[len(probes) :])
     after_trained, after_held_out = len(trained_part), len(trained_part) + len(held_out)
     facts = list({example.answer: example for example in corpus.examples}.values())
@@ -223,6 +239,8 @@ def gate(
         retention=retention,
         composition=composition,
         drift_composed=drift_composed,
+        beside=len({at for sum_of in sums for at in sum_of}),
+        others=len(beside) if others is None else others,
         gated_intrusion=None if concerns is None else _gated(concerns, probes, wrong),
         passed=False,
         thresholds=thresholds or Thresholds(),

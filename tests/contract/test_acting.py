@@ -169,7 +169,10 @@ def test_the_prefix_stays_cached_when_an_activated_version_comes_and_goes(
 
 
 def test_a_gate_can_ask_what_a_question_concerns(taught: Taught) -> None:
-    asks = concerns(taught.engine, Scope(user="ana"), {taught.records[DOG].id})
-    assert asks("What is my dog's name?")
-    assert not asks("Which tea do I like best?")
-    assert not asks("What is Bob's dog called?")
+    dog = taught.records[DOG].id
+    asks = concerns(taught.engine, Scope(user="ana"), {dog})
+    assert dog in asks("What is my dog's name?")
+    tea = asks("Which tea do I like best?")
+    assert tea, "what other active versions learnt is concerned too"
+    assert dog not in tea
+    assert dog not in asks("What is Bob's dog called?")

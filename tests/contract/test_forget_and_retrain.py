@@ -13,7 +13,8 @@ import pytest
 
 from agentmem import AsyncMemory, Memory
 from agentmem.errors import ConfigError, Full, InvalidInput, NotFound, ScopeError, TrainingError
-from agentmem.parametric.corpus import Corpus
+from agentmem.parametric import gate as gates
+from agentmem.parametric.corpus import Corpus, Example
 from agentmem.parametric.steps import Estimate
 from agentmem.parametric.versions import LoraVersion
 from agentmem.teaching import Run, corpus_of, learn, model_of
@@ -170,6 +171,37 @@ def test_the_same_training_again_gives_what_is_stored(memory: Memory, taught: li
     assert ana.parametric.train(records=records).digest == first.digest
     assert len(taught) == 1
     assert active(ana) == [first.digest]
+
+
+@pytest.mark.parametrize("when", ["recalled", "always"])
+def test_a_gate_tries_a_version_beside_all_others_that_act_with_it(
+    when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with learning(), memory_of(tmp_path, lora_shard=1, lora_when=when) as memory:
+        tried: list[dict[str, Any]] = []
+        scripted = gates.gate
+
+        def spying(*given: Any, **named: Any) -> Any:
+            tried.append(named)
+            return scripted(*given, **named)
+
+        monkeypatch.setattr(gates, "gate", spying)
+        facts = memory.add(list(FACTS[:5]))
+        memory.parametric.train()
+        assert [(len(one["beside"]), one["others"]) for one in tried] == [(n, n) for n in range(5)]
+        assert set(tried[-1]["earlier"].records) == {record.id for record in facts[:4]}
+        acting = tried[-1]["acting"]
+        if when == "always":
+            assert acting is None
+        else:
+            dog = Example("What is the name of my dog?", "Biscuit", (), (facts[4].id,))
+            assert list(acting(dog)) == [0], "what the index says that it concerns"
+            assert list(acting(Example("Hm?", "Biscuit", (), (facts[2].id,)))) == [2], "and who taught it"
+        monkeypatch.setattr("agentmem.teaching.BESIDE", 2)
+        [new] = memory.add(FACTS[5])
+        memory.parametric.train(records=[new])
+        assert (len(tried[-1]["beside"]), tried[-1]["others"]) == (2, 5)
+        assert set(tried[-1]["earlier"].records) == {record.id for record in facts[3:]}, "no other is asked for"
 
 
 def test_records_that_share_a_question_stay_in_one_shard(memory: Memory, taught: list[Corpus]) -> None:

@@ -196,6 +196,41 @@ def test_what_acts_beside_it_is_asked_for_with_all_of_them_on(
     assert sum("other active versions" in text for text in report.failed) >= 1
 
 
+def test_each_question_is_asked_under_the_sum_that_answers_it_in_a_chat(
+    tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acting: list[float] = []
+
+    @contextlib.contextmanager
+    def counted(model: Any, *loras: Lora) -> Any:
+        acting.append(sum(float(part.tensors["model.layers.2.mlp.down_proj"][1][0, 0]) for part in loras[1:]))
+        with applied(model, *loras):
+            yield
+
+    monkeypatch.setattr(gates, "applied", counted)
+    own = asks_of_the_user(corpus)
+    says(monkeypatch, lambda question, on: told(question) if on and own(question) and acting[-1] != 0.25 else "no idea")
+    beside = [lora(tensors, size) for size in (0.125, 0.25, 0.5, 1.0)]
+    dog = {example.question for example in corpus.held_out if "a" in example.records}
+    report = gate(
+        tensors,
+        lora(tensors, 0.0),
+        corpus,
+        beside=beside,
+        others=9,
+        earlier=corpus,
+        acting=lambda example: (3, 0) if example.question in dog else (1,),
+    )
+    assert sorted(acting[1:]) == [0.25, 1.125]
+    assert report.composition == report.retention == len(dog) / len(corpus.held_out)
+    assert (report.beside, report.others) == (3, 9)
+    assert "beside 3 of 9 active" in str(report)
+    assert report.drift_composed is not None
+    every = gate(tensors, lora(tensors, 0.0), corpus, beside=beside)
+    assert acting[-1] == 1.875
+    assert (every.beside, every.others) == (4, 4)
+
+
 def test_a_model_that_computes_no_numbers_any_more_still_gives_a_report_that_can_be_stored(
     tensors: Any, corpus: Corpus
 ) -> None:
