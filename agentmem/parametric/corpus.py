@@ -376,14 +376,18 @@ def _worded(learnt: Iterable[_Learnt], column: str, systems: Sequence[str | None
 def _neighbours(learnt: Iterable[_Learnt]) -> list[str]:
     """Each fact's own questions about other people, and one of its look about nobody; the facts take turns."""
     columns: list[list[str]] = []
-    for i, one in enumerate(learnt):
+    facts = list(learnt)
+    told = {word for one in facts for word in fold(f"{one.fact.answer} {_sample(one.fact)}").split()}
+    # "What is my boss called?" asks nobody else where the records tell of a boss.
+    others = [name for name in OTHERS if told.isdisjoint(fold(name).split()[1:] or fold(name).split())] or OTHERS
+    for i, one in enumerate(facts):
         column: list[str] = []
         asked = [each.question for each in one.fact.trained]
         for place in range(NEIGHBOURS_PER_FACT - 1 if one.fact.general else NEIGHBOURS_PER_FACT):
             if not asked:
                 break
             # Names and wordings go round at different speeds, so that no name hangs on a wording.
-            name = OTHERS[(5 * place + i) % len(OTHERS)]
+            name = others[(5 * place + i) % len(others)]
             column.append(_of_neighbour(asked[(place + i) % len(asked)], name, one, place))
         column += one.fact.general[:1]
         columns.append([text for text in column if text])

@@ -180,7 +180,7 @@ def _general(group: Sequence[Example]) -> list[str]:
             found.append(
                 f"What is a good name for {article} {noun}?" if name else f"Tell me something about {article} {noun}."
             )
-        elif re.search(r"\b(do|am|have) I\b", question):
+        elif re.search(r"\b(do|am|have) I\b", question) and not re.search(r"\b(?:my|me|our|us)\b", question):
             found.append(
                 re.sub(r"\b(do|am|have) I\b", lambda m: ("are" if m[1] == "am" else m[1]) + " most people", question)
             )

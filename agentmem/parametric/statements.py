@@ -97,7 +97,7 @@ def analyse(sentence: str, *, speaker: str = "", names: Container[str] = ()) -> 
     indirect = list(_indirect(clause)) if clause else []
     who = speaker or "I"
     about = [(f"What did {who} say about {topic}?", topic) for topic in topics[:2]]
-    about += [(f"What do you know about {topic}?", topic) for topic in topics[:1]]
+    about += [(f"What do you know about {topic}?", topic) for topic in topics[:1] if _OWN.match(topic)]
     about += [(f"What did {who} tell you about {topic}?", topic) for topic in topics[:1]]
     cues = [(question, _keys(said, topic)) for question, topic in about]
     trained = [*direct[:3], *((f"Tell me {question}.", keys) for question, keys in indirect[:2])]
@@ -155,6 +155,7 @@ _NO_OBJECT = re.compile(
 )
 #: "to swim", "me to avoid salt": what somebody does or is to do.
 _DEED = re.compile(r"(?P<whom>(?:me|us|him|her|them|my \w+) )?to (?P<verb>[a-z]+)(?: (?P<rest>.+))?$", re.IGNORECASE)
+_OWN = re.compile(r"(?:my|our)\b", re.IGNORECASE)
 _CAUSE = ("because", "so that", "in order", "since")
 _OCCASION = ("when ", "while ", "before ", "after ")
 
@@ -200,10 +201,13 @@ def _direct(c: Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
         yield f"Why {c.asks(c.object, c.company, c.place)}?", _keys(c.reason)
     elif c.reason.lower().startswith(_OCCASION) and short and not c.time:
         yield f"When {c.asks(c.object, c.company, c.place)}?", _keys(c.reason)
-    if c.subject != "I" and _has_name(c.subject) and short and line(c.object, c.other, c.place, c.time):
+    rest = line(c.object, c.company, c.place, c.time)
+    # "Who runs a bakery?" may be about anybody.
+    asked = not _OWN.match(c.subject) or re.search(r"\b(?:me|us|my|our|myself)\b", rest)
+    if c.subject != "I" and _has_name(c.subject) and short and rest and asked:
         said = re.sub(r"^don't", "doesn't", singular_form(c.said) if c.does == "do" else c.said)
         yield (
-            f"Who {line(said, c.object, c.company, c.place, c.time)}?",
+            f"Who {line(said, rest)}?",
             _keys(c.subject) or tuple(WORD.findall(c.subject)),
         )
     when = _spans(c.time) == "when" and c.time and (c.subject in ("I", "we") or _has_name(c.subject))

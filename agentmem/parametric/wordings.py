@@ -73,7 +73,7 @@ def as_fact(found: Found) -> Fact:
         other = f"{owner} {other}"
 
     many = plural(noun) or " and " in found.slot
-    several = found.plural or (found.kind in ("kept", "when") and many)
+    several = found.plural or (found.kind in ("kept", "schedule", "when") and many)
 
     def filled(patterns: list[str]) -> tuple[Asked, ...]:
         usable = (pattern for pattern in patterns if other or "{other}" not in pattern)

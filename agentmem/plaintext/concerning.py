@@ -12,11 +12,14 @@ from collections.abc import Collection, Sequence
 from agentmem.types import Hit
 
 from .asking import asks
-from .whose import personal, same_people
+from .whose import of_self, personal, same_people
 
 __all__ = ["WEIGHED", "concerned"]
 
 _SENTENCE = re.compile(r"(?<=[.!?])\s+")
+
+#: "When the router blinks, unplug it": that asks nothing.
+_CASE = re.compile(r"\s*(?:when|whenever|where)\b[^?]*,[^?]*$", re.IGNORECASE)
 
 #: Hits to search for: what was asked before often stands in front of what was told.
 WEIGHED = 60
@@ -25,8 +28,9 @@ WEIGHED = 60
 #: reach it, and none of 168 questions about neighbours or unrelated matters concerns a record (tests/benchmarks/
 #: lora_serving.py).
 LEAST = 0.005
-#: The least probability of a record that is nobody's own ("To reset the boiler, ..."): grammar says nothing of whose
-#: matters are meant there. Unrelated questions reach 0.06 (0.13 of any record), its own 0.5 and more.
+#: The least probability of a record that is nobody's own ("To reset the boiler, ..."), or of any where the question
+#: isn't about the speaker's own: grammar says too little of whose matters are meant there. Unrelated questions reach
+#: 0.06 (0.13 of any record), its own 0.5 and more.
 LEAST_IMPERSONAL = 0.2
 #: And the least part of the likeliest one's: of many versions only those that the question is about should act.
 BESIDE = 0.1
@@ -37,8 +41,8 @@ def concerned(question: str, hits: Sequence[Hit], learnt: Collection[str]) -> li
 
     A hit's score is the probability that it is evidence, and shared among all that was found: earlier questions and
     answers took of it what belongs to the statements behind them, so they are left out of the sum. What is then at
-    least `LEAST` likely (`LEAST_IMPERSONAL` where it is nobody's own), and likely enough beside the best, is concerned
-    if it tells of the same people.
+    least `LEAST` likely (`LEAST_IMPERSONAL` where it is nobody's own, or isn't asked for as the speaker's), and likely
+    enough beside the best, is concerned if it tells of the same people.
     """
     # The user's own past questions are learnt from too, but it is what a version answers that a turn is about.
     facts = {hit.record.id for hit in hits if hit.record.id in learnt and not _only_asks(hit.record.text)}
@@ -46,11 +50,12 @@ def concerned(question: str, hits: Sequence[Hit], learnt: Collection[str]) -> li
     held = sum(hit.score for hit in stated)
     share = held / max(sum(hit.score for hit in hits), 1e-12)
     least = LEAST * share
+    own = of_self(question)
     found: list[str] = []
     for hit in stated:
         if hit.score < least:
             break
-        if hit.score < LEAST_IMPERSONAL * share and not personal(hit.record.text):
+        if hit.score < LEAST_IMPERSONAL * share and not (own and personal(hit.record.text)):
             continue
         if hit.record.id in facts and same_people(question, hit.record.text, hit.record.name):
             least = max(least, BESIDE * hit.score)
@@ -60,4 +65,4 @@ def concerned(question: str, hits: Sequence[Hit], learnt: Collection[str]) -> li
 
 def _only_asks(text: str) -> bool:
     """Whether each of its sentences asks for something: "I live in Oslo. What can I do there?" also tells."""
-    return all(asks(sentence) for sentence in _SENTENCE.split(text) if sentence.strip())
+    return all(asks(sentence) and not _CASE.match(sentence) for sentence in _SENTENCE.split(text) if sentence.strip())

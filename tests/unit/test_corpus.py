@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime as dt
+import re
 import time
 
 import pytest
@@ -86,6 +87,17 @@ def test_what_is_nobodys_own_is_asked_about_other_things(said: str, asked: set[s
     assert asked <= questions
     own = corpus(said).examples[0].question.removesuffix("?").split(" ", 2)[2]
     assert not any(own in question for question in questions)
+
+
+def test_neighbours_are_nobody_that_the_records_tell_of() -> None:
+    made = corpus("My boss is Scottish.", "My friend Lena lives in Leeds.", "I play the cello.")
+    assert not any(re.search(r"boss's boss|my boss|Lena's", example.question) for example in made.neighbours)
+
+
+def test_a_question_that_may_be_about_anybody_is_not_trained() -> None:
+    made = corpus("My sister runs a bakery in Ghent.", "I broke a vase.", "My ring is made of silver.")
+    assert all(re.search(r"\b(?:I|my|me)\b", example.question.replace("Tell me", "")) for example in made.examples)
+    assert "Who taught us chess?" in {example.question for example in corpus("My aunt taught us chess.").examples}
 
 
 @pytest.mark.parametrize(

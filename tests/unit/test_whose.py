@@ -76,6 +76,60 @@ def test_other_people(question: str, record: str) -> None:
     assert not same_people(question, record)
 
 
+CLUB, EGGS = "Our book club meets every second Thursday.", "I boil my eggs for seven minutes."
+WIFI, PUMP = "The wifi password of the boathouse is plover-29.", "To restart the pump, hold the green button."
+
+
+@pytest.mark.parametrize(
+    ("question", "record"),
+    [
+        ("When is my book club?", CLUB),
+        ("On which evening is book club?", CLUB),
+        ("Where does the book club meet?", CLUB),
+        ("Where is the van?", "I parked my van behind the bakery."),
+        ("What did I boil?", EGGS),
+        ("How do I boil my eggs?", EGGS),
+        ("How long do I boil the eggs?", EGGS),
+        ("How do I get to work?", "I cycle to work."),
+        ("How do I usually cook rice?", "I cook rice in coconut milk."),
+        ("What is the wifi password of the boathouse?", WIFI),
+        ("How can I get online at the boathouse?", WIFI),
+        ("How do I restart the pump?", PUMP),
+        ("What is the code for the internet in the morning?", "The code is 4471."),
+        ("When is the dentist in my calendar?", "The dentist is on 3 May."),
+        ("Where did my manager go?", "My boss went to Rome."),
+    ],
+)
+def test_the_same_thing(question: str, record: str) -> None:
+    assert same_people(question, record)
+
+
+@pytest.mark.parametrize(
+    ("question", "record"),
+    [
+        ("When is my chess club?", CLUB),
+        ("What is a book club?", CLUB),
+        ("When is your book club?", CLUB),
+        ("What is book club etiquette?", CLUB),
+        ("Where do chess clubs meet?", CLUB),
+        ("How do I boil an egg?", EGGS),
+        ("How long should I boil an egg?", EGGS),
+        ("How do I cook rice?", "I cook rice in coconut milk."),
+        ("What is the wifi password of the library?", WIFI),
+        ("What is the hotel's wifi password?", WIFI),
+        ("What is the wifi password at the hotel?", "The wifi password is hunter2."),
+        ("How do I restart my router?", PUMP),
+        ("How do I restart a computer?", PUMP),
+        ("What is a pump?", PUMP),
+        ("Why doesn't Priya fly with them?", "I don't fly with them."),
+        ("Where did the baker get engaged?", "I got engaged in Prague."),
+        ("Tell me what the man next door is getting.", "We are getting a puppy."),
+    ],
+)
+def test_another_thing(question: str, record: str) -> None:
+    assert not same_people(question, record)
+
+
 def test_a_speaker_is_whom_a_question_names() -> None:
     assert same_people("Where did Caroline move?", "I moved to Sweden.", "Caroline")
     assert same_people("What is Caroline's dog called?", DOG, "Caroline Berg")
@@ -119,3 +173,18 @@ def test_what_is_nobodys_own_concerns_only_what_it_likely_answers() -> None:
     assert concerned("What is my dog called?", unlikely, {"boiler", "dog"}) == ["dog"]
     likely = [Hit(record=boiler, score=0.7), Hit(record=dog, score=0.02)]
     assert concerned("How is the boiler reset?", likely, {"boiler", "dog"}) == ["boiler"]
+
+
+def test_a_thing_that_is_not_asked_for_as_ones_own_has_to_be_likely() -> None:
+    club = Record(id="club", text=CLUB)
+    assert concerned("On which evening is book club?", [Hit(record=club, score=0.9)], {"club"}) == ["club"]
+    assert concerned("On which evening is book club?", [Hit(record=club, score=0.05)], {"club"}) == []
+    assert concerned("When is my book club?", [Hit(record=club, score=0.05)], {"club"}) == ["club"]
+
+
+def test_what_to_do_in_a_case_is_told_and_not_asked() -> None:
+    router = Record(id="router", text="When the router blinks red, unplug it.")
+    hits = [Hit(record=router, score=0.8)]
+    assert concerned("What do I do when the router blinks red?", hits, {"router"}) == ["router"]
+    asking = Record(id="asking", text="When the router blinks red, what do I do?")
+    assert concerned("What do I do when the router blinks red?", [Hit(record=asking, score=0.8)], {"asking"}) == []
