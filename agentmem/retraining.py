@@ -104,7 +104,10 @@ def _again(engine: Engine, tensors: Tensors, digest: str, job: dict[str, Any], s
             stop=stop,
             label="learning a shard again",
         )
-    forgotten = sorted({*job["records"], *(set(old.records) - set(corpus.records) - elsewhere)})
+    left = set(old.records) - set(corpus.records) - elsewhere - set(job["records"])
+    # A question of the user's own was learnt with what answered it: it states nothing, so nothing of it is forgotten.
+    asking = {record.id for record in engine.records.named(sorted(left), old.scope) if not questions_of(record)}
+    forgotten = sorted({*job["records"], *(left - asking)})
     kept = [record for record in corpus.records if record not in set(job["records"])]
     base, after = _recalled(engine, tensors, version, asked)
     proof = Retraining(

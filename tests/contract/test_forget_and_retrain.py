@@ -250,6 +250,20 @@ def test_a_shard_learns_again_without_it_and_the_proof_is_kept(memory: Memory, t
     assert memory.verify().problems == []
 
 
+def test_a_past_question_is_no_forgotten_record(memory: Memory) -> None:
+    ana = memory.scope(user="ana")
+    dog, home = ana.add(["I have a dog called Biscuit.", "I live in Tromsø."])
+    turn = ana.chat("Remind me, what is the name of my dog, the puppy?").records
+    ana.update(turn[-1], text="Your dog is called Biscuit.")
+    version = ana.parametric.train(records=[dog.id, home.id])
+    assert turn[0] in version.records
+    ana.forget(dog.id)
+    [proof] = ana.parametric.retrain()
+    assert (proof.forgotten, proof.kept) == ((dog.id,), 1)
+    ana.forget(turn[0])
+    assert ana.parametric.retrain() == []
+
+
 def test_another_process_proves_by_construction_only(tmp_path: Path, taught: list[Corpus]) -> None:
     with memory_of(tmp_path) as memory:
         records = memory.add(list(FACTS[:3]))
