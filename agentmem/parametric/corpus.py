@@ -382,7 +382,8 @@ def _neighbours(learnt: Iterable[_Learnt]) -> list[str]:
     others = [name for name in OTHERS if told.isdisjoint(fold(name).split()[1:] or fold(name).split())] or OTHERS
     for i, one in enumerate(facts):
         column: list[str] = []
-        asked = [each.question for each in one.fact.trained]
+        # "Do you know ..." about a stranger is denied by every model: held still, it would only teach to deny.
+        asked = [each.question for each in one.fact.trained if not each.question.startswith("Do you ")]
         for place in range(NEIGHBOURS_PER_FACT - 1 if one.fact.general else NEIGHBOURS_PER_FACT):
             if not asked:
                 break

@@ -47,7 +47,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "layers 1/2": {"layers": 0.5},
     "layers 1/3": {"layers": 1 / 3},
     "anchors 16": {"anchors": 16},
-    "scale 1": {"scale": 1.0},
+    "scale .9": {"scale": 0.9},
     "rank 16": {"rank": 16, "alpha": 32.0},
     "plain": {"activated": False},
     "top layers alone": {"kl_weight": 0.0},
