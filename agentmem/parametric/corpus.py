@@ -402,18 +402,22 @@ def _of_neighbour(question: str, name: str, learnt: _Learnt, place: int) -> str:
     if speaker and speaker in question:
         return question.replace(speaker, name.removeprefix("my ").removeprefix("the "))
     if subject and subject in question:
-        return question.replace(subject, _other_thing(subject, name, place, learnt.fact.kind))
+        return question.replace(subject, _other_thing(subject, name, place, question))
     other = of_another(question, name)
     if other != question:
         return other
     return f"{question[:-1]} at {name}'s{question[-1]}" if learnt.fact.kind == "procedure" else ""
 
 
-def _other_thing(subject: str, name: str, place: int, kind: str) -> str:
+#: Deeds that are done to every machine.
+_RUNS = re.compile(r"\b(?:reset|restart|reboot|turn|switch|start|stop|set up|repair|fix)\b", re.IGNORECASE)
+
+
+def _other_thing(subject: str, name: str, place: int, question: str) -> str:
     """What is nobody's own, as somebody else's: "the library's wifi password" as "Bob's wifi password"."""
     if not subject.startswith("the "):
         return name
-    if kind == "procedure" and place % 2:
+    if _RUNS.search(question) and place % 2:
         return _another(THINGS, place // 2, subject)
     owner = re.match(r"the [\w-]+'s (?P<what>.+)", subject)
     of = re.match(r"(?P<what>the .+) of the .+", subject)

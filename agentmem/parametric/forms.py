@@ -104,6 +104,9 @@ def _possession(part: dict[str, str]) -> list[Found]:
         return []
     if is_time(value):
         return [Found("when", value, said, slot)]
+    due = re.fullmatch(r"(?P<due>due|planned|over|open) (?P<when>.+)", value)
+    if due and is_time(due["when"]):
+        return []  # "When is the baby due?": asked for by its grammar
     age = AGE.fullmatch(value)
     if age and head in PEOPLE | PETS:
         return [Found("age_of", age["years"], said, slot, tail=f"{value[age.end('years') :]}.")]
@@ -121,7 +124,9 @@ def _possession(part: dict[str, str]) -> list[Found]:
     stands = re.fullmatch(
         rf"(?P<what>[^,]+?) (?:behind|near|opposite|next to|under|in|at|on) (?:the |{_UPPER}).+", value
     )
-    return [found, replace(found, kind="where", besides=stands["what"])] if stands else [found]
+    return (
+        [found, replace(found, kind="where", besides=stands["what"])] if stands and not find_time(value)[1] else [found]
+    )
 
 
 def _the(part: dict[str, str]) -> list[Found]:
@@ -361,6 +366,8 @@ def _favourite(part: dict[str, str]) -> list[Found]:
 
 
 def _called(part: dict[str, str]) -> list[Found]:
+    if part["slot"].endswith((" after", " for")) or part["value"].startswith(("after ", "for ")):
+        return []  # "We named our daughter after my aunt" doesn't tell her name
     return [_named(_uncapital(part["slot"]), part["value"])]
 
 

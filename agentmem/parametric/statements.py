@@ -237,7 +237,8 @@ def _direct_is(c: Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
     elif c.object and kind != "how":
         yield f"{kind.capitalize()} {c.asks()}?", _keys(c.object)
     elif c.object:
-        yield f"How {c.asks(c.place, c.time)}?", _keys(c.object)
+        if c.does in ("was", "were"):
+            yield f"How {c.asks(c.place, c.time)}?", _keys(c.object)
         yield f"What {c.asks()} like?", _keys(c.object)
     if c.time:
         yield f"{capital(_spans(c.time))} {c.asks(c.object, c.place)}?", _time_keys(c.time)
@@ -270,6 +271,8 @@ def _indirect(c: Clause) -> Iterator[tuple[str, tuple[str, ...]]]:
             yield f"where {line(c.says(), origin)}", _keys(c.place)
         elif c.time and not c.object:
             yield f"{_spans(c.time)} {c.says()}", _time_keys(c.time)
+        elif c.object and _is_what(c) == "how":
+            yield f"what {c.says()} like", _keys(c.object)
         elif c.object:
             yield f"{_is_what(c)} {c.says()}", _keys(c.object)
         return
@@ -322,5 +325,6 @@ def _topics(sentence: str, clause: Clause | None) -> list[str]:
         ]
         names = re.findall(r"(?<=[a-z,] )[A-Z][\w'-]+(?: [A-Z][\w'-]+)*", rest)
         phrases += [name for name in names if name.casefold() not in STOP and "'" not in name]
-    kept = [phrase for phrase in dict.fromkeys(phrases) if telling(phrase)]
+    vague = re.compile(r"(?:any|some|every|no)(?:thing|one|body|where)?\b|\d", re.IGNORECASE)
+    kept = [phrase for phrase in dict.fromkeys(phrases) if telling(phrase) and not vague.match(phrase)]
     return [phrase for phrase in kept if len(telling(sentence, phrase)) >= 2]

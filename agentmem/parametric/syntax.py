@@ -55,8 +55,8 @@ _NOT_PLACES = re.compile(
 _GIVING = words("giving")
 #: A preposition, behind a particle where there is one, with what it leads to: "(saving) up for a kayak".
 _THROUGH = re.compile(
-    r"(?P<through>(?:(?:up|out|down|off|away|on|back|over|forward|along|in) )?(?:with|for|of|about|against|after|like|"
-    r"to|on|at|without)) (?P<other>(?!(?:me|us|you|him|her|it|them|that|how|what|which)\b)(?!\d)[^,]+)$",
+    r"(?P<through>(?:(?:up|out|down|off|away|on|back|over|forward|along|in) )?(?:by|with|for|of|about|against|after|"
+    r"like|to|on|at|without)) (?P<other>(?!(?:me|us|you|him|her|it|them|that|how|what|which)\b)(?!\d)[^,]+)$",
     re.IGNORECASE,
 )
 #: What something is to something else: "about lichen", "allergic to nuts", "made of oak".
@@ -112,6 +112,8 @@ class Clause:
     @property
     def with_whom(self) -> str:
         """How what its preposition leads to is asked for."""
+        if self.main in ("married", "engaged"):
+            return "who"
         named = self.other[:1].isupper() and self.main.rsplit(" ", 1)[-1] not in _BY_MEANS
         return "who" if (named and self.through in ("with", "without", "to")) or is_person(self.other) else "what"
 
@@ -183,8 +185,12 @@ def parse(sentence: str, speakers: set[str], names: Container[str]) -> Clause | 
         if copula and (mood or not (what or place or time)):
             return None
         what, through, other = (what, "", "") if copula else _company(what, does, verb)
+        if place and through in ("at", "on"):  # a second place: "in the third row at the opera"
+            what, through, other = line(through, other), "", ""
         if other.split(" ", 1)[0].endswith("ing"):  # "dream of opening a shop in Leeds"
             other, place = line(other, place), ""
+        if verb == "name" and reason.startswith("after "):
+            through, other, reason = "after", reason[6:], ""
         return Clause(subject, does, verb, said, what, through, other, place, _amid(time), reason, copula)
     return None
 
@@ -199,6 +205,8 @@ def _company(what: str, does: str, verb: str) -> tuple[str, str, str]:
     """(object, preposition, what that leads to) of what follows a verb."""
     through = _THROUGH.match(what)
     passive = does in BE and not verb.endswith("ing") and verb.rsplit(" ", 1)[-1] not in _BIDDEN
+    if through and through["through"] == "by" and not passive:
+        through = None
     if through and (passive or not _deed(through["through"], through["other"])):
         return "", through["through"], through["other"]
     giving = re.match(r"(?P<object>.+?) (?P<through>to) (?P<other>[^,]+)$", what)
@@ -218,7 +226,7 @@ def _deed(through: str, other: str) -> bool:
 def _subject(words: list[str]) -> str:
     """The words as a subject, if they can be one."""
     first, last = words[0].casefold(), words[-1].casefold()
-    allowed = _WITHIN | {"and", "i", "my", "the", "our", "&"}
+    allowed = _WITHIN | {"first", "only", "and", "i", "my", "the", "our", "&"}
     if any(word.casefold() in STOP | _ADVERBS and word.casefold() not in allowed for word in words[1:]):
         return ""
     if last in allowed - {"i"} or last.endswith(("'s", "s'")) or "," in "".join(words[:-1]):
@@ -257,9 +265,10 @@ def _verb(subject: str, words: list[str]) -> tuple[str, str, str, str, bool] | N
     if verb in BE | HAVE | _MODALS:
         return _joined(adverbs, verb, words)
     past = is_past(verb)
-    if base_form(verb) == "get" and len(words) > 1 and is_past(words[1]) and words[1].endswith(_PASSIVE):
-        stays = line("get", words[1])
-        does = "did" if past else "do" if _agrees(subject, verb) and verb == "get" else "does"
+    got = base_form(verb) == "get" and len(words) > 1 and is_past(words[1]) and words[1].endswith(_PASSIVE)
+    if got or (base_form(verb) == "go" and len(words) > 1 and words[1].endswith("ing")):
+        stays = line(base_form(verb), words[1])
+        does = "did" if past else "do" if _agrees(subject, verb) and verb == base_form(verb) else "does"
         return does, stays, line(*adverbs, verb, words[1]), line(*words[2:]), False
     if past is None or verb in _PARTICIPLES or words[0][:1].isupper() or not (past or _agrees(subject, verb)):
         return None
