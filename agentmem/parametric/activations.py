@@ -56,7 +56,7 @@ def last_used(connection: sqlite3.Connection) -> dict[str, float]:
     """When each digest was last activated."""
     used: dict[str, float] = {}
     for row in connection.execute("SELECT at, digest FROM activations ORDER BY at"):
-        used.update(dict.fromkeys(named(row), row["at"]))
+        used.update(dict.fromkeys(named(row), float(row["at"])))
     return used
 
 
