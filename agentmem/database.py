@@ -77,6 +77,7 @@ class Database:
                 connection.execute("PRAGMA temp_store = MEMORY")
                 self._upgrade(connection)
                 self._recognise(connection, expected)
+                self._check_columns(connection)
             except BaseException:
                 connection.close()
                 raise
@@ -131,6 +132,22 @@ class Database:
             self._watermark.start(identity, number)
         except OSError as error:
             _log.warning("%s can't be written (%s): a loss of memory.db would not be seen", self._watermark.path, error)
+
+    def _check_columns(self, connection: sqlite3.Connection) -> None:
+        """Refuse tables whose definitions were damaged: SQLite reads a column by whatever name is left of it."""
+        told = connection.execute("SELECT value FROM meta WHERE key = 'schema'").fetchone()
+        if told is not None and told[0] == _schema_digest(connection):
+            return
+        with contextlib.closing(Database(":memory:")) as sound:
+            missing = sound._columns(sound._live()) - self._columns(connection)
+        if missing:
+            names = ", ".join(sorted(f"{table}.{column}" for table, column in missing))
+            raise Corrupt(f"{self.path} lacks {names}: restore it from an export or a backup")
+
+    @staticmethod
+    def _columns(connection: sqlite3.Connection) -> set[tuple[str, str]]:
+        tables = "sqlite_schema AS t, pragma_table_info(t.name) AS c WHERE t.type = 'table'"
+        return {(row[0], row[1]) for row in connection.execute(f"SELECT t.name, c.name FROM {tables}")}
 
     def _upgrade(self, connection: sqlite3.Connection) -> None:
         found = connection.execute("PRAGMA user_version").fetchone()[0]

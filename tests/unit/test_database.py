@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gzip
 import json
 import logging
@@ -245,3 +246,21 @@ def _alarm() -> Iterator[None]:
     old = signal.signal(signal.SIGALRM, signal.default_int_handler)
     yield
     signal.signal(signal.SIGALRM, old)
+
+
+def test_a_column_whose_name_was_damaged_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "memory.db"
+    Database(path).close()
+    content = path.read_bytes()
+    assert content.count(b"text TEXT NOT NULL,\n    role") == 1
+    path.write_bytes(content.replace(b"text TEXT NOT NULL,\n    role", b"text$TEXT NOT NULL,\n    role"))
+    with pytest.raises(Corrupt, match=r"lacks records\.text"):
+        Database(path)
+
+
+def test_an_index_of_the_users_own_is_no_damage(tmp_path: Path) -> None:
+    path = tmp_path / "memory.db"
+    with contextlib.closing(Database(path)) as database, database.write() as connection:
+        connection.execute("CREATE INDEX mine ON records (name)")
+    with contextlib.closing(Database(path)) as database:
+        assert database.query("SELECT count(*) FROM records")[0][0] == 0
