@@ -89,7 +89,8 @@ def trained(tensors: Any, head: list[int], lessons: list[Lesson], tokens: int, *
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", type=Path)
+    results = Path(__file__).parent / "results" / "trained_prefix.json"
+    parser.add_argument("--out", type=Path, default=results, help="where the numbers go, as JSON")
     parser.add_argument("--facts", type=int, default=40)
     parser.add_argument("--parts", default="3,4,6")
     parser.add_argument("--threads", type=int, default=1)
@@ -159,8 +160,8 @@ def main() -> None:
         "torch": torch.__version__,
         "threads": options.threads,
     }
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1))
+    options.out.parent.mkdir(exist_ok=True)
+    options.out.write_text(json.dumps(result, indent=2) + "\n")
 
 
 if __name__ == "__main__":
