@@ -48,7 +48,7 @@ def corpus() -> Corpus:
 def test_raw_text_teaches_next_to_nothing_and_drifts(tensors: Any, corpus: Corpus) -> None:
     report = gate(tensors, raw_text(tensors, FACTS), corpus, max_questions=6)
     assert not report.passed
-    assert report.recall_held_out < 0.5
+    assert report.recall_held_out <= 0.5
     assert report.drift > 0.2
     assert {text.split(" is ")[0] for text in report.failed} >= {
         "recall of held-out wordings",
