@@ -98,7 +98,7 @@ def test_the_gate_sees_the_facts_and_a_sound_model(learnt: Learnt) -> None:
     assert learnt.report.recall_held_out >= 0.8
     assert learnt.report.drift < 0.05
     assert learnt.report.intrusion <= 0.25
-    # So few facts are hard to tell from strangers'; a chat filters that (test_acting.py), and judges what comes through.
+    # So few facts are hard to tell from strangers'; a chat filters that, and its gate judges what comes through.
     assert {text.partition(" into ")[0] for text in learnt.report.failed} <= {"intrusion"}
 
 
