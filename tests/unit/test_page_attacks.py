@@ -204,17 +204,31 @@ def test_both_readers_agree_on_any_damage(page: bytes) -> None:
 PAGE_SOURCES = sorted(path.name for path in NATIVE.glob("*.c") if not path.name.startswith("module"))
 
 
-def replayed(target: str, inputs: list[Any], folder: Path) -> None:
-    """Build a fuzz target under the sanitizers and replay these inputs with it."""
+SANITIZED = ["-g", "-O1", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
+
+
+@pytest.fixture(scope="module")
+def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
+    """The compiler's command to build a fuzz target under the sanitizers, with all that targets share compiled already."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
-    sources = [str(NATIVE / name) for name in (f"fuzz/fuzz_{target}.c", "fuzz/replay.c", *PAGE_SOURCES)]
-    flags = ["-g", "-O1", "-ffp-contract=off", "-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-pthread"]
-    program = folder / f"fuzz_{target}"
-    command = [compiler, *flags, "-I", str(NATIVE), *sources, "-o", str(program), "-lm"]
-    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    folder = tmp_path_factory.mktemp("objects")
+    sources = [str(NATIVE / name) for name in ("fuzz/replay.c", *PAGE_SOURCES)]
+    command = [compiler, *SANITIZED, "-I", str(NATIVE), "-c", *sources]
+    built = subprocess.run(command, capture_output=True, text=True, check=False, cwd=folder)
     if built.returncode and "sanitize" in built.stderr:
+        pytest.skip("this compiler has no sanitizers")
+    assert built.returncode == 0, built.stderr
+    return [compiler, *SANITIZED, "-I", str(NATIVE), *sorted(map(str, folder.glob("*.o")))]
+
+
+def replayed(target: str, inputs: list[Any], folder: Path, sanitized: list[str]) -> None:
+    """Build a fuzz target under the sanitizers and replay these inputs with it."""
+    program = folder / f"fuzz_{target}"
+    command = [*sanitized, str(NATIVE / f"fuzz/fuzz_{target}.c"), "-o", str(program), "-lm"]
+    built = subprocess.run(command, capture_output=True, text=True, check=False)
+    if built.returncode and "sanitize" in built.stderr:  # their run-time library is not there
         pytest.skip("this compiler has no sanitizers")
     assert built.returncode == 0, built.stderr
     corpus = folder / "corpus"
@@ -228,7 +242,7 @@ def replayed(target: str, inputs: list[Any], folder: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_reader_is_clean_under_the_sanitizers(page: bytes, tmp_path: Path) -> None:
+def test_the_reader_is_clean_under_the_sanitizers(page: bytes, tmp_path: Path, sanitized: list[str]) -> None:
     random = np.random.default_rng(3)
     inputs: list[Any] = [page, b"", page[:159], page[:160], page * 2]
     inputs += [change(bytearray(page)) for change, _ in ATTACKS.values()]
@@ -242,7 +256,7 @@ def test_the_reader_is_clean_under_the_sanitizers(page: bytes, tmp_path: Path) -
                     [0, 1, 64, 127, 255]
                 )
             inputs.append(data)
-    replayed("page", inputs, tmp_path)
+    replayed("page", inputs, tmp_path, sanitized)
 
 
 def coded_pages(folder: Path) -> list[bytes]:
@@ -272,8 +286,8 @@ def coded_pages(folder: Path) -> list[bytes]:
 
 
 @pytest.mark.slow
-def test_the_codecs_are_clean_under_the_sanitizers(tmp_path: Path) -> None:
+def test_the_codecs_are_clean_under_the_sanitizers(tmp_path: Path, sanitized: list[str]) -> None:
     random = np.random.default_rng(11)
     inputs: list[Any] = [random.bytes(int(length)) for length in random.integers(0, 3000, 1500)]
     inputs += [random.bytes(8) + bytes(int(length)) for length in random.integers(0, 300, 200)]
-    replayed("codec", inputs, tmp_path)
+    replayed("codec", inputs, tmp_path, sanitized)
