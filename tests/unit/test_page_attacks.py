@@ -209,7 +209,7 @@ SANITIZED = ["-g", "-O1", "-ffp-contract=off", "-fsanitize=address,undefined", "
 
 @pytest.fixture(scope="module")
 def sanitized(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
-    """The compiler's command to build a fuzz target under the sanitizers, with all that targets share compiled already."""
+    """The compiler's command to build a fuzz target under the sanitizers, with what targets share compiled already."""
     compiler = shutil.which("cc")
     if compiler is None:
         pytest.skip("no C compiler")
