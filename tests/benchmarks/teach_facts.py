@@ -205,6 +205,7 @@ def shards(folder: Path, facts: Sequence[Fact]) -> Row:
             "facts": len(facts),
             "versions": len(made),
             "passed": sum(version.gate.passed for version in made),
+            "failed": ["; ".join(version.gate.failed) for version in made if not version.gate.passed],
             "recall_held_out_each": statistics.mean(version.gate.recall_held_out for version in made),
             "drift_each_at_most": max(version.gate.drift for version in made),
             "drift_of_all_at_once": drift(tensors, *loras),

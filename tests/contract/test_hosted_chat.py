@@ -6,6 +6,7 @@ planner's picture of it, the adapter's bytes and the ledger agree.
 
 from __future__ import annotations
 
+import datetime as dt
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,7 @@ def test_a_prefix_outlives_the_process(hosted: Hosted) -> None:
 
 
 def test_the_bill_is_genai_prices_to_the_cent(hosted: Hosted) -> None:
+    then = dt.datetime.fromtimestamp(hosted.clock(), dt.UTC)  # some hosts' prices depend on the hour
     with hosted.open() as memory:
         replies = hosted.talk(memory.scope(user="ana"), 5)
         [line] = [line for line in memory.report().lines if line.verb == "chat"]
@@ -109,6 +111,7 @@ def test_the_bill_is_genai_prices_to_the_cent(hosted: Hosted) -> None:
             ),
             model_ref=name,
             provider_id=vendor,
+            genai_request_timestamp=then,
         ).total_price
         for usage in (reply.usage for reply in replies)
         if not usage.written_long_tokens
