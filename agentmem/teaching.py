@@ -191,6 +191,7 @@ def learn(
         tried = _loaded(engine, beside[-BESIDE:])
         learnt = {*corpus.records, *(record for version, _ in tried for record in version.records)}
         told = concerns(engine, scope, learnt) if filtered else None
+        learners = [corpus.records, *(version.records for version, _ in tried)]
         report = gate(
             tensors,
             trained,
@@ -200,7 +201,7 @@ def learn(
             others=len(beside),
             earlier=_earlier(engine, scope, [*parents, *(version for version, _ in tried)]),
             concerns=None if told is None else lambda question: not told(question).isdisjoint(corpus.records),
-            acting=None if told is None else lambda asked: _acting(asked, told, [version for version, _ in tried]),
+            acting=None if told is None else lambda asked: _acting(asked, told, learners),
         )
         version = engine.registry.add(
             trained,
@@ -247,10 +248,10 @@ def _loaded(engine: Engine, versions: Sequence[LoraVersion]) -> list[tuple[LoraV
     return found
 
 
-def _acting(asked: Example, told: Callable[[str], frozenset[str]], versions: Sequence[LoraVersion]) -> list[int]:
-    """Which of these versions act on a question in a chat, and the one that taught it anyway."""
+def _acting(asked: Example, told: Callable[[str], frozenset[str]], learnt: Sequence[Iterable[str]]) -> list[int]:
+    """Which of the versions that learnt these records act on a question in a chat, and the one that taught it anyway."""
     concerned = {*told(asked.question), *asked.records}
-    return [at for at, version in enumerate(versions) if not concerned.isdisjoint(version.records)]
+    return [at for at, records in enumerate(learnt) if not concerned.isdisjoint(records)]
 
 
 def _earlier(engine: Engine, scope: Scope, versions: Sequence[LoraVersion]) -> Corpus | None:

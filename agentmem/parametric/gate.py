@@ -174,8 +174,8 @@ def gate(
 
     ``beside``: LoRAs that are served with it, of ``others`` in all, and ``earlier`` what they were taught: a sample of
     it, and of the new facts, is asked for under the exact sum that answers in a chat. ``acting(example)`` says which of
-    ``beside`` a chat lets act on that question, None that all of them do. ``concerns(question)`` says whether a chat
-    would let the LoRA itself act on this question.
+    them all a chat lets act on that question, by place: 0 is the LoRA itself, then ``beside`` in order; None that all
+    of them do. ``concerns(question)`` says whether a chat would let the LoRA itself act on this question.
 
     At most ``max_questions`` of each kind are asked, an even sample over the facts; ``max_tokens`` bounds an answer to
     a question that no fact answers. Costs about ten CPU-seconds for ten facts on a 135M model.
@@ -195,7 +195,7 @@ def gate(
     new = sample(corpus.held_out or corpus.examples, _EARLIER) if beside else []
     sums: dict[tuple[int, ...], list[Example]] = {}
     for example in (*new, *old):
-        members = range(len(beside)) if acting is None else acting(example)
+        members = range(len(together)) if acting is None else acting(example)
         sums.setdefault(tuple(sorted(members)), []).append(example)
     with tensors.lock, steady(tensors.model):
         with base_only(tensors.model):
@@ -210,11 +210,11 @@ def gate(
             here = said(tensors, prompts, limits, guesses, scored=len(unrelated), opening=opening)
         drift_composed = composition = retention = None
         if beside:
-            widest = max(sums, key=len, default=())
+            widest = max(sums, key=lambda sum_of: len(sum_of) if 0 in sum_of else 0, default=())
             still: dict[int, bool] = {}
             for sum_of, part in sums.items():
-                with applied(tensors.model, lora, *(beside[at] for at in sum_of)):
-                    if sum_of and sum_of == widest:
+                with applied(tensors.model, *(together[at] for at in sum_of)):
+                    if 0 in sum_of and len(sum_of) > 1 and sum_of == widest:
                         drift_composed = _drift(before, _losses(tensors, opening))
                     answers = _known(tensors, part, said(tensors, *_taught(tensors, part), opening=opening))
                     still.update(zip(map(id, part), answers, strict=True))
@@ -239,7 +239,7 @@ def gate(
         retention=retention,
         composition=composition,
         drift_composed=drift_composed,
-        beside=len({at for sum_of in sums for at in sum_of}),
+        beside=len({at for sum_of in sums if 0 in sum_of for at in sum_of if at}),
         others=len(beside) if others is None else others,
         gated_intrusion=None if concerns is None else _gated(concerns, probes, wrong),
         passed=False,

@@ -32,8 +32,10 @@ LEAST = 0.005
 #: isn't about the speaker's own: grammar says too little of whose matters are meant there. Unrelated questions reach
 #: 0.06 (0.13 of any record), its own 0.5 and more.
 LEAST_IMPERSONAL = 0.2
-#: And the least part of the likeliest one's: of many versions only those that the question is about should act.
-BESIDE = 0.1
+#: And the least part of the likeliest one's: of many versions only those that the question is about should act, for
+#: they disturb each other. Of 50 facts in three versions a tenth of it let 93 % of held-out and 74 % of reworded
+#: questions come out in a chat, 0.3 and more 95 and 86 %.
+BESIDE = 0.5
 
 
 def concerned(question: str, hits: Sequence[Hit], learnt: Collection[str]) -> list[str]:

@@ -219,7 +219,7 @@ def test_each_question_is_asked_under_the_sum_that_answers_it_in_a_chat(
         beside=beside,
         others=9,
         earlier=corpus,
-        acting=lambda example: (3, 0) if example.question in dog else (1,),
+        acting=lambda example: (4, 0, 1) if example.question in dog else (0, 2),
     )
     assert sorted(acting[1:]) == [0.25, 1.125]
     assert report.composition == report.retention == len(dog) / len(corpus.held_out)
@@ -229,6 +229,26 @@ def test_each_question_is_asked_under_the_sum_that_answers_it_in_a_chat(
     every = gate(tensors, lora(tensors, 0.0), corpus, beside=beside)
     assert acting[-1] == 1.875
     assert (every.beside, every.others) == (4, 4)
+
+
+def test_what_a_chat_would_not_let_act_on_a_question_does_not_disturb_its_answer(
+    tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    acting: list[tuple[Lora, ...]] = []
+
+    @contextlib.contextmanager
+    def noted(model: Any, *loras: Lora) -> Any:
+        acting.append(loras)
+        with applied(model, *loras):
+            yield
+
+    monkeypatch.setattr(gates, "applied", noted)
+    own = asks_of_the_user(corpus)
+    new, old = lora(tensors, 0.5), lora(tensors, 0.25)
+    says(monkeypatch, lambda question, on: told(question) if on and own(question) and acting[-1] == (old,) else "no")
+    report = gate(tensors, new, corpus, beside=[old], earlier=corpus, acting=lambda _: (1,))
+    assert acting[1:] == [(old,)]
+    assert (report.retention, report.drift_composed, report.beside) == (1.0, None, 0)
 
 
 def test_a_model_that_computes_no_numbers_any_more_still_gives_a_report_that_can_be_stored(
