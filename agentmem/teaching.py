@@ -249,7 +249,7 @@ def _loaded(engine: Engine, versions: Sequence[LoraVersion]) -> list[tuple[LoraV
 
 
 def _acting(asked: Example, told: Callable[[str], frozenset[str]], learnt: Sequence[Iterable[str]]) -> list[int]:
-    """Which of the versions that learnt these records act on a question in a chat, and the one that taught it anyway."""
+    """Which versions, by the records that each learnt, act on a question in a chat; the one that taught it anyway."""
     concerned = {*told(asked.question), *asked.records}
     return [at for at, records in enumerate(learnt) if not concerned.isdisjoint(records)]
 
