@@ -234,20 +234,22 @@ def test_each_question_is_asked_under_the_sum_that_answers_it_in_a_chat(
 def test_what_a_chat_would_not_let_act_on_a_question_does_not_disturb_its_answer(
     tensors: Any, corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    acting: list[tuple[Lora, ...]] = []
+    acting: list[tuple[int, ...]] = []
 
     @contextlib.contextmanager
     def noted(model: Any, *loras: Lora) -> Any:
-        acting.append(loras)
+        acting.append(tuple(map(id, loras)))
         with applied(model, *loras):
             yield
 
     monkeypatch.setattr(gates, "applied", noted)
     own = asks_of_the_user(corpus)
     new, old = lora(tensors, 0.5), lora(tensors, 0.25)
-    says(monkeypatch, lambda question, on: told(question) if on and own(question) and acting[-1] == (old,) else "no")
+    says(
+        monkeypatch, lambda question, on: told(question) if on and own(question) and acting[-1] == (id(old),) else "no"
+    )
     report = gate(tensors, new, corpus, beside=[old], earlier=corpus, acting=lambda _: (1,))
-    assert acting[1:] == [(old,)]
+    assert acting[1:] == [(id(old),)]
     assert (report.retention, report.drift_composed, report.beside) == (1.0, None, 0)
 
 
