@@ -195,8 +195,8 @@ def test_a_gate_tries_a_version_beside_all_others_that_act_with_it(
             assert acting is None
         else:
             dog = Example("What is the name of my dog?", "Biscuit", (), (facts[4].id,))
-            assert list(acting(dog)) == [0], "what the index says that it concerns"
-            assert list(acting(Example("Hm?", "Biscuit", (), (facts[2].id,)))) == [2], "and who taught it"
+            assert list(acting(dog)) == [0, 1], "the new one, which taught it, and what the index says that it concerns"
+            assert list(acting(Example("Hm?", "Biscuit", (), (facts[2].id,)))) == [3], "and who taught it"
         monkeypatch.setattr("agentmem.teaching.BESIDE", 2)
         [new] = memory.add(FACTS[5])
         memory.parametric.train(records=[new])
