@@ -210,11 +210,11 @@ def gate(
             here = said(tensors, prompts, limits, guesses, scored=len(unrelated), opening=opening)
         drift_composed = composition = retention = None
         if beside:
-            widest = max(sums, key=lambda sum_of: len(sum_of) if 0 in sum_of else 0, default=())
+            widest = max((sum_of for sum_of in sums if 0 in sum_of and len(sum_of) > 1), key=len, default=None)
             still: dict[int, bool] = {}
             for sum_of, part in sums.items():
                 with applied(tensors.model, *(together[at] for at in sum_of)):
-                    if 0 in sum_of and len(sum_of) > 1 and sum_of == widest:
+                    if sum_of == widest:
                         drift_composed = _drift(before, _losses(tensors, opening))
                     answers = _known(tensors, part, said(tensors, *_taught(tensors, part), opening=opening))
                     still.update(zip(map(id, part), answers, strict=True))
