@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Literal
 
+from pydantic import Field
+
 from ..types import Scope, Value
 
 __all__ = [
@@ -31,8 +33,8 @@ Unit = Literal["seconds", "dollars"]
 #: Where the tokens of a group live beside their records, which always stay.
 State = Literal["plain", "core", "pages", "prefix", "lora"]
 
-#: What a move does. Up: ``collapse`` (rewrite a scope's core block), ``prime`` (its head as KV pages or a host's prefix),
-#: ``distil`` (as a trained prefix), ``learn`` (a shard of records into a LoRA version). Down: ``shrink`` (a core block
+#: What a move does. Up: ``collapse`` (rewrite a scope's core block), ``prime`` (its head as KV pages or as a host's
+#: prefix), ``distil`` (as a trained prefix), ``learn`` (a shard of records into a LoRA version). Down: ``shrink`` (a core block
 #: that no longer pays is chosen smaller), ``evict`` (pages), ``drop`` (a trained prefix), ``unlearn`` (a LoRA version
 #: that costs more than it saves no longer acts). Owed: ``retrain`` (versions that lost a record), ``seal`` (the gist of
 #: sessions that ended, as new records), ``extract`` and ``reconcile`` (what a configured model writes better).
@@ -218,7 +220,7 @@ class ConsolidationPlan(Value):
     moves: tuple[Move, ...] = ()
     left: tuple[Move, ...] = ()
     outcomes: tuple[Outcome, ...] = ()
-    costs: dict[str, str] = {}
+    costs: dict[str, str] = Field(default={}, description="where each cost comes from")
 
     def __str__(self) -> str:
         lines = [f"{'would make' if self.dry_run else 'made'} {len(self.moves)} moves"]
