@@ -33,11 +33,12 @@ Unit = Literal["seconds", "dollars"]
 #: Where the tokens of a group live beside their records, which always stay.
 State = Literal["plain", "core", "pages", "prefix", "lora"]
 
-#: What a move does. Up: ``collapse`` (rewrite a scope's core block), ``prime`` (its head as KV pages or as a host's
-#: prefix), ``distil`` (as a trained prefix), ``learn`` (a shard of records into a LoRA version). Down: ``shrink`` (a core block
-#: that no longer pays is chosen smaller), ``evict`` (pages), ``drop`` (a trained prefix), ``unlearn`` (a LoRA version
-#: that costs more than it saves no longer acts). Owed: ``retrain`` (versions that lost a record), ``seal`` (the gist of
-#: sessions that ended, as new records), ``extract`` and ``reconcile`` (what a configured model writes better).
+#: What a move does. Up: ``collapse`` (rewrite a scope's core block), ``prime`` (its head as KV pages or as a
+#: host's prefix), ``distil`` (as a trained prefix), ``learn`` (records into a LoRA version). Down: ``shrink`` (a
+#: core block that no longer pays, chosen smaller), ``evict`` (pages), ``drop`` (a trained prefix), ``unlearn``
+#: (LoRA versions that cost more than they save act no longer). Owed: ``retrain`` (versions that lost a record),
+#: ``seal`` (the gist of sessions that ended, as new records), ``extract`` and ``reconcile`` (what a configured
+#: model writes better).
 Kind = Literal[
     "collapse",
     "prime",
