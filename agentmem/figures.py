@@ -152,12 +152,12 @@ def panels(title: str, curves: Sequence[Curve], *, across: str = "step") -> str:
     parts = []
     for index, curve in enumerate(curves):
         left, top = index % 2 * wide, index // 2 * (high + gap)
-        parts += _panel(curve, left + 58, top + 26, wide - 76, high - 26, across)
+        parts += _panel(curve, left + 58, top + 26, wide - 76, high - 26, across=across)
     rows = (len(curves) + 1) // 2
     return _svg(title, (), rows * (high + gap), parts)
 
 
-def _panel(curve: Curve, left: int, top: int, width: int, height: int, across: str) -> list[str]:
+def _panel(curve: Curve, left: int, top: int, width: int, height: int, *, across: str) -> list[str]:
     """The lines, labels and points of one curve within this box."""
     parts = [f'<text x="{left}" y="{top - 10}">{escape(curve.name)}</text>']
     points = [(x, y) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
@@ -188,7 +188,8 @@ def _panel(curve: Curve, left: int, top: int, width: int, height: int, across: s
     if len(drawn) > 1:
         parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)}"/>')
     parts += [
-        f'<circle class="first" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{across} {step:g}: {value:.4g}</title></circle>'
+        f'<circle class="first" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{across} {step:g}: {value:.4g}</title>'
+        "</circle>"
         for (x, y), (step, value) in zip(drawn, points, strict=True)
     ]
     return parts

@@ -12,7 +12,7 @@ from statistics import fmean
 
 from ..figures import Curve
 from .offers import Offer
-from .policies import FULL_CACHED, LEARNT, OURS, bills, ways
+from .policies import FULL, FULL_CACHED, LEARNT, OURS, bills, ways
 from .report import BreakEven, Line
 from .traces import people
 from .workload import MONTH_DAYS, Workload
@@ -20,9 +20,9 @@ from .workload import MONTH_DAYS, Workload
 __all__ = ["DAYS", "TURNS", "can_learn", "crossing", "curves", "drawn", "found"]
 
 #: Days of history, and turns a session, at which costs are compared; and users drawn at each.
-DAYS = (0.5, 2.0, 7.0, 30.0, 120.0, 360.0)
-TURNS = (1.0, 2.0, 4.0, 8.0, 16.0, 32.0)
-DRAWN = 8
+DAYS = (0.5, 3.0, 14.0, 60.0, 360.0)
+TURNS = (1.0, 4.0, 16.0, 64.0)
+DRAWN = 4
 #: The part of a day that a machine can be busy before users have to wait.
 BUSY = 0.5
 
@@ -45,23 +45,25 @@ def found(
     lines: Sequence[Line],
     policies: Sequence[str],
     by_day: Mapping[tuple[str, str], Sequence[tuple[float, float]]],
+    *,
     seed: int,
 ) -> list[BreakEven]:
     """The points at which agentmem overtakes each other policy, and a machine of one's own each host."""
     told: list[BreakEven] = []
     if OURS in policies:
-        others = [policy for policy in policies if policy not in (OURS, LEARNT)]
+        lengths = [policy for policy in policies if policy not in (OURS, LEARNT, FULL, FULL_CACHED)]
         day = workload.months * MONTH_DAYS / 2
         by_turns = _grid(
-            offers, [OURS, *others], TURNS, lambda turns: (_longer_sessions(workload, turns), day), seed
+            offers, [OURS, *lengths] if lengths else [], TURNS, lambda n: (_longer_sessions(workload, n), day), seed
         )
         for offer in offers:
-            for other in others:
-                if other == FULL_CACHED or not by_turns:
-                    told.append(_where(offer, by_day, other, "days of history"))
-                else:
-                    told.append(_where(offer, by_turns, other, "turns a session"))
-    best = {line.offer: min((one for one in lines if one.offer == line.offer), key=lambda one: one.cost) for line in lines}
+            told += [
+                _where(offer, by_day, other, "days of history") for other in (FULL, FULL_CACHED) if other in policies
+            ]
+            told += [_where(offer, by_turns, other, "turns a session") for other in lengths]
+    best = {
+        line.offer: min((one for one in lines if one.offer == line.offer), key=lambda one: one.cost) for line in lines
+    }
     for mine in offers:
         if mine.machine is not None and mine.fixed_month:
             told += [_machine(workload, mine, best, other) for other in offers if other.prices is not None]
@@ -115,9 +117,7 @@ def _grid(
                     fmean(
                         offer.cost(bill, turn.reply)
                         for person in persons
-                        for bill, turn in zip(
-                            bills(person, offer.rules, way), person.turns[person.warm :], strict=True
-                        )
+                        for bill, turn in zip(bills(person, offer.rules, way), person.turns[person.warm :], strict=True)
                     )
                     for way in ways(policy, offer.rules)
                 ]
@@ -155,6 +155,4 @@ def _machine(workload: Workload, mine: Offer, best: Mapping[str, Line], other: O
 
 def drawn(points: Mapping[tuple[str, str], Sequence[tuple[float, float]]]) -> list[tuple[str, Curve]]:
     """The points as curves for plots, each with its offer."""
-    return [
-        (offer, Curve(name=policy, points=tuple(values))) for (offer, policy), values in points.items()
-    ]
+    return [(offer, Curve(name=policy, points=tuple(values))) for (offer, policy), values in points.items()]

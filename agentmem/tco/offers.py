@@ -62,12 +62,12 @@ class Prices:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Seconds that one machine takes for a token: of prompt computed anew, of prompt from KV pages, of answer.
+    """CPU-seconds of a machine for a token: of prompt computed anew, of prompt from KV pages, of answer.
 
-    ``cores`` of it are busy meanwhile. ``write_s`` is what keeping a computed token as a page adds, ``token_bytes``
-    what it takes on disk; hits come in steps of ``page_tokens``. ``learn_s`` is the time to teach a LoRA one record,
-    with its gate, None where it can't be; ``lora_s`` what an active LoRA adds to a request, ``lora_bytes`` its size for
-    one record. ``source`` says of each by name where it comes from.
+    They are divided among ``cores``, which tells how long it takes. ``write_s`` is what keeping a computed token as a
+    page adds, ``token_bytes`` what it takes on disk; hits come in steps of ``page_tokens``. ``learn_s`` is the time to
+    teach a LoRA one record, with its gate, None where it can't be; ``lora_s`` what an active LoRA adds to a request,
+    ``lora_bytes`` its size for one record. ``source`` says of each by name where it comes from.
     """
 
     prefill_s: float
@@ -100,7 +100,7 @@ class Machine:
     def seconds(self, bill: Bill, output: int) -> float:
         """CPU-seconds for one request and its answer."""
         prompt = (bill.uncached + sum(bill.written)) * self.prefill_s + sum(bill.written) * self.write_s
-        return self.cores * (prompt + bill.read * self.cached_s + output * self.decode_s)
+        return prompt + bill.read * self.cached_s + output * self.decode_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -145,12 +145,16 @@ def hosted(model: str, *, at: float | None = None) -> Offer:
     """
     rules = rules_for(model)
     if rules is None or not rules.priced:
-        raise ConfigError(f"nothing is known of the prompt cache of {public_name(model)!r}: see agentmem/cache_rules.toml")
+        raise ConfigError(
+            f"nothing is known of the prompt cache of {public_name(model)!r}: see agentmem/cache_rules.toml"
+        )
 
     def dollars(**counts: int) -> float:
         found = price(model, Usage(**counts), rules=rules, at=at)
         if found is None:
-            raise ConfigError(f"no price is known of {public_name(model)!r} (genai-prices has none): give another model")
+            raise ConfigError(
+                f"no price is known of {public_name(model)!r} (genai-prices has none): give another model"
+            )
         return found[0]
 
     plain = dollars(input_tokens=1_000) / 1_000
@@ -179,7 +183,8 @@ def own(name: str, machine: Machine, costs: Mapping[str, float] | None = None) -
     if local.second is not None:
         # Paid off and running all the time: what the machine costs whether or not somebody chats.
         month = local.second * 365.2425 / 12 * 86_400
-    speed = Speed(before_s=machine.before_s, uncached_s=machine.prefill_s, cached_s=machine.cached_s)
+    cores = machine.cores
+    speed = Speed(before_s=machine.before_s, uncached_s=machine.prefill_s / cores, cached_s=machine.cached_s / cores)
     return Offer(name=name, rules=machine.rules(), speed=speed, machine=machine, local=local, fixed_month=month)
 
 

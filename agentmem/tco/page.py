@@ -42,7 +42,7 @@ def body(report: TcoReport) -> str:
         if curves:
             unit = "$" if lines[0].turn is not None else "CPU-seconds"
             names = ("policy", *(f"{x:g} days" for x, _ in curves[0].points))
-            rows = [(curve.name, *(y for _, y in curve.points)) for curve in curves]
+            rows: list[Sequence[Cell]] = [(curve.name, *(y for _, y in curve.points)) for curve in curves]
             title = f"{offer}: {unit} a turn by days of history"
             parts.append(figure(title, panels(title, curves, across="day"), table(names, rows)))
     if report.breaks:
@@ -71,7 +71,7 @@ def _offer(offer: str, lines: Sequence[Line]) -> str:
         for line in lines
     ]
     tiers = list(dict.fromkeys(tier for line in lines for tier in line.bytes))
-    sizes = [(line.policy, *(line.bytes.get(tier, 0) for tier in tiers)) for line in lines]
+    sizes: list[Sequence[Cell]] = [(line.policy, *(line.bytes.get(tier, 0) for tier in tiers)) for line in lines]
     below = table(names, rows) + table(("bytes on disk", *tiers), sizes)
     return figure(f"{offer}: {unit}", bars(f"{offer}: {unit}", (unit,), values), below)
 

@@ -115,5 +115,3 @@ def _cut(past: Sequence[Block], size: int, room: int) -> tuple[list[Block], int]
         kept[0] = Block((kept[0].key, over), kept[0].tokens - over)
         size = room
     return kept, size
-
-

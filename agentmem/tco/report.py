@@ -11,6 +11,8 @@ import os
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import Field
+
 from ..errors import StoreError
 from ..figures import Curve
 from ..types import Value
@@ -48,7 +50,7 @@ class Line(Value):
     prompt_tokens: float
     read: float
     written: float
-    bytes: dict[str, int] = {}
+    bytes: dict[str, int] = Field(default={})
     setting: str = ""
 
     @property
@@ -117,7 +119,7 @@ class TcoReport(Value):
         return _kept(out.getvalue(), path)
 
     def html(self, path: str | os.PathLike[str] | None = None) -> str:
-        """The report as one page with plots, self-contained; with ``path`` it is written there too (or `StoreError`)."""
+        """The report as one page with plots, self-contained; with ``path`` it is written there (or `StoreError`)."""
         from .page import page
 
         return _kept(page(self), path)

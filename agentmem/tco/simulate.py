@@ -53,7 +53,7 @@ def simulate(
     """What this workload costs with each of ``offers`` under each of ``policies`` (of `policies.NAMES`).
 
     ``sample`` users are drawn, at least 4; each costs about 0.1 s of computing an offer. The same arguments give the
-    same report. ``notes`` join its assumptions. Raises `InvalidInput` for an unknown policy, no offer, or too few users.
+    same report. ``notes`` join its assumptions. Raises `InvalidInput` for an unknown policy, no offer, or few users.
     """
     unknown = [name for name in policies if name not in NAMES]
     if unknown:
@@ -70,12 +70,12 @@ def simulate(
             if policy == LEARNT and not breaks.can_learn(offer):
                 continue
             run = _run(persons, offer, policy)
-            lines.append(_line(workload, offer, policy, run, persons, sizes))
+            lines.append(_line(workload, offer, run, persons, sizes))
     by_day = breaks.curves(workload, offers, policies, seed)
     return TcoReport(
         workload=workload,
         lines=tuple(lines),
-        breaks=tuple(breaks.found(workload, offers, lines, policies, by_day, seed)),
+        breaks=tuple(breaks.found(workload, offers, lines, policies, by_day, seed=seed)),
         curves=tuple(breaks.drawn(by_day)),
         assumptions=(*assumptions(workload, offers, sample, seed), *notes),
         seed=seed,
@@ -107,18 +107,16 @@ def _measured(persons: Sequence[Person], offer: Offer, way: Way) -> _Run:
     return run
 
 
-def _line(
-    workload: Workload, offer: Offer, policy: str, run: _Run, persons: Sequence[Person], sizes: Sizes
-) -> Line:
+def _line(workload: Workload, offer: Offer, run: _Run, persons: Sequence[Person], sizes: Sizes) -> Line:
     turn = fmean(run.cost)
     total = sum(run.sums, Bill(0, (0,) * len(offer.rules.lifetimes), 0))
     priced = offer.unit == "dollars"
     seconds = fmean(run.seconds) if run.seconds else None
-    held = _bytes(workload, offer, policy, run, persons, sizes)
+    held = _bytes(workload, offer, run, persons, sizes)
     storage = offer.local.storing(sum(held.values())) if offer.machine is not None else None
     return Line(
         offer=offer.name,
-        policy=policy,
+        policy=run.way.policy,
         turn=turn if priced else None,
         month=turn * workload.turns_month + (storage or 0.0) if priced else None,
         seconds=seconds,
@@ -143,11 +141,9 @@ def error(values: Sequence[float]) -> float:
     return math.sqrt(sum((one - other) ** 2 for one, other in pairs)) / (2 * len(pairs))
 
 
-def _bytes(
-    workload: Workload, offer: Offer, policy: str, run: _Run, persons: Sequence[Person], sizes: Sizes
-) -> dict[str, int]:
+def _bytes(workload: Workload, offer: Offer, run: _Run, persons: Sequence[Person], sizes: Sizes) -> dict[str, int]:
     """Bytes on disk of all users together in the middle of the time, by tier."""
-    day = workload.months * MONTH_DAYS / 2
+    policy, day = run.way.policy, workload.months * MONTH_DAYS / 2
     kept = min(day, workload.retention_days)
     said = 2 * workload.turns_day * kept  # a message and its answer
     memories = workload.memories(day)

@@ -48,13 +48,14 @@ def measured(record_tokens: int, *, rows: int = ROWS) -> Sizes:
     """What records of this many tokens take in SQLite: four folders are written, each with one kind of row more."""
     steps = [_written(record_tokens, rows, kinds) for kinds in range(4)]
     record, vector, codes, use = (
-        max(after - before, 0) / rows for before, after in zip([_written(record_tokens, 0, 0), *steps], steps, strict=False)
+        max(after - before, 0) / rows
+        for before, after in zip([_written(record_tokens, 0, 0), *steps], steps, strict=False)
     )
     return Sizes(record=record, vector=vector, codes=codes, use=use)
 
 
 def _written(tokens: int, rows: int, kinds: int) -> int:
-    """Bytes of a database with so many records; with vectors from 1 kind on, with token codes from 2, with uses at 3."""
+    """Bytes of a database with so many records; with vectors from 1 kind on, token codes from 2, uses at 3."""
     import numpy as np
 
     rng = np.random.default_rng(0)

@@ -58,8 +58,9 @@ def assumptions(workload: Workload, offers: Sequence[Offer], sample: int, seed: 
         sources = "; ".join(f"{name}: {source}" for name, source in machine.source.items()) or "as given"
         money = "" if offer.unit == "dollars" else " No price given: CPU-seconds only."
         told.append(
-            f"{window}; {1 / machine.prefill_s:,.0f} new prompt tokens a second, {1 / machine.cached_s:,.0f} from KV "
-            f"pages, {1 / machine.decode_s:,.1f} of answer, on {machine.cores:g} cores ({sources}); KV pages are kept "
+            f"{window}; a CPU-second computes {1 / machine.prefill_s:,.0f} new prompt tokens, reads "
+            f"{1 / machine.cached_s:,.0f} from KV pages, or writes {1 / machine.decode_s:,.1f} of answer, on "
+            f"{machine.cores:g} cores at once ({sources}); KV pages are kept "
             f"without limit (the setting page_budget limits them), one request at a time.{money}"
         )
     return told

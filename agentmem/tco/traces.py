@@ -10,6 +10,7 @@ import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 from statistics import NormalDist
 
 from ..activation.replays import Recall
@@ -20,7 +21,8 @@ __all__ = ["BILLED", "WARM", "Person", "people"]
 
 DAY = 86_400.0
 #: Turns of each person that are billed, and those before them that only set the scene (fewer where there were fewer).
-BILLED, WARM = 48, 32
+BILLED = 48
+WARM = 32
 #: Spread of the gaps within a session, and of the lengths of texts: standard deviation of the logarithm.
 GAPS, LENGTHS = 1.0, 0.5
 
@@ -74,12 +76,12 @@ def people(workload: Workload, count: int, seed: int = 0, *, day: float | None =
     their distribution weighted by sessions: its mean is greater by the variance); the time of life is stratified too,
     independently (a Latin hypercube: McKay, Beckman, Conover, Technometrics 21(2), 1979), or is ``day`` for all.
     """
-    rng = random.Random(f"{seed} people")
+    rng = random.Random(f"{seed} people")  # noqa: S311
     ages = list(range(count))
     rng.shuffle(ages)
     found = []
     for stratum in range(count):
-        own = random.Random(f"{seed} person {stratum} of {count}")
+        own = random.Random(f"{seed} person {stratum} of {count}")  # noqa: S311
         level = NormalDist().inv_cdf(min(max((stratum + own.random()) / count, 1e-9), 1 - 1e-9))
         rate = workload.sessions_day * math.exp(workload.spread**2 / 2 + workload.spread * level)
         drawn = workload.months * MONTH_DAYS * (ages[stratum] + own.random()) / count
@@ -96,7 +98,7 @@ def _person(workload: Workload, rate: float, day: float, rng: random.Random) -> 
     stops = [max(1.0 / workload.turns_session, 1e-9), workload.gap_s]
     at, session, turns = day * DAY, 0, list[Turn]()
     standing = [(f"standing {n}", _length(workload.record_tokens, rng)) for n in range(workload.standing_facts)]
-    chances = [1.0 / (n + 1) for n in range(workload.standing_facts)]
+    chances = list(accumulate(1.0 / (n + 1) for n in range(workload.standing_facts)))
     home: dict[str, int] = {}
     fill: list[tuple[tuple[str, int], ...]] = []
     for number in range(warm + BILLED):
@@ -105,7 +107,7 @@ def _person(workload: Workload, rate: float, day: float, rng: random.Random) -> 
             session += ends
             # Sessions follow each other by chance; the time within them is short beside that between them.
             at += rng.expovariate(rate / DAY) if ends else rng.lognormvariate(math.log(stops[1]), GAPS)
-        needs = _needs(workload, number, round(turns_before) - warm, standing, chances, rng)
+        needs = _needs(workload, number, round(turns_before) - warm, (standing, chances), rng)
         for id_, _ in needs:
             if id_.startswith("turn "):
                 home[id_] = int(id_.split()[1])
@@ -140,19 +142,21 @@ def _needs(
     workload: Workload,
     number: int,
     before: int,
-    standing: Sequence[tuple[str, int]],
-    chances: Sequence[float],
+    standing: tuple[Sequence[tuple[str, int]], Sequence[float]],
     rng: random.Random,
 ) -> list[tuple[str, int]]:
     """The records that turn ``number``, with ``before`` turns before all of them, needs: as many as make up
-    `Workload.recalled_tokens` on the average. A user's first turns find little."""
+    `Workload.recalled_tokens` on the average. A user's first turns find little.
+
+    ``standing`` are the standing facts and the running sums of their chances.
+    """
     most = workload.recalled_tokens / workload.record_tokens
     count = math.floor(most) + (rng.random() < most % 1)
     past = before + number
     found: dict[str, int] = {}
     for _ in range(count):
         if rng.random() < workload.standing_share:
-            id_, tokens = rng.choices(standing, chances)[0]
+            id_, tokens = rng.choices(standing[0], cum_weights=standing[1])[0]
         elif past:
             # What was said lately is asked for more often: log-uniform in the number of turns ago.
             ago = round(past ** rng.random())

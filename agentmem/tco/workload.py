@@ -38,7 +38,7 @@ class Workload(Value):
     recalled_tokens: float = Field(default=200.0, ge=0, le=1_000_000)
     top_k: int = Field(default=10, ge=0, le=10_000)
     record_tokens: float = Field(default=40.0, gt=0, le=1_000_000)
-    #: Of the recalled tokens, those of facts that stand for long (a profile, preferences) and come back again and again.
+    #: Of the recalled tokens, those of facts that stand for long (a profile, preferences) and come back often.
     standing_share: float = Field(default=0.35, ge=0, le=1)
     #: How many such facts a user has; the n-th is needed in proportion to 1/n.
     standing_facts: int = Field(default=40, ge=1, le=100_000)
