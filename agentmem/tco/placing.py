@@ -15,6 +15,7 @@ from ..planner.plan import plan
 from ..planner.values import Able, Costs, Group, Snapshot, Unit
 from ..types import Scope
 from .offers import Offer
+from .policies import CORE_TOKENS
 from .traces import Person
 from .workload import Workload
 
@@ -131,7 +132,12 @@ def _snapshot(workload: Workload, person: Person, offer: Offer, *, learn: bool) 
         warm=warm,
     )
     head = costs.prefill if workload.system_tokens < costs.minimum else places.reading(known)
-    chosen = [group for group in groups if places.uses(group, known) * costs.prefill > places.requests(known) * head]
+    chosen: list[Group] = []
+    room = CORE_TOKENS
+    for group in sorted(groups, key=lambda group: -group.uses):
+        if places.uses(group, known) * costs.prefill > places.requests(known) * head and group.tokens <= room:
+            chosen.append(group)
+            room -= group.tokens
     return known if not chosen else _with(known, chosen)
 
 

@@ -81,12 +81,13 @@ def _line(
     priced = offer.unit == "dollars"
     seconds = None if offer.machine is None else fmean(one.seconds or 0.0 for one in run)
     held = _bytes(workload, offer, way.policy, run, persons=persons, sizes=sizes)
-    storage = offer.local.storing(sum(held.values())) if offer.machine is not None else None
+    storage = offer.local.storing(sum(held.values()))
     return Line(
         offer=offer.name,
         policy=way.policy,
         turn=turn if priced else None,
         month=turn * workload.turns_month + (storage or 0.0) if priced else None,
+        storage=storage,
         seconds=seconds,
         seconds_month=None if seconds is None else seconds * workload.turns_month,
         error=error(costs) / turn if turn else 0.0,

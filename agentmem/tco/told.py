@@ -45,7 +45,8 @@ def assumptions(workload: Workload, offers: Sequence[Offer], sample: int, seed: 
         "memories with a model (extraction) is not in these numbers.",
         f"Bytes: rows of a real database, measured in this run; vectors of {DIMENSION} numbers and token codes for "
         f"agentmem, {TOKEN_CHARACTERS} characters a token, lists of 8-bit codes for tenants of more than {EXACT:,} "
-        "vectors (all users are one tenant). Full history keeps texts alone.",
+        "vectors (all users are one tenant). Full history keeps texts alone. They count as in the middle of the "
+        "time, and cost something only where a price of storage was given.",
     ]
     for offer in offers:
         rules = offer.rules
