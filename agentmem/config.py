@@ -117,6 +117,21 @@ class Settings(BaseSettings):
         description="train LoRA versions that act from the answer on, over the base's KV pages; llama.cpp and this "
         "process serve them, Ollama and vLLM need false",
     )
+    consolidate_idle: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds without a chat after which this process consolidates in the background; None: it doesn't",
+    )
+    consolidate_every: float | None = Field(
+        default=None, gt=0, description="seconds between consolidations in the background; None: no schedule"
+    )
+    consolidate_budget: dict[str, float] = Field(
+        default={}, description="what one consolidation may spend where none is given: seconds, dollars, bytes"
+    )
+    consolidate_writes: bool = Field(
+        default=False,
+        description="consolidation may ask the model for facts, preferences and summaries, as `extract` does",
+    )
     page_key: SecretStr | None = Field(
         default=None, description="32 bytes as hex or base64: KV pages are encrypted at rest with AES-256-GCM"
     )
