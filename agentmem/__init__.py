@@ -35,6 +35,9 @@ if TYPE_CHECKING:
     from .memory import Memory as Memory
     from .memory import ScopedMemory as ScopedMemory
     from .parametric.registry import LoraVersion as LoraVersion
+    from .planner.values import ConsolidationPlan as ConsolidationPlan
+    from .planner.values import Move as Move
+    from .planner.values import Outcome as Outcome
     from .reply_stream import AsyncReplyStream as AsyncReplyStream
     from .reply_stream import ReplyStream as ReplyStream
     from .types import Attended as Attended
@@ -72,6 +75,7 @@ _MODULES = {
     "ledger.report": "Report",
     "memory": "Memory ScopedMemory",
     "parametric.registry": "LoraVersion",
+    "planner.values": "ConsolidationPlan Move Outcome",
     "reply_stream": "AsyncReplyStream ReplyStream",
     "types": (
         "Attended CacheUse Change Compaction Context Erasure Extraction Hit Image Message Reconciliation Record Reply "

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
+from . import consolidate as consolidating
 from . import (
     counting,
     distilling,
@@ -34,10 +35,12 @@ from .chat import Conversation
 from .engine import Engine
 from .flow import arun, local
 from .flows import When
+from .jobs import Jobs
 from .ledger.budgets import Budget, Spent
 from .ledger.report import Report
 from .memory import Content
 from .opening import NOT_GIVEN, narrowed, opened
+from .planner.values import ConsolidationPlan
 from .provider import Provider
 from .publishing import Publication
 from .reply_stream import AsyncReplyStream
@@ -270,6 +273,11 @@ class AsyncScopedMemory:
     async def spent(self) -> Spent:
         return await arun(local(reporting.spent, self._engine, self._scope))
 
+    async def consolidate(
+        self, *, dry_run: bool = False, budget: Mapping[str, float] | None = None
+    ) -> ConsolidationPlan:
+        return await arun(consolidating.consolidate(self._engine, self._scope, dry_run=dry_run, budget=budget))
+
     async def export(self, path: str | os.PathLike[str], *, vectors: bool = False) -> int:
         return await arun(local(transfer.export, self._engine, self._scope, path, vectors=bool(vectors)))
 
@@ -330,6 +338,12 @@ class AsyncMemory(AsyncScopedMemory):
 
     async def compact(self) -> Compaction:
         return await arun(local(flows.compact, self._engine))
+
+    async def pause_consolidation(self) -> None:
+        await arun(local(Jobs(self._engine.database, self._engine.clock).pause))
+
+    async def resume_consolidation(self) -> None:
+        await arun(local(Jobs(self._engine.database, self._engine.clock).resume))
 
     async def close(self) -> None:
         await arun(local(self._engine.close))

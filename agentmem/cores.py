@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from . import prompt
 from .engine import Engine
 from .plaintext.drafts import utc_seconds
+from .planner.collapse import Account
 from .types import Record, Scope
 
 if TYPE_CHECKING:
@@ -77,3 +78,47 @@ def _outdated(engine: Engine, scope: Scope, core: Sequence[Record], seen: int) -
     now = engine.clock()
     ended = any(record.valid_until is not None and utc_seconds(record.valid_until) <= now for record in core)
     return ended or engine.records.count(scope) >= 1.5 * seen + 8
+
+
+# TEMPORARY until branch A has these (helper C's stand-ins)
+def standing(engine: Engine, scope: Scope) -> list[Record] | None:
+    """The block as it stands."""
+    levels = [value or "" for _, value in scope.levels()]
+    rows = engine.database.query(
+        "SELECT ids FROM cores WHERE tenant = ? AND user = ? AND agent = ? AND session = ?", levels
+    )
+    return engine.records.named(json.loads(rows[0]["ids"]), scope) if rows else None
+
+
+def candidate(engine: Engine, scope: Scope) -> list[Record]:
+    """What would be chosen."""
+    newest = engine.records.newest(scope, limit=CORE_CANDIDATES, at=engine.clock())
+    candidates = [r for r in newest if (scope.session is None or r.scope.session is None)]
+    return prompt.choose_core(
+        candidates[::-1],
+        engine.ledger.times_shown([record.id for record in candidates]),
+        least=0,
+        budget=within(engine, engine.settings.core_tokens, 0.1),
+        count=engine.count,
+    )
+
+
+def account(engine: Engine, scope: Scope) -> Account:
+    """What was carried."""
+    return Account()
+
+
+def collapse(engine: Engine, scope: Scope, records: Sequence[str] | None = None) -> list[Record]:
+    """Rewrite."""
+    chosen = candidate(engine, scope) if records is None else engine.records.named(list(records), scope)
+    levels = [value or "" for _, value in scope.levels()]
+    key = json.dumps(levels)
+    with engine.database.write() as connection:
+        connection.execute("DELETE FROM lineage WHERE kind = 'core' AND key = ?", (key,))
+        ids = json.dumps([record.id for record in chosen])
+        connection.execute(
+            "INSERT OR REPLACE INTO cores VALUES (?, ?, ?, ?, ?, ?, ?)",
+            (*levels, ids, engine.clock(), engine.records.count(scope)),
+        )
+        connection.executemany("INSERT INTO lineage VALUES ('core', ?, ?)", [(key, record.id) for record in chosen])
+    return chosen

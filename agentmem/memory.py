@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
+from . import consolidate as consolidating
 from . import counting, flows, forgetting, histories, reporting, transfer
 from .asking import Schema
 from .chat import Conversation
@@ -19,9 +20,11 @@ from .engine import Engine
 from .flow import local, run
 from .flows import When
 from .handles import Activation, Parametric, Plaintext
+from .jobs import Jobs
 from .ledger.budgets import Budget, Spent
 from .ledger.report import Report
 from .opening import NOT_GIVEN, narrowed, opened
+from .planner.values import ConsolidationPlan
 from .provider import Provider
 from .reply_stream import ReplyStream
 from .types import (
@@ -298,6 +301,20 @@ class ScopedMemory:
         """What uses in this scope and beneath it cost today, this month and ever, and the budgets they are under."""
         return run(local(reporting.spent, self._engine, self._scope))
 
+    def consolidate(self, *, dry_run: bool = False, budget: Mapping[str, float] | None = None) -> ConsolidationPlan:
+        """Move memories of this scope and beneath it to the kind that costs least: core blocks, KV pages or a host's
+        prefix, LoRA versions, and back.
+
+        With ``dry_run`` nothing changes: `ConsolidationPlan.moves` are what would be done, each with what it costs and
+        is expected to save; else they are made and ``outcomes`` says what became of each, and what earlier ones saved
+        since. ``budget`` bounds what this call may spend: ``{"seconds": 60, "dollars": 0.1, "bytes": 10**8}`` (CPU,
+        new bytes), by default the setting ``consolidate_budget``. Any number of processes may call it: no move is made
+        twice. Can be interrupted: what is done stays, the next call goes on. No record is changed or lost by it.
+
+        Raises `InvalidInput` for a budget of other names or numbers. A move that fails is an outcome, not an error.
+        """
+        return run(consolidating.consolidate(self._engine, self._scope, dry_run=dry_run, budget=budget))
+
     def export(self, path: str | os.PathLike[str], *, vectors: bool = False) -> int:
         """Write the records of this scope and beneath, with their histories, as JSON lines; returns how many.
 
@@ -378,6 +395,14 @@ class Memory(ScopedMemory):
         the log from being emptied, the result says so.
         """
         return run(local(flows.compact, self._engine))
+
+    def pause_consolidation(self) -> None:
+        """Let no process consolidate this folder in the background until `resume_consolidation`."""
+        run(local(Jobs(self._engine.database, self._engine.clock).pause))
+
+    def resume_consolidation(self) -> None:
+        """Let processes that were told to consolidate in the background go on."""
+        run(local(Jobs(self._engine.database, self._engine.clock).resume))
 
     def close(self) -> None:
         """Write the index to disk and close everything; safe to call twice. Handles of this memory close with it."""

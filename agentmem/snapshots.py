@@ -27,8 +27,9 @@ WEIGHED = 1000
 ENDED_S = 1800.0
 #: Turns of the ledger that are read at most, the newest.
 TURNS = 20_000
-#: Unread turns are counted up to here.
+#: Unread turns are counted up to here; tokens that reading one takes with its instructions, and writing what it says.
 UNREAD = 1000
+EXTRACT_TOKENS, ANSWER_TOKENS = 700.0, 40.0
 DAY_S = 86_400.0
 _PLAIN: frozenset[State] = frozenset({"plain"})
 
@@ -44,7 +45,11 @@ class Seen:
     uses: dict[str, int] = field(default_factory=dict)
     #: By record: tokens of its line, as it was recalled last.
     tokens: dict[str, int] = field(default_factory=dict)
-    #: Of the newest request: tokens of its head (system, tools), and what stood between the core and the turn.
+    #: Requests that found their head kept, and the sessions that they were of.
+    warm: int = 0
+    sessions: set[str] = field(default_factory=set)
+    #: Of the newest request: its id, tokens of its head (system, tools), and those of the history that it leaves.
+    latest: str = ""
     head: int = 0
     behind: int = 0
 
@@ -52,19 +57,24 @@ class Seen:
         """Days that were watched, of what came into being at ``since``."""
         return max(now - max(self.first, since), 60.0) / DAY_S
 
-    def _note(self, at: float, turn: Mapping[str, Any], tokens: int) -> None:
-        self.first = self.first or at
-        self.last = at
+    def note(self, row: Any, turn: Mapping[str, Any]) -> None:
+        """One more use, with its turn; in order of time."""
+        self.first = self.first or row["at"]
+        self.last = row["at"]
         self.requests += 1
+        self.latest = str(turn.get("id") or "")
+        self.sessions.add(row["session"])
         recalled = turn.get("recalled") or ()
         for record, size in recalled:
             self.tokens[record] = size
         for record in {*(record for record, _ in recalled), *(turn.get("used") or ())}:
             self.uses[record] = self.uses.get(record, 0) + 1
+        message, core = int(turn.get("message") or 0), int(turn.get("core") or 0)
         self.head = int(turn.get("system") or 0)
-        told = sum(size for _, size in recalled) + int(turn.get("message") or 0) + int(turn.get("core") or 0)
+        self.warm += 0 < 0.9 * (self.head + core) <= row["cached"]
+        told = self.head + core + message + sum(size for _, size in recalled)
         # What this request was answered with is history for the next.
-        self.behind = max(0, tokens - self.head - told) + int(turn.get("message") or 0) + int(turn.get("reply") or 0)
+        self.behind = max(0, row["input"] - told) + message + int(turn.get("reply") or 0)
 
 
 @dataclass
@@ -80,7 +90,7 @@ def ledgered(engine: Engine, scope: Scope) -> Ledgered:
     """Read the ledger once for all plans beneath ``scope``. A hundred microseconds for ten requests."""
     sql, values = beneath(scope)
     rows = engine.database.query(
-        f"SELECT at, tenant, user, agent, session, input, turn FROM uses WHERE {sql} AND turn IS NOT NULL"
+        f"SELECT at, tenant, user, agent, session, input, cached, turn FROM uses WHERE {sql} AND turn IS NOT NULL"
         " ORDER BY id DESC LIMIT ?",
         (*values, TURNS),
     )
@@ -98,8 +108,8 @@ def ledgered(engine: Engine, scope: Scope) -> Ledgered:
         whose = whose if whose.within(scope) else session
         # The head of a chat is chosen for the handle that it runs on: the narrowest that has one.
         head = next((one for one in (session, whose) if one in named), whose)
-        found.heads.setdefault(head, Seen())._note(row["at"], turn, row["input"])
-        found.owners.setdefault(whose, Seen())._note(row["at"], turn, row["input"])
+        found.heads.setdefault(head, Seen()).note(row, turn)
+        found.owners.setdefault(whose, Seen()).note(row, turn)
     return found
 
 
@@ -180,6 +190,11 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         owed=tuple(digest for whose, digest in _owed(engine) if whose == scope) if able.lora else (),
         unsealed=tuple(_unsealed(engine, scope, now)) if able.writes else (),
         unread=extraction.unread(engine, scope, UNREAD) if able.writes else 0,
+        turn_tokens=EXTRACT_TOKENS if able.writes else 0.0,
+        answer_tokens=ANSWER_TOKENS if able.writes else 0.0,
+        sessions_day=len(head.sessions) / head.days(now) if head.requests else None,
+        warm=head.warm / head.requests if head.requests else None,
+        latest=head.latest,
     )
 
 
@@ -193,6 +208,7 @@ def _able(engine: Engine, scope: Scope) -> Able:
         prefix=own and can.trains and engine.prefix_view(scope) is not None,
         lora=own and can.trains and can.loras,
         writes=own and can.chat and settings.consolidate_writes,
+        shard=settings.lora_shard,
     )
 
 
