@@ -18,9 +18,11 @@ from .chat import Conversation
 from .engine import Engine
 from .errors import AgentMemError, InvalidInput, NotFound, ProviderError, StoreError
 from .flow import Flow, Work
+from .forgetting import drop_derived
 from .jobs import Jobs
 from .ledger.uses import beneath
 from .planner.values import Move, Outcome
+from .publishing import withdraw
 from .types import Record, Retraining, Scope
 
 __all__ = ["SEALED", "Stopped", "make"]
@@ -240,11 +242,17 @@ def _acting(engine: Engine, scope: Scope) -> set[str]:
 
 
 def _unlearn(engine: Engine, move: Move) -> _Made:
-    """The versions of this scope that learnt these records act no longer; their files stay while there is room."""
+    """Versions that cost more than they spare act no longer; their files stay while there is room. What was said
+    otherwise since is taken back for good: its versions are trained again without it."""
     wanted = set(move.records)
     versions = [v for v in engine.registry.active(move.scope) if v.scope == move.scope and wanted & set(v.records)]
     if not versions:
         return _Made("skipped", "no active version learnt them")
+    if not move.saves:
+        drop_derived(engine, sorted(wanted), pages=False)
+        engine.finish_erasures()
+        withdraw(engine, [])
+        return _Made(note=f"{len(versions)} LoRA versions retired, to be trained again")
     engine.registry.join([], move.scope, instead_of={version.digest for version in versions})
     jobs = Jobs(engine.database, engine.clock)
     learnt = [job.move for job in jobs.jobs(move.scope, limit=10_000) if job.move.kind == "learn"]

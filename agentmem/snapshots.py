@@ -6,7 +6,7 @@ Knows the ledger, the tables of derived things and the settings; decides nothing
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -300,7 +300,7 @@ def _groups(
     core = {record.id for record in standing}
     most = sorted(seen.uses, key=lambda id_: (-seen.uses[id_], id_))[:WEIGHED]
     records = engine.records.named(list(dict.fromkeys([*most, *core, *learnt])), scope)
-    untaught = _unteachable(scope, records, now) if able.lora else {record.id for record in records}
+    untaught = _unteachable(scope, records, learnt, now) if able.lora else {record.id for record in records}
     for record in records:
         where: set[State] = set(_PLAIN)
         where |= {"core"} if record.id in core else set()
@@ -321,18 +321,20 @@ def _groups(
         )
 
 
-def _unteachable(scope: Scope, records: Sequence[Record], now: float) -> set[str]:
+def _unteachable(scope: Scope, records: Sequence[Record], learnt: Collection[str], now: float) -> set[str]:
     """Those that a LoRA is not taught: untrusted, ended, of another owner, said otherwise by a later one, or nothing
-    can be asked about them."""
+    can be asked about them. What was ``learnt`` had somebody's approval: only what contradicts it tells against it."""
     from .parametric import corpus as corpora
 
     able: list[Record] = []
     for record in records:
         ended = record.valid_until is not None and utc_seconds(record.valid_until) <= now
         early = record.valid_from is not None and utc_seconds(record.valid_from) > now
-        if record.trust == "trusted" and not ended and not early and owner(record, scope) == scope:
+        if record.id in learnt:
+            able.append(record.model_copy(update={"trust": "trusted"}))
+        elif record.trust == "trusted" and not ended and not early and owner(record, scope) == scope:
             able.append(record)
-    able = [record for record in able if corpora.build([record]).records]
+    able = [record for record in able if record.id in learnt or corpora.build([record]).records]
     found = {record.id for record in records} - {record.id for record in able}
     return found | contradicted(sorted(able, key=_arrived), ())
 
