@@ -295,8 +295,7 @@ def _groups(
     if able.lora:
         for version in engine.registry.active(scope):
             if version.scope == scope:
-                for record in version.records:
-                    learnt[record] = version.bytes // max(len(version.records), 1)
+                learnt.update(dict.fromkeys(version.records, version.bytes // max(len(version.records), 1)))
     core = {record.id for record in standing}
     most = sorted(seen.uses, key=lambda id_: (-seen.uses[id_], id_))[:WEIGHED]
     records = engine.records.named(list(dict.fromkeys([*most, *core, *learnt])), scope)
