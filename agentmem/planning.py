@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import prompt
+from . import economics, prompt
 from .plaintext.drafts import utc_seconds
 from .provider import CachePlan, Generation, Mark, Request
 from .tokens import PER_MESSAGE
@@ -53,6 +53,8 @@ _log = logging.getLogger("agentmem")
 
 #: Of a model's window, what a prompt's verbatim history may take.
 WINDOW_SHARE = 0.5
+#: The same on an engine of one's own: the rest is for an answer, a core block and what is recalled.
+LOCAL_SHARE = 0.75
 #: Where a host's window is not known.
 WINDOW_TOKENS = 100_000
 
@@ -130,12 +132,12 @@ def _key(message: Message) -> str:
 
 
 def planned(engine: Engine, scope: Scope) -> Plan | None:
-    """The plan of a conversation at this scope; None where nothing is known of what a prompt costs at the model's host,
-    or the settings lay prompts out."""
-    rules = engine.cache_rules
-    if rules is None or engine.settings.cache != "auto":
+    """The plan of a conversation at this scope; None where nothing is known of what a prompt costs with its model, or
+    the settings lay prompts out."""
+    if engine.settings.cache != "auto":
         return None
-    return Plan(engine, scope, rules)
+    rules = engine.cache_rules or economics.local_rules(engine)
+    return None if rules is None else Plan(engine, scope, rules)
 
 
 #: A history may have this many times the tokens it was chosen for, and so many more: counts are estimates.
@@ -155,10 +157,10 @@ class Plan:
         self._model = engine.chat_provider().name
         self._scope = scope
         state = stored(engine, self._model, scope)
-        settings = engine.settings
+        settings, share = engine.settings, WINDOW_SHARE if rules.priced else LOCAL_SHARE
         limits: dict[str, Any] = {
             "core_tokens": settings.core_tokens,
-            "window": int((rules.context_tokens or WINDOW_TOKENS / WINDOW_SHARE) * WINDOW_SHARE),
+            "window": int((rules.context_tokens or WINDOW_TOKENS / WINDOW_SHARE) * share),
             "history_tokens": settings.history_tokens,
         }
         try:
@@ -167,7 +169,8 @@ class Plan:
             _log.warning("how %s's prompts were laid out can't be read, they are laid out anew: %s", self._model, error)
             state = {}
             self._layouts = Layouts(rules, **limits)
-        self._marks = MarkPlanner(rules, state=state.get("marks"))
+        #: An engine of one's own is not told what to keep.
+        self._marks = MarkPlanner(rules, state=state.get("marks")) if rules.priced else None
         self._held: int | None = None
         self._history = history_of(state.get("history"))
 
@@ -179,7 +182,7 @@ class Plan:
         known = None if recalled is None else tuple(recalled)
         now = self._engine.clock()
         with self._lock:
-            self._held = self._marks.held(now)
+            self._held = None if self._marks is None else self._marks.held(now)
             return self._layouts.choose(
                 Coming(at=now, session=session, system=system, message=message, recalled=known, held=self._held)
             )
@@ -196,8 +199,10 @@ class Plan:
             self._layouts.recount(layout.start, _told(self._engine, turns, said))
         return True
 
-    def cache_plan(self, prompt_: Measured, layout: Layout | None, previous: str | None) -> CachePlan:
-        """What the host is asked to keep of this request."""
+    def cache_plan(self, prompt_: Measured, layout: Layout | None, previous: str | None) -> CachePlan | None:
+        """What the host is asked to keep of this request; None on an engine of one's own."""
+        if self._marks is None:
+            return None
         with self._lock:
             marks = self._marks.plan(self._levels(prompt_, layout), self._engine.clock())
         found: dict[int, str] = {}
@@ -215,11 +220,13 @@ class Plan:
         now = self._engine.clock()
         with self._lock:
             levels = self._levels(prompt_, layout)
-            self._marks.done(levels, now)
+            if self._marks is not None:
+                self._marks.done(levels, now)
             self._history = sent_history(prompt_, levels) or self._history
             if turn is not None and layout is not None:
                 self._layouts.done(turn, layout, held=self._held)
-            state = {"layouts": self._layouts.state(), "marks": self._marks.state(), "history": self._history}
+            marks = None if self._marks is None else self._marks.state()
+            state = {"layouts": self._layouts.state(), "marks": marks, "history": self._history}
         store(connection, self._model, self._scope, now, state)
 
     def _levels(self, prompt_: Measured, layout: Layout | None) -> list[Level]:
