@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .errors import TrainingError as TrainingError
     from .errors import Unavailable as Unavailable
+    from .explaining import Explanation as Explanation
     from .ledger.budgets import Budget as Budget
     from .ledger.budgets import Spent as Spent
     from .ledger.report import Report as Report
@@ -57,6 +58,7 @@ if TYPE_CHECKING:
     from .types import Scope as Scope
     from .types import TokenCount as TokenCount
     from .types import ToolCall as ToolCall
+    from .types import TurnFacts as TurnFacts
     from .types import Usage as Usage
     from .types import Verification as Verification
     from .wrapping import wrap as wrap
@@ -72,6 +74,7 @@ _MODULES = {
         "AgentMemError BudgetExceeded ConfigError Corrupt Full Incompatible InvalidInput Locked MissingDependency "
         "NotFound ProviderError RateLimited Rejected ScopeError StoreError TrainingError Unavailable"
     ),
+    "explaining": "Explanation",
     "ledger.report": "Report",
     "memory": "Memory ScopedMemory",
     "parametric.registry": "LoraVersion",
@@ -79,7 +82,7 @@ _MODULES = {
     "reply_stream": "AsyncReplyStream ReplyStream",
     "types": (
         "Attended CacheUse Change Compaction Context Erasure Extraction Hit Image Message Reconciliation Record Reply "
-        "Retraining Scope TokenCount ToolCall Usage Verification"
+        "Retraining Scope TokenCount ToolCall TurnFacts Usage Verification"
     ),
     "wrapping": "wrap",
 }

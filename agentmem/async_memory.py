@@ -17,6 +17,7 @@ from . import consolidate as consolidating
 from . import (
     counting,
     distilling,
+    explaining,
     extraction,
     flows,
     forgetting,
@@ -31,8 +32,10 @@ from . import (
     transfer,
 )
 from .asking import Schema
+from .background import Background
 from .chat import Conversation
 from .engine import Engine
+from .explaining import Explanation
 from .flow import arun, local
 from .flows import When
 from .jobs import Jobs
@@ -163,6 +166,9 @@ class AsyncScopedMemory:
         self, id: str | None = None, *, about: str | None = None
     ) -> builtins.list[Record] | builtins.list[Change]:
         return await arun(histories.history(self._engine, self._scope, id, about=about))
+
+    async def explain(self, record: str | Record | Hit) -> Explanation:
+        return await arun(local(explaining.explain, self._engine, self._scope, record))
 
     async def forget(
         self,
@@ -328,6 +334,7 @@ class AsyncMemory(AsyncScopedMemory):
             opened(path=path, model=model, embedder=embedder, config=config, clock=clock, settings=settings),
             Scope(),
         )
+        self._background = Background.started(self._engine)
 
     @classmethod
     def from_config(cls, config: str | os.PathLike[str]) -> Self:
@@ -346,6 +353,8 @@ class AsyncMemory(AsyncScopedMemory):
         await arun(local(Jobs(self._engine.database, self._engine.clock).resume))
 
     async def close(self) -> None:
+        if self._background is not None:
+            await arun(local(self._background.close))
         await arun(local(self._engine.close))
 
     async def __aenter__(self) -> Self:

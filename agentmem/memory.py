@@ -13,10 +13,12 @@ from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
 from . import consolidate as consolidating
-from . import counting, flows, forgetting, histories, reporting, transfer
+from . import counting, explaining, flows, forgetting, histories, reporting, transfer
 from .asking import Schema
+from .background import Background
 from .chat import Conversation
 from .engine import Engine
+from .explaining import Explanation
 from .flow import local, run
 from .flows import When
 from .handles import Activation, Parametric, Plaintext
@@ -157,6 +159,11 @@ class ScopedMemory:
         With ``about`` what changed in that matter, in order of time: each step with what it replaced.
         """
         return run(histories.history(self._engine, self._scope, id, about=about))
+
+    def explain(self, record: str | Record | Hit) -> Explanation:
+        """Where a record lives now and why, what it cost and saved so far, and what would move it. Changes nothing;
+        raises `NotFound`."""
+        return run(local(explaining.explain, self._engine, self._scope, record))
 
     def forget(
         self,
@@ -378,6 +385,7 @@ class Memory(ScopedMemory):
             opened(path=path, model=model, embedder=embedder, config=config, clock=clock, settings=settings),
             Scope(),
         )
+        self._background = Background.started(self._engine)
 
     @classmethod
     def from_config(cls, config: str | os.PathLike[str]) -> Self:
@@ -405,7 +413,12 @@ class Memory(ScopedMemory):
         run(local(Jobs(self._engine.database, self._engine.clock).resume))
 
     def close(self) -> None:
-        """Write the index to disk and close everything; safe to call twice. Handles of this memory close with it."""
+        """Write the index to disk and close everything; safe to call twice. Handles of this memory close with it.
+
+        What is consolidated in the background ends first, within a step of its work.
+        """
+        if self._background is not None:
+            self._background.close()
         self._engine.close()
 
     def __enter__(self) -> Self:
