@@ -5,6 +5,7 @@ Knows names, types and defaults; opens nothing but the TOML file.
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
 import tomllib
@@ -138,6 +139,14 @@ class Settings(BaseSettings):
     providers: dict[str, dict[str, Any]] = Field(
         default={}, description="one table per scheme: [providers.openai] base_url = …, [providers.local] device = …"
     )
+
+    @field_validator("consolidate_budget")
+    @classmethod
+    def _spendable(cls, budget: dict[str, float]) -> dict[str, float]:
+        for name, most in budget.items():
+            if name not in ("seconds", "dollars", "bytes") or not 0 <= most < math.inf:
+                raise ValueError("give seconds, dollars or bytes, each 0 or more")
+        return budget
 
     @field_validator("page_tokens")
     @classmethod

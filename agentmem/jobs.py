@@ -20,7 +20,7 @@ from typing import Any
 from .database import Database
 from .errors import StoreError
 from .planner.values import Move, Outcome
-from .types import Scope, Value
+from .types import Scope
 
 __all__ = ["LEASE_S", "MOVE", "TRIES", "Job", "Jobs"]
 
@@ -282,11 +282,9 @@ def _gone(owner: str) -> bool:
     return False
 
 
-def _text(move: Move, **more: Any) -> str:
-    told = {
-        name: value.model_dump(mode="json") if isinstance(value, Outcome) else value for name, value in more.items()
-    }
-    return json.dumps({"move": move.model_dump(mode="json"), **told})
+def _text(move: Move, *, outcome: Outcome | None = None, **more: Any) -> str:
+    told = None if outcome is None else outcome.model_dump(mode="json")
+    return json.dumps({"move": move.model_dump(mode="json"), "outcome": told, **more})
 
 
 def _note(text: str | None) -> dict[str, Any]:
