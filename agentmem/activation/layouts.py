@@ -159,7 +159,7 @@ class Layouts:
         return Layout(start, choice.core, keep, choice.life, behind, cold, kept)
 
     def done(self, turn: Turn, layout: Layout, *, held: int | None = None, base: int = 0) -> None:
-        """This turn was sent as ``layout`` said, and answered. ``held`` and ``base``: its `Coming`'s ``held``, ``core``."""
+        """This turn was sent as ``layout`` said, and answered. ``held``, ``base``: ``held`` and ``core`` of `Coming`."""
         state = self._state
         coming = Coming(turn.at, turn.session, turn.system, turn.message, held=held, core=base)
         choice, carry, ahead = self._weigh(coming)
