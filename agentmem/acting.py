@@ -18,9 +18,10 @@ from .plaintext.whose import points_back
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .provider import LoraRef
     from .types import Hit, Scope
 
-__all__ = ["QUERY_CHARACTERS", "concerns", "turned_to"]
+__all__ = ["QUERY_CHARACTERS", "concerns", "turned_to", "vouched"]
 
 #: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
 QUERY_CHARACTERS = 2000
@@ -52,3 +53,16 @@ def concerns(engine: Engine, scope: Scope, learnt: Collection[str]) -> Callable[
         return frozenset(turned_to(question, hits, all_learnt, ()))
 
     return concerned_by
+
+
+def vouched(engine: Engine, scope: Scope, loras: Sequence[LoraRef]) -> set[str]:
+    """The records that these acting versions learnt and passed their gate with: a prompt does without their text."""
+    if not loras:
+        return set()
+    acting = {ref.digest for ref in loras}
+    return {
+        record
+        for version in engine.registry.active(scope)
+        if version.digest in acting and version.gate is not None and version.gate.passed
+        for record in version.records
+    }
