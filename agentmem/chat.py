@@ -199,7 +199,8 @@ def _prepared(
             engine, conversation, turn[0].content, present, noted, recall=recall, core=here
         )
     if recall:
-        block = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=hits if asks else None)
+        named = hits if asks else None
+        block = core_of(engine, conversation, plan, layout, stands=stands, present=present, told=told, hits=named)
     core, in_core = block.records, block.ids
     loras = engine.active_loras(conversation.scope, concerned)
     known = in_core | vouched(engine, conversation.scope, loras)
@@ -352,7 +353,8 @@ def prime(
     stands = standing(engine, conversation, plan)
     layout, history = begun(engine, conversation, planning.head_tokens(engine, head, (), memories=True), 0)
     present = {record for said in history for record in said.records}
-    core = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=None).records
+    block = core_of(engine, conversation, plan, layout, stands=stands, present=present, told=0, hits=None)
+    core = block.records
     segments = prompt.lay_out(
         system=head,
         core=prompt.quote(core) if core else None,
