@@ -77,8 +77,8 @@ def local_rules(engine: Engine) -> CacheRules | None:
 
 def _measured(engine: Engine, model: str) -> Costs:
     rows = engine.database.query(
-        "SELECT input, cached, written, output, first_s, total_s FROM uses WHERE model = ? AND verb IN ('chat', 'prime')"
-        " AND first_s IS NOT NULL AND input > 0 ORDER BY id DESC LIMIT ?",
+        "SELECT input, cached, written, output, first_s, total_s FROM uses WHERE model = ?"
+        " AND verb IN ('chat', 'prime') AND first_s IS NOT NULL AND input > 0 ORDER BY id DESC LIMIT ?",
         (model, NEWEST),
     )
     uses = [tuple(float(value) for value in row) for row in rows]
@@ -110,7 +110,7 @@ def _measured(engine: Engine, model: str) -> Costs:
 
 
 def regressed(uses: Sequence[tuple[float, ...]]) -> dict[str, float]:
-    """Seconds of a prompt token by what became of it, of ``uses`` as (input, cached, written, output, first_s, total_s).
+    """Seconds of a prompt token by what became of it; ``uses`` are (input, cached, written, output, first_s, total_s).
 
     Ridge regression towards the prior, no coefficient below 0: the time to the first token on (computed tokens, cached
     tokens), the rest on (tokens of the answer, those times the tokens attended to, tokens written to the cache). Each
@@ -227,7 +227,8 @@ def _priced(engine: Engine, model: str) -> Costs:
     day = dt.datetime.fromtimestamp(now, dt.UTC).date().isoformat()
     source: dict[str, Any] = {"prefill": f"prices of {day}" if price is not None else "prior: no price list names it"}
     token = UNPRICED if price is None else price
-    source["cached"] = source["write"] = "no rules are known" if rules is None else f"rules of {rules.seen or 'the user'}"
+    known = "no rules are known" if rules is None else f"rules of {rules.seen or 'the user'}"
+    source["cached"] = source["write"] = known
     if rules is None:
         return Costs(unit="dollars", prefill=token, cached=token, write=0.0, lifetime_s=0.0, source=source)
     return Costs(
