@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cores, extraction, planning, prompt
 from .economics import costs as costs_of
@@ -18,6 +18,9 @@ from .plaintext.drafts import utc_seconds
 from .planner.values import Able, Group, Snapshot, State
 from .teaching import contradicted, owner
 from .types import LEVELS, Record, Scope
+
+if TYPE_CHECKING:
+    from .activation.layouts import Layout
 
 __all__ = ["Seen", "ledgered", "requests_since", "scopes", "snapshot"]
 
@@ -50,7 +53,9 @@ class Seen:
     sessions: set[str] = field(default_factory=set)
     #: Of the newest request: its id, tokens of its head (system, tools), and those of the history that it leaves.
     latest: str = ""
+    session: str = ""
     head: int = 0
+    message: int = 0
     behind: int = 0
 
     def days(self, now: float, since: float = 0.0) -> float:
@@ -63,7 +68,8 @@ class Seen:
         self.last = row["at"]
         self.requests += 1
         self.latest = str(turn.get("id") or "")
-        self.sessions.add(row["session"])
+        self.session = row["session"]
+        self.sessions.add(self.session)
         recalled = turn.get("recalled") or ()
         for record, size in recalled:
             self.tokens[record] = size
@@ -74,6 +80,7 @@ class Seen:
         self.warm += 0 < 0.9 * (self.head + core) <= row["cached"]
         told = self.head + core + message + sum(size for _, size in recalled)
         # What this request was answered with is history for the next.
+        self.message = message
         self.behind = max(0, row["input"] - told) + message + int(turn.get("reply") or 0)
 
 
@@ -159,8 +166,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
     able = _able(engine, scope)
     head = seen.heads.get(scope, Seen())
     mine = seen.owners.get(scope, Seen())
-    standing = cores.standing(engine, scope) or [] if able.core else []
-    chosen = cores.candidate(engine, scope) if able.core and head.requests else []
+    standing = (cores.standing(engine, scope) or []) if able.core else []
     built = _built(engine, scope)
     core = _block(engine, scope, standing, head, key="core", now=now)
     kept, size = _kept(engine, [record.id for record in standing], built)
@@ -170,8 +176,14 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         prefixes = _prefixes(engine, scope, [record.id for record in standing]) if able.prefix else []
         where |= {"prefix"} if prefixes else set()
         core = replace(core, where=frozenset(where), bytes=size + sum(prefixes))
-    cold = now - head.last > costs.lifetime_s or not head.requests
     told = head.head or planning.head_tokens(engine, engine.settings.system, (), memories=True)
+    cold = now - head.last > costs.lifetime_s or not head.requests
+    chosen: Sequence[Record] = ()
+    behind = head.behind
+    if able.core and head.requests:
+        chosen, layout = _candidate(engine, scope, standing, head, told)
+        cold = cold if layout is None else layout.cold
+        behind = head.behind if layout is None else layout.behind
     return Snapshot(
         at=now,
         scope=scope,
@@ -181,7 +193,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         groups=tuple(_groups(engine, scope, mine, standing, able=able, now=now)),
         core=core,
         candidate=_block(engine, scope, chosen, head, key="candidate", now=now),
-        behind=head.behind if head.requests else 0,
+        behind=behind,
         carried=cores.account(engine, scope).carried,
         cold=cold,
         busy=engine.activity.busy() or (head.requests > 0 and now - head.last < quiet_s),
@@ -233,6 +245,20 @@ def _block(
         edits=float(sum(record.version - 1 for record in records)),
         sightings=min(1 + seen.uses.get(record.id, 0) for record in records),
     )
+
+
+def _candidate(
+    engine: Engine, scope: Scope, standing: Sequence[Record], seen: Seen, head: int
+) -> tuple[Sequence[Record], Layout | None]:
+    """The block that the next chat would choose, and how its prompt is laid out where prices are known."""
+    plan = planning.planned(engine, scope)
+    if plan is None:
+        return cores.candidate(engine, scope), None
+    plan.stands(cores.tokens(engine, standing))
+    layout = plan.choose(seen.session, head, seen.message, None)
+    review = cores.review(engine, scope, plan.rules, None, standing, fill=layout.core, cached=layout.kept)
+    # The same records in another order are no reason to compute anything anew.
+    return standing if review.same else review.chosen.records, layout
 
 
 def _built(engine: Engine, scope: Scope) -> float:
