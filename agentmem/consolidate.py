@@ -7,6 +7,7 @@ made in moving.py.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -248,6 +249,9 @@ def _saved(engine: Engine, job: Job, outcome: Outcome, tokens: Mapping[str, int]
         return outcome
     rows = [row for row in snapshots.requests_since(engine, move.scope, job.at) if until is None or row["at"] < until]
     turns = [(row, turn) for row in rows if isinstance(turn := json.loads(row["turn"]), dict)]
+    if turns and move.kind in _HEADS:  # until a chat rewrote the block: what follows is not this move's
+        stood = turns[0][1].get("core")
+        turns = list(itertools.takewhile(lambda one: one[1].get("core") == stood, turns))
     if not turns:
         return outcome
     prefill, cached = facts["prefill"], facts["cached"]

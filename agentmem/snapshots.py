@@ -34,6 +34,8 @@ TURNS = 20_000
 UNREAD = 1000
 EXTRACT_TOKENS, ANSWER_TOKENS = 700.0, 40.0
 DAY_S = 86_400.0
+#: Stands for the session that a next chat opens; no session is named so.
+_NEXT = "\0next"
 _PLAIN: frozenset[State] = frozenset({"plain"})
 
 
@@ -62,8 +64,9 @@ class Seen:
         """Days that were watched, of what came into being at ``since``."""
         return max(now - max(self.first, since), 60.0) / DAY_S
 
-    def note(self, row: Any, turn: Mapping[str, Any]) -> None:
-        """One more use, with its turn; in order of time."""
+    def note(self, row: Any, turn: Mapping[str, Any], slack: int = 0) -> None:
+        """One more use, with its turn; in order of time. ``slack`` tokens at the end of a prefix are kept by nobody
+        (part of a page)."""
         self.first = self.first or row["at"]
         self.last = row["at"]
         self.requests += 1
@@ -77,7 +80,7 @@ class Seen:
             self.uses[record] = self.uses.get(record, 0) + 1
         message, core = int(turn.get("message") or 0), int(turn.get("core") or 0)
         self.head = int(turn.get("system") or 0)
-        self.warm += 0 < 0.9 * (self.head + core) <= row["cached"]
+        self.warm += 0 < 0.9 * (self.head + core - slack) <= row["cached"]
         told = self.head + core + message + sum(size for _, size in recalled)
         # What this request was answered with is history for the next.
         self.message = message
@@ -103,6 +106,8 @@ def ledgered(engine: Engine, scope: Scope) -> Ledgered:
     )
     named = _heads(engine, scope)
     found = Ledgered()
+    ours = engine.provider is not None and engine.provider.capabilities.kv in ("tensors", "slots")
+    slack = engine.settings.page_tokens if ours else 0
     for row in reversed(rows):
         try:
             turn = json.loads(row["turn"])
@@ -115,8 +120,8 @@ def ledgered(engine: Engine, scope: Scope) -> Ledgered:
         whose = whose if whose.within(scope) else session
         # The head of a chat is chosen for the handle that it runs on: the narrowest that has one.
         head = next((one for one in (session, whose) if one in named), whose)
-        found.heads.setdefault(head, Seen()).note(row, turn)
-        found.owners.setdefault(whose, Seen()).note(row, turn)
+        found.heads.setdefault(head, Seen()).note(row, turn, slack)
+        found.owners.setdefault(whose, Seen()).note(row, turn, slack)
     return found
 
 
@@ -181,7 +186,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
     chosen: Sequence[Record] = ()
     behind = head.behind
     if able.core and head.requests:
-        chosen, layout = _candidate(engine, scope, standing, head, told)
+        chosen, layout = _candidate(engine, scope, standing, head, head_tokens=told)
         cold = cold if layout is None else layout.cold
         behind = head.behind if layout is None else layout.behind
     return Snapshot(
@@ -248,17 +253,34 @@ def _block(
 
 
 def _candidate(
-    engine: Engine, scope: Scope, standing: Sequence[Record], seen: Seen, head: int
+    engine: Engine, scope: Scope, standing: Sequence[Record], seen: Seen, *, head_tokens: int
 ) -> tuple[Sequence[Record], Layout | None]:
-    """The block that the next chat would choose, and how its prompt is laid out where prices are known."""
+    """The block that the next chat would choose, and how its prompt is laid out where prices are known: it goes on with
+    the last session, or begins a new one where that has ended."""
     plan = planning.planned(engine, scope)
     if plan is None:
         return cores.candidate(engine, scope), None
     plan.stands(cores.tokens(engine, standing))
-    layout = plan.choose(seen.session, head, seen.message, None)
-    review = cores.review(engine, scope, plan.rules, None, standing, fill=layout.core, cached=layout.kept)
+    ended = scope.session is None and engine.clock() - seen.last > ENDED_S
+    layout = plan.choose(_NEXT if ended else seen.session, head_tokens, seen.message, None)
+    present = _told(engine, scope, layout.start)
+    review = cores.review(engine, scope, plan.rules, present, standing, fill=layout.core, cached=layout.kept)
     # The same records in another order are no reason to compute anything anew.
     return standing if review.same else review.chosen.records, layout
+
+
+def _told(engine: Engine, scope: Scope, start: str | None) -> frozenset[str]:
+    """The records that a history from this turn on shows: turns, and what was recalled for them and stays."""
+    if start is None:
+        return frozenset()
+    sql, values = beneath(scope)
+    rows = engine.database.query(
+        f"SELECT id FROM records WHERE {sql} AND source = ? AND seq >= (SELECT seq FROM records WHERE id = ?)"
+        f" UNION SELECT record FROM kept WHERE turn IN (SELECT id FROM records WHERE {sql} AND source = ?"
+        " AND seq >= (SELECT seq FROM records WHERE id = ?))",
+        (*values, prompt.CHAT, start, *values, prompt.CHAT, start),
+    )
+    return frozenset(row["id"] for row in rows)
 
 
 def _built(engine: Engine, scope: Scope) -> float:
