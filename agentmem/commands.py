@@ -136,8 +136,8 @@ def _worker(args: argparse.Namespace) -> int:
         if args.nice > 0 and hasattr(os, "nice"):
             os.nice(args.nice)
         background = Background(engine, idle_s=idle_s, every_s=every_s, budget=_budget(args), told=_told)
-        when = [f"after {idle_s:g} s of silence"] * (idle_s is not None)
-        when += [f"every {every_s:g} s"] * (every_s is not None)
+        when = [] if idle_s is None else [f"after {idle_s:g} s of silence"]
+        when += [] if every_s is None else [f"every {every_s:g} s"]
         _say(f"worker on {settings.path}: {' and '.join(when) or 'what is due now'}")
         failed: list[AgentMemError] = []
         if args.once:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import gc
 import logging
@@ -16,6 +17,7 @@ import pytest
 
 from agentmem import AsyncMemory, Memory
 from agentmem import background as backgrounds
+from agentmem import consolidate
 from agentmem.background import Background, driven
 from agentmem.errors import StoreError, TrainingError
 from agentmem.flow import Flow, Work, local
@@ -60,8 +62,8 @@ class Consolidation:
 @pytest.fixture
 def work(monkeypatch: pytest.MonkeyPatch) -> Consolidation:
     standing = Consolidation()
-    monkeypatch.setattr(backgrounds.consolidate, "consolidate", standing.consolidate)
-    monkeypatch.setattr(backgrounds.consolidate, "due", standing.due)
+    monkeypatch.setattr(consolidate, "consolidate", standing.consolidate)
+    monkeypatch.setattr(consolidate, "due", standing.due)
     monkeypatch.setattr(backgrounds, "POLL_S", 0.02)
     monkeypatch.setattr(backgrounds, "LOOK_S", 0.02)
     monkeypatch.setattr(backgrounds, "BACKOFF_S", 0.05)
@@ -199,7 +201,7 @@ def test_closing_ends_it_promptly(work: Consolidation) -> None:
 async def test_the_asynchronous_face_runs_and_ends_it_too(work: Consolidation) -> None:
     async with AsyncMemory(":memory:", model=ScriptedProvider(), embedder="none", consolidate_idle=0.02) as mem:
         await mem.add("I live in Porto.")
-        assert await __import__("asyncio").to_thread(work.begun.wait, 20)
+        assert await asyncio.to_thread(work.begun.wait, 20)
         await mem.chat("Hello.")
     assert work.cut >= 1
     assert not [thread for thread in threading.enumerate() if thread.name == "agentmem-background"]
@@ -218,6 +220,7 @@ def test_a_failure_is_logged_and_tried_again_later(work: Consolidation, caplog: 
 def test_a_memory_that_is_dropped_unclosed_takes_the_thread_with_it(work: Consolidation) -> None:
     work.is_due = False
     mem = Memory(":memory:", model=ScriptedProvider(), embedder="none", consolidate_idle=0.02)
+    assert mem._background is not None
     thread = mem._background._thread
     gone = weakref.ref(mem._engine)
     assert thread is not None
