@@ -77,13 +77,13 @@ def local_rules(engine: Engine) -> CacheRules | None:
 
 def _measured(engine: Engine, model: str) -> Costs:
     rows = engine.database.query(
-        "SELECT input, cached, written, output, first_s, total_s FROM uses WHERE model = ? AND verb IN ('chat', 'prime')"
-        " AND first_s IS NOT NULL AND input > 0 ORDER BY id DESC LIMIT ?",
+        "SELECT input, cached, written, output, first_s, total_s FROM uses WHERE model = ?"
+        " AND verb IN ('chat', 'prime') AND first_s IS NOT NULL AND input > 0 ORDER BY id DESC LIMIT ?",
         (model, NEWEST),
     )
     uses = [tuple(float(value) for value in row) for row in rows]
     found = regressed(uses)
-    source = dict.fromkeys(("prefill", "cached", "write"), _source(len(uses)))
+    source = dict.fromkeys(("prefill", "cached", "write", "output"), _source(len(uses)))
     pages = engine.settings.page_tokens
     tensors = engine.chat_provider().capabilities
     token_bytes, of_pages = _page_bytes(engine)
@@ -104,13 +104,15 @@ def _measured(engine: Engine, model: str) -> Costs:
         learn=learn,
         distil=distil,
         lora=lora,
+        output=found["answer"],
+        version_bytes=_version_bytes(engine),
         gate_fails=fails,
         source=source,
     )
 
 
 def regressed(uses: Sequence[tuple[float, ...]]) -> dict[str, float]:
-    """Seconds of a prompt token by what became of it, of ``uses`` as (input, cached, written, output, first_s, total_s).
+    """Seconds of a prompt token by what became of it; ``uses`` are (input, cached, written, output, first_s, total_s).
 
     Ridge regression towards the prior, no coefficient below 0: the time to the first token on (computed tokens, cached
     tokens), the rest on (tokens of the answer, those times the tokens attended to, tokens written to the cache). Each
@@ -190,6 +192,14 @@ def _trained(engine: Engine, token_s: float) -> tuple[float, str]:
     return seconds / records, f"measured, {records} records"
 
 
+def _version_bytes(engine: Engine) -> float:
+    """Bytes of one LoRA version, the mean of those that there are; 0 where there are none."""
+    [row] = engine.database.query(
+        "SELECT COALESCE(AVG(json_extract(manifest, '$.bytes')), 0) FROM loras WHERE state != 'retired'"
+    )
+    return float(row[0])
+
+
 def _gate_fails(engine: Engine) -> tuple[float, str]:
     """The part of trained versions that did not pass their gate, one failure in four trials believed beforehand."""
     [row] = engine.database.query(
@@ -227,7 +237,8 @@ def _priced(engine: Engine, model: str) -> Costs:
     day = dt.datetime.fromtimestamp(now, dt.UTC).date().isoformat()
     source: dict[str, Any] = {"prefill": f"prices of {day}" if price is not None else "prior: no price list names it"}
     token = UNPRICED if price is None else price
-    source["cached"] = source["write"] = "no rules are known" if rules is None else f"rules of {rules.seen or 'the user'}"
+    known = "no rules are known" if rules is None else f"rules of {rules.seen or 'the user'}"
+    source["cached"] = source["write"] = known
     if rules is None:
         return Costs(unit="dollars", prefill=token, cached=token, write=0.0, lifetime_s=0.0, source=source)
     return Costs(
