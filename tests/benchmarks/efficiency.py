@@ -1,6 +1,6 @@
 """What memory costs, and what it brings: agentmem and today's ways, on whole conversations with a real model.
 
-    python tests/benchmarks/efficiency.py [--quick] [--turns N] [--answer 64] [--data …] [--conversations 0 1] [--sample 8]
+    python tests/benchmarks/efficiency.py [--quick] [--turns N] [--answer 64] [--data …] [--conversations 0 1]
 
 Development conversations of LoCoMo are replayed as chats of the default local model (efficiency_talk.py), each turn by
 - (a) full history, no reuse: everything said so far, the oldest left out where the window is full;
@@ -48,7 +48,7 @@ class System:
         command = [sys.executable, __file__, "--child", kind, "--data", str(given.data), "--settings", given.settings]
         command += ["--questions", str(given.questions), "--conversations", *map(str, given.conversations)]
         command += [] if given.answer is None else ["--answer", str(given.answer)]
-        one = {name: "1" for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")}
+        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
         self.kind = kind
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}
         self.rests: list[dict[str, Any]] = []

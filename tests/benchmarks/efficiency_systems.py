@@ -106,6 +106,7 @@ class Ours:
 
     def __init__(self, given: argparse.Namespace, folder: Path, script: Script) -> None:
         from agentmem.adapters.providers import _local_generate
+
         from agentmem.provider import Generation, load
 
         self._now = LONG_AGO
@@ -317,9 +318,9 @@ def child(given: argparse.Namespace) -> None:
 
 
 def warm_up(system: Any, script: Script) -> None:
-    """A short chat, so that what a process computes once is computed; nothing of it is reused."""
-    for number, message in enumerate((SHORT * 16, "And then?", "And after that?")):
-        said = Said("chat", "session_0", LONG_AGO + number, message, "I see. A cake.", first=number == 0)
+    """Two short sessions, so that what a process loads and computes once is there; nothing of them is reused."""
+    for number, message in enumerate((SHORT * 16, "And then?", "What did I buy on the market?", "And after that?")):
+        said = Said("chat", "session_0", LONG_AGO + number, message, "I see. A cake.", first=number % 2 == 0)
         script.begin(system.encode(said.reply), judged=False)
         system.turn(Talk("warm", "Ana", "Ben", ()), said)
     system.restart()
