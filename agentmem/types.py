@@ -7,13 +7,14 @@ compared, serialised and sent elsewhere.
 from __future__ import annotations
 
 import datetime as dt
-import html
-from collections.abc import Iterator
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
+
+from .value import LEVELS, Scope, Value
 
 __all__ = [
+    "LEVELS",
     "Attended",
     "CacheUse",
     "Compaction",
@@ -33,51 +34,13 @@ __all__ = [
     "Segment",
     "TokenCount",
     "ToolCall",
+    "TurnFacts",
     "Usage",
     "Value",
     "Verification",
 ]
 
 Role = Literal["system", "user", "assistant", "tool"]
-
-LEVELS = ("tenant", "user", "agent", "session")
-
-
-class Value(BaseModel):
-    """What all of these are: frozen, compared by content, with a table for notebooks."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    def _repr_html_(self) -> str:
-        rows = "".join(
-            f"<tr><th style='text-align:left'>{html.escape(name)}</th><td>{html.escape(str(value))}</td></tr>"
-            for name, value in self
-        )
-        return f"<table><caption>{type(self).__name__}</caption>{rows}</table>"
-
-
-class Scope(Value):
-    """Whose memory it is: any of tenant, user, agent and session. ``None`` means that the level is not set.
-
-    Values are compared byte for byte: nothing is trimmed, folded or treated as a wildcard.
-    """
-
-    tenant: str | None = None
-    user: str | None = None
-    agent: str | None = None
-    session: str | None = None
-
-    def levels(self) -> Iterator[tuple[str, str | None]]:
-        """The four levels from the widest to the narrowest, as (name, value)."""
-        for level in LEVELS:
-            yield level, getattr(self, level)
-
-    def within(self, other: Scope) -> bool:
-        """True if this scope is ``other`` or lies beneath it: every level that ``other`` sets is the same here."""
-        return all(value is None or value == getattr(self, level) for level, value in other.levels())
-
-    def __str__(self) -> str:
-        return " ".join(f"{level}={value!r}" for level, value in self.levels() if value is not None) or "(root)"
 
 
 class Record(Value):
@@ -91,7 +54,7 @@ class Record(Value):
     valid_from: dt.datetime | None = None
     valid_until: dt.datetime | None = None
     scope: Scope = Scope()
-    metadata: dict[str, Any] = {}
+    metadata: dict[str, Any] = Field(default={})
     source: str | None = Field(default=None, description="where it came from: a file, an address, a tool")
     trust: Literal["trusted", "untrusted"] = "trusted"
     created: dt.datetime | None = Field(default=None, description="when agentmem stored this version")
@@ -110,7 +73,7 @@ class Hit(Value):
 
     record: Record
     score: float
-    why: dict[str, float] = {}
+    why: dict[str, float] = Field(default={})
     start: int = 0
     stop: int | None = None
 
@@ -146,7 +109,7 @@ class ToolCall(Value):
 
     id: str
     name: str
-    arguments: dict[str, Any] = {}
+    arguments: dict[str, Any] = Field(default={})
 
 
 class Image(Value):
@@ -289,16 +252,59 @@ class TokenCount(Value):
         return f"about {self.tokens} tokens{off}"
 
 
+class TurnFacts(Value):
+    """What a request was made of, and what that cost. Sizes are tokens, with what the chat format adds.
+
+    ``core`` are the ids of the core block's records, ``used`` those of them that the search named for this turn.
+    ``start`` is the turn that the verbatim history begins at, and ``folded`` so many turns of the session are out of
+    sight; ``kept``: what was recalled stays in the history. ``decided`` says what was done to the core, and why.
+    ``cost`` was paid for the prompt, ``bare`` would have been with nothing cached, in ``unit``: CPU-seconds of this
+    machine or dollars; None where neither is known.
+    """
+
+    system_tokens: int = 0
+    core_tokens: int = 0
+    history_tokens: int = 0
+    recalled_tokens: int = 0
+    message_tokens: int = 0
+    core: tuple[str, ...] = ()
+    used: tuple[str, ...] = ()
+    start: str | None = None
+    folded: int = 0
+    kept: bool = False
+    decided: str = ""
+    unit: Literal["seconds", "dollars"] = "seconds"
+    cost: float | None = None
+    bare: float | None = None
+
+    def __str__(self) -> str:
+        lines = [
+            f"system {self.system_tokens} tokens",
+            f"core {self.core_tokens} ({len(self.core)} records, {len(self.used)} of them named by the search)",
+            f"history {self.history_tokens} ({self.folded} turns folded away)",
+            f"recalled {self.recalled_tokens}{' (stays in the history)' * self.kept}",
+            f"message {self.message_tokens}",
+        ]
+        said = [" | ".join(lines)]
+        if self.cost is not None:
+            bare = "" if self.bare is None else f", {self._amount(self.bare)} with nothing cached"
+            said.append(f"the prompt cost {self._amount(self.cost)}{bare}")
+        return "\n".join([*said, self.decided] if self.decided else said)
+
+    def _amount(self, value: float) -> str:
+        return f"${value:.4g}" if self.unit == "dollars" else f"{value:.3g} CPU-s"
+
+
 class Reply(Value):
     """What ``chat`` returns. ``records`` are the ids under which this turn was remembered (empty if it was not).
-    ``loras`` are the names of the LoRA versions that acted on this answer.
+    ``loras`` are the names of the LoRA versions that acted on this answer; ``facts`` say what its request was made of.
 
     ``parsed`` is the answer as the ``schema`` that was asked for says: an object of its class, or JSON values.
     """
 
     text: str
     usage: Usage = Usage()
-    recalled: list[Hit] = []
+    recalled: list[Hit] = Field(default=[])
     cache: CacheUse = CacheUse()
     tool_calls: tuple[ToolCall, ...] = ()
     finish_reason: str | None = None
@@ -306,9 +312,21 @@ class Reply(Value):
     records: tuple[str, ...] = ()
     loras: tuple[str, ...] = ()
     parsed: Any = None
+    facts: TurnFacts | None = None
 
     def __str__(self) -> str:
         return self.text
+
+    def explain(self) -> str:
+        """Why this prompt was as it was: what stood in it, what was recalled for which reason, what the cache did."""
+        lines = [f"{self.model}: {self.usage}"]
+        lines += [] if self.facts is None else [str(self.facts)]
+        lines += [f"cache ({self.cache.kind}): {self.cache}"]
+        lines += [f"answered with {name}" for name in self.loras]
+        for hit in self.recalled:
+            why = ", ".join(f"{name} {part:+.2f}" for name, part in hit.why.items())
+            lines.append(f"recalled {hit.score:.2f} [{hit.record.id}] {hit.passage!r}" + (f" ({why})" if why else ""))
+        return "\n".join(lines)
 
 
 class Erasure(Value):
@@ -321,7 +339,7 @@ class Erasure(Value):
     """
 
     dry_run: bool = False
-    records: list[str] = []
+    records: list[str] = Field(default=[])
     versions: int = Field(default=0, description="rows of older versions of these records")
     vectors: int = 0
     pages: list[str] = Field(default=[], description="keys of the KV pages made from these records, in hex")
@@ -333,8 +351,8 @@ class Erasure(Value):
         "are queued to be trained again without it, `parametric.receipts()` has the proof",
     )
     saved: list[str] = Field(default=[], description="folders of saved KV pages that still hold these records' states")
-    replies: list[str] = []
-    hosted: list[str] = []
+    replies: list[str] = Field(default=[])
+    hosted: list[str] = Field(default=[])
 
     def __str__(self) -> str:
         verb = "would forget" if self.dry_run else "forgot"
@@ -411,7 +429,7 @@ class Context(Value):
 
     text: str
     tokens: int
-    hits: list[Hit] = []
+    hits: list[Hit] = Field(default=[])
 
     def __str__(self) -> str:
         return self.text
@@ -424,7 +442,7 @@ class Extraction(Value):
     ``refused`` are not; ``left`` were not reached.
     """
 
-    records: list[Record] = []
+    records: list[Record] = Field(default=[])
     read: int = 0
     nothing: int = 0
     failed: int = 0
@@ -444,7 +462,7 @@ class Reconciliation(Value):
     ``failed`` pairs are asked about again by a later run; ``left`` were not reached.
     """
 
-    conflicts: list[Record] = []
+    conflicts: list[Record] = Field(default=[])
     asked: int = 0
     failed: int = 0
     left: int = 0
@@ -465,8 +483,8 @@ class Verification(Value):
     pages: int
     loras: int
     slots: int = 0
-    problems: list[str] = []
-    facts: list[str] = []
+    problems: list[str] = Field(default=[])
+    facts: list[str] = Field(default=[])
 
     @property
     def ok(self) -> bool:

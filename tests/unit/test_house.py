@@ -45,12 +45,13 @@ ORDER = [
     ["importers", "serving", "jobs", "tco"],
     ["prompt", "ledger", "flow"],
     ["plaintext", "activation", "parametric", "planner"],
-    ["provider", "database", "config", "tokens", "progress", "pickles", "images"],
+    ["provider", "database", "config", "tokens", "progress", "activity", "pickles", "images"],
     ["cache_rules", "loras", "figures"],
     ["schema", "watermark"],
     ["_pure"],
     ["_native"],
     ["types"],
+    ["value"],
     ["errors"],
 ]
 #: Lines above which a file is asking to be two ("about 500").
