@@ -24,6 +24,7 @@ from agentmem.types import Value
 from . import checkpoint as checkpoints
 from .answering import said
 from .corpus import Corpus, Example
+from .interruption import whole
 from .lessons import HELD, PASSAGE, Tensors, encode, ends, opening
 from .losses import answer_loss, divergence
 from .recipe import Recipe
@@ -201,8 +202,10 @@ class Run:
         progress: Callable[[int, int], None] | None,
         stop: Callable[[], bool] | None,
         checkpoint: Path | None,
+        *,
+        keep: bool = False,
     ) -> None:
-        """All steps, from the checkpoint on where there is one of this very run."""
+        """All steps, from the checkpoint on where there is one of this very run; ``keep`` leaves it at the end."""
         import torch
 
         key = self._key() if checkpoint is not None else ""
@@ -219,10 +222,13 @@ class Run:
                 if checkpoint is not None and time.monotonic() - saved > _SAVE_SECONDS:
                     checkpoints.save(checkpoint, key, *self._progress())
                     saved = time.monotonic()
-                self._step()
+                with whole():
+                    self._step()
                 if progress is not None:
                     progress(len(self.losses), self.total)
-        if checkpoint is not None:
+        if checkpoint is not None and keep:
+            checkpoints.save(checkpoint, key, *self._progress())
+        elif checkpoint is not None:
             checkpoints.clear(checkpoint)
         if not all(bool(torch.isfinite(weight).all()) for weight in self.stack.flat):
             raise TrainingError("the weights are not finite: nothing was kept; a lower rate may help")

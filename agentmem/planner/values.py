@@ -69,10 +69,13 @@ class Costs:
     cached: float
     #: One token written into a cache, beyond `prefill`.
     write: float
+    #: One token that the model writes.
+    output: float = 0.0
     #: Keeping a byte for a day.
     byte_day: float = 0.0
-    #: Bytes of one token's KV states on this machine.
+    #: Bytes of one token's KV states on this machine, and of one LoRA version.
     token_bytes: float = 0.0
+    version_bytes: float = 0.0
     #: Fewer tokens are not kept as a prefix.
     minimum: int = 0
     #: How long a prefix is kept after its last use; infinite for page files.
@@ -125,6 +128,8 @@ class Able:
     lora: bool = False
     #: A model that can write records is configured and may be asked.
     writes: bool = False
+    #: The most records that one LoRA version is taught.
+    shard: int = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,8 +160,16 @@ class Snapshot:
     #: Digests of LoRA versions that wait to be trained again, and ids of sessions that ended unsealed.
     owed: tuple[str, ...] = ()
     unsealed: tuple[str, ...] = ()
-    #: User turns that no extraction has read.
+    #: User turns that no extraction has read; tokens of one as a model reads it, and of what it writes about it.
     unread: int = 0
+    turn_tokens: float = 0.0
+    answer_tokens: float = 0.0
+    #: Sessions in a day; None: not known, then as many as requests.
+    sessions_day: float | None = None
+    #: The part of requests that found the head kept; None: not known, then as if requests came by chance.
+    warm: float | None = None
+    #: Names the newest turn: what may have to be done again after it has another key then.
+    latest: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +185,10 @@ class Move(Value):
     """One move of memory from kind to kind, with what it is expected to cost and to save.
 
     ``cost`` is paid once, ``saves`` is a day's saving, both in ``unit``; ``bytes`` are new bytes (negative: freed).
-    ``pays_after`` is how many days of use pay the cost back, None where nothing is saved (owed work). ``key`` names the
-    move: the same work has the same key, so that it is done once.
+    ``requests`` are those that ``saves`` counts on, a day, ``holds`` how many days the saving is expected to last
+    (until a record of it is edited), ``pays_after`` how many days of use pay the cost back, None where nothing is saved
+    (owed work). ``key`` names the move: the same work has the same key, so that it is done once. ``records`` are ids:
+    of records, of versions for ``retrain``, of sessions for ``seal``. ``why`` holds numbers and no text of a record.
     """
 
     key: str
@@ -184,6 +199,8 @@ class Move(Value):
     unit: Unit = "seconds"
     cost: float = 0.0
     saves: float = 0.0
+    requests: float = 0.0
+    holds: float = 0.0
     bytes: int = 0
     why: str = ""
 
