@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import cores, planning, prompt
+from . import cores, economics, planning, prompt
 from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
 from .engine import Engine
@@ -26,7 +26,7 @@ from .provider import CachePlan, Generation, LoraRef, Options, Provider, Recalle
 from .recalling import Core, core_of, standing
 from .recalling import recalled as recalled_for
 from .tokens import Calibration, request_tokens
-from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
+from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, TurnFacts, Usage
 from .verbatim import begun
 
 if TYPE_CHECKING:
@@ -128,23 +128,24 @@ def chat(
         )
     engine.ledger.check(conversation.session, provider.name)
     noted: list[Usage] = []
-    made = yield from _prepared(
-        engine,
-        conversation,
-        asked,
-        system=_system(engine, system),
-        tools=known_tools,
-        recall=recall,
-        remember=remember,
-        options=options,
-        noted=noted,
-    )
-    shown_here = _shown(engine, provider, made.request.segments)
-    generation: Generation = yield Generate(provider, made.request)
-    cache = _observe(engine, conversation, made.request, made.sent, generation)
-    kept = yield from _stored(
-        engine, conversation, made, generation, cache, in_prompt=shown_here, noted=noted, remember=remember
-    )
+    with engine.activity.chatting():
+        made = yield from _prepared(
+            engine,
+            conversation,
+            asked,
+            system=_system(engine, system),
+            tools=known_tools,
+            recall=recall,
+            remember=remember,
+            options=options,
+            noted=noted,
+        )
+        shown_here = _shown(engine, provider, made.request.segments)
+        generation: Generation = yield Generate(provider, made.request)
+        cache = _observe(engine, conversation, made.request, made.sent, generation)
+        kept = yield from _stored(
+            engine, conversation, made, generation, cache, in_prompt=shown_here, noted=noted, remember=remember
+        )
     return Reply(
         text=generation.text,
         usage=generation.usage,
@@ -156,6 +157,7 @@ def chat(
         records=kept,
         loras=tuple(ref.name for ref in made.request.loras),
         parsed=None if schema is None or generation.tool_calls else parsed(schema, generation.text),
+        facts=_facts(engine, conversation, made, generation),
     )
 
 
@@ -225,6 +227,34 @@ def _prepared(
     if engine.settings.lora_when == "recalled":
         learnt &= set(concerned)
     return _Prepared(request, sent, layout, asked, hits, in_turn, block, learnt)
+
+
+def _facts(engine: Engine, conversation: Conversation, made: _Prepared, generation: Generation) -> TurnFacts:
+    """What `Reply.explain` tells of this request."""
+    sent, core, layout, usage = made.sent, made.core, made.layout, generation.usage
+    costs = economics.costs(engine)
+    cached = usage.cached_tokens
+    paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached + usage.written_tokens * costs.write
+    start = None if layout is None else layout.start
+    gone = 0
+    if start is not None:
+        gone = engine.records.count_turns(conversation.session, before=start)
+    return TurnFacts(
+        system_tokens=sent.of("system"),
+        core_tokens=sent.of("core"),
+        history_tokens=0 if layout is None else layout.behind,
+        recalled_tokens=sum(tokens for _, tokens in planning.sizes(engine, made.recalled)),
+        message_tokens=prompt.cost(made.turn, engine.count),
+        core=tuple(record.id for record in core.records),
+        used=tuple(hit.record.id for hit in made.hits if hit.record.id in core.ids),
+        start=start,
+        folded=gone,
+        kept=layout is not None and layout.keep,
+        decided=core.decided,
+        unit=costs.unit,
+        cost=paid,
+        bare=usage.input_tokens * costs.prefill,
+    )
 
 
 def _stored(

@@ -83,7 +83,7 @@ def _measured(engine: Engine, model: str) -> Costs:
     )
     uses = [tuple(float(value) for value in row) for row in rows]
     found = regressed(uses)
-    source = dict.fromkeys(("prefill", "cached", "write"), _source(len(uses)))
+    source = dict.fromkeys(("prefill", "cached", "write", "output"), _source(len(uses)))
     pages = engine.settings.page_tokens
     tensors = engine.chat_provider().capabilities
     token_bytes, of_pages = _page_bytes(engine)
@@ -104,6 +104,8 @@ def _measured(engine: Engine, model: str) -> Costs:
         learn=learn,
         distil=distil,
         lora=lora,
+        output=found["answer"],
+        version_bytes=_version_bytes(engine),
         gate_fails=fails,
         source=source,
     )
@@ -188,6 +190,14 @@ def _trained(engine: Engine, token_s: float) -> tuple[float, str]:
     if not records:
         return LEARN * token_s, "prior"
     return seconds / records, f"measured, {records} records"
+
+
+def _version_bytes(engine: Engine) -> float:
+    """Bytes of one LoRA version, the mean of those that there are; 0 where there are none."""
+    [row] = engine.database.query(
+        "SELECT COALESCE(AVG(json_extract(manifest, '$.bytes')), 0) FROM loras WHERE state != 'retired'"
+    )
+    return float(row[0])
 
 
 def _gate_fails(engine: Engine) -> tuple[float, str]:

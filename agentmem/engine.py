@@ -419,10 +419,9 @@ class Engine:
         shutil.rmtree(self.folder / "index", ignore_errors=True)
 
     def _erase_live(self) -> None:
-        """What a server's slots hold in memory may be of a forgotten record, also of one that was only recalled."""
-        provider = self.provider
-        if provider is not None and provider.capabilities.kv == "slots" and isinstance(provider, HoldsSlots):
-            provider.erase_slots()
+        """What is held in memory between turns may be of a forgotten record, also of one that was only recalled."""
+        if isinstance(self.provider, HoldsSlots):
+            self.provider.erase_slots()
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes on disk by kind of memory."""

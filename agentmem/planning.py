@@ -177,6 +177,8 @@ class Plan:
         self._held: int | None = None
         self._history = history_of(state.get("history"))
         self._base = 0
+        #: Tokens of a prompt that its verbatim history may take.
+        self.window: int = limits["window"]
 
     @property
     def rules(self) -> CacheRules:
@@ -188,14 +190,17 @@ class Plan:
         """Whether the model runs on an engine of one's own: nobody is paid, and nothing is asked of a host."""
         return self._marks is None
 
-    def adopt(self, turns: Sequence[Record], said: Sequence[Message]) -> bool:
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known of any earlier turn."""
+        return self._layouts.empty
+
+    def adopt(self, turns: Sequence[Record], said: Sequence[Message]) -> None:
         """Take these turns (and the messages they make) for the history, where none is known: another model had the
-        conversation so far. Whether it did."""
+        conversation so far."""
         with self._lock:
-            if not self._layouts.empty:
-                return False
-            self._layouts.recount(None, _told(self._engine, turns, said))
-            return not self._layouts.empty
+            if self._layouts.empty:
+                self._layouts.recount(None, _told(self._engine, turns, said))
 
     def stands(self, core: int) -> None:
         """So many tokens of core block stand at the head because they pay by themselves."""

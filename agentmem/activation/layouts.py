@@ -159,7 +159,7 @@ class Layouts:
         return Layout(start, choice.core, keep, choice.life, behind, cold, kept)
 
     def done(self, turn: Turn, layout: Layout, *, held: int | None = None, base: int = 0) -> None:
-        """This turn was sent as ``layout`` said, and answered. ``held`` and ``base``: its `Coming`'s ``held``, ``core``."""
+        """This turn was sent as ``layout`` said, and answered. ``held`` and ``base`` are `Coming`'s held and core."""
         state = self._state
         coming = Coming(turn.at, turn.session, turn.system, turn.message, held=held, core=base)
         choice, carry, ahead = self._weigh(coming)
@@ -446,8 +446,8 @@ class Layouts:
                 _bills(ends + tokens, 0, ahead, choice.life)[1]
                 < _bills(ends, 0, ahead, choice.life)[1] + again * tokens
             )
-        # On an engine of one's own all that follows what does not stay is computed again, the answer too.
-        lost = 0.0 if self._rules.priced else ahead.growth / tokens
+        # On an engine of one's own the turn stands behind what was recalled for it: without it, it is computed again.
+        lost = 0.0 if self._rules.priced else coming.message / tokens
         return write + ahead.read * stays < 1 + again + lost
 
 

@@ -78,8 +78,8 @@ def chances(
     """Of each record the chance that the next turn needs it.
 
     The mean of a Beta posterior whose prior is the record's salience and whose trials are the turns since it was
-    stored, the newest counting most. A record that was written from others (``sources``) is needed where they were. One that
-    was edited may be again: its chance is divided among its versions. ``prior`` scales what salience is believed.
+    stored, the newest counting most. A record that was written from others (``sources``) is needed where they were. One
+    that was edited may be again: its chance is divided among its versions. ``prior`` scales what salience is believed.
     """
     weights: dict[str, float] = {}
     since: list[tuple[float, float]] = []  # of the turns so far, newest first: when, and their weight together
