@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ from efficiency_talk import Said, Talk, bare, talk  # type: ignore[import-not-fo
 
 from agentmem import Memory
 
-__all__ = ["KINDS", "SYSTEM", "child"]
+__all__ = ["KINDS", "SYSTEM", "Script", "Told", "child", "status"]
 
 SYSTEM = "You are a good friend of the user. You listen, you remember, and you answer briefly and warmly."
 RECALLED = "What was said earlier, and may matter now:"
@@ -101,21 +101,18 @@ class Script:
         return free
 
 
-class Ours:
-    """agentmem, with its defaults and ``settings``."""
+class Told:
+    """The default local model, made to say what a `Script` holds; ``reply`` is the whole text of the next answer."""
 
-    def __init__(self, given: argparse.Namespace, folder: Path, script: Script) -> None:
+    def __init__(self, script: Script) -> None:
         from agentmem.adapters.providers import _local_generate
 
-        from agentmem.provider import Generation, load
+        from agentmem.provider import load
 
-        self._now = LONG_AGO
-        settings: dict[str, Any] = {"page_codec": "int8"} if given.child == "e8" else {}
-        settings |= json.loads(given.settings)
         provider: Any = load("local", {})
-        self.folder, self.script = folder, script
-        self.memory = Memory(folder, model=provider, clock=lambda: self._now, **settings)
-        self.engine = provider._ready()
+        self.provider, self.engine, self.script = provider, provider._ready(), script
+        self.reply = ""
+        self.request: Any = None
         script.ends = self.engine.ends
         end = next(iter(self.engine.ends))
 
@@ -130,36 +127,54 @@ class Ours:
         _local_generate.Sampler = Forced  # type: ignore[misc,assignment]
         generate = provider.generate
 
-        def told(request: Any) -> Generation:
+        def told(request: Any) -> Any:
             self.request = request
-            from dataclasses import replace
-
-            return replace(generate(request), text=self._reply, finish_reason="stop")
+            generation = generate(request)
+            if request.options.max_tokens == 0:  # a prime
+                return generation
+            return replace(generation, text=self.reply, finish_reason="stop")
 
         provider.generate = told
-        self._reply = ""
-        self.request: Any = None
-        self._chats: dict[str, Any] = {}
 
     def encode(self, text: str) -> list[int]:
         tokens: list[int] = self.engine.template.encode(text)
         return tokens
 
+    @property
+    def most(self) -> int:
+        """Tokens that an answer may have: one more than it has, for its end."""
+        return max(self.script.length + (self.script.answer is None), 1)
+
+
+class Ours:
+    """agentmem, with its defaults and ``settings``."""
+
+    def __init__(self, given: argparse.Namespace, folder: Path, script: Script) -> None:
+        self._now = LONG_AGO
+        settings: dict[str, Any] = {"page_codec": "int8"} if given.child == "e8" else {}
+        settings |= json.loads(given.settings)
+        self._told = Told(script)
+        self.memory = Memory(folder, model=self._told.provider, clock=lambda: self._now, **settings)
+        self._chats: dict[str, Any] = {}
+
+    def encode(self, text: str) -> list[int]:
+        return self._told.encode(text)
+
     def turn(self, with_: Talk, said: Said) -> dict[str, Any]:
-        self._now, self._reply = said.at, said.reply
+        self._now, self._told.reply = said.at, said.reply
         if said.first or with_.name not in self._chats:
             self._chats[with_.name] = self.memory.scope(user=with_.name)
         reply = self._chats[with_.name].chat(
             {"role": "user", "content": said.message, "name": with_.user, "at": said.day_at},
             system=SYSTEM,
             remember=said.kind == "chat",
-            max_tokens=max(self.script.length + (self.script.answer is None), 1),
+            max_tokens=self._told.most,
         )
         return {"prompt": reply.usage.input_tokens, "cached": reply.usage.cached_tokens}
 
     def shown(self) -> str:
         """All that the last prompt held."""
-        return "\n".join(message.content for part in self.request.segments for message in part.messages)
+        return "\n".join(message.content for part in self._told.request.segments for message in part.messages)
 
     def between(self, with_: Talk) -> dict[str, Any]:
         """A session is over: what runs when nobody speaks."""
