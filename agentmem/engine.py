@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from . import prompt
 from . import provider as providers
+from .activity import Activity
 from .cache_rules import CacheRules, check_overrides, overridden, rules_for
 from .config import Settings
 from .database import Database
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .plaintext.embed import Embedder
     from .plaintext.index import VectorIndex
     from .plaintext.late import TokenStore
+    from .planner.values import Costs
 
 __all__ = ["Engine"]
 
@@ -91,6 +93,10 @@ class Engine:
         if provider is None and settings.model is not None:
             scheme, _ = providers.split_name(settings.model)
             self.provider = providers.load(settings.model, settings.providers.get(scheme, {}))
+        #: What prompts cost here, and the number of the use that it was measured up to (economics.py).
+        self.measured: tuple[int, Costs] | None = None
+        #: Whether somebody is chatting, for work that waits for silence.
+        self.activity = Activity()
         check_overrides(settings.rules)  # a wrong one is told here, not by the first chat
         self._kept = settings.path != ":memory:"
         with contextlib.ExitStack() as undo:
@@ -413,10 +419,9 @@ class Engine:
         shutil.rmtree(self.folder / "index", ignore_errors=True)
 
     def _erase_live(self) -> None:
-        """What a server's slots hold in memory may be of a forgotten record, also of one that was only recalled."""
-        provider = self.provider
-        if provider is not None and provider.capabilities.kv == "slots" and isinstance(provider, HoldsSlots):
-            provider.erase_slots()
+        """What is held in memory between turns may be of a forgotten record, also of one that was only recalled."""
+        if isinstance(self.provider, HoldsSlots):
+            self.provider.erase_slots()
 
     def bytes_held(self) -> dict[str, int]:
         """Bytes on disk by kind of memory."""

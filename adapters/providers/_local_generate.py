@@ -25,6 +25,7 @@ from agentmem.types import Attended, Usage
 
 from ._local_device import NotLoaded
 from ._local_in_place import InPlace, PagedStates
+from ._local_kept import Kept, Tails
 from ._local_kv import GRID, States
 from ._local_loras import Loras, Starts, calls, plain
 from ._local_model import Loaded, Settings, compute_environment
@@ -71,8 +72,11 @@ class Engine:
         self.states = States(model, self._base_forward, loaded.device)
         self.records = RecordStates(self)
         self.in_place = InPlace(model, self._base_forward, self.states, loaded.device, settings.attention)
+        self.tails = Tails()
         window: Any = getattr(self._config, "max_position_embeddings", None)
         self.window: int | None = window
+        if isinstance(head := model.get_output_embeddings(), torch.nn.Linear):
+            head.register_forward_pre_hook(_packed)
 
     def _end_tokens(self) -> frozenset[int]:
         generation_config = getattr(self.loaded.model, "generation_config", None)
@@ -254,6 +258,7 @@ class _Run:
     ) -> None:
         self._engine = engine
         self._pages = request.pages
+        self._tenant = request.tenant
         self._states: States | PagedStates = engine.states
         self._loras = request.loras
         self._calls = calls(self._loras, prompt.tokens)
@@ -272,6 +277,7 @@ class _Run:
             prompt.tokens if self._recall is None else self._recall.pieces.head.tokens
         )  # what follows was computed behind composed states: never kept
         self._first = 0
+        self._refilled = 0  # where the states that were kept from the last turn end
         self._encoded: dict[int, Any] = {}  # what the codec made of the pages that this run computed
         self._seconds: dict[int, float] = {}  # and how long computing each took
         self.cached = 0
@@ -298,6 +304,7 @@ class _Run:
         else:
             self._cache = stock.empty(self._capacity)
         self._done = self.cached
+        self._refill()
         self._stand_in()
         if self._recall is None:
             return self.prefill_to(len(tokens))
@@ -320,11 +327,14 @@ class _Run:
                 log.warning("KV pages could not be read, all is computed again: %s", error)
                 self.leave()
                 self._cache, self.cached, self._first, self._done = stock.empty(self._capacity), 0, 0, 0
+                self._refilled = 0
                 self._stand_in()
                 continue
             number, on_grid = divmod(self._done, grid)
-            # The step behind a trained prefix begins within a page, whose other states were placed.
-            whole = not on_grid or self._done == self._placed
+            self._keep(len(part), time.perf_counter() - started)
+            # The step behind a trained prefix begins within a page, whose other states were placed; so does the step
+            # behind what was kept from the last turn.
+            whole = not on_grid or self._done in (self._placed, self._refilled)
             if self._pages is not None and whole and (self._done + len(part)) % grid == 0:
                 self._encoded[number] = self._states.settle(self._pages, self._cache, number)
                 self._seconds[number] = time.perf_counter() - started
@@ -332,6 +342,36 @@ class _Run:
                 self._seal_tail()
             self._done += len(part)
         return logits
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether states behind the last whole page may be kept for the next turn, and taken from the last one."""
+        plainly = self._recall is None and self._stand is None and not plain(self._loras)
+        return plainly and isinstance(self._states, PagedStates) and self._states.steady
+
+    def _refill(self) -> None:
+        """Go on behind what the last turn left. At least two tokens are computed: a single one has bits of its own."""
+        if (
+            not self._keeps
+            or (found := self._engine.tails.find(self._identity, self._tenant, self._prompt.tokens, self._done)) is None
+        ):
+            return
+        tail, count = found
+        count = min(count, len(self._prompt.tokens) - self._done - 2, self._grid - 2)
+        if count > 0:
+            self._cache.refill(tail.rows, count)
+            self._done = self.cached = self._refilled = self._done + count
+            self._seconds[self._done // self._grid] = tail.seconds
+
+    def _keep(self, count: int, seconds: float) -> None:
+        """Keep what of the last page is stable, once the step of ``count`` tokens that ends it was computed."""
+        end = min(self._prompt.stable, self._exact, *self._calls.values())
+        start = end // self._grid * self._grid
+        if not self._keeps or count < 2 or not max(self._done, start) < end <= self._done + count:
+            return
+        tokens = tuple(self._prompt.tokens[:end])
+        rows = self._cache.tail_rows(end - start)
+        self._engine.tails.keep(Kept(self._identity, self._tenant, tokens, start, rows, seconds))
 
     def _stand_in(self) -> None:
         """Put what was not restored of a trained prefix into the cache, step by step of the grid as if computed."""
@@ -441,6 +481,13 @@ class _Run:
         except AgentMemError as error:  # the memory was closed while an answer was still being read
             log.warning("KV pages of %d tokens were not kept: %s", len(tokens), error)
             return 0
+
+
+def _packed(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The last position of a longer pass is a slice with strides of its own, for which torch copies the whole weight of
+    the head (57 MB in the default model, 60 ms): given as a tensor of its own it does not."""
+    hidden, *others = given
+    return (hidden.clone(memory_format=torch.contiguous_format), *others) if hidden.shape[:2] == (1, 1) else given
 
 
 def _stop_if(cancel: threading.Event | None) -> None:

@@ -31,12 +31,16 @@ log = logging.getLogger("agentmem")
 _PAGE, _MORE = 64, 9
 #: How far logits may be from the stock path's where rounding explains nothing, in their standard deviations.
 _LEAST = 0.01
+#: Rows that linear layers are tried with at once, and the pieces of them (first, count) that are computed alone.
+_ROWS = 128
+_PIECES = ((0, 2), (5, 3), (11, 17), (1, 32), (40, 50), (3, 100))
 
 
 class InPlace:
     """Decides, per request, whether attention is computed in place, and tries it once per codec.
 
-    ``auto`` does it on a CPU for codecs that change bits, ``in_place`` for raw pages too, ``stock`` never.
+    ``auto`` does it on a CPU for the codecs that can be read in place, where the C extension is there; ``in_place``
+    also on its numpy twin; ``stock`` never.
     """
 
     def __init__(self, model: Any, forward: Forward, stock: States, device: torch.device, attention: Attention) -> None:
@@ -54,9 +58,9 @@ class InPlace:
         codec is logged. Only after the stock path's `States.check` said yes."""
         if self._attention == "stock":
             return None
-        if self._attention == "auto" and (self._device.type != "cpu" or not pages.lossy):
-            return None
         codec: Any = pages.codec
+        if self._attention == "auto" and (self._device.type != "cpu" or not (pages.lossy or codec == "raw")):
+            return None
         if codec not in self._found:
             reason = self._unfit(codec)
             made = None if reason is not None else PagedStates(self._stock.shapes, self._stock.dtype, codec)
@@ -126,10 +130,43 @@ class InPlace:
             return "it has layers that don't attend to what they put into the cache"
         if not torch.equal(got[0], again):
             return "two runs over the same states differ"
+        made.steady = rows_alone(self._model) and self._steps_alike(made, encoded, more, caches[1])
         apart, bound = _apart(got, wanted), max(_LEAST, 3 * noise)
         if not apart <= bound:
             return f"logits are {apart:.3f} standard deviations from the stock path's (at most {bound:.3f})"
         return None
+
+    def _steps_alike(self, made: PagedStates, encoded: Any, more: Sequence[int], whole: Any) -> bool:
+        """Whether two steps leave the very states that one step left in ``whole``."""
+        cache = made.made(_PAGE)
+        cache.append_encoded(encoded)
+        for part in (more[:2], more[2:]):
+            self._forward(part, cache)
+        pairs = zip(cache.tail_rows(len(more)), whole.tail_rows(len(more)), strict=True)
+        return all(bool((one == other).all()) for mine, its in pairs for one, other in zip(mine, its, strict=True))
+
+
+def rows_alone(model: Any) -> bool:
+    """Whether each row that a linear layer of this model computes is the same, bit for bit, whatever other rows come
+    with it. Libraries choose their kernels by the number of rows, and a kernel's order of summing is its own.
+
+    Tried once per shape, with pieces of 128 random rows; not with a single row, which has a kernel of its own.
+    """
+    generator = torch.Generator().manual_seed(0)
+    seen: set[tuple[int, ...]] = set()
+    with torch.inference_mode():
+        for name, layer in model.named_modules():
+            weight = getattr(layer, "weight", None)
+            if not isinstance(layer, torch.nn.Linear) or "lm_head" in name or tuple(weight.shape) in seen:
+                continue
+            seen.add(tuple(weight.shape))
+            rows = torch.randn(_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
+            whole = torch.nn.functional.linear(rows, weight)
+            for first, count in _PIECES:
+                piece = torch.nn.functional.linear(rows[first : first + count], weight)
+                if not torch.equal(piece, whole[first : first + count]):
+                    return False
+    return True
 
 
 def _apart(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
@@ -145,6 +182,8 @@ class PagedStates:
         self.shapes = list(shapes)
         self.dtype = dtype
         self.codec: Codec = codec
+        #: A row's states don't depend on which other rows were computed with it: they may be kept from turn to turn.
+        self.steady = False
 
     @property
     def attention(self) -> str:
