@@ -96,12 +96,15 @@ def consolidate(
         left = planned.left
         if not any(move.key not in tried for move in planned.moves):
             break
-    if scope == Scope() and not stop():
-        _note_planned(engine, begun)
+    if not stop():
+        jobs.clear(scope)
+        if scope == Scope():
+            _note_planned(engine, begun)
+    now = {outcome.move.key for outcome in made}
     return ConsolidationPlan(
         moves=tuple(outcome.move for outcome in made),
         left=tuple(dict.fromkeys(left)),
-        outcomes=(*made, *earlier),
+        outcomes=(*made, *(outcome for outcome in earlier if outcome.move.key not in now)),
         costs=planned.costs,
     )
 

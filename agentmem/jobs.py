@@ -185,6 +185,20 @@ class Jobs:
                 "DELETE FROM jobs WHERE kind = ? AND record = ? AND state = 'done'", [(MOVE, key) for key in keys]
             )
 
+    def clear(self, scope: Scope) -> None:
+        """Forget moves of this scope that were begun and given up, and that no plan has asked for again."""
+        now = self._clock()
+        with self._database.write() as connection:
+            rows = connection.execute(
+                "SELECT record, state, tries, note, at FROM jobs WHERE kind = ? AND state IN ('queued', 'running')",
+                (MOVE,),
+            ).fetchall()
+            for row in rows:
+                job = _job(row)
+                waits = row["state"] == "queued" or self._lapsed(_note(row["note"]), now)
+                if waits and (job is None or job.move.scope.within(scope)):
+                    connection.execute("DELETE FROM jobs WHERE kind = ? AND record = ?", (MOVE, row["record"]))
+
     def jobs(self, scope: Scope | None = None, limit: int = 200) -> list[Job]:
         """The newest moves of this scope and beneath it, newest first; those under way before all others."""
         found: list[Job] = []
