@@ -127,7 +127,9 @@ class Background:
         self._looked, self._asked_to_stop = 0.0, False
         begun = time.monotonic()
         try:
-            flow = consolidate.consolidate(self._engine, Scope(), budget=self._budget, stop=self.stop)
+            flow = consolidate.consolidate(
+                self._engine, Scope(), budget=self._budget, stop=self.stop, quiet_s=self._idle_s or 0.0
+            )
             plan = driven(flow, self.stop)
         finally:
             # What was cut short is taken up again in the next silence, not at the next date of the schedule.

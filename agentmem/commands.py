@@ -39,8 +39,6 @@ __all__ = ["main"]
 IDLE_S = 30.0
 #: Seconds between two looks whether a signal came.
 SIGNAL_S = 0.2
-#: Moves that ``jobs`` lists.
-LISTED = 20
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -124,9 +122,8 @@ def _consolidate(args: argparse.Namespace) -> int:
 
 
 def _made(plan: ConsolidationPlan) -> list[Outcome]:
-    """What this call did, of all that the plan tells."""
-    mine = {move.key for move in plan.moves}
-    return [outcome for outcome in plan.outcomes if outcome.move.key in mine]
+    """What this call did, of all that the plan tells: it stands first."""
+    return [] if plan.dry_run else list(plan.outcomes[: len(plan.moves)])
 
 
 def _worker(args: argparse.Namespace) -> int:
@@ -139,8 +136,8 @@ def _worker(args: argparse.Namespace) -> int:
         if args.nice > 0 and hasattr(os, "nice"):
             os.nice(args.nice)
         background = Background(engine, idle_s=idle_s, every_s=every_s, budget=_budget(args), told=_told)
-        when = [f"after {idle_s:g} s of silence"] * (idle_s is not None)
-        when += [f"every {every_s:g} s"] * (every_s is not None)
+        when = [] if idle_s is None else [f"after {idle_s:g} s of silence"]
+        when += [] if every_s is None else [f"every {every_s:g} s"]
         _say(f"worker on {settings.path}: {' and '.join(when) or 'what is due now'}")
         failed: list[AgentMemError] = []
         if args.once:
@@ -184,7 +181,7 @@ def _jobs(args: argparse.Namespace) -> int:
         elif args.resume:
             jobs.resume()
         _say("consolidation in the background is paused" if jobs.paused() else "consolidation is not paused")
-        for outcome in jobs.outcomes(_scope(args), limit=LISTED):
+        for outcome in consolidate.outcomes(engine, _scope(args)):
             _say(_line(outcome))
         others = engine.database.query(
             "SELECT kind, state, COUNT(*) AS jobs FROM jobs WHERE kind != 'move' GROUP BY 1, 2 ORDER BY 1, 2"

@@ -104,6 +104,11 @@ class Settings(BaseSettings):
         "request concerns what the version learnt, or on every request of its scope (one whose gate judged the former "
         "only is then left out)",
     )
+    lora_spares: bool = Field(
+        default=True,
+        description="a record that an acting LoRA version learnt, and that its gate saw answered every time, is not "
+        "recalled as text too",
+    )
     lora_gate: dict[str, float] = Field(
         default={}, description="what a LoRA version must reach before it may serve: `parametric.gate.Thresholds`"
     )

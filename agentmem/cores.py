@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from . import economics, prompt
 from .activation.layout_state import store, stored
 from .engine import Engine
+from .ledger.uses import beneath
 from .plaintext.drafts import utc_seconds
 from .planner.collapse import Account
 from .types import Record, Scope
@@ -41,7 +42,7 @@ __all__ = [
 _log = logging.getLogger("agentmem")
 
 #: The newest records that a core is chosen from, and the newest turns that say what is needed.
-CORE_CANDIDATES, TURNS_SEEN = 800, 200
+CORE_CANDIDATES, TURNS_SEEN = 400, 160
 #: Turns that a core is expected to stand, until collapses have shown it: what writing it costs is divided among them.
 STANDS_TURNS = 60
 #: Kinds of what a model wrote that stand for their sources; a summary has less in it than what it sums up.
@@ -180,10 +181,7 @@ def review(
     begins = _begins(engine, scope) if present is None else None
     old = list(stands or ())
     newest = engine.records.newest(scope, limit=CORE_CANDIDATES, at=now)[::-1]
-    seen = [
-        salience.Seen(turn.at, frozenset((*(id_ for id_, _ in turn.recalled), *turn.used)))
-        for turn in engine.ledger.turns(scope, engine.chat_provider().name, TURNS_SEEN)
-    ]
+    seen = [salience.Seen(at, needed) for at, needed in _needed(engine, scope)]
     met = {record.id for record in (*newest, *old)}
     needed = list(dict.fromkeys(id_ for turn in seen for id_ in turn.needed if id_ not in met))
     often = [record for record in engine.records.named(needed, scope) if _holds(record, now)]
@@ -216,6 +214,21 @@ def review(
     gain = sum((likely.get(one.id, 0.0) - read) * lines.get(one.id, 0) for one in old)
     total = sum(lines.get(one.id, 0) for one in old)
     return Review(chosen, salience.Chosen(tuple(old), total, gain), lines)
+
+
+def _needed(engine: Engine, scope: Scope) -> list[tuple[float, frozenset[str]]]:
+    """Of the newest turns of this scope, oldest first: when, and the records that their searches named."""
+    where, values = beneath(scope)
+    rows = engine.database.query(
+        f"SELECT at, turn FROM uses WHERE {where} AND verb = 'chat' AND turn IS NOT NULL ORDER BY id DESC LIMIT ?",
+        (*values, TURNS_SEEN),
+    )
+    found: list[tuple[float, frozenset[str]]] = []
+    for row in reversed(rows):
+        turn = json.loads(row["turn"])  # two of its fields: a validated turn each would take most of a review's time
+        named = [id_ for id_, _ in turn.get("recalled", ())] + list(turn.get("used", ()))
+        found.append((row["at"], frozenset(named)))
+    return found
 
 
 def _begins(engine: Engine, scope: Scope) -> str | None:

@@ -30,7 +30,7 @@ __all__ = ["TOLD_K", "TOLD_TOKENS", "Core", "core_of", "recalled", "standing"]
 #: Recalled at most, records and tokens, for a turn that surely asks for nothing.
 TOLD_K, TOLD_TOKENS = 3, 150
 #: Turns after which the core that would be chosen is looked at again while nothing else asks for it.
-REVIEWED = 8
+REVIEWED = 16
 
 
 @dataclass
@@ -120,14 +120,16 @@ def core_of(
     *,
     stands: list[Record] | None,
     present: Set[str],
+    told: int,
     hits: Sequence[Hit] | None,
 ) -> Core:
     """The core block of this request, rewritten before it where that is due.
 
-    ``stands`` is the block as it stands, ``hits`` what the search named for this turn; None for a request that is no
-    question (a tool's result, a prime): then nothing is rewritten that is still cached. The rule is ski rental
-    (planner/collapse.py): what this request carries is the bill with the block as it stands above the bill with the one
-    that would be chosen, and a rebuild is that block and all that is cached behind it, written instead of read.
+    ``stands`` is the block as it stands, ``told`` the tokens of the turn itself, ``hits`` what the search named for it;
+    None for a request that is no question (a tool's result, a prime): then nothing is rewritten that is still cached.
+    The rule is ski rental (planner/collapse.py): what this request carries is the bill with the block as it stands
+    above the bill with the one that would be chosen, and a rebuild is that block and all that is cached behind it,
+    written instead of read.
     """
     if not engine.settings.core_tokens:
         return Core()
@@ -139,7 +141,8 @@ def core_of(
         return Core(stands or [])
     scope, rules = conversation.scope, plan.rules
     seen = conversation.reviewed
-    if seen is None or cold or seen[0] >= REVIEWED or seen[1].standing.records != tuple(stands or ()):
+    stale = seen is None or (seen[0] >= REVIEWED and hits) or seen[1].standing.records != tuple(stands or ())
+    if seen is None or cold or stale:
         review = cores.review(engine, scope, rules, present, stands, fill=layout.core, cached=layout.kept)
         conversation.reviewed = (1, review)
     else:
@@ -160,7 +163,10 @@ def core_of(
     else:
         due = Collapse.due(before, carry * token, rebuild * token)
     if not due:
-        now = Collapse.note(before, carry * token, collapsed=False, at=engine.clock(), rebuild=rebuild * token)
+        spent = token * (told + rules.read * (old.tokens + layout.behind))
+        now = Collapse.note(
+            before, carry * token, collapsed=False, at=engine.clock(), rebuild=rebuild * token, spent=spent
+        )
         unit = economics.costs(engine).unit
         told = f"the core stands: {amount(now.carried, unit)} carried, a rebuild costs {amount(rebuild * token, unit)}"
         return Core(stands or [], now, told)

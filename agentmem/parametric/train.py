@@ -105,6 +105,8 @@ def train(
         run = Run(tensors, corpus, recipe, seed=seed, epochs=epochs, ram_budget=ram_budget)
         run.prepare()
         run.learn(progress, stop, checkpoint, keep=keep)
+    if run.stopped:
+        run.halt(checkpoint)
     made_from = repr(sorted(corpus.records.items()))
     notes = {"base": tensors.identity.hex(), "records": hashlib.sha256(made_from.encode()).hexdigest()}
     weights = {path: (a.detach().cpu(), b.detach().cpu() * recipe.scale) for path, (a, b) in run.stack.weights.items()}

@@ -5,6 +5,7 @@ Pure: knows records, how often turns needed them and what a token costs; asks no
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +25,8 @@ _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
 #: Marks of a standing statement that count, and what each of them is worth.
 MOST_MARKS, MARK = 3, 0.5
+#: Fewer words say nothing by themselves.
+LEAST_WORDS = 3
 #: What a question keeps of its salience; words of a text above which its marks are diluted.
 ASKED, LONG_WORDS = 0.25, 40
 #: The salience of what a model wrote of what was said, by its kind; it is standing by what it is.
@@ -46,15 +49,22 @@ def salience(record: Record) -> float:
     """How likely a record is to matter in most conversations of its scope, by its words alone: what a model wrote of a
     person, standing statements of people about themselves; questions and pleasantries last. 0 for what never may stand
     in a core: untrusted text, a tool's or a model's words."""
-    words = len(record.text.split())
-    if record.role not in ("user", "system") or record.trust != "trusted" or words < 3:
+    if not allowed(record):
         return 0.0
     kind = record.metadata.get("kind")
     if record.role == "system" and isinstance(kind, str) and kind in WRITTEN:
         return WRITTEN[kind]
-    marks = (len(found.findall(record.text)) for found in (_FIRST_PERSON, _STANDING))
+    return _of_words(record.text)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_words(text: str) -> float:
+    words = len(text.split())
+    if words < LEAST_WORDS:
+        return 0.0
+    marks = (len(found.findall(text)) for found in (_FIRST_PERSON, _STANDING))
     score = sum(MARK * min(count, MOST_MARKS) for count in marks)
-    if record.text.rstrip().endswith("?"):
+    if text.rstrip().endswith("?"):
         score *= ASKED
     return score * min(1.0, LONG_WORDS / words)
 
@@ -93,7 +103,7 @@ def chances(
     found: dict[str, float] = {}
     for record in records:
         worth = salience(record)
-        if worth <= 0 and (record.role not in ("user", "system") or record.trust != "trusted"):
+        if not allowed(record):
             found[record.id] = 0.0
             continue
         needed = weights.get(record.id, 0.0)
