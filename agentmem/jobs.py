@@ -218,16 +218,20 @@ class Jobs:
         """What became of the newest moves, newest first; those under way are ``running``."""
         return [job.told() for job in self.jobs(scope, limit)]
 
-    def closed(self) -> set[str]:
-        """The keys of moves that nobody can take now: under way elsewhere, or left alone after failures."""
+    def closed(self, again: Sequence[str] = ()) -> set[str]:
+        """The keys of moves that are not to be made now: under way elsewhere, left alone after failures, or done, but
+        for the kinds that may be made ``again`` under the same key."""
         now = self._clock()
+        rows = self._database.query(
+            "SELECT record, state, tries, note, at FROM jobs WHERE kind = ? AND (state IN ('running', 'failed') OR"
+            " (state = 'done' AND json_extract(note, '$.move.kind') NOT IN (SELECT value FROM json_each(?))))",
+            (MOVE, json.dumps(list(again))),
+        )
         return {
             row["record"]
-            for row in self._database.query(
-                "SELECT record, state, tries, note, at FROM jobs WHERE kind = ? AND state IN ('running', 'failed')",
-                (MOVE,),
-            )
-            if (row["state"] == "running" and not self._lapsed(_note(row["note"]), now))
+            for row in rows
+            if row["state"] == "done"
+            or (row["state"] == "running" and not self._lapsed(_note(row["note"]), now))
             or (row["state"] == "failed" and not _again(row["tries"], row["at"], now))
         }
 
