@@ -7,6 +7,7 @@ made in moving.py.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
 import math
@@ -159,6 +160,7 @@ def _facts(taken: Snapshot, move: Move) -> dict[str, float]:
         "prefill": taken.costs.prefill,
         "cached": taken.costs.cached,
         "lora": taken.costs.lora,
+        "core": float(taken.core.tokens if taken.core else 0),
     }
 
 
@@ -229,37 +231,46 @@ def _measured(engine: Engine, scope: Scope, jobs: Jobs, seen: Ledgered) -> tuple
 
 
 _HEADS = ("collapse", "shrink")
+_SAVING = (*_HEADS, "learn", "prime", "distil")
 
 
 def _saved(engine: Engine, job: Job, outcome: Outcome, tokens: Mapping[str, int], *, until: float | None) -> Outcome:
     """The outcome with what the move saved over the requests since, at the prices that it was planned with, beside what
     was expected of as many requests.
 
-    Of a core block: the records that searches named and that stood in it, which would have been recalled uncached, less
-    its tokens that every request read; of a LoRA version the same, less what it adds to the requests that it acted on;
-    of a primed prefix: what the first request after it found cached.
+    Of a core block: the records that searches named and that stand in it now and did not before, which would have been
+    recalled uncached; less those that were recalled because they stand in it no longer, and less the tokens by which it
+    is longer, read from the cache or computed as each request was. Of a LoRA version: the records that searches named
+    and that it answered, less what it adds to the requests that it acted on. Of a primed or distilled head: its tokens
+    that came from a cache.
     """
     facts, move = job.facts, job.move
-    if not {"prefill", "cached", "a request"} <= set(facts):
+    if not {"prefill", "cached", "a request"} <= set(facts) or move.kind not in _SAVING:
         return outcome
     rows = [row for row in snapshots.requests_since(engine, move.scope, job.at) if until is None or row["at"] < until]
     turns = [(row, turn) for row in rows if isinstance(turn := json.loads(row["turn"]), dict)]
-    if move.kind == "prime":
-        turns = turns[:1]
-    if not turns or move.kind not in ("collapse", "shrink", "learn", "distil", "prime"):
+    if turns and move.kind in _HEADS:  # until a chat rewrote the block: what follows is not this move's
+        stood = turns[0][1].get("core")
+        turns = list(itertools.takewhile(lambda one: one[1].get("core") == stood, turns))
+    if not turns:
         return outcome
-    prefill, cached, count = facts["prefill"], facts["cached"], len(turns)
-    mine = set(move.records)
-    spared = sum(tokens.get(record, 0) for _, turn in turns for record in turn.get("used") or () if record in mine)
-    if move.kind == "prime":
-        saved = sum(min(row["cached"], move.tokens) * (prefill - cached) for row, _ in turns)
-    elif move.kind == "learn":
-        acted = sum(bool(row["loras"]) for row, _ in turns)
-        saved = spared * prefill - acted * facts.get("lora", 0.0)
-    else:
-        grown = sum(int(turn.get("core") or 0) - facts.get("core tokens", 0.0) for _, turn in turns)
-        lost = facts.get("lost", 0.0) * count
-        saved = (spared - lost) * prefill - grown * cached
+    prefill, cached = facts["prefill"], facts["cached"]
+    new, old = set(move.records), set(job.before)
+    saved = 0.0
+    for row, turn in turns:
+        used = set(turn.get("used") or ())
+        if move.kind in _HEADS:
+            spared = sum(tokens.get(record, 0) for record in used & (new - old))
+            lost = sum(size for record, size in turn.get("recalled") or () if record in old - new)
+            head = int(turn.get("system") or 0) + int(turn.get("core") or 0)
+            grown = int(turn.get("core") or 0) - facts.get("core", 0.0)
+            saved += (spared - lost) * prefill - grown * (cached if row["cached"] >= 0.9 * head else prefill)
+        elif move.kind == "learn":
+            spared = sum(tokens.get(record, 0) for record in used & new)
+            saved += spared * prefill - (facts.get("lora", 0.0) if row["loras"] else 0.0)
+        else:
+            saved += min(row["cached"], move.tokens) * (prefill - cached)
+    count = len(turns)
     return outcome.model_copy(update={"saved": saved, "expected": facts["a request"] * count, "requests": count})
 
 

@@ -13,7 +13,7 @@ import os
 import platform
 import secrets
 import threading
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -43,7 +43,8 @@ _log = logging.getLogger("agentmem")
 
 @dataclass(frozen=True)
 class Job:
-    """A move as the table has it. ``facts`` are numbers that were measured when it was made."""
+    """A move as the table has it. ``facts`` are numbers that were measured when it was made, ``before`` the ids of the
+    records whose place its own took."""
 
     move: Move
     state: str
@@ -53,6 +54,7 @@ class Job:
     until: float | None = None
     outcome: Outcome | None = None
     facts: dict[str, float] = field(default_factory=dict)
+    before: tuple[str, ...] = ()
 
     def told(self) -> Outcome:
         """What became of it; of one that is under way, that it is."""
@@ -139,7 +141,15 @@ class Jobs:
                     (json.dumps(note), MOVE, key),
                 )
 
-    def done(self, outcome: Outcome, owner: str, facts: dict[str, float] | None = None, *, final: bool = False) -> bool:
+    def done(
+        self,
+        outcome: Outcome,
+        owner: str,
+        facts: Mapping[str, float] | None = None,
+        *,
+        before: Sequence[str] = (),
+        final: bool = False,
+    ) -> bool:
         """Write down what became of a move; False where its lease was lost, and another tells.
 
         A failure counts as one of `TRIES`, with ``final`` as all of them.
@@ -155,7 +165,7 @@ class Jobs:
                     outcome.state,
                     failed,
                     TRIES if final else 0,
-                    _text(outcome.move, outcome=outcome, facts=facts or {}),
+                    _text(outcome.move, outcome=outcome, facts=dict(facts or {}), before=list(before)),
                     outcome.at,
                     MOVE,
                     key,
@@ -307,6 +317,7 @@ def _job(row: Any) -> Job | None:
             until=note.get("until"),
             outcome=Outcome.model_validate(note["outcome"]) if note.get("outcome") else None,
             facts={str(name): float(value) for name, value in (note.get("facts") or {}).items()},
+            before=tuple(map(str, note.get("before") or ())),
         )
     except (KeyError, TypeError, ValueError) as error:
         _log.warning("what became of a move can't be read: %s", str(error).splitlines()[0])

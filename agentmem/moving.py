@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from . import chat as chats
@@ -49,7 +49,8 @@ class _Made:
     note: str | None = None
     #: A failure that will repeat itself.
     final: bool = False
-    facts: dict[str, float] = field(default_factory=dict)
+    #: The records whose place the move's took.
+    before: tuple[str, ...] = ()
 
 
 def make(
@@ -89,7 +90,7 @@ def make(
         raise
     cost = time.process_time() - begun if move.unit == "seconds" else _dollars(engine, move.scope, last)
     outcome = Outcome(move=move, state=done.state, at=engine.clock(), cost=cost, note=done.note)
-    jobs.done(outcome, owner, {**(facts or {}), **done.facts}, final=done.final)
+    jobs.done(outcome, owner, facts, before=done.before, final=done.final)
     return outcome
 
 
@@ -182,7 +183,7 @@ def _collapse(engine: Engine, move: Move) -> Flow[_Made]:
         if before == list(move.records):
             return _Made("skipped", "it stands already")
         cores.collapse(engine, move.scope, move.records)
-        return _Made(facts={"core before": float(len(before))})
+        return _Made(before=tuple(before))
 
     made: _Made = yield Work(work)
     return made
@@ -192,7 +193,7 @@ def _prime(engine: Engine, move: Move) -> Flow[_Made]:
     """What a next conversation of this scope begins with is computed (here) or sent (to a host) ahead of it."""
     usage = yield from chats.prime(engine, Conversation(move.scope))
     computed = usage.input_tokens - usage.cached_tokens
-    return _Made(note=f"{computed} of {usage.input_tokens} tokens computed", facts={"computed": float(computed)})
+    return _Made(note=f"{computed} of {usage.input_tokens} tokens computed")
 
 
 def _distil(engine: Engine, move: Move) -> Flow[_Made]:

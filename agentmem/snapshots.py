@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from . import cores, extraction, planning, prompt
 from .economics import costs as costs_of
@@ -18,6 +18,9 @@ from .plaintext.drafts import utc_seconds
 from .planner.values import Able, Group, Snapshot, State
 from .teaching import contradicted, owner
 from .types import LEVELS, Record, Scope
+
+if TYPE_CHECKING:
+    from .activation.layouts import Layout
 
 __all__ = ["Seen", "ledgered", "requests_since", "scopes", "snapshot"]
 
@@ -31,6 +34,8 @@ TURNS = 20_000
 UNREAD = 1000
 EXTRACT_TOKENS, ANSWER_TOKENS = 700.0, 40.0
 DAY_S = 86_400.0
+#: Stands for the session that a next chat opens; no session is named so.
+_NEXT = "\0next"
 _PLAIN: frozenset[State] = frozenset({"plain"})
 
 
@@ -50,20 +55,24 @@ class Seen:
     sessions: set[str] = field(default_factory=set)
     #: Of the newest request: its id, tokens of its head (system, tools), and those of the history that it leaves.
     latest: str = ""
+    session: str = ""
     head: int = 0
+    message: int = 0
     behind: int = 0
 
     def days(self, now: float, since: float = 0.0) -> float:
         """Days that were watched, of what came into being at ``since``."""
         return max(now - max(self.first, since), 60.0) / DAY_S
 
-    def note(self, row: Any, turn: Mapping[str, Any]) -> None:
-        """One more use, with its turn; in order of time."""
+    def note(self, row: Any, turn: Mapping[str, Any], slack: int = 0) -> None:
+        """One more use, with its turn; in order of time. ``slack`` tokens at the end of a prefix are kept by nobody
+        (part of a page)."""
         self.first = self.first or row["at"]
         self.last = row["at"]
         self.requests += 1
         self.latest = str(turn.get("id") or "")
-        self.sessions.add(row["session"])
+        self.session = row["session"]
+        self.sessions.add(self.session)
         recalled = turn.get("recalled") or ()
         for record, size in recalled:
             self.tokens[record] = size
@@ -71,9 +80,10 @@ class Seen:
             self.uses[record] = self.uses.get(record, 0) + 1
         message, core = int(turn.get("message") or 0), int(turn.get("core") or 0)
         self.head = int(turn.get("system") or 0)
-        self.warm += 0 < 0.9 * (self.head + core) <= row["cached"]
+        self.warm += 0 < 0.9 * (self.head + core - slack) <= row["cached"]
         told = self.head + core + message + sum(size for _, size in recalled)
         # What this request was answered with is history for the next.
+        self.message = message
         self.behind = max(0, row["input"] - told) + message + int(turn.get("reply") or 0)
 
 
@@ -96,6 +106,8 @@ def ledgered(engine: Engine, scope: Scope) -> Ledgered:
     )
     named = _heads(engine, scope)
     found = Ledgered()
+    ours = engine.provider is not None and engine.provider.capabilities.kv in ("tensors", "slots")
+    slack = engine.settings.page_tokens if ours else 0
     for row in reversed(rows):
         try:
             turn = json.loads(row["turn"])
@@ -108,8 +120,8 @@ def ledgered(engine: Engine, scope: Scope) -> Ledgered:
         whose = whose if whose.within(scope) else session
         # The head of a chat is chosen for the handle that it runs on: the narrowest that has one.
         head = next((one for one in (session, whose) if one in named), whose)
-        found.heads.setdefault(head, Seen()).note(row, turn)
-        found.owners.setdefault(whose, Seen()).note(row, turn)
+        found.heads.setdefault(head, Seen()).note(row, turn, slack)
+        found.owners.setdefault(whose, Seen()).note(row, turn, slack)
     return found
 
 
@@ -159,8 +171,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
     able = _able(engine, scope)
     head = seen.heads.get(scope, Seen())
     mine = seen.owners.get(scope, Seen())
-    standing = cores.standing(engine, scope) or [] if able.core else []
-    chosen = cores.candidate(engine, scope) if able.core and head.requests else []
+    standing = (cores.standing(engine, scope) or []) if able.core else []
     built = _built(engine, scope)
     core = _block(engine, scope, standing, head, key="core", now=now)
     kept, size = _kept(engine, [record.id for record in standing], built)
@@ -170,8 +181,14 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         prefixes = _prefixes(engine, scope, [record.id for record in standing]) if able.prefix else []
         where |= {"prefix"} if prefixes else set()
         core = replace(core, where=frozenset(where), bytes=size + sum(prefixes))
-    cold = now - head.last > costs.lifetime_s or not head.requests
     told = head.head or planning.head_tokens(engine, engine.settings.system, (), memories=True)
+    cold = now - head.last > costs.lifetime_s or not head.requests
+    chosen: Sequence[Record] = ()
+    behind = head.behind
+    if able.core and head.requests:
+        chosen, layout = _candidate(engine, scope, standing, head, head_tokens=told)
+        cold = cold if layout is None else layout.cold
+        behind = head.behind if layout is None else layout.behind
     return Snapshot(
         at=now,
         scope=scope,
@@ -181,7 +198,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         groups=tuple(_groups(engine, scope, mine, standing, able=able, now=now)),
         core=core,
         candidate=_block(engine, scope, chosen, head, key="candidate", now=now),
-        behind=head.behind if head.requests else 0,
+        behind=behind,
         carried=cores.account(engine, scope).carried,
         cold=cold,
         busy=engine.activity.busy() or (head.requests > 0 and now - head.last < quiet_s),
@@ -233,6 +250,37 @@ def _block(
         edits=float(sum(record.version - 1 for record in records)),
         sightings=min(1 + seen.uses.get(record.id, 0) for record in records),
     )
+
+
+def _candidate(
+    engine: Engine, scope: Scope, standing: Sequence[Record], seen: Seen, *, head_tokens: int
+) -> tuple[Sequence[Record], Layout | None]:
+    """The block that the next chat would choose, and how its prompt is laid out where prices are known: it goes on with
+    the last session, or begins a new one where that has ended."""
+    plan = planning.planned(engine, scope)
+    if plan is None:
+        return cores.candidate(engine, scope), None
+    plan.stands(cores.tokens(engine, standing))
+    ended = scope.session is None and engine.clock() - seen.last > ENDED_S
+    layout = plan.choose(_NEXT if ended else seen.session, head_tokens, seen.message, None)
+    present = _told(engine, scope, layout.start)
+    review = cores.review(engine, scope, plan.rules, present, standing, fill=layout.core, cached=layout.kept)
+    # The same records in another order are no reason to compute anything anew.
+    return standing if review.same else review.chosen.records, layout
+
+
+def _told(engine: Engine, scope: Scope, start: str | None) -> frozenset[str]:
+    """The records that a history from this turn on shows: turns, and what was recalled for them and stays."""
+    if start is None:
+        return frozenset()
+    sql, values = beneath(scope)
+    rows = engine.database.query(
+        f"SELECT id FROM records WHERE {sql} AND source = ? AND seq >= (SELECT seq FROM records WHERE id = ?)"
+        f" UNION SELECT record FROM kept WHERE turn IN (SELECT id FROM records WHERE {sql} AND source = ?"
+        " AND seq >= (SELECT seq FROM records WHERE id = ?))",
+        (*values, prompt.CHAT, start, *values, prompt.CHAT, start),
+    )
+    return frozenset(row["id"] for row in rows)
 
 
 def _built(engine: Engine, scope: Scope) -> float:

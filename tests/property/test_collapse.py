@@ -174,6 +174,7 @@ def test_more_carried_never_delays_a_collapse_and_a_dearer_rebuild_never_hastens
     else:
         assert not Collapse.due(account, carry, rebuild + more)
     assert Collapse.due(account, carry, rebuild, cold=True)
+    assert not Collapse.due(account, -carried - 1, rebuild, cold=True), "a core that would cost more than it spares"
 
 
 def test_what_is_no_number_is_refused() -> None:
