@@ -39,6 +39,10 @@ TOLD = 20
 #: The row of ``meta`` that says what the last plan of the whole folder had seen.
 PLANNED = "consolidation planned"
 
+#: Work that one move may leave a part of. All other keys name what the move acts on, with the newest turn where that
+#: matters: made once, there is nothing more to do (and what the user took back since, such as by a rollback, stays so).
+_AGAIN = ("extract", "reconcile")
+
 Stop = Callable[[], bool]
 _log = logging.getLogger("agentmem")
 
@@ -63,11 +67,11 @@ def consolidate(
         return ConsolidationPlan(dry_run=bool(dry_run))
     jobs = Jobs(engine.database, engine.clock)
     seen = snapshots.ledgered(engine, scope)
-    earlier = _measured(engine, scope, jobs, seen)
     planned = _planned(engine, scope, seen, jobs, limit, stop=stop, quiet_s=quiet_s)
     if dry_run:
+        told = _measured(engine, scope, jobs, seen)
         return ConsolidationPlan(
-            dry_run=True, moves=planned.moves, left=planned.left, outcomes=earlier, costs=planned.costs
+            dry_run=True, moves=planned.moves, left=planned.left, outcomes=told, costs=planned.costs
         )
     begun = _state(engine)
     owner = Jobs.owner()
@@ -96,12 +100,16 @@ def consolidate(
         left = planned.left
         if not any(move.key not in tried for move in planned.moves):
             break
-    if scope == Scope() and not stop():
-        _note_planned(engine, begun)
+    if not stop():
+        jobs.clear(scope)
+        if scope == Scope():
+            _note_planned(engine, begun)
+    now = {outcome.move.key for outcome in made}
+    earlier = _measured(engine, scope, jobs, seen)
     return ConsolidationPlan(
         moves=tuple(outcome.move for outcome in made),
         left=tuple(dict.fromkeys(left)),
-        outcomes=(*made, *earlier),
+        outcomes=(*made, *(outcome for outcome in earlier if outcome.move.key not in now)),
         costs=planned.costs,
     )
 
@@ -129,7 +137,7 @@ def _planned(
 ) -> _Planned:
     found = _Planned()
     moves: list[Move] = []
-    closed = jobs.closed() | {job.move.key for job in jobs.jobs(limit=10_000) if _once(job)}
+    closed = jobs.closed(again=_AGAIN)
     every = snapshots.scopes(engine, scope, seen)
     with progress("planning") if len(every) >= MANY else _silent() as moved:
         for number, one in enumerate(every, 1):
@@ -146,11 +154,6 @@ def _planned(
                 moved(number, len(every))
     found.moves, found.left = fit(moves, limit)
     return found
-
-
-def _once(job: Job) -> bool:
-    """Whether a move is not to be made again though it would pay: what the user took back (a rollback) stays so."""
-    return job.move.kind == "learn" and job.state == "done"
 
 
 def _facts(taken: Snapshot, move: Move) -> dict[str, float]:

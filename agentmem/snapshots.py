@@ -15,7 +15,8 @@ from .economics import costs as costs_of
 from .engine import Engine
 from .ledger.uses import LISTED, beneath
 from .plaintext.drafts import utc_seconds
-from .planner.values import Able, Group, Snapshot, State
+from .planner.places import MOST_DAYS
+from .planner.values import Able, Costs, Group, Snapshot, State
 from .teaching import contradicted, owner
 from .types import LEVELS, Record, Scope
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Seen", "ledgered", "requests_since", "scopes", "snapshot"]
 
 #: Records of one scope that are weighed at most: those used most.
-WEIGHED = 1000
+WEIGHED = 500
 #: A session without a word for so many seconds has ended.
 ENDED_S = 1800.0
 #: Turns of the ledger that are read at most, the newest.
@@ -195,7 +196,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         model=engine.chat_provider().name,
         costs=costs,
         able=able,
-        groups=tuple(_groups(engine, scope, mine, standing, able=able, now=now)),
+        groups=tuple(_groups(engine, scope, mine, standing, able=able, costs=costs, now=now)),
         core=core,
         candidate=_block(engine, scope, chosen, head, key="candidate", now=now),
         behind=behind,
@@ -223,7 +224,7 @@ def _able(engine: Engine, scope: Scope) -> Able:
         core=settings.core_tokens > 0,
         pages=can.kv != "none" and (settings.page_budget > 0 or not ours) and settings.cache != "off",
         prefix=own and can.trains and engine.prefix_view(scope) is not None,
-        lora=own and can.trains and can.loras,
+        lora=own and can.trains and can.loras and settings.lora_spares,
         writes=own and can.chat and settings.consolidate_writes,
         shard=settings.lora_shard,
     )
@@ -334,7 +335,7 @@ def _unprimed(engine: Engine, head: int, core: Group | None, *, kept: bool, cold
 
 
 def _groups(
-    engine: Engine, scope: Scope, seen: Seen, standing: Sequence[Record], *, able: Able, now: float
+    engine: Engine, scope: Scope, seen: Seen, standing: Sequence[Record], *, able: Able, costs: Costs, now: float
 ) -> Iterator[Group]:
     """One group for each record that is used, or lives elsewhere than in its row."""
     if scope.session is not None:
@@ -344,10 +345,18 @@ def _groups(
         for version in engine.registry.active(scope):
             if version.scope == scope:
                 learnt.update(dict.fromkeys(version.records, version.bytes // max(len(version.records), 1)))
+
+    def pays(record: Record, size: int) -> bool:
+        """Whether it is used so much that teaching it may pay at all: asking what can be asked about it takes long."""
+        days = seen.days(now, utc_seconds(record.created) if record.created else 0.0)
+        spared = seen.uses.get(record.id, 0) / min(days, 1.0) * MOST_DAYS * size * costs.prefill
+        return able.lora and costs.learn is not None and spared > costs.learn
+
     core = {record.id for record in standing}
     most = sorted(seen.uses, key=lambda id_: (-seen.uses[id_], id_))[:WEIGHED]
     records = engine.records.named(list(dict.fromkeys([*most, *core, *learnt])), scope)
-    untaught = _unteachable(scope, records, learnt, now) if able.lora else {record.id for record in records}
+    sizes = {r.id: seen.tokens.get(r.id) or engine.count(prompt.record_line(r)) + 1 for r in records}
+    taught = _teachable(scope, [r for r in records if r.id in learnt or pays(r, sizes[r.id])], learnt, now)
     for record in records:
         where: set[State] = set(_PLAIN)
         where |= {"core"} if record.id in core else set()
@@ -357,20 +366,20 @@ def _groups(
             key=record.id,
             scope=scope,
             records=(record.id,),
-            tokens=seen.tokens.get(record.id) or engine.count(prompt.record_line(record)) + 1,
+            tokens=sizes[record.id],
             uses=uses,
             days=seen.days(now, utc_seconds(record.created) if record.created else 0.0),
             edits=float(record.version - 1),
             where=frozenset(where),
             sightings=1 + uses,
-            teachable=record.id not in untaught,
+            teachable=record.id in taught,
             bytes=learnt.get(record.id, 0),
         )
 
 
-def _unteachable(scope: Scope, records: Sequence[Record], learnt: Collection[str], now: float) -> set[str]:
-    """Those that a LoRA is not taught: untrusted, ended, of another owner, said otherwise by a later one, or nothing
-    can be asked about them. What was ``learnt`` had somebody's approval: only what contradicts it tells against it."""
+def _teachable(scope: Scope, records: Sequence[Record], learnt: Collection[str], now: float) -> set[str]:
+    """Those that a LoRA may be taught: trusted, in force, of this owner, uncontradicted, and something can be asked
+    about them. What was ``learnt`` had somebody's approval: only what contradicts it tells against it."""
     from .parametric import corpus as corpora
 
     able: list[Record] = []
@@ -381,13 +390,10 @@ def _unteachable(scope: Scope, records: Sequence[Record], learnt: Collection[str
             able.append(record.model_copy(update={"trust": "trusted"}))
         elif record.trust == "trusted" and not ended and not early and owner(record, scope) == scope:
             able.append(record)
-    able = [record for record in able if record.id in learnt or corpora.build([record]).records]
-    found = {record.id for record in records} - {record.id for record in able}
-    return found | contradicted(sorted(able, key=_arrived), ())
-
-
-def _arrived(record: Record) -> str:
-    return record.id  # ids grow with time
+    able.sort(key=lambda record: record.id)  # ids grow with time, and what was said later tells
+    held = set(corpora.build(able).records) if able else set()
+    beside = {record.id for record in able if record.id in learnt} - held
+    return held | (beside - contradicted(able, ()) if beside else set())
 
 
 # ---- what is owed ----------------------------------------------------------------------------------------------------
