@@ -129,7 +129,7 @@ class Core:
         self.ids = [self.ana.add(fact)[0].id for fact in self.FACTS]
         self.ana.add([f"The ferry number {n} leaves pier {n} at {n % 24}:00." for n in range(40)])
 
-    def turn(self, text: str) -> Any:
+    def turn(self, text: Any) -> Any:
         self.clock.advance(30)
         return self.chat.chat(text, system="Be kind.")
 
