@@ -14,6 +14,7 @@ from .engine import Engine
 from .errors import InvalidInput, ScopeError
 from .ledger.uses import LISTED
 from .plaintext import lineage
+from .provider import HoldsSlots
 from .publishing import withdraw
 from .types import Erasure, Record, Scope
 
@@ -127,7 +128,7 @@ def drop_derived(engine: Engine, records: Sequence[str], *, pages: bool, vectors
         "loras": _taint(engine, records),
         "runs": engine.learning_now(),
         "slots": engine.slots.made_from(records) if pages else [],
-        "live": pages and engine.provider is not None and engine.provider.capabilities.kv == "slots",
+        "live": pages and isinstance(engine.provider, HoldsSlots),
         "vectors": vectors,
     }
     with engine.database.write() as connection:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from .engine import Engine
 from .errors import InvalidInput, NotFound, ScopeError
 from .plaintext.drafts import check_path, check_scope, shown
+from .provider import HoldsSlots
 from .types import Scope
 
 if TYPE_CHECKING:
@@ -60,6 +61,8 @@ def evict(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> int:
 
 def swap_out(engine: Engine, scope: Scope, keys: Sequence[str] | None) -> Swapped:
     """Let these pages (default: all of the scope) leave the RAM; their files stay."""
+    if keys is None and isinstance(engine.provider, HoldsSlots) and engine.provider.capabilities.kv == "tensors":
+        engine.provider.erase_slots()  # what live conversations hold behind their pages
     return engine.pages.swap_out(_keys(engine, scope, keys))
 
 

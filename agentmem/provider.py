@@ -250,10 +250,10 @@ class Slots(Protocol):
 
 @runtime_checkable
 class HoldsSlots(Protocol):
-    """A provider with ``kv="slots"`` has this too."""
+    """A provider that holds states of prompts in memory has this too: in a server's slots, or between two turns."""
 
     def erase_slots(self) -> int:
-        """Erase what the server's slots hold in memory; returns how many were erased. Never raises."""
+        """Erase what is held in memory so; returns of how many conversations or slots that was. Never raises."""
         ...
 
 

@@ -190,6 +190,17 @@ class PagedCache(DynamicCache):
             raise InvalidInput(f"a tail of {self.tail} tokens is no page of {self.grid}")
         return self._sealed(0, self.grid, self.codec)
 
+    def tail_rows(self, count: int) -> list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]:
+        """Copies of the first ``count`` states of the tail, per layer (K, V), each [KV heads, count, dim]."""
+        return [(layer.tail[0][:, :count].copy(), layer.tail[1][:, :count].copy()) for layer in self.layers]
+
+    def refill(self, rows: Sequence[tuple[npt.NDArray[Any], npt.NDArray[Any]]], count: int) -> None:
+        """Put the first ``count`` of such states into an empty tail."""
+        for layer, sides in zip(self.layers, rows, strict=True):
+            for tail, states in zip(layer.tail, sides, strict=True):
+                tail[:, :count] = states[:, :count]
+            layer.length = count
+
     def flush(self) -> None:
         """Seal what the tail holds, however little: whole blocks in the codec, the few tokens behind them raw."""
         tail = self.tail

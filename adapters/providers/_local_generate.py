@@ -25,6 +25,7 @@ from agentmem.types import Attended, Usage
 
 from ._local_device import NotLoaded
 from ._local_in_place import InPlace, PagedStates
+from ._local_kept import Kept, Tails
 from ._local_kv import GRID, States
 from ._local_loras import Loras, Starts, calls, plain
 from ._local_model import Loaded, Settings, compute_environment
@@ -71,8 +72,11 @@ class Engine:
         self.states = States(model, self._base_forward, loaded.device)
         self.records = RecordStates(self)
         self.in_place = InPlace(model, self._base_forward, self.states, loaded.device, settings.attention)
+        self.tails = Tails()
         window: Any = getattr(self._config, "max_position_embeddings", None)
         self.window: int | None = window
+        if isinstance(head := model.get_output_embeddings(), torch.nn.Linear):
+            head.register_forward_pre_hook(_packed)
 
     def _end_tokens(self) -> frozenset[int]:
         generation_config = getattr(self.loaded.model, "generation_config", None)
@@ -254,6 +258,8 @@ class _Run:
     ) -> None:
         self._engine = engine
         self._pages = request.pages
+        self._tenant = request.tenant
+        self._since = engine.tails.drops
         self._states: States | PagedStates = engine.states
         self._loras = request.loras
         self._calls = calls(self._loras, prompt.tokens)
@@ -272,6 +278,7 @@ class _Run:
             prompt.tokens if self._recall is None else self._recall.pieces.head.tokens
         )  # what follows was computed behind composed states: never kept
         self._first = 0
+        self._refilled = 0  # where the states that were kept from the last turn end
         self._encoded: dict[int, Any] = {}  # what the codec made of the pages that this run computed
         self._seconds: dict[int, float] = {}  # and how long computing each took
         self.cached = 0
@@ -298,6 +305,7 @@ class _Run:
         else:
             self._cache = stock.empty(self._capacity)
         self._done = self.cached
+        self._refill()
         self._stand_in()
         if self._recall is None:
             return self.prefill_to(len(tokens))
@@ -320,18 +328,60 @@ class _Run:
                 log.warning("KV pages could not be read, all is computed again: %s", error)
                 self.leave()
                 self._cache, self.cached, self._first, self._done = stock.empty(self._capacity), 0, 0, 0
+                self._refilled = 0
                 self._stand_in()
                 continue
             number, on_grid = divmod(self._done, grid)
-            # The step behind a trained prefix begins within a page, whose other states were placed.
-            whole = not on_grid or self._done == self._placed
+            self._seconds[number] = self._seconds.get(number, 0.0) + time.perf_counter() - started
+            self._keep(len(part), self._seconds[number])
+            # The step behind a trained prefix begins within a page, whose other states were placed; so does the step
+            # behind what was kept from the last turn.
+            whole = not on_grid or self._done in (self._placed, self._refilled)
             if self._pages is not None and whole and (self._done + len(part)) % grid == 0:
                 self._encoded[number] = self._states.settle(self._pages, self._cache, number)
-                self._seconds[number] = time.perf_counter() - started
             else:
                 self._seal_tail()
             self._done += len(part)
         return logits
+
+    @property
+    def _least(self) -> int | None:
+        """How many tokens a step has to have at least so that its states may be kept for the next turn, and be taken
+        from the last one; None where none may."""
+        if self._recall is not None or self._stand is not None or plain(self._loras):
+            return None
+        return self._states.steady if isinstance(self._states, PagedStates) else None
+
+    @property
+    def _kept_end(self) -> int:
+        """States of tokens from here on are never kept: unstable, behind composed records, or under an activated LoRA."""
+        return min(self._prompt.stable, self._exact, *self._calls.values())
+
+    def _refill(self) -> None:
+        """Go on behind what the last turn left. A step's least number of tokens is left to compute, also of the page."""
+        least, start = self._least, self._done
+        if least is None:
+            return
+        found = self._engine.tails.find(self._identity, self._tenant, self._prompt.tokens, start)
+        if found is None:
+            return
+        tail, count = found
+        count = min(count, self._kept_end - start, len(self._prompt.tokens) - start - least, self._grid - least)
+        if count > 0:
+            self._cache.refill(tail.rows, count)
+            self._done = self.cached = self._refilled = start + count
+            self._seconds[start // self._grid] = tail.seconds * count / (len(tail.tokens) - start)
+
+    def _keep(self, count: int, seconds: float) -> None:
+        """Keep what of the last page is stable, once the step of ``count`` tokens that ends it was computed; computing
+        that page so far took ``seconds``."""
+        least, end = self._least, self._kept_end
+        start = end // self._grid * self._grid
+        if least is None or count < least or not max(self._done, start) < end <= self._done + count:
+            return
+        tokens = tuple(self._prompt.tokens[:end])
+        rows = self._cache.tail_rows(end - start)
+        self._engine.tails.keep(Kept(self._identity, self._tenant, tokens, start, rows, seconds), self._since)
 
     def _stand_in(self) -> None:
         """Put what was not restored of a trained prefix into the cache, step by step of the grid as if computed."""
@@ -441,6 +491,14 @@ class _Run:
         except AgentMemError as error:  # the memory was closed while an answer was still being read
             log.warning("KV pages of %d tokens were not kept: %s", len(tokens), error)
             return 0
+
+
+def _packed(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """The last position of a longer pass is a slice with strides of its own, for which torch copies the whole weight of
+    the head (57 MB in the default model, 60 ms): given as a tensor of its own it does not."""
+    if not given or given[0].shape[:2] != (1, 1):
+        return given
+    return (given[0].clone(memory_format=torch.contiguous_format), *given[1:])
 
 
 def _stop_if(cancel: threading.Event | None) -> None:

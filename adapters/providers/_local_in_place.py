@@ -22,6 +22,7 @@ from agentmem.provider import Pages
 from ._local_device import as_array
 from ._local_kv import Forward, States, leading
 from ._local_model import Attention
+from ._local_rows import all_rows, least_rows
 
 __all__ = ["InPlace", "PagedStates"]
 
@@ -36,7 +37,8 @@ _LEAST = 0.01
 class InPlace:
     """Decides, per request, whether attention is computed in place, and tries it once per codec.
 
-    ``auto`` does it on a CPU for codecs that change bits, ``in_place`` for raw pages too, ``stock`` never.
+    ``auto`` does it on a CPU for the codecs that can be read in place, where the C extension is there; ``in_place``
+    also on its numpy twin; ``stock`` never.
     """
 
     def __init__(self, model: Any, forward: Forward, stock: States, device: torch.device, attention: Attention) -> None:
@@ -48,15 +50,16 @@ class InPlace:
         # Asked once: during another thread's pass it is another one for a moment.
         self._kernel = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
         self._found: dict[str, PagedStates | None] = {}
+        self._linear: list[int | None] = []  # what `least_rows` said of this model, once it was asked
 
     def states(self, pages: Pages) -> PagedStates | None:
         """How requests with these pages keep their states; None where the stock path does. The first refusal of each
         codec is logged. Only after the stock path's `States.check` said yes."""
         if self._attention == "stock":
             return None
-        if self._attention == "auto" and (self._device.type != "cpu" or not pages.lossy):
-            return None
         codec: Any = pages.codec
+        if self._attention == "auto" and (self._device.type != "cpu" or not (pages.lossy or codec == "raw")):
+            return None
         if codec not in self._found:
             reason = self._unfit(codec)
             made = None if reason is not None else PagedStates(self._stock.shapes, self._stock.dtype, codec)
@@ -126,10 +129,33 @@ class InPlace:
             return "it has layers that don't attend to what they put into the cache"
         if not torch.equal(got[0], again):
             return "two runs over the same states differ"
+        made.least = self._least_rows(made, encoded, ids[_PAGE:])
         apart, bound = _apart(got, wanted), max(_LEAST, 3 * noise)
         if not apart <= bound:
             return f"logits are {apart:.3f} standard deviations from the stock path's (at most {bound:.3f})"
         return None
+
+    def _least_rows(self, made: PagedStates, encoded: Any, ids: Sequence[int]) -> int | None:
+        """So many tokens at least in each step, and a token's states are the same bits in whichever step it comes;
+        None where that can't be said. Computed in float32, they are not: its products are split by their size."""
+        if not self._linear:
+            self._linear.append(least_rows(self._model))
+        [least] = self._linear
+        if least is None or 2 * least > len(ids):
+            return None
+        left = []
+        for sizes in ((len(ids),), (least, len(ids) - least), (len(ids) - least, least)):
+            cache, at = made.made(_PAGE), 0
+            cache.append_encoded(encoded)
+            for size in sizes:
+                with all_rows(self._model, size) as alike:
+                    self._forward(ids[at : at + size], cache)
+                if not alike():
+                    return None
+                at += size
+            left.append([side for pair in cache.tail_rows(len(ids)) for side in pair])
+        whole, *others = left
+        return least if all((a == b).all() for other in others for a, b in zip(whole, other, strict=True)) else None
 
 
 def _apart(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
@@ -145,6 +171,16 @@ class PagedStates:
         self.shapes = list(shapes)
         self.dtype = dtype
         self.codec: Codec = codec
+        #: With so many tokens in each step a token's states don't depend on which others it was computed with: then
+        #: they may be kept from turn to turn. None: they do.
+        self.least: int | None = None
+        # Products are split among the threads too. The number is the asking thread's own.
+        self._threads = torch.get_num_threads()
+
+    @property
+    def steady(self) -> int | None:
+        """``least``, None also where the number of threads is another one than in the trial."""
+        return self.least if torch.get_num_threads() == self._threads else None
 
     @property
     def attention(self) -> str:

@@ -223,6 +223,11 @@ class LocalProvider:
         if engine is not None:
             engine.loras.drop(digests)
 
+    def erase_slots(self) -> int:
+        """Let go of the states that live conversations left in memory; returns how many conversations those were."""
+        engine = self._engine
+        return 0 if engine is None else engine.tails.drop()
+
     def close(self) -> None:
         """Let go of the model's memory. Later calls raise `Unavailable`; safe to call twice."""
         with self._loading:

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from agentmem.types import Value
 from . import checkpoint as checkpoints
 from .answering import said
 from .corpus import Corpus, Example
+from .interruption import whole
 from .lessons import HELD, PASSAGE, Tensors, encode, ends, opening
 from .losses import answer_loss, divergence
 from .recipe import Recipe
@@ -112,6 +113,7 @@ class Run:
         text = tensors.tokenizer.encode(PASSAGE, add_special_tokens=False)
         self.passage = Lesson(self._sequence(encode(tensors, Example("Tell me a story.", "", (), ()))[0], list(text)))
         self.total = max(epochs * math.ceil(len(self.lessons) / recipe.batch), recipe.least_steps)
+        self.stopped = False
         self.losses: list[float] = []
         self.curve: list[Point] = []
         #: What is left of the epoch: the numbers of each step's examples.
@@ -201,8 +203,13 @@ class Run:
         progress: Callable[[int, int], None] | None,
         stop: Callable[[], bool] | None,
         checkpoint: Path | None,
+        *,
+        keep: bool = False,
     ) -> None:
-        """All steps, from the checkpoint on where there is one of this very run."""
+        """All steps, from the checkpoint on where there is one of this very run; ``keep`` leaves it at the end.
+
+        Where ``stop()`` says true it returns ``stopped``; `halt` then keeps what was done.
+        """
         import torch
 
         key = self._key() if checkpoint is not None else ""
@@ -212,20 +219,28 @@ class Run:
         with self.stack.attached():
             while len(self.losses) < self.total and not self._done():
                 if stop is not None and stop():
-                    if checkpoint is not None:
-                        checkpoints.save(checkpoint, key, *self._progress())
-                    kept = "the same call goes on from there" if checkpoint is not None else "nothing was kept"
-                    raise TrainingError(f"training was stopped after step {len(self.losses)} of {self.total}: {kept}")
+                    self.stopped = True
+                    return
                 if checkpoint is not None and time.monotonic() - saved > _SAVE_SECONDS:
                     checkpoints.save(checkpoint, key, *self._progress())
                     saved = time.monotonic()
-                self._step()
+                with whole():
+                    self._step()
                 if progress is not None:
                     progress(len(self.losses), self.total)
-        if checkpoint is not None:
+        if checkpoint is not None and keep:
+            checkpoints.save(checkpoint, key, *self._progress())
+        elif checkpoint is not None:
             checkpoints.clear(checkpoint)
         if not all(bool(torch.isfinite(weight).all()) for weight in self.stack.flat):
             raise TrainingError("the weights are not finite: nothing was kept; a lower rate may help")
+
+    def halt(self, checkpoint: Path | None) -> NoReturn:
+        """Keep the state of a stopped run and say so. The disk may be slow: the model is not held meanwhile."""
+        if checkpoint is not None:
+            checkpoints.save(checkpoint, self._key(), *self._progress())
+        kept = "the same call goes on from there" if checkpoint is not None else "nothing was kept"
+        raise TrainingError(f"training was stopped after step {len(self.losses)} of {self.total}: {kept}")
 
     def _step(self) -> None:
         import torch
