@@ -56,8 +56,8 @@ def concerns(engine: Engine, scope: Scope, learnt: Collection[str]) -> Callable[
 
 
 def vouched(engine: Engine, scope: Scope, loras: Sequence[LoraRef]) -> set[str]:
-    """The records that an answer needs no text of: these acting versions learnt them, and their gate, which they passed,
-    saw every question about them answered. None where the setting ``lora_spares`` is off."""
+    """The records that an answer needs no text of: these acting versions learnt them, and the gate that they passed saw
+    every question about them answered. None where the setting ``lora_spares`` is off."""
     if not loras or not engine.settings.lora_spares:
         return set()
     acting = {ref.digest for ref in loras}

@@ -200,7 +200,7 @@ def _prepared(
         )
     if recall:
         named = hits if asks else None
-        block = core_of(engine, conversation, plan, layout, stands=stands, present=present, told=told, hits=named)
+        block = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=named)
     core, in_core = block.records, block.ids
     loras = engine.active_loras(conversation.scope, concerned)
     known = in_core | vouched(engine, conversation.scope, loras)
@@ -353,7 +353,7 @@ def prime(
     stands = standing(engine, conversation, plan)
     layout, history = begun(engine, conversation, planning.head_tokens(engine, head, (), memories=True), 0)
     present = {record for said in history for record in said.records}
-    block = core_of(engine, conversation, plan, layout, stands=stands, present=present, told=0, hits=None)
+    block = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=None)
     core = block.records
     segments = prompt.lay_out(
         system=head,

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
 __all__ = ["TOLD_K", "TOLD_TOKENS", "Core", "core_of", "recalled", "standing"]
 
 #: Recalled at most, records and tokens, for a turn that surely asks for nothing.
-TOLD_K, TOLD_TOKENS = 3, 150
+TOLD_K = 3
+TOLD_TOKENS = 150
 #: Turns after which the core that would be chosen is looked at again while nothing else asks for it.
 REVIEWED = 16
 
@@ -120,13 +121,12 @@ def core_of(
     *,
     stands: list[Record] | None,
     present: Set[str],
-    told: int,
     hits: Sequence[Hit] | None,
 ) -> Core:
     """The core block of this request, rewritten before it where that is due.
 
-    ``stands`` is the block as it stands, ``told`` the tokens of the turn itself, ``hits`` what the search named for it;
-    None for a request that is no question (a tool's result, a prime): then nothing is rewritten that is still cached.
+    ``stands`` is the block as it stands, ``hits`` what the search named for this turn; None for a request that is no
+    question (a tool's result, a prime): then nothing is rewritten that is still cached.
     The rule is ski rental (planner/collapse.py): what this request carries is the bill with the block as it stands
     above the bill with the one that would be chosen, and a rebuild is that block and all that is cached behind it,
     written instead of read.
@@ -163,10 +163,9 @@ def core_of(
     else:
         due = Collapse.due(before, carry * token, rebuild * token)
     if not due:
-        spent = token * (told + rules.read * (old.tokens + layout.behind))
-        now = Collapse.note(
-            before, carry * token, collapsed=False, at=engine.clock(), rebuild=rebuild * token, spent=spent
-        )
+        # Compared with the present rebuild alone: what the history behind it has grown by was paid for by any schedule,
+        # and is written anew for nothing when the history next begins elsewhere.
+        now = Collapse.note(before, carry * token, collapsed=False, at=engine.clock(), rebuild=rebuild * token)
         unit = economics.costs(engine).unit
         told = f"the core stands: {amount(now.carried, unit)} carried, a rebuild costs {amount(rebuild * token, unit)}"
         return Core(stands or [], now, told)

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..types import Record
 
-__all__ = ["Candidate", "Chosen", "Seen", "allowed", "chances", "choose", "ranked", "salience"]
+__all__ = ["Candidate", "Chosen", "Seen", "allowed", "chances", "choose", "promise", "ranked", "salience"]
 
 # A rough prior for English, chosen by hand and not measured; elsewhere only uses count. Being recalled outweighs it.
 _FIRST_PERSON = re.compile(r"\b(i|i'm|i've|i'd|my|me|mine|we|our|us)\b", re.IGNORECASE)
@@ -69,6 +69,11 @@ def _of_words(text: str) -> float:
     return score * min(1.0, LONG_WORDS / words)
 
 
+def promise(record: Record) -> float:
+    """The chance that a turn needs a record, by its words alone."""
+    return min(MOST_PRIOR, USE_PRIOR * salience(record))
+
+
 @dataclass(frozen=True, slots=True)
 class Seen:
     """A turn of the past: when (Unix seconds), and the records that its search named, in the core or beside it."""
@@ -102,7 +107,6 @@ def chances(
         weight *= FADING
     found: dict[str, float] = {}
     for record in records:
-        worth = salience(record)
         if not allowed(record):
             found[record.id] = 0.0
             continue
@@ -111,7 +115,7 @@ def chances(
             needed = max(needed, weights.get(source, 0.0))
         stored = record.created.timestamp() if record.created is not None else 0.0
         trials = max(_until(since, stored), needed)
-        belief = min(MOST_PRIOR, USE_PRIOR * worth * prior)
+        belief = min(MOST_PRIOR, promise(record) * prior)
         chance = (needed + belief * PRIOR_TURNS) / (trials + PRIOR_TURNS)
         found[record.id] = chance / (1 + (edits or {}).get(record.id, 0))
     return found

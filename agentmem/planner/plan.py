@@ -42,7 +42,8 @@ def plan(snapshot: Snapshot, budget: Budget | None = None) -> ConsolidationPlan:
         # A head that is about to change is not kept first.
         if not any(move.kind in ("collapse", "shrink") for move in moves):
             moves += [*_kept(snapshot), *_distilled(snapshot)]
-        moves += [*_forgotten(snapshot), *_trained(snapshot)]
+        pupils = _pupils(snapshot)
+        moves += [*_forgotten(snapshot, pupils), *_trained(snapshot, pupils)]
     made, left = fit(moves, budget)
     return ConsolidationPlan(moves=made, left=left, costs=dict(sorted(snapshot.costs.source.items())))
 
@@ -248,17 +249,16 @@ def _learnt(snapshot: Snapshot) -> list[Group]:
     return [group for group in snapshot.groups if "lora" in group.where]
 
 
-def _gains(snapshot: Snapshot) -> float:
+def _gains(snapshot: Snapshot, pupils: list[Group]) -> float:
     """What versions spare or would spare a day: those that act, and those worth teaching beside them."""
-    standing = sum(places.spared(group, snapshot) for group in _learnt(snapshot))
-    return standing + sum(places.spared(group, snapshot) for group in _pupils(snapshot))
+    return sum(places.spared(group, snapshot) for group in (*_learnt(snapshot), *pupils))
 
 
-def _forgotten(snapshot: Snapshot) -> Iterator[Move]:
+def _forgotten(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
     """LoRA versions that no longer pay, and what they learnt that no longer holds."""
     learnt = _learnt(snapshot)
     wrong = [group for group in learnt if not group.teachable]
-    costs_day, gains = places.acting(snapshot), _gains(snapshot)
+    costs_day, gains = places.acting(snapshot), _gains(snapshot, pupils)
     if learnt and costs_day > 0 and costs_day >= HYSTERESIS * gains:
         spares = sum(places.spared(group, snapshot) for group in learnt)
         why = (
@@ -289,7 +289,7 @@ def _pupils(snapshot: Snapshot) -> list[Group]:
     return [group for _, _, group in sorted(found, key=lambda one: one[:2])]
 
 
-def _trained(snapshot: Snapshot) -> Iterator[Move]:
+def _trained(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
     """What is stable enough and used enough to be learnt, in shards of the settings' size.
 
     The first shard of all must also pay for what versions that act cost on every request; later ones add nothing.
@@ -297,16 +297,15 @@ def _trained(snapshot: Snapshot) -> Iterator[Move]:
     costs = snapshot.costs
     acting = bool(_learnt(snapshot))
     overhead = places.acting(snapshot)
-    if acting and overhead > 0 and overhead >= HYSTERESIS * _gains(snapshot):
+    if acting and overhead > 0 and overhead >= HYSTERESIS * _gains(snapshot, pupils):
         return  # all of them go
-    for shard in _shards(_pupils(snapshot), snapshot.able.shard):
+    for shard in _shards(pupils, snapshot.able.shard):
         records = _ids(shard)
         cost = len(records) * (costs.learn or 0.0) * (1 + costs.gate_fails)
         spares = sum(places.spared(group, snapshot) for group in shard)
         holds = sum(places.days(group) * places.spared(group, snapshot) for group in shard) / spares
-        least = spares - (0.0 if acting else overhead)
-        saves = sum(places.now(group, snapshot) for group in shard) - (0.0 if acting else overhead)
-        if not _pays(least, holds, cost) or (not acting and spares <= HYSTERESIS * overhead):
+        saves = spares - (0.0 if acting else overhead)
+        if not _pays(saves, holds, cost) or (not acting and spares <= HYSTERESIS * overhead):
             return  # the shards behind it are worth less
         acting = True
         tokens = sum(group.tokens for group in shard)

@@ -5,6 +5,7 @@ Values only; nothing here asks a store, a clock or a provider.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -170,6 +171,17 @@ class Snapshot:
     warm: float | None = None
     #: Names the newest turn: what may have to be done again after it has another key then.
     latest: str = ""
+
+    @functools.cached_property
+    def watched(self) -> float:
+        """Days over which uses were counted."""
+        blocks = (block for block in (self.core, self.candidate) if block)
+        return max((group.days for group in (*self.groups, *blocks)), default=1.0)
+
+    @functools.cached_property
+    def chosen(self) -> frozenset[str]:
+        """Ids of the records in the core that would be chosen now."""
+        return frozenset(self.candidate.records if self.candidate else ())
 
 
 @dataclass(frozen=True, kw_only=True)

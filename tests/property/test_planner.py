@@ -19,6 +19,9 @@ from agentmem.types import Scope
 ANA = Scope(user="ana")
 HEAD: frozenset[State] = frozenset({"core", "pages", "prefix"})
 PLAIN: frozenset[State] = frozenset({"plain"})
+CORE: frozenset[State] = frozenset({"core"})
+LORA: frozenset[State] = frozenset({"lora"})
+NOWHERE: frozenset[State] = frozenset()
 
 
 @st.composite
@@ -75,7 +78,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             uses=draw(st.one_of(st.floats(0, 3), st.floats(50, 500))),
             days=days,
             edits=draw(st.sampled_from([0.0, 0.0, 5.0])),
-            where=PLAIN | ({"core"} if number in core else set()) | draw(st.sampled_from([set(), {"lora"}])),
+            where=PLAIN | (CORE if number in core else NOWHERE) | draw(st.sampled_from([NOWHERE, LORA])),
             sightings=draw(st.integers(0, 4)),
             teachable=draw(st.sampled_from([True, True, False])),
             bytes=draw(st.sampled_from([0, 10**6])),
@@ -96,7 +99,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             shard=draw(st.sampled_from([1, 3, 20])),
         ),
         groups=groups,
-        core=block(core, PLAIN | {"core"} | kept),
+        core=block(core, PLAIN | CORE | kept),
         candidate=block(chosen, PLAIN),
         behind=draw(st.integers(0, 4000)),
         carried=draw(st.floats(0, 100)),
@@ -127,10 +130,10 @@ def _moved(snapshot: Snapshot, move: Move) -> Snapshot:
     if move.kind in ("collapse", "shrink"):
         core = snapshot.candidate
         if core is not None:
-            core = dataclasses.replace(core, where=PLAIN | {"core"}, bytes=0)
+            core = dataclasses.replace(core, where=PLAIN | CORE, bytes=0)
         members = set(core.records) if core else set()
         groups = tuple(
-            dataclasses.replace(one, where=(one.where - HEAD) | ({"core"} if one.key in members else set()))
+            dataclasses.replace(one, where=(one.where - HEAD) | (CORE if one.key in members else NOWHERE))
             for one in snapshot.groups
         )
         new = core.tokens + 200 if core and snapshot.able.pages else 0
@@ -140,7 +143,7 @@ def _moved(snapshot: Snapshot, move: Move) -> Snapshot:
         def learnt(group: Group) -> Group:
             if not set(group.records) <= set(move.records):
                 return group
-            where = group.where | {"lora"} if move.kind == "learn" else group.where - {"lora"}
+            where = group.where | LORA if move.kind == "learn" else group.where - LORA
             return dataclasses.replace(group, where=where)
 
         return dataclasses.replace(snapshot, groups=tuple(map(learnt, snapshot.groups)))
