@@ -137,6 +137,7 @@ def _planned(
 ) -> _Planned:
     found = _Planned()
     moves: list[Move] = []
+    primed: set[tuple[Any, ...]] = set()
     closed = jobs.closed(again=_AGAIN)
     every = snapshots.scopes(engine, scope, seen)
     with progress("planning") if len(every) >= MANY else _silent() as moved:
@@ -146,8 +147,11 @@ def _planned(
             taken = snapshot(engine, one, seen, quiet_s=quiet_s)
             found.costs = taken.costs.source
             for move in plan(taken).moves:
-                if move.key in closed:
+                head = (move.scope.model_copy(update={"session": None}), move.records, move.tokens)
+                if move.key in closed or (move.kind == "prime" and head in primed):
                     continue
+                if move.kind == "prime":  # sessions of one user may begin alike: their states are the same
+                    primed.add(head)
                 moves.append(move)
                 found.facts[move.key] = _facts(taken, move)
             if moved:

@@ -143,10 +143,13 @@ def _scope(row: Any) -> Scope:
 
 def scopes(engine: Engine, scope: Scope, seen: Ledgered | None = None) -> list[Scope]:
     """The scopes at and beneath a handle's that there may be something to plan for, the last used first: those with
-    uses, core blocks or versions that wait; where a model may write, also those with records."""
+    uses, core blocks or versions that wait; where a model may write, also those with records. Sessions that ended have
+    nothing that will be read again."""
     seen = seen or ledgered(engine, scope)
-    found = dict.fromkeys(sorted((*seen.heads, *seen.owners), key=lambda one: -_last(seen, one)))
-    found.update(dict.fromkeys(sorted(_heads(engine, scope), key=str)))
+    over = engine.clock() - ENDED_S
+    used = [one for one in dict.fromkeys((*seen.heads, *seen.owners)) if one.session is None or _last(seen, one) > over]
+    found = dict.fromkeys(sorted(used, key=lambda one: -_last(seen, one)))
+    found.update(dict.fromkeys(sorted((one for one in _heads(engine, scope) if one.session is None), key=str)))
     found.update(dict.fromkeys(whose for whose, _ in _owed(engine) if whose.within(scope)))
     if engine.settings.consolidate_writes:
         sql, values = beneath(scope)
