@@ -37,7 +37,9 @@ def plan(snapshot: Snapshot, budget: Budget | None = None) -> ConsolidationPlan:
     text, its states, the LoRA versions that act.
     """
     moves = list(_written(snapshot))
-    if not snapshot.busy:
+    if not snapshot.busy and not snapshot.requests_day:
+        moves += _wrong(snapshot)  # nothing was counted, and a prior alone moves nothing
+    elif not snapshot.busy:
         moves += _rewritten(snapshot)
         # A head that is about to change is not kept first.
         if not any(move.kind in ("collapse", "shrink") for move in moves):
@@ -163,7 +165,7 @@ def _rewritten(snapshot: Snapshot) -> Iterator[Move]:
     before = core.records if core else ()
     after = chosen.records if chosen else ()
     block = chosen or core
-    if block is None or not snapshot.able.core or before == after or not snapshot.requests_day:
+    if block is None or not snapshot.able.core or before == after:
         return
     tokens, standing = (block.tokens if block else 0 for block in (chosen, core))
     was = _worth(core, snapshot)
@@ -172,7 +174,7 @@ def _rewritten(snapshot: Snapshot) -> Iterator[Move]:
         cost = max(0, tokens - standing) * (costs.prefill + costs.write)
     else:
         cost = (tokens + snapshot.behind) * max(0.0, costs.prefill + costs.write - places.reading(snapshot))
-    holds = places.days(block)
+    holds = places.standing(block, snapshot)
     # Where it costs nothing, a difference that is mere noise is no reason either.
     if not _pays(saves, holds, cost) or saves < (HYSTERESIS - 1) * abs(was):
         return
@@ -220,7 +222,7 @@ def _distilled(snapshot: Snapshot) -> Iterator[Move]:
     standing = "prefix" in core.where
     spares = places.requests(snapshot) * core.tokens * (places.reading(snapshot) - costs.distilled * costs.cached)
     keeping = places.held(core, snapshot, costs.distilled)
-    holds = places.days(core)
+    holds = places.standing(core, snapshot)
     if standing:
         if keeping > 0 and keeping >= HYSTERESIS * spares:
             why = f"keeping it costs {amount(keeping, costs.unit)} a day, it spares {_told(spares, snapshot)}"
@@ -255,20 +257,26 @@ def _gains(snapshot: Snapshot, pupils: list[Group]) -> float:
 
 
 def _forgotten(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
-    """LoRA versions that no longer pay, and what they learnt that no longer holds."""
+    """LoRA versions that no longer pay; else what they learnt that no longer holds."""
     learnt = _learnt(snapshot)
-    wrong = [group for group in learnt if not group.teachable]
     costs_day, gains = places.acting(snapshot), _gains(snapshot, pupils)
-    if learnt and costs_day > 0 and costs_day >= HYSTERESIS * gains:
-        spares = sum(places.spared(group, snapshot) for group in learnt)
-        why = (
-            f"versions cost {_told(costs_day, snapshot)}, they spare {amount(spares, snapshot.costs.unit)}"
-            f" on {len(learnt)} groups"
-        )
-        holds = max(places.days(group) for group in learnt)
-        size = -sum(group.bytes for group in learnt)
-        yield _move(snapshot, "unlearn", _ids(learnt), saves=costs_day - spares, holds=holds, size=size, why=why)
-    elif wrong:
+    if not learnt or costs_day <= 0 or costs_day < HYSTERESIS * gains:
+        yield from _wrong(snapshot)
+        return
+    spares = sum(places.spared(group, snapshot) for group in learnt)
+    why = (
+        f"versions cost {_told(costs_day, snapshot)}, they spare {amount(spares, snapshot.costs.unit)}"
+        f" on {len(learnt)} groups"
+    )
+    holds = max(places.days(group) for group in learnt)
+    size = -sum(group.bytes for group in learnt)
+    yield _move(snapshot, "unlearn", _ids(learnt), saves=costs_day - spares, holds=holds, size=size, why=why)
+
+
+def _wrong(snapshot: Snapshot) -> Iterator[Move]:
+    """What was learnt and no longer holds, whatever it saves."""
+    wrong = [group for group in _learnt(snapshot) if not group.teachable]
+    if wrong:
         why = f"{len(wrong)} of what was learnt no longer holds, is not trusted or was said otherwise"
         yield _move(snapshot, "unlearn", _ids(wrong), size=-sum(group.bytes for group in wrong), why=why)
 
@@ -280,7 +288,7 @@ def _pupils(snapshot: Snapshot) -> list[Group]:
         return []
     found: list[tuple[float, str, Group]] = []
     for group in snapshot.groups:
-        if not group.teachable or "lora" in group.where or group.sightings < SIGHTINGS or not group.records:
+        if not group.teachable or "lora" in group.where or group.sightings < SIGHTINGS or not group.uses:
             continue
         cost = len(group.records) * costs.learn * (1 + costs.gate_fails)
         saves, holds = places.spared(group, snapshot), places.days(group)

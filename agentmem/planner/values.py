@@ -169,6 +169,8 @@ class Snapshot:
     sessions_day: float | None = None
     #: The part of requests that found the head kept; None: not known, then as if requests came by chance.
     warm: float | None = None
+    #: Days that the core block has stood as it is; None: not known, then since uses are counted.
+    stood: float | None = None
     #: Names the newest turn: what may have to be done again after it has another key then.
     latest: str = ""
 
