@@ -206,6 +206,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         carried=cores.account(engine, scope).carried,
         cold=cold,
         busy=engine.activity.busy() or (head.requests > 0 and now - head.last < quiet_s),
+        stood=(now - built) / DAY_S if core is not None and built else None,
         requests_day=head.requests / head.days(now) if head.requests else 0.0,
         unprimed=_unprimed(engine, told, core, kept=kept, cold=cold, fresh=built > head.last),
         owed=tuple(digest for whose, digest in _owed(engine) if whose == scope) if able.lora else (),
