@@ -45,7 +45,10 @@ def plan(snapshot: Snapshot, budget: Budget | None = None) -> ConsolidationPlan:
         if not any(move.kind in ("collapse", "shrink") for move in moves):
             moves += [*_kept(snapshot), *_distilled(snapshot)]
         pupils = _pupils(snapshot)
-        moves += [*_forgotten(snapshot, pupils), *_trained(snapshot, pupils)]
+        moves += _forgotten(snapshot, pupils)
+        # What a rewritten core takes in is not taught as well: only one of the two savings would come.
+        taken = snapshot.chosen if any(move.kind in ("collapse", "shrink") for move in moves) else frozenset()
+        moves += _trained(snapshot, pupils, [group for group in pupils if not taken.intersection(group.records)])
     made, left = fit(moves, budget)
     return ConsolidationPlan(moves=made, left=left, costs=dict(sorted(snapshot.costs.source.items())))
 
@@ -127,9 +130,11 @@ def _written(snapshot: Snapshot) -> Iterator[Move]:
     costs, able = snapshot.costs, snapshot.able
     read, told = snapshot.turn_tokens * costs.prefill, snapshot.answer_tokens * costs.output
     if able.lora and not snapshot.busy:
+        left = dict(zip(snapshot.owed, snapshot.owed_records, strict=False))
         for digest in snapshot.owed:
-            cost = (costs.learn or 0.0) * (1 + costs.gate_fails) * able.shard
-            why = f"a version of at most {able.shard} records lost one: it serves no more until it is trained again"
+            records = left.get(digest, able.shard)
+            cost = (costs.learn or 0.0) * (1 + costs.gate_fails) * records
+            why = f"a version lost a record: it serves no more until it is trained again with the {records} others"
             yield _move(snapshot, "retrain", [digest], cost=cost, size=costs.version_bytes, why=why)
     for session in snapshot.unsealed:
         turns = _turns(snapshot)
@@ -297,17 +302,18 @@ def _pupils(snapshot: Snapshot) -> list[Group]:
     return [group for _, _, group in sorted(found, key=lambda one: one[:2])]
 
 
-def _trained(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
+def _trained(snapshot: Snapshot, pupils: list[Group], taught: list[Group]) -> Iterator[Move]:
     """What is stable enough and used enough to be learnt, in shards of the settings' size.
 
-    The first shard of all must also pay for what versions that act cost on every request; later ones add nothing.
+    ``taught`` are those of the ``pupils`` that no other move takes. The first shard of all must also pay for what
+    versions that act cost on every request; later ones add nothing.
     """
     costs = snapshot.costs
     acting = bool(_learnt(snapshot))
     overhead = places.acting(snapshot)
     if acting and overhead > 0 and overhead >= HYSTERESIS * _gains(snapshot, pupils):
         return  # all of them go
-    for shard in _shards(pupils, snapshot.able.shard):
+    for shard in _shards(taught, snapshot.able.shard):
         records = _ids(shard)
         cost = len(records) * (costs.learn or 0.0) * (1 + costs.gate_fails)
         spares = sum(places.spared(group, snapshot) for group in shard)

@@ -158,8 +158,10 @@ class Snapshot:
     requests_day: float = 0.0
     #: Tokens of system part and core that a next request begins with and whose states are not kept yet.
     unprimed: int = 0
-    #: Digests of LoRA versions that wait to be trained again, and ids of sessions that ended unsealed.
+    #: Digests of LoRA versions that wait to be trained again, the records left in each (where missing: as many as a
+    #: version may have), and ids of sessions that ended unsealed.
     owed: tuple[str, ...] = ()
+    owed_records: tuple[int, ...] = ()
     unsealed: tuple[str, ...] = ()
     #: User turns that no extraction has read; tokens of one as a model reads it, and of what it writes about it.
     unread: int = 0

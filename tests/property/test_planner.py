@@ -297,6 +297,16 @@ def test_only_what_may_and_can_be_learnt_is_learnt(snapshot: Snapshot) -> None:
         assert not of(found, "prime"), "a host writes a prefix with the request that marks it"
 
 
+@settings(max_examples=300, deadline=None)
+@given(snapshot=snapshots())
+def test_no_saving_is_promised_twice(snapshot: Snapshot) -> None:
+    found = plan(snapshot)
+    rewritten = {record for move in of(found, "collapse", "shrink") for record in move.records}
+    learnt = [record for move in of(found, "learn") for record in move.records]
+    assert not rewritten & set(learnt)
+    assert len(set(learnt)) == len(learnt)
+
+
 @settings(max_examples=200, deadline=None)
 @given(snapshot=snapshots())
 def test_while_somebody_chats_the_head_stands_still(snapshot: Snapshot) -> None:
