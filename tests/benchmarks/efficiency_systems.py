@@ -17,6 +17,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -106,9 +107,9 @@ class Told:
     """The default local model, made to say what a `Script` holds; ``reply`` is the whole text of the next answer."""
 
     def __init__(self, script: Script) -> None:
-
         from agentmem.provider import load
 
+        generating: Any = import_module("agentmem.adapters.providers._local_generate")
         provider: Any = load("local", {})
         self.provider, self.engine, self.script = provider, provider._ready(), script
         self.reply = ""
