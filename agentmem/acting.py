@@ -56,15 +56,5 @@ def concerns(engine: Engine, scope: Scope, learnt: Collection[str]) -> Callable[
 
 
 def vouched(engine: Engine, scope: Scope, loras: Sequence[LoraRef]) -> set[str]:
-    """The records that an answer needs no text of: these acting versions learnt them, and the gate that they passed saw
-    every question about them answered. None where the setting ``lora_spares`` is off."""
-    if not loras or not engine.settings.lora_spares:
-        return set()
-    acting = {ref.digest for ref in loras}
-    return {
-        record
-        for version in engine.registry.active(scope)
-        if version.digest in acting and version.gate is not None and version.gate.passed
-        for record, share in version.gate.by_record.items()
-        if share == 1.0
-    }
+    """The records that an answer needs no text of: those that `Engine.vouched` names of these acting versions."""
+    return set(engine.vouched(scope, {ref.digest for ref in loras})) if loras else set()

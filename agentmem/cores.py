@@ -203,7 +203,8 @@ def review(
     often = [record for record in engine.records.named(needed, scope) if _holds(record, now)]
     records = [*often, *newest]
     records += [record for record in old if record.id not in {one.id for one in records}]
-    records = [record for record in records if salience.allowed(record)]
+    learnt = engine.vouched(scope)  # a LoRA version answers for these
+    records = [record for record in records if salience.allowed(record) and record.id not in learnt]
     ids = [record.id for record in records]
     sources = sources_of(engine.database, ids)
     lines = dict.fromkeys(ids, 0) | {record.id: _line(engine, record) for record in old}
