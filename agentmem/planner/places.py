@@ -20,12 +20,12 @@ __all__ = [
     "daily",
     "days",
     "held",
-    "now",
     "once",
     "place",
     "reading",
     "spared",
     "stable",
+    "standing",
     "uses",
 ]
 
@@ -41,12 +41,6 @@ DAY_S = 86_400.0
 PLACES: tuple[State, ...] = ("plain", "core", "pages", "prefix", "lora")
 
 
-def watched(snapshot: Snapshot) -> float:
-    """Days over which the scope's uses were counted."""
-    groups = [*snapshot.groups, *(block for block in (snapshot.core, snapshot.candidate) if block)]
-    return max((group.days for group in groups), default=1.0)
-
-
 def _requests(snapshot: Snapshot, days: float) -> float:
     return rate(snapshot.requests_day * days, days).mean
 
@@ -54,7 +48,7 @@ def _requests(snapshot: Snapshot, days: float) -> float:
 def requests(snapshot: Snapshot) -> float:
     """Requests a day. What was watched for an hour is not believed to go on like that all day: the same prior as for
     uses is beneath both, so that their ratio stays what was counted."""
-    return _requests(snapshot, watched(snapshot))
+    return _requests(snapshot, snapshot.watched)
 
 
 def uses(group: Group, snapshot: Snapshot) -> float:
@@ -66,6 +60,13 @@ def uses(group: Group, snapshot: Snapshot) -> float:
 def days(group: Group) -> float:
     """Days for which a saving on this group is counted on: until it is edited, as far as that can be foreseen."""
     return min(lifetime(group.edits, group.days), MOST_DAYS)
+
+
+def standing(block: Group, snapshot: Snapshot) -> float:
+    """Days for which a core block is counted on to stand: as long as the last one stood, if none of it is edited before
+    that. So one that was chosen a moment ago is not worth another rebuild for a better one."""
+    stood = snapshot.watched if snapshot.stood is None else snapshot.stood
+    return min(days(block), stood)
 
 
 def stable(group: Group, until: float) -> bool:
@@ -147,19 +148,11 @@ def place(group: Group) -> State:
     return next(state for state in reversed(PLACES) if state in group.where or state == "plain")
 
 
-def now(group: Group, snapshot: Snapshot) -> float:
-    """What the group costs a day without any LoRA version: as it is laid out today."""
-    if "core" in group.where or "pages" in group.where:
-        return requests(snapshot) * group.tokens * reading(snapshot)
-    return uses(group, snapshot) * group.tokens * snapshot.costs.prefill
-
-
 def spared(group: Group, snapshot: Snapshot) -> float:
-    """What a LoRA version spares on the group at least: beside the cheaper of recalling it and reading it at the head.
-
-    What is weighed so is taught only if no cheaper place would have done.
+    """What a LoRA version spares on the group a day: what recalling it costs, or what reading it at the head does if it
+    is in the core that would be chosen and that is cheaper. The core has no room for all that would pay there.
     """
     recalled = uses(group, snapshot) * group.tokens * snapshot.costs.prefill
-    if not snapshot.able.core:
+    if not snapshot.able.core or not snapshot.chosen.issuperset(group.records):
         return recalled
     return min(recalled, requests(snapshot) * group.tokens * reading(snapshot))

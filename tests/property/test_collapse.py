@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import json
 import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -107,6 +109,21 @@ def test_ten_thousand_random_traces_against_the_best_schedule_in_hindsight() -> 
     assert max(every) <= 2 + 1e-9
     assert sum(every) / len(every) <= 1.18, {kind: sum(found) / len(found) for kind, found in ratios.items()}
     assert max(every) > 1.5, "the traces would not tell a bad rule"
+
+
+def test_whole_bills_of_simulated_conversations(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(Path(__file__).resolve().parents[1] / "benchmarks"))
+    rules = importlib.import_module("collapse_rules")
+    classes = list(rules.classes().values())
+    chance = random.Random(8)
+    cases = [
+        (classes[number % len(classes)], rules.random_trace(chance, rules.KINDS[number // len(classes) % 5]))
+        for number in range(200)
+    ]
+    found = rules.summed(rules.compared(cases))
+    assert found["rule"]["max"] <= 2
+    assert found["rule"]["mean"] <= 1.1
+    assert found["rule"]["mean"] < min(found["each"]["mean"], found["never"]["mean"])
 
 
 @st.composite
