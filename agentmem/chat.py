@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from . import cores, economics, planning, prompt
+from .acting import vouched
 from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
 from .engine import Engine
@@ -98,6 +99,12 @@ class _Prepared:
     @property
     def turn(self) -> list[Message]:
         return [said for _, said in self.asked]
+
+    @property
+    def spared(self) -> tuple[str, ...]:
+        """The records that the search named and that the turn needs no text of."""
+        here = {hit.record.id for hit in self.recalled}
+        return tuple(hit.record.id for hit in self.hits if hit.record.id not in here)
 
 
 def chat(
@@ -192,9 +199,12 @@ def _prepared(
             engine, conversation, turn[0].content, present, noted, recall=recall, core=here
         )
     if recall:
-        block = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=hits if asks else None)
+        named = hits if asks else None
+        block = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=named)
     core, in_core = block.records, block.ids
-    in_turn = [hit for hit in hits if hit.record.id not in in_core]
+    loras = engine.active_loras(conversation.scope, concerned)
+    known = in_core | vouched(engine, conversation.scope, loras)
+    in_turn = [hit for hit in hits if hit.record.id not in known]
     recalled = [prompt.shown(hit) for hit in in_turn]
     if plan is not None:  # whether what was recalled stays is known only now
         layout = plan.choose(session.session or "", head, told, planning.sizes(engine, in_turn))
@@ -221,7 +231,7 @@ def _prepared(
         options=options,
         recalled=recalled,
         cache=_asked_of_host(engine, conversation, plan, layout, sent),
-        concerned=concerned,
+        loras=loras,
     )
     learnt = {record for ref in request.loras for record in ref.records}
     if engine.settings.lora_when == "recalled":
@@ -246,7 +256,7 @@ def _facts(engine: Engine, conversation: Conversation, made: _Prepared, generati
         recalled_tokens=sum(tokens for _, tokens in planning.sizes(engine, made.recalled)),
         message_tokens=prompt.cost(made.turn, engine.count),
         core=tuple(record.id for record in core.records),
-        used=tuple(hit.record.id for hit in made.hits if hit.record.id in core.ids),
+        used=made.spared,
         start=start,
         folded=gone,
         kept=layout is not None and layout.keep,
@@ -287,7 +297,7 @@ def _stored(
     before_it = (
         {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core.ids | made.learnt
     )
-    used = [hit.record.id for hit in made.hits if hit.record.id in made.core.ids]
+    used = made.spared
     facts = planning.facts(engine, session, made.sent, made.turn, recalled=made.recalled, used=used, reply=generation)
     try:
         with engine.database.write() as connection:
@@ -343,7 +353,8 @@ def prime(
     stands = standing(engine, conversation, plan)
     layout, history = begun(engine, conversation, planning.head_tokens(engine, head, (), memories=True), 0)
     present = {record for said in history for record in said.records}
-    core = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=None).records
+    block = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=None)
+    core = block.records
     segments = prompt.lay_out(
         system=head,
         core=prompt.quote(core) if core else None,
@@ -356,7 +367,8 @@ def prime(
         return Usage()
     cache = _asked_of_host(engine, conversation, plan, layout, sent)
     options = Options(max_tokens=0)
-    request = _request(engine, conversation, segments, options=options, cache=cache, concerned=conversation.concerned)
+    loras = engine.active_loras(conversation.scope, conversation.concerned)
+    request = _request(engine, conversation, segments, options=options, cache=cache, loras=loras)
     shown_here = _shown(engine, provider, segments)
     generation: Generation = yield Generate(provider, request)
     _observe(engine, conversation, request, sent, generation)
@@ -414,7 +426,7 @@ def _request(
     cache: CachePlan | None = None,
     tools: tuple[Mapping[str, Any], ...] = (),
     recalled: Sequence[Record] = (),
-    concerned: Sequence[str] = (),
+    loras: tuple[LoraRef, ...] = (),
 ) -> Request:
     scope = conversation.scope
     record_pages = engine.record_view(scope) if recalled else None
@@ -437,7 +449,7 @@ def _request(
         recalled=lines,
         record_pages=record_pages,
         prefixes=engine.prefix_view(scope),
-        loras=engine.active_loras(scope, concerned),
+        loras=loras,
     )
 
 

@@ -75,38 +75,45 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
 
     def command(
-        name: str, work: Callable[[argparse.Namespace], int], text: str, *parents: argparse.ArgumentParser
+        name: str, work: Callable[[argparse.Namespace], int], text: str, parents: Sequence[argparse.ArgumentParser]
     ) -> argparse.ArgumentParser:
-        made = commands.add_parser(name, help=text, description=text, parents=[where, *parents])
+        made = commands.add_parser(name, help=text, description=text, parents=parents)
         made.set_defaults(run=work)
         return made
 
-    one = command("consolidate", _consolidate, "move memories between the kinds where that pays, now", whose)
+    one = command("consolidate", _consolidate, "move memories between the kinds where that pays, now", [where, whose])
     one.add_argument("--dry-run", action="store_true", help="print what would be done, with what it is to save")
     _budgeted(one)
-    one = command("worker", _worker, "consolidate a folder that other processes chat in, until SIGTERM or SIGINT")
+    one = command(
+        "worker", _worker, "consolidate a folder that other processes chat in, until SIGTERM or SIGINT", [where]
+    )
     when = one.add_mutually_exclusive_group()
     when.add_argument("--once", action="store_true", help="do what is due and end")
     when.add_argument("--every", type=_positive, metavar="SECONDS", help="on a schedule")
     when.add_argument("--idle", type=_positive, metavar="SECONDS", help=f"after a silence (default: {IDLE_S:g})")
     one.add_argument("--nice", type=int, default=10, help="how far to step back behind other processes (default: 10)")
     _budgeted(one)
-    one = command("jobs", _jobs, "moves under way, made and failed; pause and resume them", whose)
+    one = command("jobs", _jobs, "moves under way, made and failed; pause and resume them", [where, whose])
     state = one.add_mutually_exclusive_group()
     state.add_argument("--pause", action="store_true", help="let no process consolidate this folder in the background")
     state.add_argument("--resume", action="store_true", help="take that back")
-    one = command("report", _report, "what memory cost and saved", whose)
+    one = command("report", _report, "what memory cost and saved", [where, whose])
     one.add_argument("--since", help="ISO date or time")
     one.add_argument("--until", help="ISO date or time")
     one.add_argument("--html", metavar="FILE", help="write it as a page, too")
-    one = command("explain", _explain, "where a record lives, why, what it cost and saved, what would move it", whose)
+    one = command(
+        "explain", _explain, "where a record lives, why, what it cost and saved, what would move it", [where, whose]
+    )
     one.add_argument("id", help="the record's id")
-    command("verify", _verify, "check every record, vector, page, slot and LoRA version; 1 if one is damaged")
-    one = command("tco", _tco, "what a workload costs a month, by provider, machine and memory policy")
+    command("verify", _verify, "check every record, vector, page, slot and LoRA version; 1 if one is damaged", [where])
+    one = command("tco", _tco, "what a workload costs a month, by provider, machine and memory policy", [])
     if "tco" in argv:  # the others need nothing of it
         from .tco import options
 
         options.add_arguments(one)
+        # What stands before the command is hidden by its own option of that name.
+        before, _ = where.parse_known_args(argv[: argv.index("tco")])
+        one.set_defaults(path=Path(before.path) if hasattr(before, "path") else None)
     return parser
 
 
@@ -156,7 +163,7 @@ def _worker(args: argparse.Namespace) -> int:
 def _once(engine: Engine, background: Background, failed: list[AgentMemError]) -> None:
     try:
         if consolidate.due(engine):
-            background.run()
+            _say(f"made {len(background.run().moves)} moves")
         else:
             _say("nothing is due")
     except AgentMemError as error:
@@ -226,7 +233,13 @@ def _verify(args: argparse.Namespace) -> int:
 def _tco(args: argparse.Namespace) -> int:
     from .tco import options
 
-    _say(str(options.run(args)))
+    found = options.run(args)
+    if sys.stdout.isatty():
+        from rich.console import Console
+
+        Console().print(found)
+    else:
+        _say(str(found))
     return 0
 
 

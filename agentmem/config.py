@@ -53,8 +53,8 @@ class Settings(BaseSettings):
     redact: tuple[str, ...] = Field(
         default=(), description="taken out before anything is stored: email, phone, card, key, iban; or a function"
     )
-    recall_k: int = Field(default=6, ge=0, description="records recalled for a turn at most")
-    recall_tokens: int = Field(default=500, ge=0, description="tokens of recalled records in a turn at most")
+    recall_k: int = Field(default=10, ge=0, description="records recalled for a turn at most")
+    recall_tokens: int = Field(default=800, ge=0, description="tokens of recalled records in a turn at most")
     search_ram: int = Field(
         default=256 << 20, ge=0, description="bytes of token vectors that searches keep in this process's RAM"
     )
@@ -103,6 +103,11 @@ class Settings(BaseSettings):
         description="when an active LoRA version acts on a request: only where the plaintext index says that the "
         "request concerns what the version learnt, or on every request of its scope (one whose gate judged the former "
         "only is then left out)",
+    )
+    lora_spares: bool = Field(
+        default=True,
+        description="a record that an acting LoRA version learnt, and that its gate saw answered every time, is not "
+        "recalled as text too",
     )
     lora_gate: dict[str, float] = Field(
         default={}, description="what a LoRA version must reach before it may serve: `parametric.gate.Thresholds`"

@@ -39,6 +39,10 @@ TOLD = 20
 #: The row of ``meta`` that says what the last plan of the whole folder had seen.
 PLANNED = "consolidation planned"
 
+#: Work that one move may leave a part of. All other keys name what the move acts on, with the newest turn where that
+#: matters: made once, there is nothing more to do (and what the user took back since, such as by a rollback, stays so).
+_AGAIN = ("extract", "reconcile")
+
 Stop = Callable[[], bool]
 _log = logging.getLogger("agentmem")
 
@@ -63,11 +67,11 @@ def consolidate(
         return ConsolidationPlan(dry_run=bool(dry_run))
     jobs = Jobs(engine.database, engine.clock)
     seen = snapshots.ledgered(engine, scope)
-    earlier = _measured(engine, scope, jobs, seen)
     planned = _planned(engine, scope, seen, jobs, limit, stop=stop, quiet_s=quiet_s)
     if dry_run:
+        told = _measured(engine, scope, jobs, seen)
         return ConsolidationPlan(
-            dry_run=True, moves=planned.moves, left=planned.left, outcomes=earlier, costs=planned.costs
+            dry_run=True, moves=planned.moves, left=planned.left, outcomes=told, costs=planned.costs
         )
     begun = _state(engine)
     owner = Jobs.owner()
@@ -96,12 +100,16 @@ def consolidate(
         left = planned.left
         if not any(move.key not in tried for move in planned.moves):
             break
-    if scope == Scope() and not stop():
-        _note_planned(engine, begun)
+    if not stop():
+        jobs.clear(scope)
+        if scope == Scope():
+            _note_planned(engine, begun)
+    now = {outcome.move.key for outcome in made}
+    earlier = _measured(engine, scope, jobs, seen)
     return ConsolidationPlan(
         moves=tuple(outcome.move for outcome in made),
         left=tuple(dict.fromkeys(left)),
-        outcomes=(*made, *earlier),
+        outcomes=(*made, *(outcome for outcome in earlier if outcome.move.key not in now)),
         costs=planned.costs,
     )
 
@@ -129,7 +137,8 @@ def _planned(
 ) -> _Planned:
     found = _Planned()
     moves: list[Move] = []
-    closed = jobs.closed() | {job.move.key for job in jobs.jobs(limit=10_000) if _once(job)}
+    primed: set[tuple[Any, ...]] = set()
+    closed = jobs.closed(again=_AGAIN)
     every = snapshots.scopes(engine, scope, seen)
     with progress("planning") if len(every) >= MANY else _silent() as moved:
         for number, one in enumerate(every, 1):
@@ -138,19 +147,17 @@ def _planned(
             taken = snapshot(engine, one, seen, quiet_s=quiet_s)
             found.costs = taken.costs.source
             for move in plan(taken).moves:
-                if move.key in closed:
+                head = (move.scope.model_copy(update={"session": None}), move.records, move.tokens)
+                if move.key in closed or (move.kind == "prime" and head in primed):
                     continue
+                if move.kind == "prime":  # sessions of one user may begin alike: their states are the same
+                    primed.add(head)
                 moves.append(move)
                 found.facts[move.key] = _facts(taken, move)
             if moved:
                 moved(number, len(every))
     found.moves, found.left = fit(moves, limit)
     return found
-
-
-def _once(job: Job) -> bool:
-    """Whether a move is not to be made again though it would pay: what the user took back (a rollback) stays so."""
-    return job.move.kind == "learn" and job.state == "done"
 
 
 def _facts(taken: Snapshot, move: Move) -> dict[str, float]:
@@ -241,8 +248,8 @@ def _saved(engine: Engine, job: Job, outcome: Outcome, tokens: Mapping[str, int]
     Of a core block: the records that searches named and that stand in it now and did not before, which would have been
     recalled uncached; less those that were recalled because they stand in it no longer, and less the tokens by which it
     is longer, read from the cache or computed as each request was. Of a LoRA version: the records that searches named
-    and that it answered, less what it adds to the requests that it acted on. Of a primed or distilled head: its tokens
-    that came from a cache.
+    and that it answered, less what it adds to the requests that it acted on. Of a distilled head: its tokens that came
+    from a cache; of a primed one, those of the first request after it.
     """
     facts, move = job.facts, job.move
     if not {"prefill", "cached", "a request"} <= set(facts) or move.kind not in _SAVING:
@@ -252,6 +259,8 @@ def _saved(engine: Engine, job: Job, outcome: Outcome, tokens: Mapping[str, int]
     if turns and move.kind in _HEADS:  # until a chat rewrote the block: what follows is not this move's
         stood = turns[0][1].get("core")
         turns = list(itertools.takewhile(lambda one: one[1].get("core") == stood, turns))
+    elif move.kind == "prime":  # the next request would have kept what it computed: only it was spared that
+        turns = turns[:1]
     if not turns:
         return outcome
     prefill, cached = facts["prefill"], facts["cached"]

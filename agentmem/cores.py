@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from . import economics, prompt
 from .activation.layout_state import store, stored
 from .engine import Engine
+from .ledger.uses import beneath
 from .plaintext.drafts import utc_seconds
 from .planner.collapse import Account
 from .types import Record, Scope
@@ -41,9 +42,13 @@ __all__ = [
 _log = logging.getLogger("agentmem")
 
 #: The newest records that a core is chosen from, and the newest turns that say what is needed.
-CORE_CANDIDATES, TURNS_SEEN = 800, 200
+CORE_CANDIDATES, TURNS_SEEN = 400, 160
 #: Turns that a core is expected to stand, until collapses have shown it: what writing it costs is divided among them.
-STANDS_TURNS = 60
+STANDS_TURNS = 50.0
+#: What a collapse moves that belief.
+MOVES = 0.3
+#: Uses that the prior of how often a core is needed weighs as much as.
+PRIOR_NEEDS = 3.0
 #: Kinds of what a model wrote that stand for their sources; a summary has less in it than what it sums up.
 INSTEAD = frozenset({"fact", "preference"})
 
@@ -86,11 +91,15 @@ def collapse(engine: Engine, scope: Scope, records: Sequence[str] | None = None)
     """Rewrite the block, in one transaction: of exactly these records if all still hold and are visible here, else of
     what `candidate` chooses. Its account begins anew. Doing it twice is doing it once."""
     chosen = engine.records.named(records, scope) if records is not None else []
+    before = account(engine, scope)
+    stood = _stands(engine, scope)
     if records is None or len(chosen) < len(records) or _ended(engine, chosen):
         chosen = candidate(engine, scope)
     with engine.database.write() as connection:
         _store(engine, connection, scope, chosen)
-        keep_account(engine, connection, scope, Account(since=engine.clock()))
+        stood += MOVES * (before.turns - stood) if before.turns else 0.0
+        state = {**asdict(Account(since=engine.clock())), "stands": stood}
+        store(connection, _name(engine), scope, engine.clock(), state)
     return chosen
 
 
@@ -124,7 +133,14 @@ def account(engine: Engine, scope: Scope) -> Account:
 
 def keep_account(engine: Engine, connection: sqlite3.Connection, scope: Scope, now: Account) -> None:
     """Keep it, in the caller's transaction."""
-    store(connection, _name(engine), scope, engine.clock(), asdict(now))
+    state = {**asdict(now), "stands": _stands(engine, scope)}
+    store(connection, _name(engine), scope, engine.clock(), state)
+
+
+def _stands(engine: Engine, scope: Scope) -> float:
+    """Turns that a core of this scope stands, as far as collapses have shown it."""
+    stood = stored(engine.database, _name(engine), scope).get("stands", STANDS_TURNS)
+    return max(1.0, float(stood)) if isinstance(stood, int | float) else STANDS_TURNS
 
 
 def _name(engine: Engine) -> str:
@@ -180,28 +196,28 @@ def review(
     begins = _begins(engine, scope) if present is None else None
     old = list(stands or ())
     newest = engine.records.newest(scope, limit=CORE_CANDIDATES, at=now)[::-1]
-    seen = [
-        salience.Seen(turn.at, frozenset((*(id_ for id_, _ in turn.recalled), *turn.used)))
-        for turn in engine.ledger.turns(scope, engine.chat_provider().name, TURNS_SEEN)
-    ]
+    past = _past(engine, scope)
+    seen = [salience.Seen(turn.at, turn.named) for turn in past]
     met = {record.id for record in (*newest, *old)}
     needed = list(dict.fromkeys(id_ for turn in seen for id_ in turn.needed if id_ not in met))
     often = [record for record in engine.records.named(needed, scope) if _holds(record, now)]
     records = [*often, *newest]
     records += [record for record in old if record.id not in {one.id for one in records}]
-    records = [record for record in records if salience.allowed(record)]
+    learnt = engine.vouched(scope)  # a LoRA version answers for these
+    records = [record for record in records if salience.allowed(record) and record.id not in learnt]
     ids = [record.id for record in records]
     sources = sources_of(engine.database, ids)
-    likely = salience.chances(records, seen, edits=_edits(engine, ids), sources=sources)
-    lines = dict.fromkeys(ids, 0)
+    lines = dict.fromkeys(ids, 0) | {record.id: _line(engine, record) for record in old}
+    scale = _scale(past, old, sum(lines.values()))
+    likely = salience.chances(records, seen, edits=_edits(engine, ids), sources=sources, prior=scale)
     life = rules.lifetimes[0]
     read = rules.read if cached else 1.0
-    price = read + (life.write - rules.read) / STANDS_TURNS
+    price = read + (life.write - rules.read) / _stands(engine, scope)
     able = []
     for record in records:
         # A line is counted only where it may be chosen at all: counting is most of the work.
-        if likely[record.id] > price or fill or any(record.id == one.id for one in old):
-            lines[record.id] = engine.count(prompt.record_line(record)) + 1
+        if likely[record.id] > price or fill:
+            lines[record.id] = lines[record.id] or _line(engine, record)
             shown = record.id in present if present is not None else begins is not None and _told(record, begins)
             if not shown:
                 able.append(salience.Candidate(record, lines[record.id], likely[record.id]))
@@ -216,6 +232,48 @@ def review(
     gain = sum((likely.get(one.id, 0.0) - read) * lines.get(one.id, 0) for one in old)
     total = sum(lines.get(one.id, 0) for one in old)
     return Review(chosen, salience.Chosen(tuple(old), total, gain), lines)
+
+
+def _line(engine: Engine, record: Record) -> int:
+    return engine.count(prompt.record_line(record)) + 1
+
+
+@dataclass(frozen=True, slots=True)
+class _Past:
+    """A turn: when, the records that its search named, how many of them stood in the core, the core's tokens."""
+
+    at: float
+    named: frozenset[str]
+    used: int
+    core: int
+
+
+def _scale(past: Sequence[_Past], old: Sequence[Record], tokens: int) -> float:
+    """How often the records of a core were really needed, beside what their words promised: the mean of a Gamma
+    posterior over the turns that a core stood in."""
+    from .plaintext import salience
+
+    if not old or not tokens:
+        return 1.0
+    promised = sum(salience.promise(record) for record in old) / tokens  # a token and turn
+    expected = sum(turn.core for turn in past) * promised
+    return (sum(turn.used for turn in past) + PRIOR_NEEDS) / (expected + PRIOR_NEEDS)
+
+
+def _past(engine: Engine, scope: Scope) -> list[_Past]:
+    """The newest turns of this scope, oldest first."""
+    where, values = beneath(scope)
+    rows = engine.database.query(
+        f"SELECT at, turn FROM uses WHERE {where} AND verb = 'chat' AND turn IS NOT NULL ORDER BY id DESC LIMIT ?",
+        (*values, TURNS_SEEN),
+    )
+    found: list[_Past] = []
+    for row in reversed(rows):
+        turn = json.loads(row["turn"])  # three of its fields: a validated turn each would take most of a review's time
+        used = turn.get("used", ())
+        named = [id_ for id_, _ in turn.get("recalled", ())]
+        found.append(_Past(row["at"], frozenset((*named, *used)), len(used), turn.get("core", 0)))
+    return found
 
 
 def _begins(engine: Engine, scope: Scope) -> str | None:

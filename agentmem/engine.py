@@ -315,6 +315,20 @@ class Engine:
             return frozenset()
         return frozenset(record for version in self.registry.active(scope) for record in version.records)
 
+    def vouched(self, scope: Scope, digests: Collection[str] | None = None) -> frozenset[str]:
+        """Ids of the records that this scope's active LoRA versions (of these digests) passed their gate with, every
+        question about them answered: a prompt does without their text. None with the setting ``lora_spares`` off."""
+        provider = self.provider
+        if provider is None or not provider.capabilities.loras or not self.settings.lora_spares:
+            return frozenset()
+        return frozenset(
+            record
+            for version in self.registry.active(scope)
+            if (digests is None or version.digest in digests) and version.gate.passed
+            for record, share in version.gate.by_record.items()
+            if share == 1.0
+        )
+
     def active_loras(self, scope: Scope, concerned: Collection[str] | None = None) -> tuple[LoraRef, ...]:
         """The LoRA versions that answer for this scope, where the provider can serve them.
 

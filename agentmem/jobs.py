@@ -185,6 +185,20 @@ class Jobs:
                 "DELETE FROM jobs WHERE kind = ? AND record = ? AND state = 'done'", [(MOVE, key) for key in keys]
             )
 
+    def clear(self, scope: Scope) -> None:
+        """Forget moves of this scope that were begun and given up, and that no plan has asked for again."""
+        now = self._clock()
+        with self._database.write() as connection:
+            rows = connection.execute(
+                "SELECT record, state, tries, note, at FROM jobs WHERE kind = ? AND state IN ('queued', 'running')",
+                (MOVE,),
+            ).fetchall()
+            for row in rows:
+                job = _job(row)
+                waits = row["state"] == "queued" or self._lapsed(_note(row["note"]), now)
+                if waits and (job is None or job.move.scope.within(scope)):
+                    connection.execute("DELETE FROM jobs WHERE kind = ? AND record = ?", (MOVE, row["record"]))
+
     def jobs(self, scope: Scope | None = None, limit: int = 200) -> list[Job]:
         """The newest moves of this scope and beneath it, newest first; those under way before all others."""
         found: list[Job] = []
@@ -204,16 +218,20 @@ class Jobs:
         """What became of the newest moves, newest first; those under way are ``running``."""
         return [job.told() for job in self.jobs(scope, limit)]
 
-    def closed(self) -> set[str]:
-        """The keys of moves that nobody can take now: under way elsewhere, or left alone after failures."""
+    def closed(self, again: Sequence[str] = ()) -> set[str]:
+        """The keys of moves that are not to be made now: under way elsewhere, left alone after failures, or done, but
+        for the kinds that may be made ``again`` under the same key."""
         now = self._clock()
+        rows = self._database.query(
+            "SELECT record, state, tries, note, at FROM jobs WHERE kind = ? AND (state IN ('running', 'failed') OR"
+            " (state = 'done' AND json_extract(note, '$.move.kind') NOT IN (SELECT value FROM json_each(?))))",
+            (MOVE, json.dumps(list(again))),
+        )
         return {
             row["record"]
-            for row in self._database.query(
-                "SELECT record, state, tries, note, at FROM jobs WHERE kind = ? AND state IN ('running', 'failed')",
-                (MOVE,),
-            )
-            if (row["state"] == "running" and not self._lapsed(_note(row["note"]), now))
+            for row in rows
+            if row["state"] == "done"
+            or (row["state"] == "running" and not self._lapsed(_note(row["note"]), now))
             or (row["state"] == "failed" and not _again(row["tries"], row["at"], now))
         }
 

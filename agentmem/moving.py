@@ -23,7 +23,8 @@ from .jobs import Jobs
 from .ledger.uses import beneath
 from .planner.values import Move, Outcome
 from .publishing import withdraw
-from .types import Record, Retraining, Scope
+from .snapshots import ENDED_S
+from .types import LEVELS, Record, Retraining, Scope
 
 __all__ = ["SEALED", "Stopped", "make"]
 
@@ -190,10 +191,22 @@ def _collapse(engine: Engine, move: Move) -> Flow[_Made]:
 
 
 def _prime(engine: Engine, move: Move) -> Flow[_Made]:
-    """What a next conversation of this scope begins with is computed (here) or sent (to a host) ahead of it."""
-    usage = yield from chats.prime(engine, Conversation(move.scope))
+    """What the next request of this scope begins with is computed (here) or sent (to a host) ahead of it: with the
+    history of a session that goes on, else the head of a new one."""
+    usage = yield from chats.prime(engine, Conversation(move.scope, _going_on(engine, move.scope)))
     computed = usage.input_tokens - usage.cached_tokens
     return _Made(note=f"{computed} of {usage.input_tokens} tokens computed")
+
+
+def _going_on(engine: Engine, scope: Scope) -> Scope | None:
+    """The session in which was last spoken, where that is not over."""
+    sql, values = beneath(scope, since=engine.clock() - ENDED_S)
+    columns = ", ".join(LEVELS)
+    rows = engine.database.query(
+        f"SELECT {columns} FROM uses WHERE {sql} AND verb = 'chat' ORDER BY id DESC LIMIT 1", values
+    )
+    session = Scope(**{level: rows[0][level] or None for level in LEVELS}) if rows else None
+    return session if session is not None and session.session is not None else None
 
 
 def _distil(engine: Engine, move: Move) -> Flow[_Made]:

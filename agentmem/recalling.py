@@ -28,9 +28,13 @@ if TYPE_CHECKING:
 __all__ = ["TOLD_K", "TOLD_TOKENS", "Core", "core_of", "recalled", "standing"]
 
 #: Recalled at most, records and tokens, for a turn that surely asks for nothing.
-TOLD_K, TOLD_TOKENS = 3, 150
+TOLD_K = 3
+TOLD_TOKENS = 150
+#: The same for a turn that does not surely ask.
+UNSURE_K = 6
+UNSURE_TOKENS = 500
 #: Turns after which the core that would be chosen is looked at again while nothing else asks for it.
-REVIEWED = 8
+REVIEWED = 16
 
 
 @dataclass
@@ -65,7 +69,7 @@ def recalled(
     What is recalled is most of what a turn costs: there are none where nothing is likely to be evidence, and few where
     the turn asks for nothing.
     """
-    from .plaintext.asking import tells
+    from .plaintext.asking import asks, tells
     from .plaintext.concerning import WEIGHED
     from .plaintext.fusion import TOGETHER, taken
 
@@ -92,10 +96,16 @@ def recalled(
     if not recall:
         return [], concerned
     most, tokens = settings.recall_k, settings.recall_tokens
+    asking = asks(query)
     if telling:
         most, tokens = min(most, TOLD_K), min(tokens, TOLD_TOKENS)
+    elif not asking:
+        most, tokens = min(most, UNSURE_K), min(tokens, UNSURE_TOKENS)
     found = [hit for hit in found if hit.record.id not in present][:together]
-    likely = found[: min(taken([hit.score for hit in found]), most)]
+    worth = taken([hit.score for hit in found])
+    # A question that memory can answer at all gets all that may: leaving out what is less likely than the best costs
+    # more answers than tokens (measured: tests/benchmarks/efficiency.py).
+    likely = found[: most if asking and worth else min(worth, most)]
     shown = [prompt.shown(hit) for hit in likely if hit.record.id not in core]
     fitting = {record.id for record in prompt.fit(shown, within(engine, tokens, 0.1), engine.count)}
     return [hit for hit in likely if hit.record.id in fitting or hit.record.id in core], concerned
@@ -125,9 +135,10 @@ def core_of(
     """The core block of this request, rewritten before it where that is due.
 
     ``stands`` is the block as it stands, ``hits`` what the search named for this turn; None for a request that is no
-    question (a tool's result, a prime): then nothing is rewritten that is still cached. The rule is ski rental
-    (planner/collapse.py): what this request carries is the bill with the block as it stands above the bill with the one
-    that would be chosen, and a rebuild is that block and all that is cached behind it, written instead of read.
+    question (a tool's result, a prime): then nothing is rewritten that is still cached.
+    The rule is ski rental (planner/collapse.py): what this request carries is the bill with the block as it stands
+    above the bill with the one that would be chosen, and a rebuild is that block and all that is cached behind it,
+    written instead of read.
     """
     if not engine.settings.core_tokens:
         return Core()
@@ -139,7 +150,8 @@ def core_of(
         return Core(stands or [])
     scope, rules = conversation.scope, plan.rules
     seen = conversation.reviewed
-    if seen is None or cold or seen[0] >= REVIEWED or seen[1].standing.records != tuple(stands or ()):
+    stale = seen is None or (seen[0] >= REVIEWED and hits) or seen[1].standing.records != tuple(stands or ())
+    if seen is None or cold or stale:
         review = cores.review(engine, scope, rules, present, stands, fill=layout.core, cached=layout.kept)
         conversation.reviewed = (1, review)
     else:
@@ -160,6 +172,8 @@ def core_of(
     else:
         due = Collapse.due(before, carry * token, rebuild * token)
     if not due:
+        # Compared with the present rebuild alone: what the history behind it has grown by was paid for by any schedule,
+        # and is written anew for nothing when the history next begins elsewhere.
         now = Collapse.note(before, carry * token, collapsed=False, at=engine.clock(), rebuild=rebuild * token)
         unit = economics.costs(engine).unit
         told = f"the core stands: {amount(now.carried, unit)} carried, a rebuild costs {amount(rebuild * token, unit)}"

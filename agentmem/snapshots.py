@@ -15,7 +15,8 @@ from .economics import costs as costs_of
 from .engine import Engine
 from .ledger.uses import LISTED, beneath
 from .plaintext.drafts import utc_seconds
-from .planner.values import Able, Group, Snapshot, State
+from .planner.places import MOST_DAYS
+from .planner.values import Able, Costs, Group, Snapshot, State
 from .teaching import contradicted, owner
 from .types import LEVELS, Record, Scope
 
@@ -25,7 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Seen", "ledgered", "requests_since", "scopes", "snapshot"]
 
 #: Records of one scope that are weighed at most: those used most.
-WEIGHED = 1000
+WEIGHED = 500
 #: A session without a word for so many seconds has ended.
 ENDED_S = 1800.0
 #: Turns of the ledger that are read at most, the newest.
@@ -142,11 +143,14 @@ def _scope(row: Any) -> Scope:
 
 def scopes(engine: Engine, scope: Scope, seen: Ledgered | None = None) -> list[Scope]:
     """The scopes at and beneath a handle's that there may be something to plan for, the last used first: those with
-    uses, core blocks or versions that wait; where a model may write, also those with records."""
+    uses, core blocks or versions that wait; where a model may write, also those with records. Sessions that ended have
+    nothing that will be read again."""
     seen = seen or ledgered(engine, scope)
-    found = dict.fromkeys(sorted((*seen.heads, *seen.owners), key=lambda one: -_last(seen, one)))
-    found.update(dict.fromkeys(sorted(_heads(engine, scope), key=str)))
-    found.update(dict.fromkeys(whose for whose, _ in _owed(engine) if whose.within(scope)))
+    over = engine.clock() - ENDED_S
+    used = [one for one in dict.fromkeys((*seen.heads, *seen.owners)) if one.session is None or _last(seen, one) > over]
+    found = dict.fromkeys(sorted(used, key=lambda one: -_last(seen, one)))
+    found.update(dict.fromkeys(sorted((one for one in _heads(engine, scope) if one.session is None), key=str)))
+    found.update(dict.fromkeys(whose for whose, _, _ in _owed(engine) if whose.within(scope)))
     if engine.settings.consolidate_writes:
         sql, values = beneath(scope)
         rows = engine.database.query(
@@ -189,22 +193,25 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         chosen, layout = _candidate(engine, scope, standing, head, head_tokens=told)
         cold = cold if layout is None else layout.cold
         behind = head.behind if layout is None else layout.behind
+    owed = [(digest, remain) for whose, digest, remain in _owed(engine) if whose == scope] if able.lora else []
     return Snapshot(
         at=now,
         scope=scope,
         model=engine.chat_provider().name,
         costs=costs,
         able=able,
-        groups=tuple(_groups(engine, scope, mine, standing, able=able, now=now)),
+        groups=tuple(_groups(engine, scope, mine, standing, able=able, costs=costs, now=now)),
         core=core,
         candidate=_block(engine, scope, chosen, head, key="candidate", now=now),
         behind=behind,
         carried=cores.account(engine, scope).carried,
         cold=cold,
         busy=engine.activity.busy() or (head.requests > 0 and now - head.last < quiet_s),
+        stood=(now - built) / DAY_S if core is not None and built else None,
         requests_day=head.requests / head.days(now) if head.requests else 0.0,
         unprimed=_unprimed(engine, told, core, kept=kept, cold=cold, fresh=built > head.last),
-        owed=tuple(digest for whose, digest in _owed(engine) if whose == scope) if able.lora else (),
+        owed=tuple(digest for digest, _ in owed),
+        owed_records=tuple(remain for _, remain in owed),
         unsealed=tuple(_unsealed(engine, scope, now)) if able.writes else (),
         unread=extraction.unread(engine, scope, UNREAD) if able.writes else 0,
         turn_tokens=EXTRACT_TOKENS if able.writes else 0.0,
@@ -223,7 +230,7 @@ def _able(engine: Engine, scope: Scope) -> Able:
         core=settings.core_tokens > 0,
         pages=can.kv != "none" and (settings.page_budget > 0 or not ours) and settings.cache != "off",
         prefix=own and can.trains and engine.prefix_view(scope) is not None,
-        lora=own and can.trains and can.loras,
+        lora=own and can.trains and can.loras and settings.lora_spares,
         writes=own and can.chat and settings.consolidate_writes,
         shard=settings.lora_shard,
     )
@@ -334,7 +341,7 @@ def _unprimed(engine: Engine, head: int, core: Group | None, *, kept: bool, cold
 
 
 def _groups(
-    engine: Engine, scope: Scope, seen: Seen, standing: Sequence[Record], *, able: Able, now: float
+    engine: Engine, scope: Scope, seen: Seen, standing: Sequence[Record], *, able: Able, costs: Costs, now: float
 ) -> Iterator[Group]:
     """One group for each record that is used, or lives elsewhere than in its row."""
     if scope.session is not None:
@@ -344,10 +351,18 @@ def _groups(
         for version in engine.registry.active(scope):
             if version.scope == scope:
                 learnt.update(dict.fromkeys(version.records, version.bytes // max(len(version.records), 1)))
+
+    def pays(record: Record, size: int) -> bool:
+        """Whether it is used so much that teaching it may pay at all: asking what can be asked about it takes long."""
+        days = seen.days(now, utc_seconds(record.created) if record.created else 0.0)
+        spared = seen.uses.get(record.id, 0) / min(days, 1.0) * MOST_DAYS * size * costs.prefill
+        return able.lora and costs.learn is not None and spared > costs.learn
+
     core = {record.id for record in standing}
     most = sorted(seen.uses, key=lambda id_: (-seen.uses[id_], id_))[:WEIGHED]
     records = engine.records.named(list(dict.fromkeys([*most, *core, *learnt])), scope)
-    untaught = _unteachable(scope, records, learnt, now) if able.lora else {record.id for record in records}
+    sizes = {r.id: seen.tokens.get(r.id) or engine.count(prompt.record_line(r)) + 1 for r in records}
+    taught = _teachable(scope, [r for r in records if r.id in learnt or pays(r, sizes[r.id])], learnt, now)
     for record in records:
         where: set[State] = set(_PLAIN)
         where |= {"core"} if record.id in core else set()
@@ -357,20 +372,20 @@ def _groups(
             key=record.id,
             scope=scope,
             records=(record.id,),
-            tokens=seen.tokens.get(record.id) or engine.count(prompt.record_line(record)) + 1,
+            tokens=sizes[record.id],
             uses=uses,
             days=seen.days(now, utc_seconds(record.created) if record.created else 0.0),
             edits=float(record.version - 1),
             where=frozenset(where),
             sightings=1 + uses,
-            teachable=record.id not in untaught,
+            teachable=record.id in taught,
             bytes=learnt.get(record.id, 0),
         )
 
 
-def _unteachable(scope: Scope, records: Sequence[Record], learnt: Collection[str], now: float) -> set[str]:
-    """Those that a LoRA is not taught: untrusted, ended, of another owner, said otherwise by a later one, or nothing
-    can be asked about them. What was ``learnt`` had somebody's approval: only what contradicts it tells against it."""
+def _teachable(scope: Scope, records: Sequence[Record], learnt: Collection[str], now: float) -> set[str]:
+    """Those that a LoRA may be taught: trusted, in force, of this owner, uncontradicted, and something can be asked
+    about them. What was ``learnt`` had somebody's approval: only what contradicts it tells against it."""
     from .parametric import corpus as corpora
 
     able: list[Record] = []
@@ -381,25 +396,23 @@ def _unteachable(scope: Scope, records: Sequence[Record], learnt: Collection[str
             able.append(record.model_copy(update={"trust": "trusted"}))
         elif record.trust == "trusted" and not ended and not early and owner(record, scope) == scope:
             able.append(record)
-    able = [record for record in able if record.id in learnt or corpora.build([record]).records]
-    found = {record.id for record in records} - {record.id for record in able}
-    return found | contradicted(sorted(able, key=_arrived), ())
-
-
-def _arrived(record: Record) -> str:
-    return record.id  # ids grow with time
+    able.sort(key=lambda record: record.id)  # ids grow with time, and what was said later tells
+    held = set(corpora.build(able).records) if able else set()
+    beside = {record.id for record in able if record.id in learnt} - held
+    return held | (beside - contradicted(able, ()) if beside else set())
 
 
 # ---- what is owed ----------------------------------------------------------------------------------------------------
 
 
-def _owed(engine: Engine) -> list[tuple[Scope, str]]:
-    """Versions that wait to be trained again, with their scope."""
+def _owed(engine: Engine) -> list[tuple[Scope, str, int]]:
+    """Versions that wait to be trained again: scope, digest, how many of their records remain."""
     rows = engine.database.query(
-        "SELECT loras.digest, tenant, user, agent, session FROM jobs JOIN loras ON digest = record"
-        " WHERE kind = 'retrain' AND jobs.state = 'queued' ORDER BY jobs.id"
+        "SELECT loras.digest, tenant, user, agent, session,"
+        " json_array_length(manifest, '$.records') - coalesce(json_array_length(jobs.note, '$.records'), 0) AS remain"
+        " FROM jobs JOIN loras ON digest = record WHERE kind = 'retrain' AND jobs.state = 'queued' ORDER BY jobs.id"
     )
-    return [(_scope(row), row["digest"]) for row in rows]
+    return [(_scope(row), row["digest"], max(0, row["remain"] or 0)) for row in rows]
 
 
 def _unsealed(engine: Engine, scope: Scope, now: float) -> list[str]:

@@ -23,6 +23,7 @@ from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected
 from agentmem.provider import Generation, LoraRef, Request
 from agentmem.types import Attended, Usage
 
+from ._local_ahead import following
 from ._local_device import NotLoaded
 from ._local_in_place import InPlace, PagedStates
 from ._local_kept import Kept, Tails
@@ -216,6 +217,7 @@ class Engine:
                 run.leave()
         if recall is not None:
             self.records.learn(recall, cancel)
+        written += self._ahead(run, request, text.text, cancel)
         usage = Usage(
             input_tokens=len(whole),
             cached_tokens=run.cached if stand is None else max(run.cached, stand.tokens) + stand.saved,
@@ -225,6 +227,25 @@ class Engine:
             total_s=time.perf_counter() - started,
         )
         yield Generation(text=text.text, usage=usage, finish_reason=finish, miss=run.miss, attended=run.attended)
+
+    def _ahead(self, run: _Run, request: Request, answer: str, cancel: threading.Event | None) -> int:
+        """Prefill the answer behind what the run keeps: the next turn's first token then waits for its message only.
+        Returns how many tokens of pages that wrote."""
+        after = following(request, answer) if run.keeps else None
+        if after is None:
+            return 0
+        prompt = self.template.prompt(after.segments, after.options.extra.get("chat_template_kwargs"))
+        if self.window is not None and len(prompt.tokens) >= self.window:
+            return 0
+        ahead = _Run(self, after, prompt, 0, cancel)
+        try:
+            ahead.prefill()
+            return ahead.seal()
+        except AgentMemError as error:  # the answer is out: what was to help the next one must not lose it
+            log.warning("the answer is read again with the next turn: %s", error)
+            return 0
+        finally:
+            ahead.leave()
 
     def budget(self, length: int, wanted: Any) -> int:
         """How many tokens an answer to a prompt of ``length`` tokens may have."""
@@ -259,6 +280,7 @@ class _Run:
         self._engine = engine
         self._pages = request.pages
         self._tenant = request.tenant
+        self._since = engine.tails.drops
         self._states: States | PagedStates = engine.states
         self._loras = request.loras
         self._calls = calls(self._loras, prompt.tokens)
@@ -331,47 +353,61 @@ class _Run:
                 self._stand_in()
                 continue
             number, on_grid = divmod(self._done, grid)
-            self._keep(len(part), time.perf_counter() - started)
+            self._seconds[number] = self._seconds.get(number, 0.0) + time.perf_counter() - started
+            self._keep(len(part), self._seconds[number])
             # The step behind a trained prefix begins within a page, whose other states were placed; so does the step
             # behind what was kept from the last turn.
             whole = not on_grid or self._done in (self._placed, self._refilled)
             if self._pages is not None and whole and (self._done + len(part)) % grid == 0:
                 self._encoded[number] = self._states.settle(self._pages, self._cache, number)
-                self._seconds[number] = time.perf_counter() - started
             else:
                 self._seal_tail()
             self._done += len(part)
         return logits
 
     @property
-    def _keeps(self) -> bool:
-        """Whether states behind the last whole page may be kept for the next turn, and taken from the last one."""
-        plainly = self._recall is None and self._stand is None and not plain(self._loras)
-        return plainly and isinstance(self._states, PagedStates) and self._states.steady
+    def keeps(self) -> bool:
+        """Whether states behind the last whole page are kept for the next turn."""
+        return self._least is not None
+
+    @property
+    def _least(self) -> int | None:
+        """How many tokens a step has to have at least so that its states may be kept for the next turn, and be taken
+        from the last one; None where none may."""
+        if self._recall is not None or self._stand is not None or plain(self._loras):
+            return None
+        return self._states.steady if isinstance(self._states, PagedStates) else None
+
+    @property
+    def _kept_end(self) -> int:
+        """States of tokens from here on are never kept: unstable, behind composed records, or under an activated LoRA."""
+        return min(self._prompt.stable, self._exact, *self._calls.values())
 
     def _refill(self) -> None:
-        """Go on behind what the last turn left. At least two tokens are computed: a single one has bits of its own."""
-        if (
-            not self._keeps
-            or (found := self._engine.tails.find(self._identity, self._tenant, self._prompt.tokens, self._done)) is None
-        ):
+        """Go on behind what the last turn left. A step's least number of tokens is left to compute, also of the page."""
+        least, start = self._least, self._done
+        if least is None:
+            return
+        found = self._engine.tails.find(self._identity, self._tenant, self._prompt.tokens, start)
+        if found is None:
             return
         tail, count = found
-        count = min(count, len(self._prompt.tokens) - self._done - 2, self._grid - 2)
+        count = min(count, self._kept_end - start, len(self._prompt.tokens) - start - least, self._grid - least)
         if count > 0:
             self._cache.refill(tail.rows, count)
-            self._done = self.cached = self._refilled = self._done + count
-            self._seconds[self._done // self._grid] = tail.seconds
+            self._done = self.cached = self._refilled = start + count
+            self._seconds[start // self._grid] = tail.seconds * count / (len(tail.tokens) - start)
 
     def _keep(self, count: int, seconds: float) -> None:
-        """Keep what of the last page is stable, once the step of ``count`` tokens that ends it was computed."""
-        end = min(self._prompt.stable, self._exact, *self._calls.values())
+        """Keep what of the last page is stable, once the step of ``count`` tokens that ends it was computed; computing
+        that page so far took ``seconds``."""
+        least, end = self._least, self._kept_end
         start = end // self._grid * self._grid
-        if not self._keeps or count < 2 or not max(self._done, start) < end <= self._done + count:
+        if least is None or count < least or not max(self._done, start) < end <= self._done + count:
             return
         tokens = tuple(self._prompt.tokens[:end])
         rows = self._cache.tail_rows(end - start)
-        self._engine.tails.keep(Kept(self._identity, self._tenant, tokens, start, rows, seconds))
+        self._engine.tails.keep(Kept(self._identity, self._tenant, tokens, start, rows, seconds), self._since)
 
     def _stand_in(self) -> None:
         """Put what was not restored of a trained prefix into the cache, step by step of the grid as if computed."""
@@ -486,8 +522,9 @@ class _Run:
 def _packed(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
     """The last position of a longer pass is a slice with strides of its own, for which torch copies the whole weight of
     the head (57 MB in the default model, 60 ms): given as a tensor of its own it does not."""
-    hidden, *others = given
-    return (hidden.clone(memory_format=torch.contiguous_format), *others) if hidden.shape[:2] == (1, 1) else given
+    if not given or given[0].shape[:2] != (1, 1):
+        return given
+    return (given[0].clone(memory_format=torch.contiguous_format), *given[1:])
 
 
 def _stop_if(cancel: threading.Event | None) -> None:

@@ -22,6 +22,7 @@ from agentmem.provider import Pages
 from ._local_device import as_array
 from ._local_kv import Forward, States, leading
 from ._local_model import Attention
+from ._local_rows import all_rows, least_rows
 
 __all__ = ["InPlace", "PagedStates"]
 
@@ -31,9 +32,6 @@ log = logging.getLogger("agentmem")
 _PAGE, _MORE = 64, 9
 #: How far logits may be from the stock path's where rounding explains nothing, in their standard deviations.
 _LEAST = 0.01
-#: Rows that linear layers are tried with at once, and the pieces of them (first, count) that are computed alone.
-_ROWS = 128
-_PIECES = ((0, 2), (5, 3), (11, 17), (1, 32), (40, 50), (3, 100))
 
 
 class InPlace:
@@ -52,6 +50,7 @@ class InPlace:
         # Asked once: during another thread's pass it is another one for a moment.
         self._kernel = getattr(model.config.get_text_config(decoder=True), "_attn_implementation", None)
         self._found: dict[str, PagedStates | None] = {}
+        self._linear: list[int | None] = []  # what `least_rows` said of this model, once it was asked
 
     def states(self, pages: Pages) -> PagedStates | None:
         """How requests with these pages keep their states; None where the stock path does. The first refusal of each
@@ -130,43 +129,33 @@ class InPlace:
             return "it has layers that don't attend to what they put into the cache"
         if not torch.equal(got[0], again):
             return "two runs over the same states differ"
-        made.steady = rows_alone(self._model) and self._steps_alike(made, encoded, more, caches[1])
+        made.least = self._least_rows(made, encoded, ids[_PAGE:])
         apart, bound = _apart(got, wanted), max(_LEAST, 3 * noise)
         if not apart <= bound:
             return f"logits are {apart:.3f} standard deviations from the stock path's (at most {bound:.3f})"
         return None
 
-    def _steps_alike(self, made: PagedStates, encoded: Any, more: Sequence[int], whole: Any) -> bool:
-        """Whether two steps leave the very states that one step left in ``whole``."""
-        cache = made.made(_PAGE)
-        cache.append_encoded(encoded)
-        for part in (more[:2], more[2:]):
-            self._forward(part, cache)
-        pairs = zip(cache.tail_rows(len(more)), whole.tail_rows(len(more)), strict=True)
-        return all(bool((one == other).all()) for mine, its in pairs for one, other in zip(mine, its, strict=True))
-
-
-def rows_alone(model: Any) -> bool:
-    """Whether each row that a linear layer of this model computes is the same, bit for bit, whatever other rows come
-    with it. Libraries choose their kernels by the number of rows, and a kernel's order of summing is its own.
-
-    Tried once per shape, with pieces of 128 random rows; not with a single row, which has a kernel of its own.
-    """
-    generator = torch.Generator().manual_seed(0)
-    seen: set[tuple[int, ...]] = set()
-    with torch.inference_mode():
-        for name, layer in model.named_modules():
-            weight = getattr(layer, "weight", None)
-            if not isinstance(layer, torch.nn.Linear) or "lm_head" in name or tuple(weight.shape) in seen:
-                continue
-            seen.add(tuple(weight.shape))
-            rows = torch.randn(_ROWS, weight.shape[1], generator=generator).to(weight.dtype)
-            whole = torch.nn.functional.linear(rows, weight)
-            for first, count in _PIECES:
-                piece = torch.nn.functional.linear(rows[first : first + count], weight)
-                if not torch.equal(piece, whole[first : first + count]):
-                    return False
-    return True
+    def _least_rows(self, made: PagedStates, encoded: Any, ids: Sequence[int]) -> int | None:
+        """So many tokens at least in each step, and a token's states are the same bits in whichever step it comes;
+        None where that can't be said. Computed in float32, they are not: its products are split by their size."""
+        if not self._linear:
+            self._linear.append(least_rows(self._model))
+        [least] = self._linear
+        if least is None or 2 * least > len(ids):
+            return None
+        left = []
+        for sizes in ((len(ids),), (least, len(ids) - least), (len(ids) - least, least)):
+            cache, at = made.made(_PAGE), 0
+            cache.append_encoded(encoded)
+            for size in sizes:
+                with all_rows(self._model, size) as alike:
+                    self._forward(ids[at : at + size], cache)
+                if not alike():
+                    return None
+                at += size
+            left.append([side for pair in cache.tail_rows(len(ids)) for side in pair])
+        whole, *others = left
+        return least if all((a == b).all() for other in others for a, b in zip(whole, other, strict=True)) else None
 
 
 def _apart(got: Sequence[torch.Tensor], wanted: Sequence[torch.Tensor]) -> float:
@@ -182,8 +171,16 @@ class PagedStates:
         self.shapes = list(shapes)
         self.dtype = dtype
         self.codec: Codec = codec
-        #: A row's states don't depend on which other rows were computed with it: they may be kept from turn to turn.
-        self.steady = False
+        #: With so many tokens in each step a token's states don't depend on which others it was computed with: then
+        #: they may be kept from turn to turn. None: they do.
+        self.least: int | None = None
+        # Products are split among the threads too. The number is the asking thread's own.
+        self._threads = torch.get_num_threads()
+
+    @property
+    def steady(self) -> int | None:
+        """``least``, None also where the number of threads is another one than in the trial."""
+        return self.least if torch.get_num_threads() == self._threads else None
 
     @property
     def attention(self) -> str:

@@ -8,7 +8,9 @@ does not depend on what was computed with it (_local_in_place.py), so that a hit
 from __future__ import annotations
 
 import itertools
+import os
 import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,11 +39,18 @@ class Kept:
 
 
 class Tails:
-    """The tails that were kept, newest last. Safe to use from many threads."""
+    """The tails that were kept, the one used last at the end. Safe to use from many threads."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._kept: list[Kept] = []
+        self._drops = 0
+        _OPEN.add(self)
+
+    @property
+    def drops(self) -> int:
+        """How often all were let go of: a request says with it how old its prompt is."""
+        return self._drops
 
     def find(self, identity: bytes, tenant: str, tokens: Sequence[int], start: int) -> tuple[Kept, int] | None:
         """What continues ``tokens[:start]`` the longest as ``tokens`` go on, and by how many tokens it does."""
@@ -57,19 +66,41 @@ class Tails:
             count = sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
             if count and (best is None or count > best[1]):
                 best = tail, count
+        if best is not None:
+            with self._lock:  # it goes last of all; it may have been let go of meanwhile
+                self._kept.sort(key=lambda tail: tail is best[0])
         return best
 
-    def keep(self, tail: Kept) -> None:
-        """Keep this one; those that it continues, and the oldest beyond `MOST`, go."""
+    def keep(self, tail: Kept, since: int) -> None:
+        """Keep this one; those that it continues, and the oldest beyond `MOST`, go. Not if all were let go of since
+        ``drops`` was ``since``: what was forgotten then may be in it."""
         with self._lock:
-            others = [old for old in self._kept if not _continues(tail, old)]
-            self._kept = [*others[1 - MOST :], tail]
+            if since == self._drops:
+                others = [old for old in self._kept if not _continues(tail, old)]
+                self._kept = [*others[1 - MOST :], tail]
 
     def drop(self) -> int:
         """Let go of all of them; returns how many those were."""
         with self._lock:
+            self._drops += 1
             count, self._kept = len(self._kept), []
         return count
+
+    def renew_lock(self) -> None:
+        """For a forked child: the thread that held the lock may not exist there."""
+        self._lock = threading.Lock()
+
+
+_OPEN: weakref.WeakSet[Tails] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for tails in list(_OPEN):
+        tails.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)
 
 
 def _continues(tail: Kept, old: Kept) -> bool:

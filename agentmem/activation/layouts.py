@@ -389,13 +389,15 @@ class Layouts:
         places, sizes = state.places, ahead.sizes
         open_ = {place.session for place in places if coming.at - place.last <= OPEN_S} | {coming.session}
         latest = next((at for at, place in enumerate(places) if place.session in open_), len(places))
-        tail = len(places)
-        while tail > latest and (len(places) - tail < TAIL_TURNS or sizes[tail] < TAIL_TOKENS):
-            tail -= 1
-        allowed = [*range(tail + 1), *([state.start] if state.start > tail else [])]
         room = math.inf if self._history_tokens is None else self._history_tokens
         if self._window is not None:
             room = min(room, self._window - coming.system - coming.message - round(ahead.recall))
+        tail, least = len(places), min(TAIL_TOKENS, room / 3)  # in a small window it must not move at every turn
+        while tail > latest and (len(places) - tail < TAIL_TURNS or sizes[tail] < least):
+            if sizes[tail - 1] > max(room / 2, 0):
+                break
+            tail -= 1
+        allowed = [*range(tail + 1), *([state.start] if state.start > tail else [])]
         if sizes[state.start] <= room:
             return [at for at in allowed if sizes[at] <= room]
         # Once it must move it moves far enough to stay for a while.

@@ -5,13 +5,14 @@ Pure: knows records, how often turns needed them and what a token costs; asks no
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from ..types import Record
 
-__all__ = ["Candidate", "Chosen", "Seen", "allowed", "chances", "choose", "ranked", "salience"]
+__all__ = ["Candidate", "Chosen", "Seen", "allowed", "chances", "choose", "promise", "ranked", "salience"]
 
 # A rough prior for English, chosen by hand and not measured; elsewhere only uses count. Being recalled outweighs it.
 _FIRST_PERSON = re.compile(r"\b(i|i'm|i've|i'd|my|me|mine|we|our|us)\b", re.IGNORECASE)
@@ -24,6 +25,8 @@ _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
 #: Marks of a standing statement that count, and what each of them is worth.
 MOST_MARKS, MARK = 3, 0.5
+#: Fewer words say nothing by themselves.
+LEAST_WORDS = 3
 #: What a question keeps of its salience; words of a text above which its marks are diluted.
 ASKED, LONG_WORDS = 0.25, 40
 #: The salience of what a model wrote of what was said, by its kind; it is standing by what it is.
@@ -46,17 +49,29 @@ def salience(record: Record) -> float:
     """How likely a record is to matter in most conversations of its scope, by its words alone: what a model wrote of a
     person, standing statements of people about themselves; questions and pleasantries last. 0 for what never may stand
     in a core: untrusted text, a tool's or a model's words."""
-    words = len(record.text.split())
-    if record.role not in ("user", "system") or record.trust != "trusted" or words < 3:
+    if not allowed(record):
         return 0.0
     kind = record.metadata.get("kind")
     if record.role == "system" and isinstance(kind, str) and kind in WRITTEN:
         return WRITTEN[kind]
-    marks = (len(found.findall(record.text)) for found in (_FIRST_PERSON, _STANDING))
+    return _of_words(record.text)
+
+
+@functools.lru_cache(maxsize=4096)
+def _of_words(text: str) -> float:
+    words = len(text.split())
+    if words < LEAST_WORDS:
+        return 0.0
+    marks = (len(found.findall(text)) for found in (_FIRST_PERSON, _STANDING))
     score = sum(MARK * min(count, MOST_MARKS) for count in marks)
-    if record.text.rstrip().endswith("?"):
+    if text.rstrip().endswith("?"):
         score *= ASKED
     return score * min(1.0, LONG_WORDS / words)
+
+
+def promise(record: Record) -> float:
+    """The chance that a turn needs a record, by its words alone."""
+    return min(MOST_PRIOR, USE_PRIOR * salience(record))
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,8 +107,7 @@ def chances(
         weight *= FADING
     found: dict[str, float] = {}
     for record in records:
-        worth = salience(record)
-        if worth <= 0 and (record.role not in ("user", "system") or record.trust != "trusted"):
+        if not allowed(record):
             found[record.id] = 0.0
             continue
         needed = weights.get(record.id, 0.0)
@@ -101,7 +115,7 @@ def chances(
             needed = max(needed, weights.get(source, 0.0))
         stored = record.created.timestamp() if record.created is not None else 0.0
         trials = max(_until(since, stored), needed)
-        belief = min(MOST_PRIOR, USE_PRIOR * worth * prior)
+        belief = min(MOST_PRIOR, promise(record) * prior)
         chance = (needed + belief * PRIOR_TURNS) / (trials + PRIOR_TURNS)
         found[record.id] = chance / (1 + (edits or {}).get(record.id, 0))
     return found

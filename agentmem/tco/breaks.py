@@ -11,10 +11,13 @@ from collections.abc import Callable, Mapping, Sequence
 from statistics import fmean
 
 from ..figures import Curve
+from ..planner.places import MOST_DAYS
+from .billing import cheapest
 from .offers import Offer
-from .policies import FULL, FULL_CACHED, LEARNT, OURS, bills, ways
+from .placing import placed
+from .policies import FULL, FULL_CACHED, LEARNT, OURS
 from .report import BreakEven, Line
-from .traces import people
+from .traces import Person, people
 from .workload import MONTH_DAYS, Workload
 
 __all__ = ["DAYS", "TURNS", "can_learn", "crossing", "curves", "drawn", "found"]
@@ -23,6 +26,8 @@ __all__ = ["DAYS", "TURNS", "can_learn", "crossing", "curves", "drawn", "found"]
 DAYS = (0.5, 3.0, 14.0, 60.0, 360.0)
 TURNS = (1.0, 4.0, 16.0, 64.0)
 DRAWN = 4
+#: Users drawn to see when a LoRA pays.
+LEARNERS = 64
 #: The part of a day that a machine can be busy before users have to wait.
 BUSY = 0.5
 
@@ -67,6 +72,9 @@ def found(
     for mine in offers:
         if mine.machine is not None and mine.fixed_month:
             told += [_machine(workload, mine, best, other) for other in offers if other.prices is not None]
+    if LEARNT in policies:
+        persons = people(workload, LEARNERS, seed)
+        told += [_lora(workload, persons, offer) for offer in offers if can_learn(offer)]
     return told
 
 
@@ -113,15 +121,8 @@ def _grid(
             for policy in policies:
                 if policy == LEARNT:
                     continue
-                costs = [
-                    fmean(
-                        offer.cost(bill, turn.reply)
-                        for person in persons
-                        for bill, turn in zip(bills(person, offer.rules, way), person.turns[person.warm :], strict=True)
-                    )
-                    for way in ways(policy, offer.rules)
-                ]
-                made.setdefault((offer.name, policy), []).append((point, min(costs)))
+                _, run = cheapest(workload, persons, offer, policy)
+                made.setdefault((offer.name, policy), []).append((point, fmean(one.cost for one in run)))
     return made
 
 
@@ -148,8 +149,25 @@ def _machine(workload: Workload, mine: Offer, best: Mapping[str, Line], other: O
         cheaper=mine.name,
         dearer=other.name,
         axis="users",
-        at=max(needed, 1.0) if cheaper else None,
+        at=float(math.ceil(needed)) if cheaper else None,
         note=note,
+    )
+
+
+def _lora(workload: Workload, persons: Sequence[Person], offer: Offer) -> BreakEven:
+    """How many days of use pay for teaching a LoRA a user's most needed fact, for the median turn's user."""
+    where = [placed(workload, person, offer, learn=True) for person in persons]
+    days = sorted(math.inf if one.lora_days is None else one.lora_days for one in where)
+    at = days[len(days) // 2]
+    taught = sum(bool(one.learnt) for one in where) / len(where)
+    return BreakEven(
+        offer=offer.name,
+        cheaper="teaching a LoRA the most needed fact",
+        dearer="the cheaper of recalling it and the core block",
+        axis="days of use",
+        at=at if math.isfinite(at) else None,
+        note=f"the planner teaches users who make {taught:.0%} of all turns; it counts on {MOST_DAYS:g} days at most, "
+        "or until an edit is likely",
     )
 
 

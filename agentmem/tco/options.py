@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from ..cache_rules import rules_for
 from ..database import Database
 from ..errors import ConfigError, InvalidInput, NotFound
+from ..ledger.costs import LocalCosts
 from ..provider import split_name
 from ..types import Scope
 from . import fitting
@@ -104,10 +106,10 @@ def run(args: argparse.Namespace) -> TcoReport:
 
 def _offer(name: str, machine: Machine | None, costs: Mapping[str, float], database: Database | None) -> Offer:
     rules = rules_for(name)
-    if rules is not None and rules.priced:
-        return hosted(name)
-    if split_name(name)[0] != "local" and rules is None:
-        return hosted(name)  # says what is missing
+    if split_name(name)[0] != "local" and (rules is None or rules.priced):
+        # Memories lie on a disk of one's own, wherever the model is.
+        disk = {name: price for name, price in costs.items() if name == "gb_month_price"}
+        return replace(hosted(name), local=LocalCosts.of(disk))
     found = machine
     if found is None and database is not None:
         found = fitting.machine_of(database, name)

@@ -60,12 +60,13 @@ def _offer(offer: str, lines: Sequence[Line]) -> str:
     values = [(line.policy, (line.month if priced else line.seconds,)) for line in lines]
     names = (
         "memory", "$ a month", "$ a turn", "CPU-seconds a turn", "standard error", "first token s", "of 95 in 100",
-        "prompt tokens", "from cache", "bytes on disk", "cache lifetimes",
+        "prompt tokens", "from cache", "core tokens", "LoRA records", "bytes on disk", "cache lifetimes",
     )  # fmt: skip
     rows: list[Sequence[Cell]] = [
         (
             *(line.policy, line.month, line.turn, line.seconds, f"{line.error:.1%}", line.first_token_s),
-            *(line.first_token_p95_s, round(line.prompt_tokens), f"{line.read:.0%}", sum(line.bytes.values())),
+            *(line.first_token_p95_s, round(line.prompt_tokens), f"{line.read:.0%}", round(line.core_tokens)),
+            *(f"{line.learnt:.1f}", sum(line.bytes.values())),
             line.setting,
         )
         for line in lines

@@ -11,14 +11,17 @@ from dataclasses import dataclass
 from itertools import product
 
 from ..activation.cache_model import Bill, Block, PromptCache
+from ..activation.layouts import Layouts
 from ..activation.replays import Policy, fixed, planned
 from ..cache_rules import CacheRules
 from .traces import Person
 
-__all__ = ["NAMES", "WINDOW_TOKENS", "Way", "bills", "ways", "window_of"]
+__all__ = ["CORE_TOKENS", "NAMES", "WINDOW_TOKENS", "Way", "bills", "ways", "window_of"]
 
 #: Where a model's window is not known.
 WINDOW_TOKENS = 128_000
+#: The most tokens of a core block (the setting core_tokens).
+CORE_TOKENS = 512
 #: Of a model's window, what our own verbatim history may take (planning.WINDOW_SHARE).
 OUR_SHARE = 0.5
 
@@ -71,10 +74,13 @@ def bills(person: Person, rules: CacheRules, way: Way) -> list[Bill]:
     elif way.policy == LAYERS:
         sent = [one.bill for one in fixed(rules, turns, Policy(marks=way.marks), person.recall())]
     else:
-        heavier = [turn.model_copy(update={"system": turn.system + way.core_tokens}) for turn in turns]
+        more, fill = way.core_tokens, max(CORE_TOKENS - way.core_tokens, 0)
+        heavier = [turn.model_copy(update={"system": turn.system + more}) for turn in turns] if more else turns
         recall = person.recall(without=way.core | way.learnt)
         window = int(window_of(rules) * OUR_SHARE)
-        sent = [one.bill for one in planned(rules, heavier if way.core_tokens else turns, recall, window=window)]
+        # What was said before these turns is out of sight, but not forgotten: it is known how much it was.
+        state = {**Layouts(rules).state(), "gone": person.gone}
+        sent = [one.bill for one in planned(rules, heavier, recall, window=window, core_tokens=fill, state=state)]
     billed = sent[person.warm :]
     return [_unread(bill, rules) for bill in billed] if way.policy in (FULL, FIRST) else billed
 

@@ -22,8 +22,9 @@ __all__ = ["BreakEven", "Line", "TcoReport"]
 
 #: Columns of the CSV file; one for each tier of bytes follows.
 COLUMNS = (
-    "offer", "policy", "dollars_month", "dollars_turn", "cpu_seconds_month", "cpu_seconds_turn", "standard_error",
-    "first_token_s", "first_token_p95_s", "prompt_tokens", "read_share", "written_share", "setting",
+    "offer", "policy", "dollars_month", "dollars_turn", "dollars_storage", "cpu_seconds_month", "cpu_seconds_turn",
+    "standard_error", "first_token_s", "first_token_p95_s", "prompt_tokens", "read_share", "written_share",
+    "core_tokens", "lora_records", "setting",
 )  # fmt: skip
 TIERS = ("records", "vectors", "token codes", "index", "ledger", "KV pages", "LoRA")
 
@@ -32,16 +33,18 @@ class Line(Value):
     """One policy with one offer. Money is in US dollars, None where nothing has a price; ``seconds`` are CPU-seconds of
     the machine, None at hosts.
 
-    ``turn`` and ``seconds`` are of a mean turn, ``month`` and ``seconds_month`` of all users, storage included where it
-    has a price. ``error`` is the relative standard error of the sample. ``read`` and ``written`` are shares of the
-    prompt's tokens that come from a cache and go to it. ``bytes`` are on disk, by tier, of all users. ``setting`` says
-    with which cache lifetimes the policy is cheapest here.
+    ``turn`` and ``seconds`` are of a mean turn, ``month`` and ``seconds_month`` of all users. ``storage`` is what the
+    bytes cost a month where that is known, a part of ``month``. ``error`` is the relative standard error of the sample.
+    ``read`` and ``written`` are shares of the prompt's tokens that come from a cache and go to it, ``core_tokens`` and
+    ``learnt`` the size of the core block and the records in a LoRA that the planner chooses. ``bytes`` are on disk, by
+    tier, of all users. ``setting`` says with which cache lifetimes the policy is cheapest here.
     """
 
     offer: str
     policy: str
     turn: float | None = None
     month: float | None = None
+    storage: float | None = None
     seconds: float | None = None
     seconds_month: float | None = None
     error: float = 0.0
@@ -50,6 +53,8 @@ class Line(Value):
     prompt_tokens: float
     read: float
     written: float
+    core_tokens: float = 0.0
+    learnt: float = 0.0
     bytes: dict[str, int] = Field(default={})
     setting: str = ""
 
@@ -111,8 +116,16 @@ class TcoReport(Value):
         writer = csv.writer(out, lineterminator="\n")
         writer.writerow([*COLUMNS, *(f"bytes_{tier.replace(' ', '_').lower()}" for tier in TIERS)])
         for line in self.lines:
-            money = (line.month, line.turn, line.seconds_month, line.seconds, line.error)
-            rest = (line.first_token_s, line.first_token_p95_s, line.prompt_tokens, line.read, line.written)
+            money = (line.month, line.turn, line.storage, line.seconds_month, line.seconds, line.error)
+            rest = (
+                line.first_token_s,
+                line.first_token_p95_s,
+                line.prompt_tokens,
+                line.read,
+                line.written,
+                line.core_tokens,
+                line.learnt,
+            )
             numbers = ["" if value is None else f"{value:.8g}" for value in (*money, *rest)]
             sizes = [line.bytes.get(tier, 0) for tier in TIERS]
             writer.writerow([line.offer, line.policy, *numbers, line.setting, *sizes])

@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from statistics import fmean
 
 from ..activation.cache_model import Bill
 from ..errors import InvalidInput
 from . import breaks
+from .billing import Billed, cheapest
 from .offers import Offer
-from .policies import FULL, FULL_CACHED, LEARNT, NAMES, OURS, Way, bills, ways
+from .policies import FULL, FULL_CACHED, LEARNT, NAMES, OURS, Way
 from .report import Line, TcoReport
 from .sizes import Sizes, measured
 from .told import assumptions
@@ -26,19 +26,6 @@ __all__ = ["SAMPLE", "simulate"]
 
 #: Users drawn, unless told otherwise.
 SAMPLE = 64
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Run:
-    """One policy on one offer over the sample: per person, the mean of a turn."""
-
-    way: Way
-    cost: list[float]
-    seconds: list[float]
-    first: list[float]
-    slow: list[float]
-    sums: list[Bill]
-    prompt: list[float]
 
 
 def simulate(
@@ -69,8 +56,8 @@ def simulate(
         for policy in policies:
             if policy == LEARNT and not breaks.can_learn(offer):
                 continue
-            run = _run(persons, offer, policy)
-            lines.append(_line(workload, offer, run, persons, sizes))
+            way, run = cheapest(workload, persons, offer, policy)
+            lines.append(_line(workload, offer, way, run, persons=persons, sizes=sizes))
     by_day = breaks.curves(workload, offers, policies, seed)
     return TcoReport(
         workload=workload,
@@ -83,52 +70,36 @@ def simulate(
     )
 
 
-def _run(persons: Sequence[Person], offer: Offer, policy: str) -> _Run:
-    """The policy with the setting that is cheapest over all of the sample: a developer chooses once."""
-    runs = [_measured(persons, offer, way) for way in ways(policy, offer.rules)]
-    return min(runs, key=lambda run: fmean(run.cost))
-
-
-def _measured(persons: Sequence[Person], offer: Offer, way: Way) -> _Run:
-    run = _Run(way=way, cost=[], seconds=[], first=[], slow=[], sums=[], prompt=[])
-    nothing = Bill(0, (0,) * len(offer.rules.lifetimes), 0)
-    for person in persons:
-        mine = bills(person, offer.rules, way)
-        outputs = [turn.reply for turn in person.turns[person.warm :]]
-        run.cost.append(fmean(offer.cost(bill, output) for bill, output in zip(mine, outputs, strict=True)))
-        if offer.machine is not None:
-            machine = offer.machine
-            run.seconds.append(fmean(machine.seconds(bill, out) for bill, out in zip(mine, outputs, strict=True)))
-        waits = sorted(offer.first_token_s(bill) for bill in mine)
-        run.first.append(fmean(waits))
-        run.slow.append(waits[math.ceil(0.95 * len(waits)) - 1])
-        run.sums.append(sum(mine, nothing))
-        run.prompt.append(fmean(bill.tokens for bill in mine))
-    return run
-
-
-def _line(workload: Workload, offer: Offer, run: _Run, persons: Sequence[Person], sizes: Sizes) -> Line:
-    turn = fmean(run.cost)
-    total = sum(run.sums, Bill(0, (0,) * len(offer.rules.lifetimes), 0))
+def _line(
+    workload: Workload, offer: Offer, way: Way, run: Sequence[Billed], *, persons: Sequence[Person], sizes: Sizes
+) -> Line:
+    costs = [one.cost for one in run]
+    turn = fmean(costs)
+    waits = [sorted(offer.first_token_s(bill) for bill in one.bills) for one in run]
+    total = sum((bill for one in run for bill in one.bills), Bill(0, (0,) * len(offer.rules.lifetimes), 0))
+    prompts = [fmean(bill.tokens for bill in one.bills) for one in run]
     priced = offer.unit == "dollars"
-    seconds = fmean(run.seconds) if run.seconds else None
-    held = _bytes(workload, offer, run, persons, sizes)
-    storage = offer.local.storing(sum(held.values())) if offer.machine is not None else None
+    seconds = None if offer.machine is None else fmean(one.seconds or 0.0 for one in run)
+    held = _bytes(workload, offer, way.policy, run, persons=persons, sizes=sizes)
+    storage = offer.local.storing(sum(held.values()))
     return Line(
         offer=offer.name,
-        policy=run.way.policy,
+        policy=way.policy,
         turn=turn if priced else None,
         month=turn * workload.turns_month + (storage or 0.0) if priced else None,
+        storage=storage,
         seconds=seconds,
         seconds_month=None if seconds is None else seconds * workload.turns_month,
-        error=error(run.cost) / turn if turn else 0.0,
-        first_token_s=fmean(run.first),
-        first_token_p95_s=fmean(run.slow),
-        prompt_tokens=fmean(run.prompt),
+        error=error(costs) / turn if turn else 0.0,
+        first_token_s=fmean(map(fmean, waits)),
+        first_token_p95_s=fmean(wait[math.ceil(0.95 * len(wait)) - 1] for wait in waits),
+        prompt_tokens=fmean(prompts),
         read=total.read / total.tokens,
         written=sum(total.written) / total.tokens,
+        core_tokens=fmean(one.placed.core_tokens for one in run),
+        learnt=fmean(len(one.placed.learnt) for one in run),
         bytes=held,
-        setting=_setting(offer, run.way),
+        setting=_setting(offer, way),
     )
 
 
@@ -141,9 +112,11 @@ def error(values: Sequence[float]) -> float:
     return math.sqrt(sum((one - other) ** 2 for one, other in pairs)) / (2 * len(pairs))
 
 
-def _bytes(workload: Workload, offer: Offer, run: _Run, persons: Sequence[Person], sizes: Sizes) -> dict[str, int]:
+def _bytes(
+    workload: Workload, offer: Offer, policy: str, run: Sequence[Billed], *, persons: Sequence[Person], sizes: Sizes
+) -> dict[str, int]:
     """Bytes on disk of all users together in the middle of the time, by tier."""
-    policy, day = run.way.policy, workload.months * MONTH_DAYS / 2
+    day = workload.months * MONTH_DAYS / 2
     kept = min(day, workload.retention_days)
     said = 2 * workload.turns_day * kept  # a message and its answer
     memories = workload.memories(day)
@@ -162,12 +135,12 @@ def _bytes(workload: Workload, offer: Offer, run: _Run, persons: Sequence[Person
     total = {tier: count * workload.users for tier, count in held.items()}
     if offer.machine is not None and policy not in (FULL, "top-k first, no cache"):
         # What a user's last prompt left as pages; the system part's are the same for all.
-        weights = [1 / person.rate for person in persons]
-        prompts = [max(tokens - workload.system_tokens, 0.0) for tokens in run.prompt]
-        mean = sum(w * tokens for w, tokens in zip(weights, prompts, strict=True)) / sum(weights)
+        weights = [1 / person.rate / sum(1 / other.rate for other in persons) for person in persons]
+        prompts = [max(fmean(bill.tokens for bill in one.bills) - workload.system_tokens, 0.0) for one in run]
+        mean = sum(weight * tokens for weight, tokens in zip(weights, prompts, strict=True))
         total["KV pages"] = (mean * workload.users + workload.system_tokens) * offer.machine.token_bytes
-        if policy == LEARNT:
-            total["LoRA"] = len(run.way.learnt) * offer.machine.lora_bytes * workload.users
+        taught = sum(weight * len(one.placed.learnt) for weight, one in zip(weights, run, strict=True))
+        total["LoRA"] = taught * offer.machine.lora_bytes * workload.users
     return {tier: round(count) for tier, count in total.items() if count}
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from .offers import Offer
 from .policies import OUR_SHARE, window_of
 from .sizes import DIMENSION, EXACT, TOKEN_CHARACTERS
-from .traces import BILLED, GAPS, LENGTHS, WARM
+from .traces import BILLED, GAPS, LENGTHS, SEEN, WARM
 from .workload import Workload
 
 __all__ = ["assumptions"]
@@ -36,12 +36,17 @@ def assumptions(workload: Workload, offers: Sequence[Offer], sample: int, seed: 
         "agentmem in what the model gets to see: the quality of answers is not in these numbers.",
         "Each policy but agentmem has the cache lifetimes that are cheapest for it over the whole sample, known in "
         "hindsight; agentmem plans request by request, with no view of what comes.",
-        f"agentmem's verbatim history takes at most {OUR_SHARE:.0%} of the window.",
+        f"agentmem's verbatim history takes at most {OUR_SHARE:.0%} of the window. Its planner knows of each user the "
+        f"newest {SEEN} turns; standing facts that pay there stand in the core block and are not recalled. What moves "
+        "cost is spread over the days until an edit is likely, 30 at most.",
+        "agentmem + LoRA: facts that the planner has taught are not recalled and not in the core block, and their LoRA "
+        "answers as well as the text would; the SDK of today still recalls them, so this is the most that it can save.",
         "Hosts' caches are as cache_rules.toml describes them; no routing misses, no eviction before its time. Writing "
         "memories with a model (extraction) is not in these numbers.",
         f"Bytes: rows of a real database, measured in this run; vectors of {DIMENSION} numbers and token codes for "
         f"agentmem, {TOKEN_CHARACTERS} characters a token, lists of 8-bit codes for tenants of more than {EXACT:,} "
-        "vectors (all users are one tenant). Full history keeps texts alone.",
+        "vectors (all users are one tenant). Full history keeps texts alone. They count as in the middle of the "
+        "time, and cost something only where a price of storage was given.",
     ]
     for offer in offers:
         rules = offer.rules

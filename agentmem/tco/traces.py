@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
@@ -23,6 +24,8 @@ DAY = 86_400.0
 #: Turns of each person that are billed, and those before them that only set the scene (fewer where there were fewer).
 BILLED = 48
 WARM = 32
+#: Turns before the billed ones that the planner knows of at most (cores.TURNS_SEEN).
+SEEN = 200
 #: Spread of the gaps within a session, and of the lengths of texts: standard deviation of the logarithm.
 GAPS, LENGTHS = 1.0, 0.5
 
@@ -34,7 +37,8 @@ class Person:
     ``rate`` is sessions a day, ``day`` the days since the start at the first billed turn. ``turns`` are in order, the
     first ``warm`` of them not billed; ``gone`` tokens were said before all of them. ``home`` names the turn here in
     which a record was said; records without one are older. ``fill`` are records that a memory of fixed size adds to
-    what each turn needs.
+    what each turn needs. Of the standing facts the n-th was ``needed[n]`` times in the newest ``seen`` turns before the
+    first billed one: what a ledger knows then.
     """
 
     rate: float
@@ -45,6 +49,8 @@ class Person:
     home: dict[str, int]
     fill: tuple[tuple[tuple[str, int], ...], ...]
     standing: tuple[tuple[str, int], ...]
+    seen: int
+    needed: tuple[int, ...]
 
     def recall(self, *, without: frozenset[str] = frozenset()) -> Recall:
         """What a search gives that keeps only what may matter: what the turn needs and the prompt does not hold."""
@@ -99,6 +105,9 @@ def _person(workload: Workload, rate: float, day: float, rng: random.Random) -> 
     at, session, turns = day * DAY, 0, list[Turn]()
     standing = [(f"standing {n}", _length(workload.record_tokens, rng)) for n in range(workload.standing_facts)]
     chances = list(accumulate(1.0 / (n + 1) for n in range(workload.standing_facts)))
+    seen = min(round(turns_before), SEEN)
+    asks = round(seen * workload.recalled_tokens / workload.record_tokens * workload.standing_share)
+    needed = Counter(rng.choices(range(len(standing)), cum_weights=chances, k=asks))
     home: dict[str, int] = {}
     fill: list[tuple[tuple[str, int], ...]] = []
     for number in range(warm + BILLED):
@@ -135,6 +144,8 @@ def _person(workload: Workload, rate: float, day: float, rng: random.Random) -> 
         home=home,
         fill=tuple(fill),
         standing=tuple(standing),
+        seen=seen,
+        needed=tuple(needed[n] for n in range(len(standing))),
     )
 
 

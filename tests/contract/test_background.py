@@ -147,10 +147,10 @@ def test_a_stream_keeps_it_waiting_until_its_last_piece(work: Consolidation) -> 
 
 def test_a_schedule_needs_no_silence_but_gives_way_too(work: Consolidation, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backgrounds, "RESUME_S", 0.05)
-    with memory(consolidate_every=0.2) as mem:
+    provider = ScriptedProvider(lambda _: f"stopped: {work.ended.wait(20)}")
+    with Memory(":memory:", model=provider, embedder="none", consolidate_every=0.2) as mem:
         assert work.begun.wait(20)
-        mem.chat("Hello.")
-        assert work.ended.wait(20)
+        assert mem.chat("Hello.").text == "stopped: True"
         until(lambda: work.runs == 2)  # what was cut short is taken up again
         work.steps = work.done
         until(lambda: not work.is_due)

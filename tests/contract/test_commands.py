@@ -162,9 +162,8 @@ def test_a_worker_does_what_is_due_once(folder: str, model: str) -> None:
 def test_a_worker_ends_by_signal_with_status_0(folder: str, model: str, number: signal.Signals) -> None:
     process = worker(folder, model, "--idle", "0.2")
     assert process.stdout is not None
-    assert (
-        process.stdout.readline() == f"worker on {folder}: after 0.2 s of silence\n"
-    )  # a line at once, also in a pipe
+    # A line at once, also in a pipe.
+    assert process.stdout.readline() == f"worker on {folder}: after 0.2 s of silence\n"
     time.sleep(0.5)
     process.send_signal(number)
     out, error = process.communicate(timeout=60)
@@ -174,7 +173,9 @@ def test_a_worker_ends_by_signal_with_status_0(folder: str, model: str, number: 
 
 def test_a_worker_and_a_chat_share_a_folder(folder: str, model: str) -> None:
     process = worker(folder, model, "--every", "0.2")
+    assert process.stdout is not None
     try:
+        assert process.stdout.readline() == f"worker on {folder}: every 0.2 s\n"
         with Memory(folder, model=model) as mem:
             for number in range(6):
                 mem.scope(user="ana").chat(f"Where does my sister live, for the {number}th time?", max_tokens=2)
@@ -187,3 +188,12 @@ def test_a_worker_and_a_chat_share_a_folder(folder: str, model: str) -> None:
     with Memory(folder, model=model) as mem:
         assert mem.verify().ok
         assert len(mem.list(limit=100)) == len(FACTS) + 18
+
+
+def test_tco_compares_a_workload_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    table = tmp_path / "tco.csv"
+    small = ("--users", "50", "--sample", "8", "--offers", "deepseek:deepseek-v4-flash")
+    told = said(capsys, "tco", *small, "--csv", str(table))
+    assert "deepseek" in told
+    assert table.read_text(encoding="utf-8").count("\n") > 1
+    assert "NotFound" in said(capsys, "--path", str(tmp_path / "no"), "tco", code=2)

@@ -99,12 +99,19 @@ def test_cold_live_and_restored_runs_are_bit_equal(
             for count in range(1, cold.usage.written_tokens // 64 + 1):
                 store.limit = count
                 for one in (made, fresh):  # one that has seen it, and one that has not
+                    one.erase_slots()
                     with store:
                         warm, got = spies[id(one)].answer(one, request, 8)
                     assert warm.usage.cached_tokens == count * 64
                     assert torch.equal(got, wanted), (dtype, length, count)
                     assert attended(warm) == attended(cold)
                     assert warm.text == cold.text
+            with store:  # and behind what the last one left in memory
+                live, got = spies[id(made)].answer(made, request, 8)
+            assert torch.equal(got, wanted), (dtype, length)
+            assert (attended(live), live.text) == (attended(cold), cold.text)
+            if dtype == "bfloat16":
+                assert live.usage.cached_tokens > cold.usage.written_tokens
 
 
 @pytest.mark.parametrize("codec", ["raw", "int8"])
@@ -422,10 +429,11 @@ def test_without_the_extension_the_stock_path_answers(
     assert "C extension" in refused(made, tmp_path / "store", "int8", caplog)
 
 
-def test_auto_is_for_codecs_that_change_bits_and_stock_never_asks(
+def test_auto_is_for_codecs_that_are_read_in_place_and_stock_never_asks(
     models: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    expected = {("auto", "raw"): False, ("auto", "int8"): True, ("stock", "int8"): False, ("in_place", "raw"): True}
+    expected = {("auto", "raw"): True, ("auto", "int8"): True, ("stock", "int8"): False, ("in_place", "raw"): True}
+    expected |= {("auto", "lossless"): False, ("auto", "dense"): False, ("stock", "raw"): False}
     for (attention, codec), wanted in expected.items():
         made = local(models["llama"], tmp_path, attention=attention)
         with Stored(tmp_path / f"{attention}{codec}", grid=64, codec=codec) as store:
@@ -447,7 +455,7 @@ def test_pages_made_in_place_are_not_the_stock_paths_nor_another_codecs(
             made = local(models["llama"], tmp_path, attention=attention)
             store.limit = 1 << 30
             cached = made.generate(prompt_of(made, 150, store, 1)).usage.cached_tokens
-            assert cached == (128 if attention == "auto" else 0)  # auto is the stock path here
+            assert cached == (128 if attention == "auto" else 0)  # auto is in place here
     engine = in_place(models["llama"], tmp_path)._ready()
     engine.states.check()
     kinds = {engine.in_place.states(_Of(codec)).attention for codec in CODECS}
@@ -720,6 +728,9 @@ def test_smollm2_restored_in_a_new_process_gives_the_same_bits(dtype: str, codec
     with Stored(tmp_path / "store", grid=256, codec=codec) as store:
         ask = asked(PASSAGE, "Who is it about?", pages=store, max_tokens=6)
         cold, wanted = spy.answer(made, ask, 6)
+        _, behind = spy.answer(made, ask, 6)  # what the first one left in memory
+        assert torch.equal(behind, wanted)
+        made.erase_slots()
         live, again = spy.answer(made, ask, 6)
     assert cold.usage.cached_tokens == 0
     assert live.usage.cached_tokens == cold.usage.input_tokens // 256 * 256 >= 512
