@@ -6,6 +6,7 @@ python examples/10_consolidate_while_idle.py [model]
 import sys
 import tempfile
 import time
+from typing import Any
 
 from agentmem import Memory
 
@@ -13,7 +14,7 @@ FACTS = ["I'm allergic to peanuts.", "My daughter is called Alma.", "I work nigh
 SYSTEM = "You are a kind assistant. Answer in one sentence, and say so when you don't know something."
 PATIENCE_S = 120
 #: A small grid of KV pages, so that this short head fills some.
-SETTINGS = {"system": SYSTEM, "page_tokens": 32, "consolidate_idle": 0.5}
+SETTINGS: dict[str, Any] = {"system": SYSTEM, "page_tokens": 32, "consolidate_idle": 0.5}
 
 
 def ask(memory: Memory, session: str) -> None:
