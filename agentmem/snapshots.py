@@ -143,11 +143,14 @@ def _scope(row: Any) -> Scope:
 
 def scopes(engine: Engine, scope: Scope, seen: Ledgered | None = None) -> list[Scope]:
     """The scopes at and beneath a handle's that there may be something to plan for, the last used first: those with
-    uses, core blocks or versions that wait; where a model may write, also those with records."""
+    uses, core blocks or versions that wait; where a model may write, also those with records. Sessions that ended have
+    nothing that will be read again."""
     seen = seen or ledgered(engine, scope)
-    found = dict.fromkeys(sorted((*seen.heads, *seen.owners), key=lambda one: -_last(seen, one)))
-    found.update(dict.fromkeys(sorted(_heads(engine, scope), key=str)))
-    found.update(dict.fromkeys(whose for whose, _ in _owed(engine) if whose.within(scope)))
+    over = engine.clock() - ENDED_S
+    used = [one for one in dict.fromkeys((*seen.heads, *seen.owners)) if one.session is None or _last(seen, one) > over]
+    found = dict.fromkeys(sorted(used, key=lambda one: -_last(seen, one)))
+    found.update(dict.fromkeys(sorted((one for one in _heads(engine, scope) if one.session is None), key=str)))
+    found.update(dict.fromkeys(whose for whose, _, _ in _owed(engine) if whose.within(scope)))
     if engine.settings.consolidate_writes:
         sql, values = beneath(scope)
         rows = engine.database.query(
@@ -190,6 +193,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         chosen, layout = _candidate(engine, scope, standing, head, head_tokens=told)
         cold = cold if layout is None else layout.cold
         behind = head.behind if layout is None else layout.behind
+    owed = [(digest, remain) for whose, digest, remain in _owed(engine) if whose == scope] if able.lora else []
     return Snapshot(
         at=now,
         scope=scope,
@@ -203,9 +207,11 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         carried=cores.account(engine, scope).carried,
         cold=cold,
         busy=engine.activity.busy() or (head.requests > 0 and now - head.last < quiet_s),
+        stood=(now - built) / DAY_S if core is not None and built else None,
         requests_day=head.requests / head.days(now) if head.requests else 0.0,
         unprimed=_unprimed(engine, told, core, kept=kept, cold=cold, fresh=built > head.last),
-        owed=tuple(digest for whose, digest in _owed(engine) if whose == scope) if able.lora else (),
+        owed=tuple(digest for digest, _ in owed),
+        owed_records=tuple(remain for _, remain in owed),
         unsealed=tuple(_unsealed(engine, scope, now)) if able.writes else (),
         unread=extraction.unread(engine, scope, UNREAD) if able.writes else 0,
         turn_tokens=EXTRACT_TOKENS if able.writes else 0.0,
@@ -399,13 +405,14 @@ def _teachable(scope: Scope, records: Sequence[Record], learnt: Collection[str],
 # ---- what is owed ----------------------------------------------------------------------------------------------------
 
 
-def _owed(engine: Engine) -> list[tuple[Scope, str]]:
-    """Versions that wait to be trained again, with their scope."""
+def _owed(engine: Engine) -> list[tuple[Scope, str, int]]:
+    """Versions that wait to be trained again: scope, digest, how many of their records remain."""
     rows = engine.database.query(
-        "SELECT loras.digest, tenant, user, agent, session FROM jobs JOIN loras ON digest = record"
-        " WHERE kind = 'retrain' AND jobs.state = 'queued' ORDER BY jobs.id"
+        "SELECT loras.digest, tenant, user, agent, session,"
+        " json_array_length(manifest, '$.records') - coalesce(json_array_length(jobs.note, '$.records'), 0) AS remain"
+        " FROM jobs JOIN loras ON digest = record WHERE kind = 'retrain' AND jobs.state = 'queued' ORDER BY jobs.id"
     )
-    return [(_scope(row), row["digest"]) for row in rows]
+    return [(_scope(row), row["digest"], max(0, row["remain"] or 0)) for row in rows]
 
 
 def _unsealed(engine: Engine, scope: Scope, now: float) -> list[str]:

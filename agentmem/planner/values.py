@@ -158,8 +158,10 @@ class Snapshot:
     requests_day: float = 0.0
     #: Tokens of system part and core that a next request begins with and whose states are not kept yet.
     unprimed: int = 0
-    #: Digests of LoRA versions that wait to be trained again, and ids of sessions that ended unsealed.
+    #: Digests of LoRA versions that wait to be trained again, the records left in each (where missing: as many as a
+    #: version may have), and ids of sessions that ended unsealed.
     owed: tuple[str, ...] = ()
+    owed_records: tuple[int, ...] = ()
     unsealed: tuple[str, ...] = ()
     #: User turns that no extraction has read; tokens of one as a model reads it, and of what it writes about it.
     unread: int = 0
@@ -169,6 +171,8 @@ class Snapshot:
     sessions_day: float | None = None
     #: The part of requests that found the head kept; None: not known, then as if requests came by chance.
     warm: float | None = None
+    #: Days that the core block has stood as it is; None: not known, then since uses are counted.
+    stood: float | None = None
     #: Names the newest turn: what may have to be done again after it has another key then.
     latest: str = ""
 

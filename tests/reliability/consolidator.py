@@ -83,9 +83,9 @@ def talk(memory: Memory, questions: tuple[str, ...] = ASKED, times: int = 3) -> 
 
 def live(folder: str, seed: int, connection: Connection) -> None:
     """Talk, add, forget, change and consolidate, until killed. Before each change it says what it will do, after it
-    what is certain."""
+    what is certain. An even seed learns nothing, so that what is used stands in the core block."""
     chance = random.Random(seed)
-    with consolidating(folder) as memory:
+    with consolidating(folder, learns=bool(seed % 2)) as memory:
         for said in _changes(memory, chance):
             connection.send(json.dumps(said))
 
@@ -96,10 +96,10 @@ def _changes(memory: Memory, chance: random.Random) -> Iterator[dict[str, Any]]:
     while True:
         number += 1
         held = [record.id for record in ana.list(limit=1000)]
-        kind = chance.choice(["consolidate", "consolidate", "consolidate", "talk", "forget", "update"])
+        kind = chance.choice(["consolidate", "consolidate", "talk", "talk", "forget", "update"])
         kind = kind if len(held) >= 5 else "add"
-        yield {"doing": kind}
         one = chance.choice(held or [""])
+        yield {"doing": kind, "one": one}
         if kind == "add":
             text = [f"My {thing} is called Ob{number}{thing}." for thing in ("dog", "cat", "boat")]
             yield {"added": [record.id for record in ana.add([*text, *chance.sample(FACTS, 2)])]}
@@ -108,6 +108,7 @@ def _changes(memory: Memory, chance: random.Random) -> Iterator[dict[str, Any]]:
         elif kind == "forget":
             ana.forget(one)
             yield {"forgot": one}
+            memory.consolidate()  # if it stood in the core block, that is to be chosen anew
         elif kind == "update":
             ana.update(one, text=f"My dog is called Ob{number}.")
         else:

@@ -25,6 +25,9 @@ pytestmark = pytest.mark.slow
 KILLS = 100 if os.environ.get("AGENTMEM_RELIABILITY") == "full" else 12
 
 
+_AT_STAKE = ("consolidate", "forget")
+
+
 def _processes() -> Any:
     processes = multiprocessing.get_context("forkserver")
     processes.set_forkserver_preload(["agentmem", "tests.reliability.consolidator", "torch"])
@@ -35,8 +38,7 @@ def test_killed_anywhere_nothing_is_lost_nothing_twice_and_it_goes_on(tmp_path: 
     processes = _processes()
     chance = random.Random(7)
     folder = tmp_path / "memory"
-    added: set[str] = set()
-    forgotten: set[str] = set()
+    held: set[str] = set()
     killed_in: Counter[str] = Counter()
     made: Counter[str] = Counter()
     for kill in range(KILLS):
@@ -44,50 +46,51 @@ def test_killed_anywhere_nothing_is_lost_nothing_twice_and_it_goes_on(tmp_path: 
         process = processes.Process(target=live, args=(str(folder), kill, theirs))
         process.start()
         theirs.close()
-        doing = ""
+        last: dict[str, Any] = {}
         going = chance.randint(1, 12)
         while True:
             try:
                 said: dict[str, Any] = json.loads(ours.recv())
             except (EOFError, OSError):
                 break
-            added.update(said.get("added", ()))
-            forgotten.update({said["forgot"]} if "forgot" in said else ())
-            doing = said.get("doing", doing)
+            held |= set(said.get("added", ()))
+            held -= {said.get("forgot")}
+            last |= said
             going -= 1
-            if going <= 0 and (doing == "consolidate" or going < -20) and process.is_alive():
+            if going <= 0 and (last["doing"] in _AT_STAKE or going < -20) and process.is_alive():
                 time.sleep(chance.random() * 0.08)
                 process.kill()
         process.join(30)
         ours.close()
-        killed_in[doing] += 1
-        made.update(_is_whole(folder, added, forgotten, last=doing))
-    assert killed_in["consolidate"] > KILLS / 2  # else nothing was at stake
-    assert {"collapse", "learn"} <= set(made), made
+        killed_in[last["doing"]] += 1
+        held = _whole(folder, held, last, made, learns=bool(kill % 2))
+    assert sum(killed_in[doing] for doing in _AT_STAKE) > KILLS / 2, killed_in
+    assert {"collapse", "learn", "prime"} <= set(made), made
 
 
-def _is_whole(folder: Path, added: set[str], forgotten: set[str], *, last: str) -> list[str]:
-    """Check what a killed process left, and that the next call goes on; returns the kinds of moves that were made."""
-    with consolidating(folder) as memory:
+def _whole(folder: Path, held: set[str], last: dict[str, Any], made: Counter[str], *, learns: bool) -> set[str]:
+    """Check what a killed process left, and that the next call goes on, noting which kinds of moves were made; returns
+    the ids of the records that are there."""
+    with consolidating(folder, learns=learns) as memory:
         assert memory.verify().problems == []
         ana = memory.scope(user="ana")
-        held = {record.id for record in ana.list(limit=10_000)}
-        if last != "forget":
-            assert held == added - forgotten
-        assert held <= added
-        assert not forgotten & held
-        _nothing_twice(memory, held)
-        for _ in range(4):  # what was begun is taken up or given up at once: its process is gone
+        found = {record.id for record in ana.list(limit=10_000)}
+        gone, new = held - found, found - held
+        assert gone <= ({last["one"]} if last["doing"] == "forget" else set())
+        assert not new or last["doing"] == "add"
+        _nothing_twice(memory, found)
+        for _ in range(5):  # what was begun is taken up or given up at once: its process is gone
             plan = memory.consolidate()
             assert all(outcome.state in ("done", "skipped") for outcome in plan.outcomes), plan
+            made.update(outcome.move.kind for outcome in plan.outcomes)
             if not plan.moves:
                 break
         assert plan.moves == (), plan
         assert not consolidate.due(memory._engine)
         assert not Jobs(memory._engine.database, memory._engine.clock).abandoned()
-        _nothing_twice(memory, held)
+        _nothing_twice(memory, found)
         assert memory.verify().problems == []
-        return [outcome.move.kind for outcome in plan.outcomes]
+        return found
 
 
 def _nothing_twice(memory: Memory, held: set[str]) -> None:
