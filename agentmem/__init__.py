@@ -29,12 +29,16 @@ if TYPE_CHECKING:
     from .errors import StoreError as StoreError
     from .errors import TrainingError as TrainingError
     from .errors import Unavailable as Unavailable
+    from .explaining import Explanation as Explanation
     from .ledger.budgets import Budget as Budget
     from .ledger.budgets import Spent as Spent
     from .ledger.report import Report as Report
     from .memory import Memory as Memory
     from .memory import ScopedMemory as ScopedMemory
     from .parametric.registry import LoraVersion as LoraVersion
+    from .planner.values import ConsolidationPlan as ConsolidationPlan
+    from .planner.values import Move as Move
+    from .planner.values import Outcome as Outcome
     from .reply_stream import AsyncReplyStream as AsyncReplyStream
     from .reply_stream import ReplyStream as ReplyStream
     from .types import Attended as Attended
@@ -54,6 +58,7 @@ if TYPE_CHECKING:
     from .types import Scope as Scope
     from .types import TokenCount as TokenCount
     from .types import ToolCall as ToolCall
+    from .types import TurnFacts as TurnFacts
     from .types import Usage as Usage
     from .types import Verification as Verification
     from .wrapping import wrap as wrap
@@ -69,13 +74,15 @@ _MODULES = {
         "AgentMemError BudgetExceeded ConfigError Corrupt Full Incompatible InvalidInput Locked MissingDependency "
         "NotFound ProviderError RateLimited Rejected ScopeError StoreError TrainingError Unavailable"
     ),
+    "explaining": "Explanation",
     "ledger.report": "Report",
     "memory": "Memory ScopedMemory",
     "parametric.registry": "LoraVersion",
+    "planner.values": "ConsolidationPlan Move Outcome",
     "reply_stream": "AsyncReplyStream ReplyStream",
     "types": (
         "Attended CacheUse Change Compaction Context Erasure Extraction Hit Image Message Reconciliation Record Reply "
-        "Retraining Scope TokenCount ToolCall Usage Verification"
+        "Retraining Scope TokenCount ToolCall TurnFacts Usage Verification"
     ),
     "wrapping": "wrap",
 }

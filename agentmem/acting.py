@@ -18,9 +18,10 @@ from .plaintext.whose import points_back
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .provider import LoraRef
     from .types import Hit, Scope
 
-__all__ = ["QUERY_CHARACTERS", "concerns", "turned_to"]
+__all__ = ["QUERY_CHARACTERS", "concerns", "turned_to", "vouched"]
 
 #: A query longer than this is cut before the search: an embedder reads no more, and FTS5 slows down.
 QUERY_CHARACTERS = 2000
@@ -52,3 +53,8 @@ def concerns(engine: Engine, scope: Scope, learnt: Collection[str]) -> Callable[
         return frozenset(turned_to(question, hits, all_learnt, ()))
 
     return concerned_by
+
+
+def vouched(engine: Engine, scope: Scope, loras: Sequence[LoraRef]) -> set[str]:
+    """The records that an answer needs no text of: those that `Engine.vouched` names of these acting versions."""
+    return set(engine.vouched(scope, {ref.digest for ref in loras})) if loras else set()

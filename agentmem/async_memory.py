@@ -13,9 +13,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
+from . import consolidate as consolidating
 from . import (
     counting,
     distilling,
+    explaining,
     extraction,
     flows,
     forgetting,
@@ -30,14 +32,18 @@ from . import (
     transfer,
 )
 from .asking import Schema
+from .background import Background
 from .chat import Conversation
 from .engine import Engine
+from .explaining import Explanation
 from .flow import arun, local
 from .flows import When
+from .jobs import Jobs
 from .ledger.budgets import Budget, Spent
 from .ledger.report import Report
 from .memory import Content
 from .opening import NOT_GIVEN, narrowed, opened
+from .planner.values import ConsolidationPlan
 from .provider import Provider
 from .publishing import Publication
 from .reply_stream import AsyncReplyStream
@@ -161,6 +167,9 @@ class AsyncScopedMemory:
     ) -> builtins.list[Record] | builtins.list[Change]:
         return await arun(histories.history(self._engine, self._scope, id, about=about))
 
+    async def explain(self, record: str | Record | Hit) -> Explanation:
+        return await arun(local(explaining.explain, self._engine, self._scope, record))
+
     async def forget(
         self,
         ids: str | Sequence[str] | None = None,
@@ -270,6 +279,11 @@ class AsyncScopedMemory:
     async def spent(self) -> Spent:
         return await arun(local(reporting.spent, self._engine, self._scope))
 
+    async def consolidate(
+        self, *, dry_run: bool = False, budget: Mapping[str, float] | None = None
+    ) -> ConsolidationPlan:
+        return await arun(consolidating.consolidate(self._engine, self._scope, dry_run=dry_run, budget=budget))
+
     async def export(self, path: str | os.PathLike[str], *, vectors: bool = False) -> int:
         return await arun(local(transfer.export, self._engine, self._scope, path, vectors=bool(vectors)))
 
@@ -320,6 +334,7 @@ class AsyncMemory(AsyncScopedMemory):
             opened(path=path, model=model, embedder=embedder, config=config, clock=clock, settings=settings),
             Scope(),
         )
+        self._background = Background.started(self._engine)
 
     @classmethod
     def from_config(cls, config: str | os.PathLike[str]) -> Self:
@@ -331,7 +346,15 @@ class AsyncMemory(AsyncScopedMemory):
     async def compact(self) -> Compaction:
         return await arun(local(flows.compact, self._engine))
 
+    async def pause_consolidation(self) -> None:
+        await arun(local(Jobs(self._engine.database, self._engine.clock).pause))
+
+    async def resume_consolidation(self) -> None:
+        await arun(local(Jobs(self._engine.database, self._engine.clock).resume))
+
     async def close(self) -> None:
+        if self._background is not None:
+            await arun(local(self._background.close))
         await arun(local(self._engine.close))
 
     async def __aenter__(self) -> Self:

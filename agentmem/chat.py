@@ -12,21 +12,22 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import cores, planning, prompt
-from .acting import QUERY_CHARACTERS, turned_to
+from . import cores, economics, planning, prompt
+from .acting import vouched
 from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
-from .cores import within
 from .engine import Engine
 from .errors import ConfigError, InvalidInput, ProviderError, StoreError
 from .flow import Flow, Generate
-from .flows import embedded, note_embeddings, search
+from .flows import embedded, note_embeddings
 from .plaintext.drafts import Draft, check_text, shown
 from .plaintext.records import check_k, new_id
 from .planning import Measured, Plan, measured
 from .provider import CachePlan, Generation, LoraRef, Options, Provider, RecalledLine, Request
+from .recalling import Core, core_of, standing
+from .recalling import recalled as recalled_for
 from .tokens import Calibration, request_tokens
-from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
+from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, TurnFacts, Usage
 from .verbatim import begun
 
 if TYPE_CHECKING:
@@ -38,8 +39,6 @@ _log = logging.getLogger("agentmem")
 
 #: Longer than any host keeps anything: a century.
 LONGEST_S = 3.2e9
-#: Recalled at most, records and tokens, for a turn that surely asks for nothing.
-TOLD_K, TOLD_TOKENS = 3, 150
 #: Where a host's rules are not known: it keeps no prefix shorter than this, so none is expected back.
 HOSTED_MINIMUM = 1024
 
@@ -47,7 +46,7 @@ HOSTED_MINIMUM = 1024
 class Conversation:
     """A handle's running conversation: its scope, its session, and the prefix its last request left cacheable."""
 
-    def __init__(self, scope: Scope) -> None:
+    def __init__(self, scope: Scope, session: Scope | None = None) -> None:
         self.scope = scope
         self.lock = threading.Lock()
         self.prefix: tuple[Message, ...] = ()
@@ -57,7 +56,9 @@ class Conversation:
         #: The host's name of its last answer.
         self.answer: str | None = None
         self._plan: tuple[Plan | None] | None = None
-        self._session = scope if scope.session is not None else None
+        #: Since when (in turns) the core that would be chosen is known, and what it is.
+        self.reviewed: tuple[int, cores.Review] | None = None
+        self._session = scope if scope.session is not None else session
 
     @property
     def session(self) -> Scope:
@@ -91,13 +92,19 @@ class _Prepared:
     hits: list[Hit]
     #: Those of them that stand in the turn, not in the core.
     recalled: list[Hit]
-    core: set[str]
+    core: Core
     #: The records that the answer may come from through LoRA versions.
     learnt: set[str]
 
     @property
     def turn(self) -> list[Message]:
         return [said for _, said in self.asked]
+
+    @property
+    def spared(self) -> tuple[str, ...]:
+        """The records that the search named and that the turn needs no text of."""
+        here = {hit.record.id for hit in self.recalled}
+        return tuple(hit.record.id for hit in self.hits if hit.record.id not in here)
 
 
 def chat(
@@ -128,23 +135,24 @@ def chat(
         )
     engine.ledger.check(conversation.session, provider.name)
     noted: list[Usage] = []
-    made = yield from _prepared(
-        engine,
-        conversation,
-        asked,
-        system=_system(engine, system),
-        tools=known_tools,
-        recall=recall,
-        remember=remember,
-        options=options,
-        noted=noted,
-    )
-    shown_here = _shown(engine, provider, made.request.segments)
-    generation: Generation = yield Generate(provider, made.request)
-    cache = _observe(engine, conversation, made.request, made.sent, generation)
-    kept = yield from _stored(
-        engine, conversation, made, generation, cache, in_prompt=shown_here, noted=noted, remember=remember
-    )
+    with engine.activity.chatting():
+        made = yield from _prepared(
+            engine,
+            conversation,
+            asked,
+            system=_system(engine, system),
+            tools=known_tools,
+            recall=recall,
+            remember=remember,
+            options=options,
+            noted=noted,
+        )
+        shown_here = _shown(engine, provider, made.request.segments)
+        generation: Generation = yield Generate(provider, made.request)
+        cache = _observe(engine, conversation, made.request, made.sent, generation)
+        kept = yield from _stored(
+            engine, conversation, made, generation, cache, in_prompt=shown_here, noted=noted, remember=remember
+        )
     return Reply(
         text=generation.text,
         usage=generation.usage,
@@ -156,6 +164,7 @@ def chat(
         records=kept,
         loras=tuple(ref.name for ref in made.request.loras),
         parsed=None if schema is None or generation.tool_calls else parsed(schema, generation.text),
+        facts=_facts(engine, conversation, made, generation),
     )
 
 
@@ -177,18 +186,25 @@ def _prepared(
     plan = conversation.plan(engine)
     head = planning.head_tokens(engine, system, tools, memories=recall)
     told = prompt.cost(turn, engine.count)
+    stands = standing(engine, conversation, plan) if recall else None
     layout, history = begun(engine, conversation, head, told, carried=recall, answers=turn)
     hits: list[Hit] = []
-    core: list[Record] = []
+    block = Core()
     present = {record for said in history for record in said.records}
-    if recall:
-        fresh = not engine.records.count_turns(session)
-        core = cores.core(engine, conversation.scope, layout, present, new_session=fresh)
     concerned = conversation.concerned  # a tool's result belongs to the question before it
-    if turn[0].role == "user":
-        hits, concerned = yield from _recall(engine, conversation, turn[0].content, present, noted, recall=recall)
-    in_core = {record.id for record in core}
-    in_turn = [hit for hit in hits if hit.record.id not in in_core]
+    asks = turn[0].role == "user"
+    if asks:
+        here = {record.id for record in stands or ()} if plan is not None else set()
+        hits, concerned = yield from recalled_for(
+            engine, conversation, turn[0].content, present, noted, recall=recall, core=here
+        )
+    if recall:
+        named = hits if asks else None
+        block = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=named)
+    core, in_core = block.records, block.ids
+    loras = engine.active_loras(conversation.scope, concerned)
+    known = in_core | vouched(engine, conversation.scope, loras)
+    in_turn = [hit for hit in hits if hit.record.id not in known]
     recalled = [prompt.shown(hit) for hit in in_turn]
     if plan is not None:  # whether what was recalled stays is known only now
         layout = plan.choose(session.session or "", head, told, planning.sizes(engine, in_turn))
@@ -202,6 +218,7 @@ def _prepared(
         turn=turn,
         memories=recall,
         behind=layout is not None,
+        before=layout is not None and planning.in_front(engine),
         settled=layout is not None and remember and not images,
         keep=layout is not None and layout.keep,
     )
@@ -214,12 +231,40 @@ def _prepared(
         options=options,
         recalled=recalled,
         cache=_asked_of_host(engine, conversation, plan, layout, sent),
-        concerned=concerned,
+        loras=loras,
     )
     learnt = {record for ref in request.loras for record in ref.records}
     if engine.settings.lora_when == "recalled":
         learnt &= set(concerned)
-    return _Prepared(request, sent, layout, asked, hits, in_turn, in_core, learnt)
+    return _Prepared(request, sent, layout, asked, hits, in_turn, block, learnt)
+
+
+def _facts(engine: Engine, conversation: Conversation, made: _Prepared, generation: Generation) -> TurnFacts:
+    """What `Reply.explain` tells of this request."""
+    sent, core, layout, usage = made.sent, made.core, made.layout, generation.usage
+    costs = economics.costs(engine)
+    cached = usage.cached_tokens
+    paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached + usage.written_tokens * costs.write
+    start = None if layout is None else layout.start
+    gone = 0
+    if start is not None:
+        gone = engine.records.count_turns(conversation.session, before=start)
+    return TurnFacts(
+        system_tokens=sent.of("system"),
+        core_tokens=sent.of("core"),
+        history_tokens=0 if layout is None else layout.behind,
+        recalled_tokens=sum(tokens for _, tokens in planning.sizes(engine, made.recalled)),
+        message_tokens=prompt.cost(made.turn, engine.count),
+        core=tuple(record.id for record in core.records),
+        used=made.spared,
+        start=start,
+        folded=gone,
+        kept=layout is not None and layout.keep,
+        decided=core.decided,
+        unit=costs.unit,
+        cost=paid,
+        bare=usage.input_tokens * costs.prefill,
+    )
 
 
 def _stored(
@@ -249,8 +294,11 @@ def _stored(
             # The turn itself is what must not be lost; its vectors are made at the next search.
             _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
     # What the answer was made from, beside the conversation so far.
-    before_it = {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core | made.learnt
-    facts = planning.facts(engine, session, made.sent, made.turn, recalled=made.recalled, reply=generation)
+    before_it = (
+        {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core.ids | made.learnt
+    )
+    used = made.spared
+    facts = planning.facts(engine, session, made.sent, made.turn, recalled=made.recalled, used=used, reply=generation)
     try:
         with engine.database.write() as connection:
             if new:
@@ -265,6 +313,8 @@ def _stored(
                     planning.keep(connection, kept[0], made.recalled)
             if plan is not None:
                 plan.done(connection, made.sent, facts if new else None, made.layout)
+                if made.core.account is not None:
+                    cores.keep_account(engine, connection, conversation.scope, made.core.account)
             note_embeddings(engine, session, noted)
             Calibration(engine.database).note(
                 model, request_tokens(made.request, engine.count), generation.usage.input_tokens
@@ -300,10 +350,11 @@ def prime(
     engine.ledger.check(conversation.session, provider.name)
     head = _system(engine, system)
     plan = conversation.plan(engine)
+    stands = standing(engine, conversation, plan)
     layout, history = begun(engine, conversation, planning.head_tokens(engine, head, (), memories=True), 0)
     present = {record for said in history for record in said.records}
-    fresh = not engine.records.count_turns(conversation.session)
-    core = cores.core(engine, conversation.scope, layout, present, new_session=fresh)
+    block = core_of(engine, conversation, plan, layout, stands=stands, present=present, hits=None)
+    core = block.records
     segments = prompt.lay_out(
         system=head,
         core=prompt.quote(core) if core else None,
@@ -316,7 +367,8 @@ def prime(
         return Usage()
     cache = _asked_of_host(engine, conversation, plan, layout, sent)
     options = Options(max_tokens=0)
-    request = _request(engine, conversation, segments, options=options, cache=cache, concerned=conversation.concerned)
+    loras = engine.active_loras(conversation.scope, conversation.concerned)
+    request = _request(engine, conversation, segments, options=options, cache=cache, loras=loras)
     shown_here = _shown(engine, provider, segments)
     generation: Generation = yield Generate(provider, request)
     _observe(engine, conversation, request, sent, generation)
@@ -356,50 +408,6 @@ def _shown(engine: Engine, provider: Provider, segments: Sequence[Segment]) -> l
     return []
 
 
-def _recall(
-    engine: Engine, conversation: Conversation, query: str, present: set[str], noted: list[Usage], *, recall: bool
-) -> Flow[tuple[list[Hit], tuple[str, ...]]]:
-    """The records that this turn needs and that are not in the conversation already, within the budget; and the ids of
-    those that it concerns among what LoRA versions learnt.
-
-    What is recalled is most of what a turn costs: there are none where nothing is likely to be evidence, and few where
-    the turn asks for nothing.
-    """
-    from .plaintext.asking import tells
-    from .plaintext.concerning import WEIGHED
-    from .plaintext.fusion import TOGETHER, taken
-
-    settings, scope = engine.settings, conversation.scope
-    recall = recall and settings.recall_k > 0 and settings.recall_tokens > 0
-    learnt = engine.learnt(scope)
-    telling = tells(query)
-    if not recall and (telling or not learnt):
-        return [], ()
-    together = max(settings.recall_k, TOGETHER)
-    found = yield from search(
-        engine,
-        scope,
-        query.strip()[:QUERY_CHARACTERS],
-        k=max(together, WEIGHED) if learnt else together,
-        noted=noted,
-        words_if_down=True,
-        # What the model reads anyway must not make anything else look less likely.
-        without=present - learnt if recall else (),
-    )
-    concerned = turned_to(query, found, learnt, conversation.concerned)
-    if not telling:
-        conversation.concerned = concerned
-    if not recall:
-        return [], concerned
-    most, tokens = settings.recall_k, settings.recall_tokens
-    if telling:
-        most, tokens = min(most, TOLD_K), min(tokens, TOLD_TOKENS)
-    found = [hit for hit in found if hit.record.id not in present][:together]
-    likely = found[: min(taken([hit.score for hit in found]), most)]
-    fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), within(engine, tokens, 0.1), engine.count)}
-    return [hit for hit in likely if hit.record.id in fitting], concerned
-
-
 def _asked_of_host(
     engine: Engine, conversation: Conversation, plan: Plan | None, layout: Layout | None, sent: Measured
 ) -> CachePlan | None:
@@ -418,7 +426,7 @@ def _request(
     cache: CachePlan | None = None,
     tools: tuple[Mapping[str, Any], ...] = (),
     recalled: Sequence[Record] = (),
-    concerned: Sequence[str] = (),
+    loras: tuple[LoraRef, ...] = (),
 ) -> Request:
     scope = conversation.scope
     record_pages = engine.record_view(scope) if recalled else None
@@ -441,7 +449,7 @@ def _request(
         recalled=lines,
         record_pages=record_pages,
         prefixes=engine.prefix_view(scope),
-        loras=engine.active_loras(scope, concerned),
+        loras=loras,
     )
 
 

@@ -5,6 +5,7 @@ Knows names, types and defaults; opens nothing but the TOML file.
 
 from __future__ import annotations
 
+import math
 import os
 import reprlib
 import tomllib
@@ -52,8 +53,8 @@ class Settings(BaseSettings):
     redact: tuple[str, ...] = Field(
         default=(), description="taken out before anything is stored: email, phone, card, key, iban; or a function"
     )
-    recall_k: int = Field(default=6, ge=0, description="records recalled for a turn at most")
-    recall_tokens: int = Field(default=500, ge=0, description="tokens of recalled records in a turn at most")
+    recall_k: int = Field(default=10, ge=0, description="records recalled for a turn at most")
+    recall_tokens: int = Field(default=800, ge=0, description="tokens of recalled records in a turn at most")
     search_ram: int = Field(
         default=256 << 20, ge=0, description="bytes of token vectors that searches keep in this process's RAM"
     )
@@ -103,6 +104,11 @@ class Settings(BaseSettings):
         "request concerns what the version learnt, or on every request of its scope (one whose gate judged the former "
         "only is then left out)",
     )
+    lora_spares: bool = Field(
+        default=True,
+        description="a record that an acting LoRA version learnt, and that its gate saw answered every time, is not "
+        "recalled as text too",
+    )
     lora_gate: dict[str, float] = Field(
         default={}, description="what a LoRA version must reach before it may serve: `parametric.gate.Thresholds`"
     )
@@ -117,12 +123,35 @@ class Settings(BaseSettings):
         description="train LoRA versions that act from the answer on, over the base's KV pages; llama.cpp and this "
         "process serve them, Ollama and vLLM need false",
     )
+    consolidate_idle: float | None = Field(
+        default=None,
+        gt=0,
+        description="seconds without a chat after which this process consolidates in the background; None: it doesn't",
+    )
+    consolidate_every: float | None = Field(
+        default=None, gt=0, description="seconds between consolidations in the background; None: no schedule"
+    )
+    consolidate_budget: dict[str, float] = Field(
+        default={}, description="what one consolidation may spend where none is given: seconds, dollars, bytes"
+    )
+    consolidate_writes: bool = Field(
+        default=False,
+        description="consolidation may ask the model for facts, preferences and summaries, as `extract` does",
+    )
     page_key: SecretStr | None = Field(
         default=None, description="32 bytes as hex or base64: KV pages are encrypted at rest with AES-256-GCM"
     )
     providers: dict[str, dict[str, Any]] = Field(
         default={}, description="one table per scheme: [providers.openai] base_url = …, [providers.local] device = …"
     )
+
+    @field_validator("consolidate_budget")
+    @classmethod
+    def _spendable(cls, budget: dict[str, float]) -> dict[str, float]:
+        for name, most in budget.items():
+            if name not in ("seconds", "dollars", "bytes") or not 0 <= most < math.inf:
+                raise ValueError("give seconds, dollars or bytes, each 0 or more")
+        return budget
 
     @field_validator("page_tokens")
     @classmethod

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from . import prompt
 from . import provider as providers
+from .activity import Activity
 from .cache_rules import CacheRules, check_overrides, overridden, rules_for
 from .config import Settings
 from .database import Database
@@ -50,6 +51,7 @@ if TYPE_CHECKING:
     from .plaintext.embed import Embedder
     from .plaintext.index import VectorIndex
     from .plaintext.late import TokenStore
+    from .planner.values import Costs
 
 __all__ = ["Engine"]
 
@@ -91,6 +93,10 @@ class Engine:
         if provider is None and settings.model is not None:
             scheme, _ = providers.split_name(settings.model)
             self.provider = providers.load(settings.model, settings.providers.get(scheme, {}))
+        #: What prompts cost here, and the number of the use that it was measured up to (economics.py).
+        self.measured: tuple[int, Costs] | None = None
+        #: Whether somebody is chatting, for work that waits for silence.
+        self.activity = Activity()
         check_overrides(settings.rules)  # a wrong one is told here, not by the first chat
         self._kept = settings.path != ":memory:"
         with contextlib.ExitStack() as undo:
@@ -308,6 +314,20 @@ class Engine:
         if provider is None or not provider.capabilities.loras or self.settings.lora_when == "always":
             return frozenset()
         return frozenset(record for version in self.registry.active(scope) for record in version.records)
+
+    def vouched(self, scope: Scope, digests: Collection[str] | None = None) -> frozenset[str]:
+        """Ids of the records that this scope's active LoRA versions (of these digests) passed their gate with, every
+        question about them answered: a prompt does without their text. None with the setting ``lora_spares`` off."""
+        provider = self.provider
+        if provider is None or not provider.capabilities.loras or not self.settings.lora_spares:
+            return frozenset()
+        return frozenset(
+            record
+            for version in self.registry.active(scope)
+            if (digests is None or version.digest in digests) and version.gate.passed
+            for record, share in version.gate.by_record.items()
+            if share == 1.0
+        )
 
     def active_loras(self, scope: Scope, concerned: Collection[str] | None = None) -> tuple[LoraRef, ...]:
         """The LoRA versions that answer for this scope, where the provider can serve them.

@@ -8,9 +8,10 @@ how its answer is read is in plaintext/extract.py.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -28,7 +29,7 @@ from .progress import progress
 from .provider import Generation, Options, Provider, Request
 from .types import Extraction, Message, Record, Scope, Segment, Usage
 
-__all__ = ["SOURCE", "ask", "extract"]
+__all__ = ["SOURCE", "ask", "extract", "unread"]
 
 #: The source of what a model wrote.
 SOURCE = "extracted"
@@ -44,8 +45,9 @@ CONTEXT = 2
 CONTEXT_CHARACTERS = 300
 #: A longer turn is read by its beginning: what follows is found by search, verbatim.
 MOST_CHARACTERS = 6000
-#: Turns that are summarised together.
+#: Turns that are summarised together; of a session that ended, at least.
 BLOCK = 12
+LEAST = 4
 #: In a row: then the model is down, and the run ends.
 FAILURES = 3
 PAGE = 200
@@ -74,15 +76,19 @@ def extract(
     kinds: Sequence[str] = ("fact", "preference"),
     limit: int | None = None,
     retry: bool = False,
+    ended: Collection[Scope] = (),
 ) -> Flow[Extraction]:
-    """Read the turns of this scope that were not read yet; see `Plaintext.extract`."""
+    """Read the turns of this scope that were not read yet; see `Plaintext.extract`.
+
+    Of sessions in ``ended`` the rest is summarised too, however short.
+    """
     wanted = _kinds(kinds)
     limit = None if limit is None else check_k(limit, "limit")
     provider = engine.chat_provider()
     counts = {"read": 0, "nothing": 0, "failed": 0, "refused": 0}
     found: dict[str, Record] = {}
     down = 0
-    units = list(_units(engine, scope, provider, wanted, retry=retry))
+    units = list(_units(engine, scope, provider, wanted, retry=retry, ended=ended))
     left = len(units)
     with progress("extracting") as moved:
         for unit in units[:limit]:
@@ -122,12 +128,31 @@ def _kinds(kinds: Any) -> tuple[str, ...]:
 # ---- what is to be read ----------------------------------------------------------------------------------------------
 
 
-def _units(engine: Engine, scope: Scope, provider: Provider, kinds: tuple[str, ...], *, retry: bool) -> Iterator[_Unit]:
+def unread(engine: Engine, scope: Scope, most: int) -> int:
+    """How many turns of users in this scope no job has read for facts and preferences; counted up to ``most``."""
+    prefix = _prefix(engine, engine.chat_provider(), ("fact", "preference"))
+    found = _unread(engine, scope, prefix, roles=("user",), retry=False)
+    return sum(1 for _ in itertools.islice(filter(_worth, found), most))
+
+
+def _worth(record: Record) -> bool:
+    return len(record.text.split()) > 2 or len(record.text) > 24
+
+
+def _units(
+    engine: Engine,
+    scope: Scope,
+    provider: Provider,
+    kinds: tuple[str, ...],
+    *,
+    retry: bool,
+    ended: Collection[Scope] = (),
+) -> Iterator[_Unit]:
     notes = tuple(kind for kind in kinds if kind != "summary")
     if notes:
         prefix = _prefix(engine, provider, notes)
         for record in _unread(engine, scope, prefix, roles=("user",), retry=retry):
-            if len(record.text.split()) > 2 or len(record.text) > 24:
+            if _worth(record):
                 yield _Unit("notes", (*_before(engine, record), record), 1)
     if "summary" in kinds:
         blocks: dict[Scope, list[Record]] = {}
@@ -139,6 +164,9 @@ def _units(engine: Engine, scope: Scope, provider: Provider, kinds: tuple[str, .
             block.append(record)
             if len(block) == BLOCK:
                 yield _Unit("summary", tuple(blocks.pop(record.scope)), BLOCK)
+        for whose, block in blocks.items():
+            if whose in ended and len(block) >= LEAST:
+                yield _Unit("summary", tuple(block), len(block))
 
 
 def _prefix(engine: Engine, provider: Provider, kinds: tuple[str, ...]) -> str:

@@ -145,18 +145,19 @@ def columns(title: str, series: Series, rows: Rows) -> str:
     return _svg(title, series, base + 24, parts)
 
 
-def panels(title: str, curves: Sequence[Curve]) -> str:
-    """Each curve in a panel of its own, two in a row, for their units differ. A curve of one point is a dot."""
+def panels(title: str, curves: Sequence[Curve], *, across: str = "step") -> str:
+    """Each curve in a panel of its own, two in a row, for their units differ. A curve of one point is a dot.
+    ``across`` names what the points are over."""
     wide, high, gap = WIDTH // 2, 150, 34
     parts = []
     for index, curve in enumerate(curves):
         left, top = index % 2 * wide, index // 2 * (high + gap)
-        parts += _panel(curve, left + 58, top + 26, wide - 76, high - 26)
+        parts += _panel(curve, left + 58, top + 26, wide - 76, high - 26, across=across)
     rows = (len(curves) + 1) // 2
     return _svg(title, (), rows * (high + gap), parts)
 
 
-def _panel(curve: Curve, left: int, top: int, width: int, height: int) -> list[str]:
+def _panel(curve: Curve, left: int, top: int, width: int, height: int, *, across: str) -> list[str]:
     """The lines, labels and points of one curve within this box."""
     parts = [f'<text x="{left}" y="{top - 10}">{escape(curve.name)}</text>']
     points = [(x, y) for x, y in curve.points if math.isfinite(x) and math.isfinite(y)]
@@ -181,13 +182,14 @@ def _panel(curve: Curve, left: int, top: int, width: int, height: int) -> list[s
     ends = {first: "start", last: "end"} if last > first else {first: "middle"}
     for x, anchor in ends.items():
         parts.append(
-            f'<text x="{place(x, 0.0)[0]:.1f}" y="{top + height + 16}" text-anchor="{anchor}">step {x:g}</text>'
+            f'<text x="{place(x, 0.0)[0]:.1f}" y="{top + height + 16}" text-anchor="{anchor}">{across} {x:g}</text>'
         )
     drawn = [place(x, y) for x, y in points]
     if len(drawn) > 1:
         parts.append(f'<polyline points="{" ".join(f"{x:.1f},{y:.1f}" for x, y in drawn)}"/>')
     parts += [
-        f'<circle class="first" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>step {step:g}: {value:.4g}</title></circle>'
+        f'<circle class="first" cx="{x:.1f}" cy="{y:.1f}" r="2.5"><title>{across} {step:g}: {value:.4g}</title>'
+        "</circle>"
         for (x, y), (step, value) in zip(drawn, points, strict=True)
     ]
     return parts

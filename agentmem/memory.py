@@ -12,16 +12,21 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal, Self, TypeVar, overload
 
 from . import chat as chats
-from . import counting, flows, forgetting, histories, reporting, transfer
+from . import consolidate as consolidating
+from . import counting, explaining, flows, forgetting, histories, reporting, transfer
 from .asking import Schema
+from .background import Background
 from .chat import Conversation
 from .engine import Engine
+from .explaining import Explanation
 from .flow import local, run
 from .flows import When
 from .handles import Activation, Parametric, Plaintext
+from .jobs import Jobs
 from .ledger.budgets import Budget, Spent
 from .ledger.report import Report
 from .opening import NOT_GIVEN, narrowed, opened
+from .planner.values import ConsolidationPlan
 from .provider import Provider
 from .reply_stream import ReplyStream
 from .types import (
@@ -154,6 +159,11 @@ class ScopedMemory:
         With ``about`` what changed in that matter, in order of time: each step with what it replaced.
         """
         return run(histories.history(self._engine, self._scope, id, about=about))
+
+    def explain(self, record: str | Record | Hit) -> Explanation:
+        """Where a record lives now and why, what it cost and saved so far, and what would move it. Changes nothing;
+        raises `NotFound`."""
+        return run(local(explaining.explain, self._engine, self._scope, record))
 
     def forget(
         self,
@@ -298,6 +308,20 @@ class ScopedMemory:
         """What uses in this scope and beneath it cost today, this month and ever, and the budgets they are under."""
         return run(local(reporting.spent, self._engine, self._scope))
 
+    def consolidate(self, *, dry_run: bool = False, budget: Mapping[str, float] | None = None) -> ConsolidationPlan:
+        """Move memories of this scope and beneath it to the kind that costs least: core blocks, KV pages or a host's
+        prefix, LoRA versions, and back.
+
+        With ``dry_run`` nothing changes: `ConsolidationPlan.moves` are what would be done, each with what it costs and
+        is expected to save; else they are made and ``outcomes`` says what became of each, and what earlier ones saved
+        since. ``budget`` bounds what this call may spend: ``{"seconds": 60, "dollars": 0.1, "bytes": 10**8}`` (CPU,
+        new bytes), by default the setting ``consolidate_budget``. Any number of processes may call it: no move is made
+        twice. Can be interrupted: what is done stays, the next call goes on. No record is changed or lost by it.
+
+        Raises `InvalidInput` for a budget of other names or numbers. A move that fails is an outcome, not an error.
+        """
+        return run(consolidating.consolidate(self._engine, self._scope, dry_run=dry_run, budget=budget))
+
     def export(self, path: str | os.PathLike[str], *, vectors: bool = False) -> int:
         """Write the records of this scope and beneath, with their histories, as JSON lines; returns how many.
 
@@ -361,6 +385,7 @@ class Memory(ScopedMemory):
             opened(path=path, model=model, embedder=embedder, config=config, clock=clock, settings=settings),
             Scope(),
         )
+        self._background = Background.started(self._engine)
 
     @classmethod
     def from_config(cls, config: str | os.PathLike[str]) -> Self:
@@ -379,8 +404,21 @@ class Memory(ScopedMemory):
         """
         return run(local(flows.compact, self._engine))
 
+    def pause_consolidation(self) -> None:
+        """Let no process consolidate this folder in the background until `resume_consolidation`."""
+        run(local(Jobs(self._engine.database, self._engine.clock).pause))
+
+    def resume_consolidation(self) -> None:
+        """Let processes that were told to consolidate in the background go on."""
+        run(local(Jobs(self._engine.database, self._engine.clock).resume))
+
     def close(self) -> None:
-        """Write the index to disk and close everything; safe to call twice. Handles of this memory close with it."""
+        """Write the index to disk and close everything; safe to call twice. Handles of this memory close with it.
+
+        What is consolidated in the background ends first, within a step of its work.
+        """
+        if self._background is not None:
+            self._background.close()
         self._engine.close()
 
     def __enter__(self) -> Self:

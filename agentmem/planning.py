@@ -15,7 +15,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import prompt
+from . import economics, prompt
+from .activation import layout_state
+from .activation.layout_state import store
 from .plaintext.drafts import utc_seconds
 from .provider import CachePlan, Generation, Mark, Request
 from .tokens import PER_MESSAGE
@@ -36,6 +38,7 @@ __all__ = [
     "facts",
     "grown",
     "head_tokens",
+    "in_front",
     "history_of",
     "keep",
     "measured",
@@ -53,6 +56,8 @@ _log = logging.getLogger("agentmem")
 
 #: Of a model's window, what a prompt's verbatim history may take.
 WINDOW_SHARE = 0.5
+#: The same on an engine of one's own: the rest is for an answer, a core block and what is recalled.
+LOCAL_SHARE = 0.75
 #: Where a host's window is not known.
 WINDOW_TOKENS = 100_000
 
@@ -130,12 +135,12 @@ def _key(message: Message) -> str:
 
 
 def planned(engine: Engine, scope: Scope) -> Plan | None:
-    """The plan of a conversation at this scope; None where nothing is known of what a prompt costs at the model's host,
-    or the settings lay prompts out."""
-    rules = engine.cache_rules
-    if rules is None or engine.settings.cache != "auto":
+    """The plan of a conversation at this scope; None where nothing is known of what a prompt costs with its model, or
+    the settings lay prompts out."""
+    if engine.settings.cache != "auto":
         return None
-    return Plan(engine, scope, rules)
+    rules = engine.cache_rules or economics.local_rules(engine)
+    return None if rules is None else Plan(engine, scope, rules)
 
 
 #: A history may have this many times the tokens it was chosen for, and so many more: counts are estimates.
@@ -155,10 +160,10 @@ class Plan:
         self._model = engine.chat_provider().name
         self._scope = scope
         state = stored(engine, self._model, scope)
-        settings = engine.settings
+        settings, share = engine.settings, WINDOW_SHARE if rules.priced else LOCAL_SHARE
         limits: dict[str, Any] = {
             "core_tokens": settings.core_tokens,
-            "window": int((rules.context_tokens or WINDOW_TOKENS / WINDOW_SHARE) * WINDOW_SHARE),
+            "window": int((rules.context_tokens or WINDOW_TOKENS / WINDOW_SHARE) * share),
             "history_tokens": settings.history_tokens,
         }
         try:
@@ -167,9 +172,39 @@ class Plan:
             _log.warning("how %s's prompts were laid out can't be read, they are laid out anew: %s", self._model, error)
             state = {}
             self._layouts = Layouts(rules, **limits)
-        self._marks = MarkPlanner(rules, state=state.get("marks"))
+        #: An engine of one's own is not told what to keep.
+        self._marks = MarkPlanner(rules, state=state.get("marks")) if rules.priced else None
         self._held: int | None = None
         self._history = history_of(state.get("history"))
+        self._base = 0
+        #: Tokens of a prompt that its verbatim history may take.
+        self.window: int = limits["window"]
+
+    @property
+    def rules(self) -> CacheRules:
+        """The cache's prices that it plans with."""
+        return self._rules
+
+    @property
+    def local(self) -> bool:
+        """Whether the model runs on an engine of one's own: nobody is paid, and nothing is asked of a host."""
+        return self._marks is None
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known of any earlier turn."""
+        return self._layouts.empty
+
+    def adopt(self, turns: Sequence[Record], said: Sequence[Message]) -> None:
+        """Take these turns (and the messages they make) for the history, where none is known: another model had the
+        conversation so far."""
+        with self._lock:
+            if self._layouts.empty:
+                self._layouts.recount(None, _told(self._engine, turns, said))
+
+    def stands(self, core: int) -> None:
+        """So many tokens of core block stand at the head because they pay by themselves."""
+        self._base = core
 
     def choose(self, session: str, system: int, message: int, recalled: Sequence[tuple[str, int]] | None) -> Layout:
         """How this turn is laid out, of the tokens of its parts; ``recalled`` is None while it is not known: where the
@@ -179,10 +214,8 @@ class Plan:
         known = None if recalled is None else tuple(recalled)
         now = self._engine.clock()
         with self._lock:
-            self._held = self._marks.held(now)
-            return self._layouts.choose(
-                Coming(at=now, session=session, system=system, message=message, recalled=known, held=self._held)
-            )
+            self._held = None if self._marks is None else self._marks.held(now)
+            return self._layouts.choose(Coming(now, session, system, message, known, held=self._held, core=self._base))
 
     def outgrown(self, layout: Layout, turns: Sequence[Record], said: Sequence[Message]) -> bool:
         """Whether the history (stored turns, and the messages they make) has far more tokens than its layout was chosen
@@ -196,8 +229,10 @@ class Plan:
             self._layouts.recount(layout.start, _told(self._engine, turns, said))
         return True
 
-    def cache_plan(self, prompt_: Measured, layout: Layout | None, previous: str | None) -> CachePlan:
-        """What the host is asked to keep of this request."""
+    def cache_plan(self, prompt_: Measured, layout: Layout | None, previous: str | None) -> CachePlan | None:
+        """What the host is asked to keep of this request; None on an engine of one's own."""
+        if self._marks is None:
+            return None
         with self._lock:
             marks = self._marks.plan(self._levels(prompt_, layout), self._engine.clock())
         found: dict[int, str] = {}
@@ -213,13 +248,19 @@ class Plan:
     def done(self, connection: sqlite3.Connection, prompt_: Measured, turn: Turn | None, layout: Layout | None) -> None:
         """This request was answered: learn from it, and keep what was learnt, in the caller's transaction."""
         now = self._engine.clock()
+        prices = economics.local_rules(self._engine) if self.local else None
         with self._lock:
+            if prices is not None:
+                self._rules = prices
+                self._layouts.price(prices)
             levels = self._levels(prompt_, layout)
-            self._marks.done(levels, now)
+            if self._marks is not None:
+                self._marks.done(levels, now)
             self._history = sent_history(prompt_, levels) or self._history
             if turn is not None and layout is not None:
-                self._layouts.done(turn, layout, held=self._held)
-            state = {"layouts": self._layouts.state(), "marks": self._marks.state(), "history": self._history}
+                self._layouts.done(turn, layout, held=self._held, base=self._base)
+            marks = None if self._marks is None else self._marks.state()
+            state = {"layouts": self._layouts.state(), "marks": marks, "history": self._history}
         store(connection, self._model, self._scope, now, state)
 
     def _levels(self, prompt_: Measured, layout: Layout | None) -> list[Level]:
@@ -228,29 +269,7 @@ class Plan:
 
 def stored(engine: Engine, name: str, scope: Scope) -> dict[str, Any]:
     """What was kept of the prompts that go by this name in this scope; empty where nothing is, or it can't be read."""
-    rows = engine.database.query(
-        "SELECT state FROM layouts WHERE model = ? AND tenant = ? AND user = ? AND agent = ? AND session = ?",
-        _row(name, scope),
-    )
-    try:
-        state = json.loads(rows[0]["state"]) if rows else {}
-    except ValueError:
-        state = None
-    if not isinstance(state, dict):
-        _log.warning("how %s's prompts were laid out can't be read, they are laid out anew", name)
-        return {}
-    return state
-
-
-def store(connection: sqlite3.Connection, name: str, scope: Scope, at: float, state: Mapping[str, Any]) -> None:
-    """Keep it, in the caller's transaction."""
-    connection.execute(
-        "INSERT OR REPLACE INTO layouts VALUES (?, ?, ?, ?, ?, ?, ?)", (*_row(name, scope), at, json.dumps(state))
-    )
-
-
-def _row(name: str, scope: Scope) -> list[str]:
-    return [name, *(value or "" for _, value in scope.levels())]
+    return layout_state.stored(engine.database, name, scope)
 
 
 #: The last history that was sent: the name that it goes by, its blocks, the digest of all its bytes.
@@ -339,6 +358,7 @@ def facts(
     turn: Sequence[Message],
     *,
     recalled: Sequence[Hit],
+    used: Sequence[str],
     reply: Generation,
 ) -> Turn:
     """What this request was made of, in tokens: what other layouts and other hosts would have cost is told from it."""
@@ -354,6 +374,7 @@ def facts(
         message=prompt.cost(turn, engine.count),
         reply=prompt.cost([answer], engine.count),
         recalled=sizes(engine, recalled),
+        used=tuple(used),
     )
 
 
@@ -401,8 +422,15 @@ def with_kept(engine: Engine, scope: Scope, messages: Sequence[Message]) -> list
             hit = Hit(record=record, score=0.0, start=row["start"], stop=row["stop"])
             lines.setdefault(row["turn"], []).append(prompt.shown(hit))
     found: list[Message] = []
+    before = in_front(engine)
     for message in messages:
-        found.append(message)
-        if message.records and message.records[0] in lines:
-            found.append(prompt.quoted(lines[message.records[0]]))
+        kept = lines.get(message.records[0]) if message.records else None
+        quoted = [prompt.quoted(kept)] if kept else []
+        found += [*quoted, message] if before else [message, *quoted]
     return found
+
+
+def in_front(engine: Engine) -> bool:
+    """Whether recalled records stand in front of the turn that they were recalled for: on an engine of one's own, where
+    nothing is marked and what stays is cached wherever it stands."""
+    return engine.cache_rules is None

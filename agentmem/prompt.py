@@ -13,7 +13,7 @@ import datetime as dt
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from pydantic import ValidationError
@@ -25,7 +25,6 @@ __all__ = [
     "MEMORY_NOTE",
     "call_text",
     "calls_text",
-    "choose_core",
     "conversation",
     "cost",
     "fit",
@@ -124,48 +123,6 @@ def fit(records: Iterable[Record], budget: int, count: Count) -> list[Record]:
             chosen.append(record)
             used += cost
     return chosen
-
-
-# A rough prior for English, chosen by hand and not measured; elsewhere only use counts. Being recalled outweighs it.
-_FIRST_PERSON = re.compile(r"\b(i|i'm|i've|i'd|my|me|mine|we|our|us)\b", re.IGNORECASE)
-_STANDING = re.compile(
-    r"\b(am|i'm|is|are|live|work|study|love|like|prefer|hate|favou?rite|always|never|every|allergic|name|called|born|"
-    r"married|daughter|son|wife|husband|kids|dog|cat|job|from|have|own|want|plan|hope|goal)\b",
-    re.IGNORECASE,
-)
-
-
-#: One mark of a standing statement, undiluted by length, or one earlier recall.
-LEAST_SALIENCE = 0.5
-
-
-def _salience(record: Record, times_shown: int) -> float:
-    """How likely a record is to matter in most conversations of its scope: standing statements of a person about
-    themselves first, questions and pleasantries last; records that were recalled often rise."""
-    words = len(record.text.split())
-    if record.role not in ("user", "system") or record.trust != "trusted" or words < 3:
-        return 0.0
-    score = 0.5 * min(len(_FIRST_PERSON.findall(record.text)), 3) + 0.5 * min(len(_STANDING.findall(record.text)), 3)
-    if record.text.rstrip().endswith("?"):
-        score *= 0.25
-    return score * min(1.0, 40 / words) + 0.5 * min(times_shown, 6)
-
-
-def choose_core(
-    records: Sequence[Record], shown: Mapping[str, int], *, least: int, budget: int, count: Count
-) -> list[Record]:
-    """The records of a core block, in order of arrival; none if what is worth keeping has fewer than ``least`` tokens.
-
-    ``shown`` says how often each record id was put into a prompt. Below ``least`` (a page, a provider's minimum) a
-    prefix can't be cached, so a core would only cost.
-    """
-    salience = {record.id: _salience(record, shown.get(record.id, 0)) for record in records}
-    ranked = sorted((r for r in records if salience[r.id] >= LEAST_SALIENCE), key=lambda r: -salience[r.id])
-    chosen = {record.id for record in fit(ranked, budget, count)}
-    core = [record for record in records if record.id in chosen]
-    if sum(count(record_line(record)) for record in core) < least:
-        return []
-    return core
 
 
 def conversation(records: Sequence[Record]) -> list[Message]:
@@ -275,6 +232,7 @@ def lay_out(
     turn: Message | Sequence[Message] = (),
     memories: bool = True,
     behind: bool = False,
+    before: bool = False,
     settled: bool = False,
     keep: bool = False,
 ) -> tuple[Segment, ...]:
@@ -284,7 +242,8 @@ def lay_out(
     of tools. With ``memories=False`` nothing speaks of memory: the prompt is what it would be without agentmem.
     With ``behind`` the recalled records stand in a message of their own behind the turn, so that the turn's own text
     can be cached at once: ``settled`` says that it will stand in the next request's history as it is, ``keep`` that
-    the records will too.
+    the records will too. With ``before`` they stand in a message of their own in front of the turn: a question at the
+    very end is answered better by small models, and where they stay all of it is cached.
     """
     segments: list[Segment] = []
     texts = [text for text in (system, MEMORY_NOTE if memories else None) if text]
@@ -299,12 +258,15 @@ def lay_out(
         segments.append(Segment(name="history", messages=tuple(history), stable=True))
     new = [turn] if isinstance(turn, Message) else list(turn)
     if new:
-        if recalled and not behind:
+        if recalled and before:
+            segments.append(Segment(name="turn", messages=(quoted(recalled),), stable=settled and keep))
+            settled = settled and keep
+        elif recalled and not behind:
             lineage = (*new[0].records, *(record.id for record in recalled))
             content = f"{quote(recalled)}\n\n{new[0].content}"
             new[0] = new[0].model_copy(update={"content": content, "records": lineage})
         segments.append(Segment(name="turn", messages=tuple(new), stable=settled))
-        if recalled and behind:
+        if recalled and behind and not before:
             segments.append(Segment(name="turn", messages=(quoted(recalled),), stable=settled and keep))
     return tuple(segments)
 

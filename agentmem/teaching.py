@@ -186,6 +186,7 @@ def learn(
                 progress=moved,
                 stop=stop,
                 checkpoint=checkpoint,
+                keep=True,  # a gate that is interrupted must not cost the training
                 ram_budget=how.ram_budget,
             )
         tried = _loaded(engine, beside[-BESIDE:])

@@ -325,7 +325,8 @@ class Reply(Value):
         lines += [f"answered with {name}" for name in self.loras]
         for hit in self.recalled:
             why = ", ".join(f"{name} {part:+.2f}" for name, part in hit.why.items())
-            lines.append(f"recalled {hit.score:.2f} [{hit.record.id}] {hit.passage!r}" + (f" ({why})" if why else ""))
+            where = "in the core" if self.facts and hit.record.id in self.facts.core else "recalled"
+            lines.append(f"{where} {hit.score:.2f} [{hit.record.id}] {hit.passage!r}" + (f" ({why})" if why else ""))
         return "\n".join(lines)
 
 

@@ -16,6 +16,7 @@ from .types import Message, Record, Scope
 if TYPE_CHECKING:
     from .activation.layouts import Layout
     from .chat import Conversation
+    from .planning import Plan
 
 __all__ = ["begun"]
 
@@ -43,6 +44,8 @@ def begun(
     if plan is None:
         return None, _opened(engine, session, _newest(engine, session, answers))
     beside = carried and conversation.scope.session is None
+    if plan.empty:
+        _adopt(engine, session, plan)
     for known in (False, True):
         layout = plan.choose(session.session or "", head, told, None)
         if layout.start is None:
@@ -53,6 +56,20 @@ def begun(
             break
     begins = session if not turns else turns[0].scope
     return layout, _opened(engine, begins, prompt.paired(said, answers))
+
+
+def _adopt(engine: Engine, session: Scope, plan: Plan) -> None:
+    """A model that is new to a running session gets the session's own turns, as many as its window takes."""
+    turns: list[Record] = []
+    said: list[Message] = []
+    while prompt.cost(said, engine.count) <= plan.window:
+        older = engine.records.turns(session, limit=TURNS_READ, before=turns[0].id if turns else None)
+        turns[:0] = older[::-1]
+        said = planning.with_kept(engine, session, prompt.conversation(turns))
+        if len(older) < TURNS_READ:
+            break
+    if turns:
+        plan.adopt(turns, said)
 
 
 def _opened(engine: Engine, session: Scope, said: Sequence[Message]) -> list[Message]:

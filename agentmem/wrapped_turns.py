@@ -20,7 +20,6 @@ from typing import Any, Generic, Literal, TypeVar
 from . import prompt
 from .acting import QUERY_CHARACTERS
 from .asking import reply_drafts
-from .chat import TOLD_K, TOLD_TOKENS
 from .engine import Engine
 from .errors import AgentMemError, BudgetExceeded, InvalidInput, ProviderError, StoreError
 from .flow import Flow
@@ -28,6 +27,7 @@ from .flows import embedded, note_embeddings, search
 from .plaintext.drafts import Draft, drafts, redacted
 from .plaintext.records import TURN, new_id
 from .provider import Generation
+from .recalling import TOLD_K, TOLD_TOKENS
 from .types import CacheUse, Hit, Message, Scope, Usage
 from .wrapped_marks import Marked, learn, plan
 

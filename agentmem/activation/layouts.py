@@ -153,12 +153,15 @@ class Layouts:
         choice, _, ahead = self._weigh(coming)
         places = self._state.places
         start = places[choice.place].id if choice.place < len(places) else None
-        return Layout(start, choice.core, self._keeps(coming, choice, ahead), choice.life)
+        cold = not ahead.warm or choice.place != self._state.start or start is None
+        keep, behind = self._keeps(coming, choice, ahead), ahead.sizes[choice.place]
+        kept = not self._rules.priced or coming.system + choice.core + behind >= ahead.least
+        return Layout(start, choice.core, keep, choice.life, behind, cold, kept)
 
-    def done(self, turn: Turn, layout: Layout, *, held: int | None = None) -> None:
-        """This turn was sent as ``layout`` said, and answered. ``held`` as it was in `Coming`."""
+    def done(self, turn: Turn, layout: Layout, *, held: int | None = None, base: int = 0) -> None:
+        """This turn was sent as ``layout`` said, and answered. ``held`` and ``base`` are `Coming`'s held and core."""
         state = self._state
-        coming = Coming(turn.at, turn.session, turn.system, turn.message, held=held)
+        coming = Coming(turn.at, turn.session, turn.system, turn.message, held=held, core=base)
         choice, carry, ahead = self._weigh(coming)
         start = self._index(layout.start)
         self._note_kept(coming, ahead)
@@ -175,9 +178,20 @@ class Layouts:
         state.at, state.session, state.core = turn.at, turn.session, turn.core
         self._merge()
 
-    def recount(self, start: str, turns: Sequence[tuple[str, str, int, float]]) -> None:
+    def price(self, rules: CacheRules) -> None:
+        """The same cache has other prices now (they are measured): go on with them."""
+        if len(rules.lifetimes) == len(self._rules.lifetimes):
+            self._rules = rules
+
+    @property
+    def empty(self) -> bool:
+        """Whether nothing is known of any earlier turn."""
+        return not self._state.places
+
+    def recount(self, start: str | None, turns: Sequence[tuple[str, str, int, float]]) -> None:
         """The history from ``start`` on is other than what was told here (another handle or model went on with it):
-        ``turns`` are its turns as they are, each with its session, its tokens and its Unix seconds."""
+        ``turns`` are its turns as they are, each with its session, its tokens and its Unix seconds. With None they come
+        after all that is known."""
         state = self._state
         first = self._index(start)
         begins = state.places[state.start].id if first < state.start < len(state.places) else None
@@ -375,13 +389,15 @@ class Layouts:
         places, sizes = state.places, ahead.sizes
         open_ = {place.session for place in places if coming.at - place.last <= OPEN_S} | {coming.session}
         latest = next((at for at, place in enumerate(places) if place.session in open_), len(places))
-        tail = len(places)
-        while tail > latest and (len(places) - tail < TAIL_TURNS or sizes[tail] < TAIL_TOKENS):
-            tail -= 1
-        allowed = [*range(tail + 1), *([state.start] if state.start > tail else [])]
         room = math.inf if self._history_tokens is None else self._history_tokens
         if self._window is not None:
             room = min(room, self._window - coming.system - coming.message - round(ahead.recall))
+        tail, least = len(places), min(TAIL_TOKENS, room / 3)  # in a small window it must not move at every turn
+        while tail > latest and (len(places) - tail < TAIL_TURNS or sizes[tail] < least):
+            if sizes[tail - 1] > max(room / 2, 0):
+                break
+            tail -= 1
+        allowed = [*range(tail + 1), *([state.start] if state.start > tail else [])]
         if sizes[state.start] <= room:
             return [at for at in allowed if sizes[at] <= room]
         # Once it must move it moves far enough to stay for a while.
@@ -389,14 +405,14 @@ class Layouts:
         return fitting or [next(at for at, size in enumerate(sizes) if size <= room or not size)]
 
     def _cores(self, coming: Coming, place: int, ahead: _Prospect) -> list[int]:
-        """The core blocks worth a look: none, and one that fills the prefix up to the host's minimum. It stands still
-        as long as the history does."""
-        state = self._state
+        """The core blocks worth a look: the one that pays by itself (or none), and one that fills the prefix up to the
+        host's minimum. It stands still as long as the history does."""
+        state, base = self._state, coming.core
         if place == state.start and place < len(state.places) and ahead.warm:
             return [state.core]
         missing = math.ceil(ahead.least - coming.system - ahead.sizes[place])
         most = self._core_tokens if state.core_most is None else min(self._core_tokens, state.core_most)
-        return [0, missing] if 0 < missing <= most else [0]
+        return [base, missing] if base < missing <= most else [base]
 
     def _choice(
         self, coming: Coming, place: int, core: int, life: int, ahead: _Prospect, *, cold: bool = False
@@ -432,7 +448,9 @@ class Layouts:
                 _bills(ends + tokens, 0, ahead, choice.life)[1]
                 < _bills(ends, 0, ahead, choice.life)[1] + again * tokens
             )
-        return write + ahead.read * stays < 1 + again
+        # On an engine of one's own the turn stands behind what was recalled for it: without it, it is computed again.
+        lost = 0.0 if self._rules.priced else coming.message / tokens
+        return write + ahead.read * stays < 1 + again + lost
 
 
 def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[float, float]:

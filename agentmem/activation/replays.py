@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 from ..cache_rules import CacheRules
 from .cache_model import Bill, Block, PromptCache
@@ -117,9 +117,13 @@ def planned(
     *,
     window: int | None = None,
     core_tokens: int = 0,
+    state: Mapping[str, Any] | None = None,
 ) -> Iterator[Sent]:
-    """The turns as `Layouts` and `MarkPlanner` would have sent them, knowing at each only what came before."""
-    layouts, planner = Layouts(rules, core_tokens=core_tokens, window=window), MarkPlanner(rules)
+    """The turns as `Layouts` and `MarkPlanner` would have sent them, knowing at each only what came before.
+
+    ``state`` is what the layouts know before the first of them (`Layouts.state`), where they begin in the middle."""
+    layouts = Layouts(rules, core_tokens=core_tokens, window=window, state=state)
+    planner = MarkPlanner(rules)
     cache, history = PromptCache(rules), _History()
     numbers: dict[str, int] = {}
     kept: dict[str, int] = {}  # of a record, the turn behind whose message it stands

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from agentmem.types import Message
 
+from .interruption import asking
+
 if TYPE_CHECKING:
     from .corpus import Example
 
@@ -121,7 +123,8 @@ def steady(model: Any, *, attention: str = "sdpa") -> Generator[None]:
             weight.requires_grad_(False)  # noqa: FBT003
         if other:
             model.set_attn_implementation(attention)
-        yield
+        with asking(model):  # work in the background gives way to a chat between two layers
+            yield
     finally:
         if other:
             model.set_attn_implementation(own)

@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pydantic import Field
 
@@ -24,6 +24,7 @@ from agentmem.types import Value
 from . import checkpoint as checkpoints
 from .answering import said
 from .corpus import Corpus, Example
+from .interruption import Interrupted, whole
 from .lessons import HELD, PASSAGE, Tensors, encode, ends, opening
 from .losses import answer_loss, divergence
 from .recipe import Recipe
@@ -112,6 +113,7 @@ class Run:
         text = tensors.tokenizer.encode(PASSAGE, add_special_tokens=False)
         self.passage = Lesson(self._sequence(encode(tensors, Example("Tell me a story.", "", (), ()))[0], list(text)))
         self.total = max(epochs * math.ceil(len(self.lessons) / recipe.batch), recipe.least_steps)
+        self.stopped = False
         self.losses: list[float] = []
         self.curve: list[Point] = []
         #: What is left of the epoch: the numbers of each step's examples.
@@ -201,8 +203,13 @@ class Run:
         progress: Callable[[int, int], None] | None,
         stop: Callable[[], bool] | None,
         checkpoint: Path | None,
+        *,
+        keep: bool = False,
     ) -> None:
-        """All steps, from the checkpoint on where there is one of this very run."""
+        """All steps, from the checkpoint on where there is one of this very run; ``keep`` leaves it at the end.
+
+        Where ``stop()`` says true, or a pass was `Interrupted`, it returns ``stopped``; `halt` keeps what was done.
+        """
         import torch
 
         key = self._key() if checkpoint is not None else ""
@@ -212,20 +219,33 @@ class Run:
         with self.stack.attached():
             while len(self.losses) < self.total and not self._done():
                 if stop is not None and stop():
-                    if checkpoint is not None:
-                        checkpoints.save(checkpoint, key, *self._progress())
-                    kept = "the same call goes on from there" if checkpoint is not None else "nothing was kept"
-                    raise TrainingError(f"training was stopped after step {len(self.losses)} of {self.total}: {kept}")
+                    self.stopped = True
+                    return
                 if checkpoint is not None and time.monotonic() - saved > _SAVE_SECONDS:
                     checkpoints.save(checkpoint, key, *self._progress())
                     saved = time.monotonic()
-                self._step()
+                before = self._place()
+                try:
+                    self._step()
+                except Interrupted:
+                    self._return(before)
+                    self.stopped = True
+                    return
                 if progress is not None:
                     progress(len(self.losses), self.total)
-        if checkpoint is not None:
+        if checkpoint is not None and keep:
+            checkpoints.save(checkpoint, key, *self._progress())
+        elif checkpoint is not None:
             checkpoints.clear(checkpoint)
         if not all(bool(torch.isfinite(weight).all()) for weight in self.stack.flat):
             raise TrainingError("the weights are not finite: nothing was kept; a lower rate may help")
+
+    def halt(self, checkpoint: Path | None) -> NoReturn:
+        """Keep the state of a stopped run and say so. The disk may be slow: the model is not held meanwhile."""
+        if checkpoint is not None:
+            checkpoints.save(checkpoint, self._key(), *self._progress())
+        kept = "the same call goes on from there" if checkpoint is not None else "nothing was kept"
+        raise TrainingError(f"training was stopped after step {len(self.losses)} of {self.total}: {kept}")
 
     def _step(self) -> None:
         import torch
@@ -242,10 +262,25 @@ class Run:
             if gradient is not None:
                 weight.grad = gradient if weight.grad is None else weight.grad + gradient
         torch.nn.utils.clip_grad_norm_(self.stack.flat, self.recipe.clip)
-        self.optimizer.step()
-        done = len(self.losses)
-        if done % max(1, self.total // _POINTS) == 0 or done == self.total or self._done():
-            self.curve.append(self._point())
+        with whole():
+            self.optimizer.step()
+            done = len(self.losses)
+            if done % max(1, self.total // _POINTS) == 0 or done == self.total or self._done():
+                self.curve.append(self._point())
+
+    def _place(self) -> tuple[Any, ...]:
+        """What a step changes before its weights move: a step that is interrupted was not begun."""
+        seen = [lesson.losses for lesson in self.lessons], [anchor.moved for anchor in self.anchors]
+        return len(self.losses), [list(part) for part in self.queue], self.order.getstate(), *seen
+
+    def _return(self, place: tuple[Any, ...]) -> None:
+        done, self.queue, order, losses, moved = place
+        del self.losses[done:]
+        self.order.setstate(order)
+        for lesson, seen in zip(self.lessons, losses, strict=True):
+            lesson.losses = seen
+        for anchor, was in zip(self.anchors, moved, strict=True):
+            anchor.moved = was
 
     def _done(self) -> bool:
         """All is known and the anchors stand still on average, after the least number of steps."""

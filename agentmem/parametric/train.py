@@ -77,6 +77,7 @@ def train(
     progress: Callable[[int, int], None] | None = None,
     stop: Callable[[], bool] | None = None,
     checkpoint: Path | None = None,
+    keep: bool = False,
     ram_budget: int | None = None,
 ) -> Trained:
     """Teach ``corpus`` to a new LoRA; the model itself is unchanged afterwards, also when this raises.
@@ -88,7 +89,8 @@ def train(
 
     ``checkpoint`` is a folder (its parent exists) that keeps the run's state every few seconds, and when it is stopped:
     the same call then goes on from there and ends with the same bytes as a run that was never stopped; a checkpoint
-    that is damaged or of another run is passed over. It is gone at the end.
+    that is damaged or of another run is passed over. It is gone at the end, unless ``keep`` leaves it for whoever may
+    be interrupted between this and storing what was trained: the same call then ends at once.
 
     ``ram_budget`` bounds the bytes held beyond the model: states that don't fit are computed again at each use, and a
     step is split. The same corpus, recipe, seed, budget, thread count and library versions give the same weights on a
@@ -102,7 +104,9 @@ def train(
     with tensors.lock, steady(tensors.model, attention="eager"), base_only(tensors.model):
         run = Run(tensors, corpus, recipe, seed=seed, epochs=epochs, ram_budget=ram_budget)
         run.prepare()
-        run.learn(progress, stop, checkpoint)
+        run.learn(progress, stop, checkpoint, keep=keep)
+    if run.stopped:
+        run.halt(checkpoint)
     made_from = repr(sorted(corpus.records.items()))
     notes = {"base": tensors.identity.hex(), "records": hashlib.sha256(made_from.encode()).hexdigest()}
     weights = {path: (a.detach().cpu(), b.detach().cpu() * recipe.scale) for path, (a, b) in run.stack.weights.items()}

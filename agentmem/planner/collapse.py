@@ -59,13 +59,13 @@ class Collapse:
 
         ``carry`` is what this request costs more with the core as it stands than with the one that would be chosen
         (negative: less), ``rebuild`` what a collapse before it costs more than that chosen core would if it stood there
-        already. ``cold``: nothing of the prefix is cached, so that it is written anew in any case. `InvalidInput` for
-        numbers that are none.
+        already. ``cold``: nothing of the prefix is cached, so that it is written anew in any case; then it collapses
+        unless the chosen core would cost more than it spares. `InvalidInput` for numbers that are none.
         """
         _check(carry, rebuild)
-        if cold or rebuild <= 0:
-            return True
         carried = account.carried + carry
+        if cold or rebuild <= 0:
+            return carried >= 0
         return carried > 0 and carried >= Collapse.threshold(account, rebuild)
 
     @staticmethod

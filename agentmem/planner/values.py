@@ -5,6 +5,7 @@ Values only; nothing here asks a store, a clock or a provider.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -69,10 +70,13 @@ class Costs:
     cached: float
     #: One token written into a cache, beyond `prefill`.
     write: float
+    #: One token that the model writes.
+    output: float = 0.0
     #: Keeping a byte for a day.
     byte_day: float = 0.0
-    #: Bytes of one token's KV states on this machine.
+    #: Bytes of one token's KV states on this machine, and of one LoRA version.
     token_bytes: float = 0.0
+    version_bytes: float = 0.0
     #: Fewer tokens are not kept as a prefix.
     minimum: int = 0
     #: How long a prefix is kept after its last use; infinite for page files.
@@ -125,6 +129,8 @@ class Able:
     lora: bool = False
     #: A model that can write records is configured and may be asked.
     writes: bool = False
+    #: The most records that one LoRA version is taught.
+    shard: int = 20
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,11 +158,34 @@ class Snapshot:
     requests_day: float = 0.0
     #: Tokens of system part and core that a next request begins with and whose states are not kept yet.
     unprimed: int = 0
-    #: Digests of LoRA versions that wait to be trained again, and ids of sessions that ended unsealed.
+    #: Digests of LoRA versions that wait to be trained again, the records left in each (where missing: as many as a
+    #: version may have), and ids of sessions that ended unsealed.
     owed: tuple[str, ...] = ()
+    owed_records: tuple[int, ...] = ()
     unsealed: tuple[str, ...] = ()
-    #: User turns that no extraction has read.
+    #: User turns that no extraction has read; tokens of one as a model reads it, and of what it writes about it.
     unread: int = 0
+    turn_tokens: float = 0.0
+    answer_tokens: float = 0.0
+    #: Sessions in a day; None: not known, then as many as requests.
+    sessions_day: float | None = None
+    #: The part of requests that found the head kept; None: not known, then as if requests came by chance.
+    warm: float | None = None
+    #: Days that the core block has stood as it is; None: not known, then since uses are counted.
+    stood: float | None = None
+    #: Names the newest turn: what may have to be done again after it has another key then.
+    latest: str = ""
+
+    @functools.cached_property
+    def watched(self) -> float:
+        """Days over which uses were counted."""
+        blocks = (block for block in (self.core, self.candidate) if block)
+        return max((group.days for group in (*self.groups, *blocks)), default=1.0)
+
+    @functools.cached_property
+    def chosen(self) -> frozenset[str]:
+        """Ids of the records in the core that would be chosen now."""
+        return frozenset(self.candidate.records if self.candidate else ())
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,8 +201,10 @@ class Move(Value):
     """One move of memory from kind to kind, with what it is expected to cost and to save.
 
     ``cost`` is paid once, ``saves`` is a day's saving, both in ``unit``; ``bytes`` are new bytes (negative: freed).
-    ``pays_after`` is how many days of use pay the cost back, None where nothing is saved (owed work). ``key`` names the
-    move: the same work has the same key, so that it is done once.
+    ``requests`` are those that ``saves`` counts on, a day, ``holds`` how many days the saving is expected to last
+    (until a record of it is edited), ``pays_after`` how many days of use pay the cost back, None where nothing is saved
+    (owed work). ``key`` names the move: the same work has the same key, so that it is done once. ``records`` are ids:
+    of records, of versions for ``retrain``, of sessions for ``seal``. ``why`` holds numbers and no text of a record.
     """
 
     key: str
@@ -184,6 +215,8 @@ class Move(Value):
     unit: Unit = "seconds"
     cost: float = 0.0
     saves: float = 0.0
+    requests: float = 0.0
+    holds: float = 0.0
     bytes: int = 0
     why: str = ""
 

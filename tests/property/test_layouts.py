@@ -20,6 +20,13 @@ RULES = [
         kind="automatic", minimum=64, step=64, read=0.02, lifetimes=(Lifetime(name="h", seconds=3600, write=1.0),)
     ),
     CacheRules(kind="engine", minimum=16, step=16, read=0.0, lifetimes=(Lifetime(name="h", seconds=3600, write=1.0),)),
+    CacheRules(
+        kind="engine",
+        minimum=256,
+        step=256,
+        read=0.02,
+        lifetimes=(Lifetime(name="kept", seconds=float("inf"), write=1.03),),
+    ),
 ]
 
 _SIZE = st.integers(0, 3000)
@@ -85,6 +92,26 @@ def test_a_history_begins_with_a_turn_that_was(
         assert layout.start is None or numbers[layout.start] < number
         assert layout.core == 0, "no core was allowed"
         layouts.done(turn, layout)
+
+
+@settings(max_examples=40, deadline=None)
+@given(steps=st.lists(_STEP, min_size=1, max_size=40), rules=st.sampled_from(RULES), paid=st.integers(0, 400))
+def test_a_prompt_stays_within_its_window_and_a_warm_one_keeps_its_core(
+    steps: list[tuple[float, int, int, int, list[tuple[str, int]]]], rules: CacheRules, paid: int
+) -> None:
+    window = 6000
+    layouts = Layouts(rules, core_tokens=500, window=window)
+    start: str | None = None
+    core = 0
+    for turn in made(steps):
+        layout = layouts.choose(Coming(turn.at, turn.session, turn.system, turn.message, core=paid))
+        assert not layout.behind or layout.behind + turn.system + turn.message <= window
+        assert layout.core >= min(paid, core)
+        if not layout.cold:  # what is cached behind the core stays as it is
+            assert layout.core == core
+            assert start is None or layout.start == start
+        start, core = layout.start, layout.core
+        layouts.done(turn.model_copy(update={"core": layout.core}), layout, base=paid)
 
 
 @settings(max_examples=40, deadline=None)

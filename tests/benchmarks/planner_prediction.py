@@ -1,0 +1,247 @@
+"""What the planner says that a move will save, against what the next session then costs with the move and without it.
+
+    python tests/benchmarks/planner_prediction.py [--model local|anthropic:claude-sonnet-5|…] [--conversation 0]
+        [--every 2] [--kinds collapse shrink prime learn]
+
+A development conversation of LoCoMo is chatted session by session; from the third on each also asks ``--ask`` of the
+``--standing`` questions about its beginning, drawn anew, among at most ``--chat`` turns: what somebody needs again and
+again. After every
+``--every``-th session the folder is planned (``consolidate(dry_run=True)``); for each move of these kinds the folder is
+copied twice, the move is made in one of the copies, and the next session is chatted in both. Measured: what its
+requests cost without the move less what they cost with it; predicted: the saving of a request that the move was planned
+with, as many times. What the move itself costs is no part of either: of a rewritten core block the first request of the
+session, which computes it, is left out on both sides. Between sessions chat's own collapses are held off, in all
+copies, so that the move is all that differs. Costs are CPU-seconds to the first token with the local model (answers
+have one token, so nothing is decoded behind it), and what a request is billed at a host, with a system part
+of 1,500 tokens (efficiency_money.py). Results:
+tests/benchmarks/results/planner_prediction.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from efficiency_money import Paid, busy, system_text  # type: ignore[import-not-found]
+from efficiency_systems import SYSTEM, Script, Told  # type: ignore[import-not-found]
+from efficiency_talk import DATA, Said, Talk, talk  # type: ignore[import-not-found]
+
+from agentmem import Memory, moving, recalling
+from agentmem import chat as chats
+from agentmem.cache_rules import rules_for
+from agentmem.flow import run
+from agentmem.planner.values import Move
+
+RESULTS = Path(__file__).parent / "results" / "planner_prediction.json"
+KINDS = ("collapse", "shrink", "prime", "distil", "learn")
+
+
+class Here:
+    """The local model; costs are CPU-seconds."""
+
+    unit = "seconds"
+
+    def __init__(self) -> None:
+        self.script = Script(answer=1)
+        self._told = Told(self.script)
+        self._told.provider.close = lambda: None  # it outlives the memories that use it
+        self.provider, self.at = self._told.provider, 0.0
+
+    def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
+        self._told.reply = said.reply
+        self.script.begin(self._told.encode(said.reply), judged=False)
+        begun = time.process_time()
+        reply = chat.chat(asked, system=SYSTEM, remember=said.kind == "chat", max_tokens=1)
+        usage = reply.usage
+        return {
+            "cost": self.script.first_cpu - begun,
+            "computed": usage.input_tokens - usage.cached_tokens,
+            "cached": usage.cached_tokens,
+        }
+
+    def copied(self) -> Here:
+        return self  # what it keeps is in the folder
+
+
+class There:
+    """A host that bills by its rules; costs are dollars."""
+
+    unit = "dollars"
+
+    def __init__(self, model: str) -> None:
+        rules = rules_for(model)
+        if rules is None:
+            raise SystemExit(f"nothing is known of {model}'s prompt cache")
+        self._model, self._rules = model, rules
+        self.provider = Paid(model, rules)
+        self._system = system_text(self.provider.count)
+
+    @property
+    def at(self) -> float:
+        return float(self.provider.at)
+
+    @at.setter
+    def at(self, now: float) -> None:
+        self.provider.at = now
+
+    def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
+        self.provider.reply = said.reply
+        reply = chat.chat(asked, system=self._system, remember=said.kind == "chat")
+        usage, prefill = reply.usage, price(chat)
+        cost = self.provider.bills.costs[-1] * prefill
+        return {"cost": cost, "computed": usage.input_tokens - usage.cached_tokens, "cached": usage.cached_tokens}
+
+    def copied(self) -> There:
+        other = There(self._model)
+        other.provider.cache = copy.deepcopy(self.provider.cache)
+        other.provider.at = self.provider.at
+        return other
+
+
+def price(chat: Any) -> float:
+    """Dollars of an uncached prompt token, as the planner has it."""
+    from agentmem import economics
+
+    return float(economics.costs(chat._engine).prefill)
+
+
+def opened(folder: Path, host: Any, given: argparse.Namespace) -> Memory:
+    return Memory(folder, model=host.provider, clock=lambda: host.at, **json.loads(given.settings))
+
+
+def session(memory: Memory, host: Any, one: Talk, turns: Sequence[Said]) -> list[dict[str, float]]:
+    """Chat these turns in a handle of their own; what each cost."""
+    chat = memory.scope(user=one.name)
+    rows = []
+    for said in turns:
+        host.at = said.at
+        asked = {"role": "user", "content": said.message, "name": one.user, "at": said.day_at}
+        rows.append(host.ask(chat, asked, said))
+    return rows
+
+
+def held_off() -> None:
+    """No collapse by chat itself: the core block stands as it is, or is none."""
+    chats.__dict__["core_of"] = lambda *_, stands, **__: recalling.Core(stands or [])
+
+
+def sessions(one: Talk, standing: int, ask: int, chat: int) -> list[list[Said]]:
+    """The turns by session, with the standing questions among those of the third session on."""
+    names = list(dict.fromkeys(said.session for said in one.turns))
+    parts = [[said for said in one.turns if said.session == name and said.kind == "chat"][:chat] for name in names]
+    chance = random.Random(8)
+    known = list({said.message: said for said in one.turns if said.kind == "now"}.values())[:standing]
+    for number, part in enumerate(parts[2:], 2):
+        drawn = chance.choices(known, k=ask)
+        asked = [(chance.randrange(1, len(part) + 1), said) for said in drawn]
+        for place, said in sorted(asked, key=lambda one: -one[0]):
+            at = part[place - 1].at + 1.0
+            part.insert(place, replace(said, kind="later", session=names[number], at=at))
+        part.sort(key=lambda said: said.at)
+    return parts
+
+
+def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Move, given: Any) -> dict[str, Any]:
+    """The next session with this move and without it."""
+    rows: dict[str, list[dict[str, float]]] = {}
+    note = None
+    for side in ("without", "with"):
+        with tempfile.TemporaryDirectory() as other:
+            shutil.copytree(folder, other, dirs_exist_ok=True)
+            mine = host.copied()
+            with opened(Path(other), mine, given) as memory:
+                if side == "with":
+                    mine.at = turns[0].at - 3600.0
+                    outcome = run(moving.make(memory._engine, move))
+                    note = None if outcome is None else f"{outcome.state} {outcome.note or ''}".strip()
+                rows[side] = session(memory, mine, one, turns)
+    skipped = 1 if move.kind in ("collapse", "shrink") else 0
+    without, with_ = (sum(row["cost"] for row in rows[side][skipped:]) for side in ("without", "with"))
+    requests = len(turns) - skipped
+    expected = move.saves / move.requests * requests if move.requests else 0.0
+    return {
+        "kind": move.kind,
+        "session": turns[0].session,
+        "requests": requests,
+        "predicted": expected,
+        "measured": without - with_,
+        "without": without,
+        "computed": [sum(row["computed"] for row in rows[side][skipped:]) for side in ("without", "with")],
+        "tokens": move.tokens,
+        "made": note,
+        "why": move.why,
+    }
+
+
+def trials(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    host: Any = Here() if given.model == "local" else There(given.model)
+    one = talk(Path(given.data), given.conversation, given.questions)
+    parts = sessions(busy(one) if given.busy else one, given.standing, given.ask, given.chat)
+    held_off()
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for number, turns in enumerate(parts[: given.sessions]):
+            with opened(folder, host, given) as memory:
+                session(memory, host, one, turns)
+                host.at += 7200.0  # nobody has spoken for a while
+                last = number + 1 == len(parts)
+                planned = memory.scope(user=one.name).consolidate(dry_run=True)
+            if number % given.every == given.every - 1 and not last:
+                for move in planned.moves:
+                    if move.kind in given.kinds:
+                        yield weighed(folder, host, one, parts[number + 1], move, given)
+            with opened(folder, host, given) as memory:
+                for move in planned.moves:
+                    if move.kind in given.kinds and move.kind not in ("learn", "distil"):
+                        run(moving.make(memory._engine, move))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="local")
+    parser.add_argument("--data", default=str(DATA))
+    parser.add_argument("--conversation", type=int, default=0)
+    parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--sessions", type=int)
+    parser.add_argument("--standing", type=int, default=3)
+    parser.add_argument("--ask", type=int, default=14)
+    parser.add_argument("--chat", type=int, default=8)
+    parser.add_argument("--every", type=int, default=2)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["collapse", "shrink", "prime"])
+    parser.add_argument("--busy", action="store_true", help="sessions twenty minutes apart")
+    parser.add_argument("--settings", default="{}")
+    parser.add_argument("--json", type=Path, default=RESULTS)
+    given = parser.parse_args()
+    if not Path(given.data).is_file():
+        raise SystemExit(f"skipped: there is no {given.data}; give --data")
+    rows = []
+    for row in trials(given):
+        rows.append(row)
+        print(json.dumps(row), file=sys.stderr, flush=True)
+    result: dict[str, Any] = {}
+    for kind in dict.fromkeys(row["kind"] for row in rows):
+        mine = [row for row in rows if row["kind"] == kind]
+        predicted, measured = (sum(row[name] for row in mine) for name in ("predicted", "measured"))
+        spread = statistics.stdev(row["measured"] for row in mine) * len(mine) ** 0.5 if len(mine) > 1 else None
+        result[kind] = {"moves": len(mine), "predicted": predicted, "measured": measured, "spread": spread}
+        ratio = f"{measured / predicted:.2f}" if predicted else "-"
+        print(f"{kind}: {len(mine)} moves, predicted {predicted:.4g}, measured {measured:.4g}: {ratio}")
+    kept = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {}
+    kept[given.model + (" busy" if given.busy else "")] = {"kinds": result, "rows": rows}
+    given.json.parent.mkdir(exist_ok=True)
+    given.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,109 @@
+"""What a token costs, measured from ledgers whose truth is known, and what is said where nothing was measured."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import pytest
+
+from agentmem import Memory
+from agentmem.economics import MEASURED_USES, costs, local_rules, regressed
+from agentmem.provider import Capabilities
+from agentmem.testing import FakeClock, ScriptedProvider
+from agentmem.types import Scope, Usage
+
+PACE, LOAD, TOKEN, ATTEND, KEEP = 4e-3, 5e-5, 0.012, 4e-7, 2e-4
+
+
+def ledger(count: int, seed: int = 0, noise: float = 0.1) -> list[tuple[float, ...]]:
+    """Uses of a machine with these costs, each measured with some noise."""
+    chance = random.Random(seed)
+    found: list[tuple[float, ...]] = []
+    for _ in range(count):
+        total, output = chance.randint(300, 6000), chance.randint(5, 90)
+        cached = chance.choice((0, total // 2, total - chance.randint(30, 250)))
+        written = chance.choice((0, 256))
+        first = PACE * (total - cached) + LOAD * cached
+        after = output * (TOKEN + ATTEND * total) + KEEP * written
+        noisy = (value * chance.lognormvariate(0, noise) for value in (first, after))
+        first, after = noisy
+        found.append((float(total), float(cached), float(written), float(output), first, first + after))
+    return found
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_costs_are_found_in_a_noisy_ledger(seed: int) -> None:
+    uses = ledger(300, seed)
+    found = regressed(uses)
+    answer = sum(use[3] for use in uses) / len(uses)
+    assert found["prefill"] == pytest.approx(PACE + ATTEND * answer, rel=0.1)
+    assert found["cached"] == pytest.approx(LOAD + ATTEND * answer, rel=0.5)
+    assert found["answer"] == pytest.approx(TOKEN, rel=0.2)
+    assert 0 < found["write"] < 0.2 * PACE
+
+
+def test_a_few_uses_move_the_prior_and_no_cost_is_negative() -> None:
+    nothing = regressed([])
+    assert all(value > 0 for value in nothing.values())
+    for count in range(1, 20):
+        found = regressed(ledger(count, count, noise=1.0))
+        assert all(value > 0 for value in found.values())
+        assert found["cached"] < found["prefill"]
+    # One use says what a computed token takes: that is no prior any more.
+    assert regressed(ledger(1))["prefill"] == pytest.approx(PACE, rel=0.3)
+
+
+@pytest.fixture
+def memory(tmp_path: Path) -> Memory:
+    here = Capabilities(chat=True, kv="tensors", context_tokens=8192, trains=True)
+    provider = ScriptedProvider(name="scripted:here", capabilities=here)
+    return Memory(tmp_path / "memory", model=provider, embedder="hash", clock=FakeClock())
+
+
+def test_a_prior_is_called_one_until_enough_was_measured(memory: Memory) -> None:
+    engine = memory._engine
+    with memory:
+        first = costs(engine)
+        assert first.unit == "seconds"
+        assert first.source["prefill"].startswith("prior")
+        assert costs(engine) is first
+        for use in ledger(MEASURED_USES + 30):
+            usage = Usage(
+                input_tokens=int(use[0]), cached_tokens=int(use[1]), written_tokens=int(use[2]),
+                output_tokens=int(use[3]), first_token_s=use[4], total_s=use[5],
+            )  # fmt: skip
+            engine.ledger.note("chat", "scripted:here", Scope(user="ana"), usage, here=True)
+        now = costs(engine)
+        assert now.source["prefill"] == f"measured, {MEASURED_USES + 30} uses"
+        assert now.prefill == pytest.approx(PACE, rel=0.2)
+        assert now.learn is not None
+        assert now.source["learn"] == "prior"
+        rules = local_rules(engine)
+        assert rules is not None
+        assert not rules.priced
+        assert 0 < rules.read < 0.1
+        assert rules.minimum == engine.settings.page_tokens
+
+
+def test_an_engine_that_keeps_nothing_for_us_has_no_rules(tmp_path: Path) -> None:
+    for can in (
+        Capabilities(chat=True, kv="auto", context_tokens=8192),
+        Capabilities(chat=True, kv="tensors"),
+        Capabilities(chat=True, kv="slots", context_tokens=8192, holds_prefix_s=60),
+    ):
+        with Memory(tmp_path / "memory", model=ScriptedProvider(capabilities=can), embedder="hash") as memory:
+            assert local_rules(memory._engine) is None
+
+
+def test_a_host_has_the_prices_of_the_day(tmp_path: Path) -> None:
+    with Memory(tmp_path / "memory", model=ScriptedProvider(name="nobody:knows"), embedder="hash") as memory:
+        found = costs(memory._engine)
+        assert found.unit == "seconds"  # it holds nothing elsewhere
+    can = Capabilities(chat=True, kv="auto", context_tokens=100_000, holds_prefix_s=300)
+    provider = ScriptedProvider(name="openai:gpt-4o", capabilities=can)
+    with Memory(tmp_path / "hosted", model=provider, embedder="hash") as memory:
+        found = costs(memory._engine)
+        assert found.unit == "dollars"
+        assert found.prefill == pytest.approx(2.5e-6)
+        assert found.source["prefill"].startswith("prices of")
