@@ -380,11 +380,12 @@ class _Run:
 
     @property
     def _kept_end(self) -> int:
-        """States of tokens from here on are never kept: unstable, behind composed records, or under an activated LoRA."""
+        """States of tokens from here on are never kept: they may change, or stand behind composed records or under an
+        activated LoRA."""
         return min(self._prompt.stable, self._exact, *self._calls.values())
 
     def _refill(self) -> None:
-        """Go on behind what the last turn left. A step's least number of tokens is left to compute, also of the page."""
+        """Go on behind what the last turn left, so far that a step of the least size remains, also of the page."""
         least, start = self._least, self._done
         if least is None:
             return
