@@ -53,8 +53,8 @@ class Settings(BaseSettings):
     redact: tuple[str, ...] = Field(
         default=(), description="taken out before anything is stored: email, phone, card, key, iban; or a function"
     )
-    recall_k: int = Field(default=6, ge=0, description="records recalled for a turn at most")
-    recall_tokens: int = Field(default=500, ge=0, description="tokens of recalled records in a turn at most")
+    recall_k: int = Field(default=10, ge=0, description="records recalled for a turn at most")
+    recall_tokens: int = Field(default=800, ge=0, description="tokens of recalled records in a turn at most")
     search_ram: int = Field(
         default=256 << 20, ge=0, description="bytes of token vectors that searches keep in this process's RAM"
     )

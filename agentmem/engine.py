@@ -324,7 +324,7 @@ class Engine:
         return frozenset(
             record
             for version in self.registry.active(scope)
-            if (digests is None or version.digest in digests) and version.gate is not None and version.gate.passed
+            if (digests is None or version.digest in digests) and version.gate.passed
             for record, share in version.gate.by_record.items()
             if share == 1.0
         )

@@ -30,6 +30,9 @@ __all__ = ["TOLD_K", "TOLD_TOKENS", "Core", "core_of", "recalled", "standing"]
 #: Recalled at most, records and tokens, for a turn that surely asks for nothing.
 TOLD_K = 3
 TOLD_TOKENS = 150
+#: The same for a turn that does not surely ask.
+UNSURE_K = 6
+UNSURE_TOKENS = 500
 #: Turns after which the core that would be chosen is looked at again while nothing else asks for it.
 REVIEWED = 16
 
@@ -66,7 +69,7 @@ def recalled(
     What is recalled is most of what a turn costs: there are none where nothing is likely to be evidence, and few where
     the turn asks for nothing.
     """
-    from .plaintext.asking import tells
+    from .plaintext.asking import asks, tells
     from .plaintext.concerning import WEIGHED
     from .plaintext.fusion import TOGETHER, taken
 
@@ -93,10 +96,16 @@ def recalled(
     if not recall:
         return [], concerned
     most, tokens = settings.recall_k, settings.recall_tokens
+    asking = asks(query)
     if telling:
         most, tokens = min(most, TOLD_K), min(tokens, TOLD_TOKENS)
+    elif not asking:
+        most, tokens = min(most, UNSURE_K), min(tokens, UNSURE_TOKENS)
     found = [hit for hit in found if hit.record.id not in present][:together]
-    likely = found[: min(taken([hit.score for hit in found]), most)]
+    worth = taken([hit.score for hit in found])
+    # A question that memory can answer at all gets all that may: leaving out what is less likely than the best costs
+    # more answers than tokens (measured: tests/benchmarks/efficiency.py).
+    likely = found[: most if asking and worth else min(worth, most)]
     shown = [prompt.shown(hit) for hit in likely if hit.record.id not in core]
     fitting = {record.id for record in prompt.fit(shown, within(engine, tokens, 0.1), engine.count)}
     return [hit for hit in likely if hit.record.id in fitting or hit.record.id in core], concerned

@@ -19,7 +19,7 @@ PACE, LOAD, TOKEN, ATTEND, KEEP = 4e-3, 5e-5, 0.012, 4e-7, 2e-4
 def ledger(count: int, seed: int = 0, noise: float = 0.1) -> list[tuple[float, ...]]:
     """Uses of a machine with these costs, each measured with some noise."""
     chance = random.Random(seed)
-    found = []
+    found: list[tuple[float, ...]] = []
     for _ in range(count):
         total, output = chance.randint(300, 6000), chance.randint(5, 90)
         cached = chance.choice((0, total // 2, total - chance.randint(30, 250)))
