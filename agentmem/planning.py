@@ -263,6 +263,12 @@ class Plan:
             state = {"layouts": self._layouts.state(), "marks": marks, "history": self._history}
         store(connection, self._model, self._scope, now, state)
 
+    def returns(self, prompt_: Measured) -> int:
+        """Tokens of this request that begin with all that the last one kept of it, as far as bytes tell."""
+        _, blocks, digest = self._history
+        same = 0 < blocks <= len(prompt_.digests) and prompt_.digests[blocks - 1] == digest
+        return sum(block.tokens for block in prompt_.blocks[:blocks]) if same else 0
+
     def _levels(self, prompt_: Measured, layout: Layout | None) -> list[Level]:
         return grown(prompt_, self._history, None if layout is None else layout.longest)
 

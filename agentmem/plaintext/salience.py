@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..types import Record
 
-__all__ = ["Candidate", "Chosen", "Seen", "allowed", "chances", "choose", "promise", "ranked", "salience"]
+__all__ = ["Candidate", "Chosen", "Seen", "allowed", "chances", "choose", "needs", "promise", "ranked", "salience"]
 
 # A rough prior for English, chosen by hand and not measured; elsewhere only uses count. Being recalled outweighs it.
 _FIRST_PERSON = re.compile(r"\b(i|i'm|i've|i'd|my|me|mine|we|our|us)\b", re.IGNORECASE)
@@ -119,6 +119,18 @@ def chances(
         chance = (needed + belief * PRIOR_TURNS) / (trials + PRIOR_TURNS)
         found[record.id] = chance / (1 + (edits or {}).get(record.id, 0))
     return found
+
+
+def needs(
+    records: Sequence[Record], turns: Sequence[Seen], sources: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, int]:
+    """How many of these turns needed each record, or one that it was written from."""
+    counts: dict[str, int] = {}
+    for turn in turns:
+        for id_ in turn.needed:
+            counts[id_] = counts.get(id_, 0) + 1
+    of = sources or {}
+    return {record.id: max(counts.get(id_, 0) for id_ in (record.id, *of.get(record.id, ()))) for record in records}
 
 
 def _until(since: Sequence[tuple[float, float]], stored: float) -> float:
