@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import cores, economics, planning, prompt
+from . import cores, planning, prompt
 from .acting import vouched
 from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
@@ -24,10 +24,10 @@ from .plaintext.drafts import Draft, check_text, shown
 from .plaintext.records import check_k, new_id
 from .planning import Measured, Plan, measured
 from .provider import CachePlan, Generation, LoraRef, Options, Provider, RecalledLine, Request
-from .recalling import AGAIN, Core, core_of, standing
+from .recalling import Core, core_of, standing
 from .recalling import recalled as recalled_for
 from .tokens import Calibration, request_tokens
-from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, TurnFacts, Usage
+from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
 from .verbatim import begun
 
 if TYPE_CHECKING:
@@ -168,7 +168,18 @@ def chat(
         records=kept,
         loras=tuple(ref.name for ref in made.request.loras),
         parsed=None if schema is None or generation.tool_calls else parsed(schema, generation.text),
-        facts=_facts(engine, conversation, made, generation),
+        facts=planning.explained(
+            engine,
+            conversation.session,
+            made.sent,
+            made.layout,
+            generation.usage,
+            turn=made.turn,
+            recalled=made.recalled,
+            core=[record.id for record in made.core.records],
+            used=made.spared,
+            decided=made.core.decided,
+        ),
     )
 
 
@@ -196,6 +207,7 @@ def _prepared(
     block = Core()
     present = {record for said in history for record in said.records}
     again: set[str] = set()
+    repeated: set[str] = set()
     concerned = conversation.concerned  # a tool's result belongs to the question before it
     asks = turn[0].role == "user"
     if asks:
@@ -204,7 +216,7 @@ def _prepared(
             # Nobody has to be told again what was said a moment ago.
             near = history[-NEAR:] if engine.records.count_turns(session) else []
             again = (present | here) - {record for said in near for record in said.records}
-        hits, concerned = yield from recalled_for(
+        hits, concerned, repeated = yield from recalled_for(
             engine, conversation, turn[0].content, present, noted, recall=recall, core=here, again=again
         )
     if recall:
@@ -213,7 +225,6 @@ def _prepared(
     core, in_core = block.records, block.ids
     loras = engine.active_loras(conversation.scope, concerned)
     known = in_core | vouched(engine, conversation.scope, loras)
-    repeated = {hit.record.id for hit in hits[:AGAIN] if hit.record.id in again}
     in_turn = [hit for hit in hits if hit.record.id not in known or hit.record.id in repeated]
     recalled = [prompt.shown(hit) for hit in in_turn]
     if plan is not None:  # whether what was recalled stays is known only now
@@ -251,34 +262,6 @@ def _prepared(
     return _Prepared(request, sent, layout, asked, hits, in_turn, repeated, block, learnt)
 
 
-def _facts(engine: Engine, conversation: Conversation, made: _Prepared, generation: Generation) -> TurnFacts:
-    """What `Reply.explain` tells of this request."""
-    sent, core, layout, usage = made.sent, made.core, made.layout, generation.usage
-    costs = economics.costs(engine)
-    cached = usage.cached_tokens
-    paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached + usage.written_tokens * costs.write
-    start = None if layout is None else layout.start
-    gone = 0
-    if start is not None:
-        gone = engine.records.count_turns(conversation.session, before=start)
-    return TurnFacts(
-        system_tokens=sent.of("system"),
-        core_tokens=sent.of("core"),
-        history_tokens=0 if layout is None else layout.behind,
-        recalled_tokens=sum(tokens for _, tokens in planning.sizes(engine, made.recalled)),
-        message_tokens=prompt.cost(made.turn, engine.count),
-        core=tuple(record.id for record in core.records),
-        used=made.spared,
-        start=start,
-        folded=gone,
-        kept=layout is not None and layout.keep,
-        decided=core.decided,
-        unit=costs.unit,
-        cost=paid,
-        bare=usage.input_tokens * costs.prefill,
-    )
-
-
 def _stored(
     engine: Engine,
     conversation: Conversation,
@@ -311,7 +294,10 @@ def _stored(
     )
     used = made.spared
     fresh = [hit for hit in made.recalled if hit.record.id not in made.repeated]
-    facts = planning.facts(engine, session, made.sent, made.turn, recalled=fresh, used=used, reply=generation)
+    start = None if made.layout is None else made.layout.start
+    facts = planning.facts(
+        engine, session, made.sent, made.turn, recalled=fresh, used=used, start=start, reply=generation
+    )
     try:
         with engine.database.write() as connection:
             if new:

@@ -206,7 +206,7 @@ def review(
     old = list(stands or ())
     newest = engine.records.newest(scope, limit=CORE_CANDIDATES, at=now)[::-1]
     past = _past(engine, scope)
-    seen = [salience.Seen(turn.at, turn.named) for turn in past]
+    seen = [salience.Seen(turn.at, turn.named, turn.start) for turn in past]
     met = {record.id for record in (*newest, *old)}
     needed = list(dict.fromkeys(id_ for turn in seen for id_ in turn.needed if id_ not in met))
     often = [record for record in engine.records.named(needed, scope) if _holds(record, now)]
@@ -250,12 +250,14 @@ def _line(engine: Engine, record: Record) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Past:
-    """A turn: when, the records that its search named, how many of them stood in the core, the core's tokens."""
+    """A turn: when, the records that its search named, how many of them stood in the core, the core's tokens, and where
+    its verbatim history began."""
 
     at: float
     named: frozenset[str]
     used: int
     core: int
+    start: str | None
 
 
 def _scale(past: Sequence[_Past], old: Sequence[Record], tokens: int) -> float:
@@ -279,10 +281,10 @@ def _past(engine: Engine, scope: Scope) -> list[_Past]:
     )
     found: list[_Past] = []
     for row in reversed(rows):
-        turn = json.loads(row["turn"])  # three of its fields: a validated turn each would take most of a review's time
+        turn = json.loads(row["turn"])  # some of its fields: a validated turn each would take most of a review's time
         used = turn.get("used", ())
         named = [id_ for id_, _ in turn.get("recalled", ())]
-        found.append(_Past(row["at"], frozenset((*named, *used)), len(used), turn.get("core", 0)))
+        found.append(_Past(row["at"], frozenset((*named, *used)), len(used), turn.get("core", 0), turn.get("start")))
     return found
 
 

@@ -21,7 +21,7 @@ from .activation.layout_state import store
 from .plaintext.drafts import utc_seconds
 from .provider import CachePlan, Generation, Mark, Request
 from .tokens import PER_MESSAGE
-from .types import Hit, Message, Record, Scope, Segment
+from .types import Hit, Message, Record, Scope, Segment, TurnFacts, Usage
 
 if TYPE_CHECKING:
     from .activation.cache_model import Block
@@ -35,6 +35,7 @@ __all__ = [
     "Measured",
     "Plan",
     "expected",
+    "explained",
     "facts",
     "grown",
     "head_tokens",
@@ -365,6 +366,7 @@ def facts(
     *,
     recalled: Sequence[Hit],
     used: Sequence[str],
+    start: str | None,
     reply: Generation,
 ) -> Turn:
     """What this request was made of, in tokens: what other layouts and other hosts would have cost is told from it."""
@@ -381,6 +383,42 @@ def facts(
         reply=prompt.cost([answer], engine.count),
         recalled=sizes(engine, recalled),
         used=tuple(used),
+        start=start,
+    )
+
+
+def explained(
+    engine: Engine,
+    session: Scope,
+    sent: Measured,
+    layout: Layout | None,
+    usage: Usage,
+    *,
+    turn: Sequence[Message],
+    recalled: Sequence[Hit],
+    core: Sequence[str],
+    used: Sequence[str],
+    decided: str,
+) -> TurnFacts:
+    """What `Reply.explain` tells of this request."""
+    costs = economics.costs(engine)
+    cached, start = usage.cached_tokens, None if layout is None else layout.start
+    paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached + usage.written_tokens * costs.write
+    return TurnFacts(
+        system_tokens=sent.of("system"),
+        core_tokens=sent.of("core"),
+        history_tokens=0 if layout is None else layout.behind,
+        recalled_tokens=sum(tokens for _, tokens in sizes(engine, recalled)),
+        message_tokens=prompt.cost(turn, engine.count),
+        core=tuple(core),
+        used=tuple(used),
+        start=start,
+        folded=0 if start is None else engine.records.count_turns(session, before=start),
+        kept=layout is not None and layout.keep,
+        decided=decided,
+        unit=costs.unit,
+        cost=paid,
+        bare=usage.input_tokens * costs.prefill,
     )
 
 

@@ -65,10 +65,11 @@ def recalled(
     recall: bool,
     core: Set[str] = frozenset(),
     again: Set[str] = frozenset(),
-) -> Flow[tuple[list[Hit], tuple[str, ...]]]:
-    """The records that this turn needs and that are not in the conversation already, within the budget; and the ids of
-    those that it concerns among what LoRA versions learnt. Those that stand in the ``core`` are named too and cost
-    nothing. Where the turn surely asks, the `AGAIN` best may be of those ``again`` that the prompt shows already.
+) -> Flow[tuple[list[Hit], tuple[str, ...], set[str]]]:
+    """The records that this turn needs and that are not in the conversation already, within the budget; the ids of
+    those that it concerns among what LoRA versions learnt; and the ids of those recalled that the prompt shows already:
+    where the turn surely asks, the `AGAIN` best may be of those ``again``. Those that stand in the ``core`` are named
+    too and cost nothing.
 
     What is recalled is most of what a turn costs: there are none where nothing is likely to be evidence, and few where
     the turn asks for nothing.
@@ -82,7 +83,7 @@ def recalled(
     learnt = engine.learnt(scope)
     telling = tells(query)
     if not recall and (telling or not learnt):
-        return [], ()
+        return [], (), set()
     asking = asks(query)
     again = again if asking else frozenset()
     together = max(settings.recall_k, TOGETHER) + (AGAIN if again else 0)
@@ -100,7 +101,7 @@ def recalled(
     if not telling:
         conversation.concerned = concerned
     if not recall:
-        return [], concerned
+        return [], concerned, set()
     most, tokens = settings.recall_k, settings.recall_tokens
     if telling:
         most, tokens = min(most, TOLD_K), min(tokens, TOLD_TOKENS)
@@ -115,7 +116,7 @@ def recalled(
     known = core - best
     shown = [prompt.shown(hit) for hit in likely if hit.record.id not in known]
     fitting = {record.id for record in prompt.fit(shown, within(engine, tokens, 0.1), engine.count)}
-    return [hit for hit in likely if hit.record.id in fitting or hit.record.id in known], concerned
+    return [hit for hit in likely if hit.record.id in fitting or hit.record.id in known], concerned, best & fitting
 
 
 # ---- the core --------------------------------------------------------------------------------------------------------
