@@ -163,7 +163,7 @@ def _worker(args: argparse.Namespace) -> int:
 def _once(engine: Engine, background: Background, failed: list[AgentMemError]) -> None:
     try:
         if consolidate.due(engine):
-            background.run()
+            _say(f"made {len(background.run().moves)} moves")
         else:
             _say("nothing is due")
     except AgentMemError as error:

@@ -137,6 +137,7 @@ def _planned(
 ) -> _Planned:
     found = _Planned()
     moves: list[Move] = []
+    primed: set[tuple[Any, ...]] = set()
     closed = jobs.closed(again=_AGAIN)
     every = snapshots.scopes(engine, scope, seen)
     with progress("planning") if len(every) >= MANY else _silent() as moved:
@@ -146,8 +147,11 @@ def _planned(
             taken = snapshot(engine, one, seen, quiet_s=quiet_s)
             found.costs = taken.costs.source
             for move in plan(taken).moves:
-                if move.key in closed:
+                head = (move.scope.model_copy(update={"session": None}), move.records, move.tokens)
+                if move.key in closed or (move.kind == "prime" and head in primed):
                     continue
+                if move.kind == "prime":  # sessions of one user may begin alike: their states are the same
+                    primed.add(head)
                 moves.append(move)
                 found.facts[move.key] = _facts(taken, move)
             if moved:
@@ -244,8 +248,8 @@ def _saved(engine: Engine, job: Job, outcome: Outcome, tokens: Mapping[str, int]
     Of a core block: the records that searches named and that stand in it now and did not before, which would have been
     recalled uncached; less those that were recalled because they stand in it no longer, and less the tokens by which it
     is longer, read from the cache or computed as each request was. Of a LoRA version: the records that searches named
-    and that it answered, less what it adds to the requests that it acted on. Of a primed or distilled head: its tokens
-    that came from a cache.
+    and that it answered, less what it adds to the requests that it acted on. Of a distilled head: its tokens that came
+    from a cache; of a primed one, those of the first request after it.
     """
     facts, move = job.facts, job.move
     if not {"prefill", "cached", "a request"} <= set(facts) or move.kind not in _SAVING:
@@ -255,6 +259,8 @@ def _saved(engine: Engine, job: Job, outcome: Outcome, tokens: Mapping[str, int]
     if turns and move.kind in _HEADS:  # until a chat rewrote the block: what follows is not this move's
         stood = turns[0][1].get("core")
         turns = list(itertools.takewhile(lambda one: one[1].get("core") == stood, turns))
+    elif move.kind == "prime":  # the next request would have kept what it computed: only it was spared that
+        turns = turns[:1]
     if not turns:
         return outcome
     prefill, cached = facts["prefill"], facts["cached"]

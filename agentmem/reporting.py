@@ -7,20 +7,25 @@ from __future__ import annotations
 
 from typing import Any
 
+from . import consolidate
 from .engine import Engine
 from .errors import InvalidInput
+from .jobs import Jobs
 from .kinds import entries
 from .ledger.accounts import Accounts
 from .ledger.budgets import Action, Budget, Period, Spent
 from .ledger.report import Prefix, Report, Taught
 from .plaintext.conditions import beneath
 from .plaintext.drafts import moment, utc_seconds
+from .planner.values import Outcome
 from .types import Scope
 
 __all__ = ["budget", "report", "spent"]
 
 #: Stored prefixes told one by one.
 TOLD = 20
+#: Moves of consolidation, where their savings are not told.
+MOVED = 20
 #: LoRA versions whose training is drawn, the newest.
 DRAWN = 5
 #: What `Engine.bytes_held` tells of each kind of memory.
@@ -63,7 +68,18 @@ def report(engine: Engine, scope: Scope, *, since: Any = None, until: Any = None
         loras=_count_loras(engine, scope),
         lora_uses=accounts.lora_uses(),
         taught=tuple(_taught(engine, scope)),
+        moves=_moves(engine, scope),
+        paused=Jobs(engine.database, engine.clock).paused(),
     )
+
+
+def _moves(engine: Engine, scope: Scope) -> tuple[Outcome, ...]:
+    """What consolidation did in this scope, with what it saved since; the ledger is read only where it did anything."""
+    if engine.provider is None:
+        return tuple(Jobs(engine.database, engine.clock).outcomes(scope, limit=MOVED))
+    if not Jobs(engine.database, engine.clock).jobs(scope, limit=1):
+        return ()
+    return tuple(consolidate.outcomes(engine, scope))
 
 
 def budget(

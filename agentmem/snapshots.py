@@ -51,6 +51,8 @@ class Seen:
     uses: dict[str, int] = field(default_factory=dict)
     #: By record: tokens of its line, as it was recalled last.
     tokens: dict[str, int] = field(default_factory=dict)
+    #: Of each request its id and the id of the turn at which its verbatim history began, where one was shown.
+    shown: list[tuple[str, str]] = field(default_factory=list)
     #: Requests that found their head kept, and the sessions that they were of.
     warm: int = 0
     sessions: set[str] = field(default_factory=set)
@@ -65,6 +67,14 @@ class Seen:
         """Days that were watched, of what came into being at ``since``."""
         return max(now - max(self.first, since), 60.0) / DAY_S
 
+    def exposed(self, record: Record) -> float:
+        """The part of the requests that could have needed it: of a turn those in which it was not told in the history
+        anyway. What is out of sight now is needed as often as it was then, not as often as in all of them."""
+        if record.source != prompt.CHAT or not self.requests:
+            return 1.0
+        told = sum(start <= record.id < turn for turn, start in self.shown)  # ids grow with time
+        return (self.requests - told + 1) / (self.requests + 1)
+
     def note(self, row: Any, turn: Mapping[str, Any], slack: int = 0) -> None:
         """One more use, with its turn; in order of time. ``slack`` tokens at the end of a prefix are kept by nobody
         (part of a page)."""
@@ -72,6 +82,8 @@ class Seen:
         self.last = row["at"]
         self.requests += 1
         self.latest = str(turn.get("id") or "")
+        if start := turn.get("start"):
+            self.shown.append((self.latest, str(start)))
         self.session = row["session"]
         self.sessions.add(self.session)
         recalled = turn.get("recalled") or ()
@@ -143,11 +155,14 @@ def _scope(row: Any) -> Scope:
 
 def scopes(engine: Engine, scope: Scope, seen: Ledgered | None = None) -> list[Scope]:
     """The scopes at and beneath a handle's that there may be something to plan for, the last used first: those with
-    uses, core blocks or versions that wait; where a model may write, also those with records."""
+    uses, core blocks or versions that wait; where a model may write, also those with records. Sessions that ended have
+    nothing that will be read again."""
     seen = seen or ledgered(engine, scope)
-    found = dict.fromkeys(sorted((*seen.heads, *seen.owners), key=lambda one: -_last(seen, one)))
-    found.update(dict.fromkeys(sorted(_heads(engine, scope), key=str)))
-    found.update(dict.fromkeys(whose for whose, _ in _owed(engine) if whose.within(scope)))
+    over = engine.clock() - ENDED_S
+    used = [one for one in dict.fromkeys((*seen.heads, *seen.owners)) if one.session is None or _last(seen, one) > over]
+    found = dict.fromkeys(sorted(used, key=lambda one: -_last(seen, one)))
+    found.update(dict.fromkeys(sorted((one for one in _heads(engine, scope) if one.session is None), key=str)))
+    found.update(dict.fromkeys(whose for whose, _, _ in _owed(engine) if whose.within(scope)))
     if engine.settings.consolidate_writes:
         sql, values = beneath(scope)
         rows = engine.database.query(
@@ -190,6 +205,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         chosen, layout = _candidate(engine, scope, standing, head, head_tokens=told)
         cold = cold if layout is None else layout.cold
         behind = head.behind if layout is None else layout.behind
+    owed = [(digest, remain) for whose, digest, remain in _owed(engine) if whose == scope] if able.lora else []
     return Snapshot(
         at=now,
         scope=scope,
@@ -203,9 +219,11 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         carried=cores.account(engine, scope).carried,
         cold=cold,
         busy=engine.activity.busy() or (head.requests > 0 and now - head.last < quiet_s),
+        stood=(now - built) / DAY_S if core is not None and built else None,
         requests_day=head.requests / head.days(now) if head.requests else 0.0,
         unprimed=_unprimed(engine, told, core, kept=kept, cold=cold, fresh=built > head.last),
-        owed=tuple(digest for whose, digest in _owed(engine) if whose == scope) if able.lora else (),
+        owed=tuple(digest for digest, _ in owed),
+        owed_records=tuple(remain for _, remain in owed),
         unsealed=tuple(_unsealed(engine, scope, now)) if able.writes else (),
         unread=extraction.unread(engine, scope, UNREAD) if able.writes else 0,
         turn_tokens=EXTRACT_TOKENS if able.writes else 0.0,
@@ -239,7 +257,10 @@ def _block(
     if not records:
         return None
     sizes = [seen.tokens.get(record.id) or engine.count(prompt.record_line(record)) + 1 for record in records]
-    needed = sum(seen.uses.get(record.id, 0) * size for record, size in zip(records, sizes, strict=True))
+    needed = sum(
+        min(seen.uses.get(record.id, 0) / seen.exposed(record), seen.requests) * size
+        for record, size in zip(records, sizes, strict=True)
+    )
     return Group(
         key=key,
         scope=scope,
@@ -368,7 +389,7 @@ def _groups(
             records=(record.id,),
             tokens=sizes[record.id],
             uses=uses,
-            days=seen.days(now, utc_seconds(record.created) if record.created else 0.0),
+            days=seen.days(now, utc_seconds(record.created) if record.created else 0.0) * seen.exposed(record),
             edits=float(record.version - 1),
             where=frozenset(where),
             sightings=1 + uses,
@@ -399,13 +420,14 @@ def _teachable(scope: Scope, records: Sequence[Record], learnt: Collection[str],
 # ---- what is owed ----------------------------------------------------------------------------------------------------
 
 
-def _owed(engine: Engine) -> list[tuple[Scope, str]]:
-    """Versions that wait to be trained again, with their scope."""
+def _owed(engine: Engine) -> list[tuple[Scope, str, int]]:
+    """Versions that wait to be trained again: scope, digest, how many of their records remain."""
     rows = engine.database.query(
-        "SELECT loras.digest, tenant, user, agent, session FROM jobs JOIN loras ON digest = record"
-        " WHERE kind = 'retrain' AND jobs.state = 'queued' ORDER BY jobs.id"
+        "SELECT loras.digest, tenant, user, agent, session,"
+        " json_array_length(manifest, '$.records') - coalesce(json_array_length(jobs.note, '$.records'), 0) AS remain"
+        " FROM jobs JOIN loras ON digest = record WHERE kind = 'retrain' AND jobs.state = 'queued' ORDER BY jobs.id"
     )
-    return [(_scope(row), row["digest"]) for row in rows]
+    return [(_scope(row), row["digest"], max(0, row["remain"] or 0)) for row in rows]
 
 
 def _unsealed(engine: Engine, scope: Scope, now: float) -> list[str]:

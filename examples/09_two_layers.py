@@ -32,10 +32,9 @@ if __name__ == "__main__":
                     facts = reply.facts
                     print(
                         f"day {day}: core {facts.core_tokens} tokens, recalled {facts.recalled_tokens}, "
-                        f"{reply.usage.cached_tokens} of {reply.usage.input_tokens} from the cache",
+                        f"{reply.usage.cached_tokens} of {reply.usage.input_tokens} from the cache; {facts.decided}",
                         flush=True,
                     )
-        print("\nwhat consolidation would do:", memory.consolidate(dry_run=True), sep="\n")
-        print("\nwhat it did:", memory.consolidate(), sep="\n")
+        print("\nwhat consolidation would do now:", memory.consolidate(dry_run=True), sep="\n")
         print("\nthe next prompt:", ana.chat(QUESTIONS[0], max_tokens=12).explain(), sep="\n")
         print("\none record:", memory.explain(ana.search("peanuts", k=1)[0]), sep="\n")

@@ -3,6 +3,7 @@
 python examples/11_worker.py [model]
 """
 
+import os
 import signal
 import subprocess
 import sys
@@ -11,11 +12,13 @@ import tempfile
 from agentmem import Memory
 
 FACTS = ["I'm allergic to peanuts.", "My daughter is called Alma.", "I work nights as a nurse in Ghent."]
+#: All processes have to go by the same settings: from the environment, or an agentmem.toml.
+os.environ["AGENTMEM_PAGE_TOKENS"] = "32"  # a small grid of KV pages, so that short prompts fill some
 
 
 def agentmem(*arguments: str) -> str:
     done = subprocess.run([sys.executable, "-m", "agentmem", *arguments], capture_output=True, text=True, check=True)
-    return done.stdout.strip()
+    return f"$ agentmem {arguments[0]}\n{done.stdout.strip()}"
 
 
 if __name__ == "__main__":
@@ -39,7 +42,8 @@ if __name__ == "__main__":
         print(worker.communicate()[0].strip())
         print(f"the worker ended with {worker.returncode}", flush=True)
 
-        print(agentmem("consolidate", "--dry-run", *where))
-        print(agentmem("worker", "--once", *where))
+        with Memory(folder, model=model) as memory:
+            print(f"{memory.activation.evict()} KV pages evicted, as when they have to make room", flush=True)
+        print(agentmem("consolidate", *where))
         print(agentmem("jobs", *where))
         print(agentmem("verify", *where))

@@ -109,6 +109,16 @@ def body(report: Report) -> str:
             [(taught.name, *cells)],
         )
         parts.append(figure(f"What {taught.name} learnt", plot, below))
+    if report.moves:
+        names = ("move", "scope", "state", "cost", "expected", "saved", "in", "requests since")
+        moved = [
+            (
+                *(m.move.kind, str(m.move.scope), m.state, m.cost if m.cost is not None else m.move.cost, m.expected),
+                *(m.saved, m.move.unit, m.requests),
+            )
+            for m in report.moves
+        ]
+        parts.append(figure("What consolidation moved", "", table(names, moved)))
     if report.budgets:
         parts.append(
             figure(

@@ -15,6 +15,7 @@ from pydantic import Field
 
 from ..errors import StoreError
 from ..figures import Curve
+from ..planner.values import Outcome
 from ..types import Value
 from .budgets import Budget, amount
 
@@ -157,7 +158,8 @@ class Report(Value):
     ``lines`` is by verb and model, ``providers``, ``scopes`` (the next level beneath the handle) and ``days`` (UTC) sum
     the same uses otherwise. ``bytes`` is on disk, by kind of memory: the whole folder's, so it is told on the root
     handle only, and so is what storing them costs a month. ``lora_uses`` says on how many answers each LoRA version
-    acted. ``since`` and ``until`` bound the uses, not what is held.
+    acted. ``moves`` are what consolidation is at, failed at or did lately, newest first; it may be ``paused``.
+    ``since`` and ``until`` bound the uses, not what is held or was moved.
     """
 
     lines: list[Line]
@@ -178,6 +180,8 @@ class Report(Value):
     budgets: tuple[Budget, ...] = ()
     taught: tuple[Taught, ...] = ()
     storage_month: float | None = None
+    moves: tuple[Outcome, ...] = ()
+    paused: bool = False
 
     @property
     def cached_share(self) -> float:
@@ -211,7 +215,7 @@ class Report(Value):
         return text
 
     def summary(self) -> list[str]:
-        """At most five lines: what was spent and saved, against what, the prefixes, the misses, the budgets."""
+        """At most six lines: what was spent and saved, against what, prefixes, misses, budgets, consolidation."""
         told = []
         spared = sum(line.saved_seconds or 0.0 for line in self.lines)
         here = f"KV pages and slots spared this machine {spared:.1f} s of computing" if spared else ""
@@ -236,7 +240,20 @@ class Report(Value):
             told.append(f"{missed} expected cache hits did not come, {first.uses} of them: {first.reason}")
         if self.budgets:
             told.append(f"budget of {min(self.budgets, key=lambda budget: budget.left)}")
+        if self.moves or self.paused:
+            told.append("consolidation" + (" is paused: " if self.paused else ": ") + self._moved())
         return told
+
+    def _moved(self) -> str:
+        parts = [
+            f"{one.move.kind} of {one.move.scope} since {dt.datetime.fromtimestamp(one.at, dt.UTC):%H:%M:%S} UTC"
+            for one in self.moves
+            if one.state == "running"
+        ]
+        for state, verb in (("queued", "waiting"), ("done", "made"), ("failed", "failed")):
+            if count := sum(one.state == state for one in self.moves):
+                parts.append(f"{count} {verb}")
+        return ", ".join(parts) or "no moves"
 
     def _acted(self) -> str:
         return f" (acted {sum(self.lora_uses.values())} times)" if self.lora_uses else ""

@@ -1,7 +1,7 @@
 """Work on a model that ends within a layer's time when it is asked to: a chat waits for the same machine.
 
-Knows a model's layers and a question to ask before each. Training asks by itself between its steps, which must be
-whole; what has no steps (a prefill, a gate's answers, the states that a run begins with) is ended by this.
+Knows a model's layers and a question to ask before each, on the way forth and back; knows nothing of what passes
+through them, and changes no bit of it.
 """
 
 from __future__ import annotations
@@ -13,14 +13,18 @@ from typing import Any
 
 from agentmem.errors import TrainingError
 
-__all__ = ["asking", "giving_way", "whole"]
+__all__ = ["Interrupted", "asking", "giving_way", "whole"]
 
 _own = threading.local()
 
 
+class Interrupted(TrainingError):
+    """Somebody waits for the model: what was begun on it ended half-way."""
+
+
 @contextlib.contextmanager
 def giving_way(stop: Callable[[], bool]) -> Generator[None]:
-    """Inside, what this thread does `asking` ends with `TrainingError` as soon as ``stop()`` is true."""
+    """Inside, what this thread does `asking` ends with `Interrupted` as soon as ``stop()`` is true."""
     before = getattr(_own, "stop", None)
     _own.stop = stop
     try:
@@ -42,9 +46,17 @@ def asking(model: Any) -> Generator[None]:
 
     def ask(*_: Any) -> None:
         if threading.get_ident() == thread and not getattr(_own, "whole", False) and stop():
-            raise TrainingError("stopped: somebody waits for the model")
+            raise Interrupted("stopped: somebody waits for the model")
 
-    hooks = [layer.register_forward_pre_hook(ask) for layer in _layers(model)]
+    def before(_: Any, arguments: tuple[Any, ...], named: dict[str, Any]) -> None:
+        ask()
+        # On the CPU autograd comes back through here in the same thread.
+        for given in (*arguments[:1], *named.values()):
+            if getattr(given, "requires_grad", False):
+                given.register_hook(ask)
+                break
+
+    hooks = [layer.register_forward_pre_hook(before, with_kwargs=True) for layer in _layers(model)]
     try:
         yield
     finally:
@@ -54,7 +66,7 @@ def asking(model: Any) -> Generator[None]:
 
 @contextlib.contextmanager
 def whole() -> Generator[None]:
-    """Inside, this thread's passes are not ended: they are a step that is taken or not."""
+    """Inside, this thread's passes are not ended: what they do can't be done by half."""
     before = getattr(_own, "whole", False)
     _own.whole = True
     try:

@@ -24,7 +24,7 @@ from agentmem.types import Value
 from . import checkpoint as checkpoints
 from .answering import said
 from .corpus import Corpus, Example
-from .interruption import whole
+from .interruption import Interrupted, whole
 from .lessons import HELD, PASSAGE, Tensors, encode, ends, opening
 from .losses import answer_loss, divergence
 from .recipe import Recipe
@@ -208,7 +208,7 @@ class Run:
     ) -> None:
         """All steps, from the checkpoint on where there is one of this very run; ``keep`` leaves it at the end.
 
-        Where ``stop()`` says true it returns ``stopped``; `halt` then keeps what was done.
+        Where ``stop()`` says true, or a pass was `Interrupted`, it returns ``stopped``; `halt` keeps what was done.
         """
         import torch
 
@@ -224,8 +224,13 @@ class Run:
                 if checkpoint is not None and time.monotonic() - saved > _SAVE_SECONDS:
                     checkpoints.save(checkpoint, key, *self._progress())
                     saved = time.monotonic()
-                with whole():
+                before = self._place()
+                try:
                     self._step()
+                except Interrupted:
+                    self._return(before)
+                    self.stopped = True
+                    return
                 if progress is not None:
                     progress(len(self.losses), self.total)
         if checkpoint is not None and keep:
@@ -257,10 +262,25 @@ class Run:
             if gradient is not None:
                 weight.grad = gradient if weight.grad is None else weight.grad + gradient
         torch.nn.utils.clip_grad_norm_(self.stack.flat, self.recipe.clip)
-        self.optimizer.step()
-        done = len(self.losses)
-        if done % max(1, self.total // _POINTS) == 0 or done == self.total or self._done():
-            self.curve.append(self._point())
+        with whole():
+            self.optimizer.step()
+            done = len(self.losses)
+            if done % max(1, self.total // _POINTS) == 0 or done == self.total or self._done():
+                self.curve.append(self._point())
+
+    def _place(self) -> tuple[Any, ...]:
+        """What a step changes before its weights move: a step that is interrupted was not begun."""
+        seen = [lesson.losses for lesson in self.lessons], [anchor.moved for anchor in self.anchors]
+        return len(self.losses), [list(part) for part in self.queue], self.order.getstate(), *seen
+
+    def _return(self, place: tuple[Any, ...]) -> None:
+        done, self.queue, order, losses, moved = place
+        del self.losses[done:]
+        self.order.setstate(order)
+        for lesson, seen in zip(self.lessons, losses, strict=True):
+            lesson.losses = seen
+        for anchor, was in zip(self.anchors, moved, strict=True):
+            anchor.moved = was
 
     def _done(self) -> bool:
         """All is known and the anchors stand still on average, after the least number of steps."""

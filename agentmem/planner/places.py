@@ -25,6 +25,7 @@ __all__ = [
     "reading",
     "spared",
     "stable",
+    "standing",
     "uses",
 ]
 
@@ -59,6 +60,13 @@ def uses(group: Group, snapshot: Snapshot) -> float:
 def days(group: Group) -> float:
     """Days for which a saving on this group is counted on: until it is edited, as far as that can be foreseen."""
     return min(lifetime(group.edits, group.days), MOST_DAYS)
+
+
+def standing(block: Group, snapshot: Snapshot) -> float:
+    """Days for which a core block is counted on to stand: as long as the last one stood, if none of it is edited before
+    that. So one that was chosen a moment ago is not worth another rebuild for a better one."""
+    stood = snapshot.watched if snapshot.stood is None else snapshot.stood
+    return min(days(block), stood)
 
 
 def stable(group: Group, until: float) -> bool:

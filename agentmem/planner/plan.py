@@ -2,7 +2,8 @@
 
 Each move is weighed by what it saves a day, for as many days as that is expected to last, against what it costs once,
 with a hysteresis; what does not pay is not proposed, and what no longer pays goes back. Owed work (versions to train
-again, sessions to seal, turns to extract from) comes first and needs no saving. Knows no store and makes nothing.
+again, sessions to seal, turns to extract from) comes first and needs no saving; keeping a head ahead of its next
+request only moves work into the silence, and pays by what waiting counts. Knows no store and makes nothing.
 """
 
 from __future__ import annotations
@@ -37,13 +38,18 @@ def plan(snapshot: Snapshot, budget: Budget | None = None) -> ConsolidationPlan:
     text, its states, the LoRA versions that act.
     """
     moves = list(_written(snapshot))
-    if not snapshot.busy:
+    if not snapshot.busy and not snapshot.requests_day:
+        moves += _wrong(snapshot)  # nothing was counted, and a prior alone moves nothing
+    elif not snapshot.busy:
         moves += _rewritten(snapshot)
         # A head that is about to change is not kept first.
         if not any(move.kind in ("collapse", "shrink") for move in moves):
             moves += [*_kept(snapshot), *_distilled(snapshot)]
         pupils = _pupils(snapshot)
-        moves += [*_forgotten(snapshot, pupils), *_trained(snapshot, pupils)]
+        moves += _forgotten(snapshot, pupils)
+        # What a rewritten core takes in is not taught as well: only one of the two savings would come.
+        taken = snapshot.chosen if any(move.kind in ("collapse", "shrink") for move in moves) else frozenset()
+        moves += _trained(snapshot, pupils, [group for group in pupils if not taken.intersection(group.records)])
     made, left = fit(moves, budget)
     return ConsolidationPlan(moves=made, left=left, costs=dict(sorted(snapshot.costs.source.items())))
 
@@ -89,6 +95,7 @@ def _move(
     tokens: int = 0,
     cost: float = 0.0,
     saves: float = 0.0,
+    requests: float | None = None,
     holds: float = 0.0,
     size: float = 0.0,
     why: str,
@@ -106,7 +113,7 @@ def _move(
         unit=snapshot.costs.unit,
         cost=cost,
         saves=saves,
-        requests=places.requests(snapshot) if saves else 0.0,
+        requests=(places.requests(snapshot) if requests is None else requests) if saves else 0.0,
         holds=holds if saves else 0.0,
         bytes=round(size),
         why=why,
@@ -125,9 +132,11 @@ def _written(snapshot: Snapshot) -> Iterator[Move]:
     costs, able = snapshot.costs, snapshot.able
     read, told = snapshot.turn_tokens * costs.prefill, snapshot.answer_tokens * costs.output
     if able.lora and not snapshot.busy:
+        left = dict(zip(snapshot.owed, snapshot.owed_records, strict=False))
         for digest in snapshot.owed:
-            cost = (costs.learn or 0.0) * (1 + costs.gate_fails) * able.shard
-            why = f"a version of at most {able.shard} records lost one: it serves no more until it is trained again"
+            records = left.get(digest, able.shard)
+            cost = (costs.learn or 0.0) * (1 + costs.gate_fails) * records
+            why = f"a version lost a record: it serves no more until it is trained again with the {records} others"
             yield _move(snapshot, "retrain", [digest], cost=cost, size=costs.version_bytes, why=why)
     for session in snapshot.unsealed:
         turns = _turns(snapshot)
@@ -163,7 +172,7 @@ def _rewritten(snapshot: Snapshot) -> Iterator[Move]:
     before = core.records if core else ()
     after = chosen.records if chosen else ()
     block = chosen or core
-    if block is None or not snapshot.able.core or before == after or not snapshot.requests_day:
+    if block is None or not snapshot.able.core or before == after:
         return
     tokens, standing = (block.tokens if block else 0 for block in (chosen, core))
     was = _worth(core, snapshot)
@@ -172,7 +181,7 @@ def _rewritten(snapshot: Snapshot) -> Iterator[Move]:
         cost = max(0, tokens - standing) * (costs.prefill + costs.write)
     else:
         cost = (tokens + snapshot.behind) * max(0.0, costs.prefill + costs.write - places.reading(snapshot))
-    holds = places.days(block)
+    holds = places.standing(block, snapshot)
     # Where it costs nothing, a difference that is mere noise is no reason either.
     if not _pays(saves, holds, cost) or saves < (HYSTERESIS - 1) * abs(was):
         return
@@ -203,13 +212,18 @@ def _kept(snapshot: Snapshot) -> Iterator[Move]:
     tokens = snapshot.unprimed
     size = tokens * costs.token_bytes
     cost = tokens * (costs.prefill + costs.write)
-    spares = each * tokens * max(0.0, costs.prefill - costs.cached)
-    saves = spares - size * costs.byte_day
-    holds = min(places.days(core) if core else places.MOST_DAYS, costs.lifetime_s / places.DAY_S)
-    if _pays(saves, holds, cost) and spares > HYSTERESIS * size * costs.byte_day:
-        why = f"{tokens} tokens that {each:.3g} requests a day begin with"
-        records = core.records if core else ()
-        yield _move(snapshot, "prime", records, tokens=tokens, cost=cost, saves=saves, holds=holds, size=size, why=why)
+    spared = tokens * max(0.0, costs.prefill - costs.cached)
+    keeping = size * costs.byte_day
+    # The next request would compute and keep the head itself: one computation is spared, the one that is waited for.
+    requests = min(each, 1.0)
+    saves, holds = requests * spared - keeping, 1 / requests
+    lasts = holds <= (places.days(core) if core else places.MOST_DAYS)
+    if lasts and _pays(saves * costs.waiting, holds, cost) and each * spared > HYSTERESIS * keeping:
+        why = f"{tokens} tokens that the next request would wait for; a second of waiting counts {costs.waiting:g}"
+        yield _move(
+            snapshot, "prime", core.records if core else (), tokens=tokens, cost=cost, saves=saves, requests=requests,
+            holds=holds, size=size, why=why,
+        )  # fmt: skip
 
 
 def _distilled(snapshot: Snapshot) -> Iterator[Move]:
@@ -220,7 +234,7 @@ def _distilled(snapshot: Snapshot) -> Iterator[Move]:
     standing = "prefix" in core.where
     spares = places.requests(snapshot) * core.tokens * (places.reading(snapshot) - costs.distilled * costs.cached)
     keeping = places.held(core, snapshot, costs.distilled)
-    holds = places.days(core)
+    holds = places.standing(core, snapshot)
     if standing:
         if keeping > 0 and keeping >= HYSTERESIS * spares:
             why = f"keeping it costs {amount(keeping, costs.unit)} a day, it spares {_told(spares, snapshot)}"
@@ -255,20 +269,26 @@ def _gains(snapshot: Snapshot, pupils: list[Group]) -> float:
 
 
 def _forgotten(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
-    """LoRA versions that no longer pay, and what they learnt that no longer holds."""
+    """LoRA versions that no longer pay; else what they learnt that no longer holds."""
     learnt = _learnt(snapshot)
-    wrong = [group for group in learnt if not group.teachable]
     costs_day, gains = places.acting(snapshot), _gains(snapshot, pupils)
-    if learnt and costs_day > 0 and costs_day >= HYSTERESIS * gains:
-        spares = sum(places.spared(group, snapshot) for group in learnt)
-        why = (
-            f"versions cost {_told(costs_day, snapshot)}, they spare {amount(spares, snapshot.costs.unit)}"
-            f" on {len(learnt)} groups"
-        )
-        holds = max(places.days(group) for group in learnt)
-        size = -sum(group.bytes for group in learnt)
-        yield _move(snapshot, "unlearn", _ids(learnt), saves=costs_day - spares, holds=holds, size=size, why=why)
-    elif wrong:
+    if not learnt or costs_day <= 0 or costs_day < HYSTERESIS * gains:
+        yield from _wrong(snapshot)
+        return
+    spares = sum(places.spared(group, snapshot) for group in learnt)
+    why = (
+        f"versions cost {_told(costs_day, snapshot)}, they spare {amount(spares, snapshot.costs.unit)}"
+        f" on {len(learnt)} groups"
+    )
+    holds = max(places.days(group) for group in learnt)
+    size = -sum(group.bytes for group in learnt)
+    yield _move(snapshot, "unlearn", _ids(learnt), saves=costs_day - spares, holds=holds, size=size, why=why)
+
+
+def _wrong(snapshot: Snapshot) -> Iterator[Move]:
+    """What was learnt and no longer holds, whatever it saves."""
+    wrong = [group for group in _learnt(snapshot) if not group.teachable]
+    if wrong:
         why = f"{len(wrong)} of what was learnt no longer holds, is not trusted or was said otherwise"
         yield _move(snapshot, "unlearn", _ids(wrong), size=-sum(group.bytes for group in wrong), why=why)
 
@@ -280,7 +300,7 @@ def _pupils(snapshot: Snapshot) -> list[Group]:
         return []
     found: list[tuple[float, str, Group]] = []
     for group in snapshot.groups:
-        if not group.teachable or "lora" in group.where or group.sightings < SIGHTINGS or not group.records:
+        if not group.teachable or "lora" in group.where or group.sightings < SIGHTINGS or not group.uses:
             continue
         cost = len(group.records) * costs.learn * (1 + costs.gate_fails)
         saves, holds = places.spared(group, snapshot), places.days(group)
@@ -289,17 +309,18 @@ def _pupils(snapshot: Snapshot) -> list[Group]:
     return [group for _, _, group in sorted(found, key=lambda one: one[:2])]
 
 
-def _trained(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
+def _trained(snapshot: Snapshot, pupils: list[Group], taught: list[Group]) -> Iterator[Move]:
     """What is stable enough and used enough to be learnt, in shards of the settings' size.
 
-    The first shard of all must also pay for what versions that act cost on every request; later ones add nothing.
+    ``taught`` are those of the ``pupils`` that no other move takes. The first shard of all must also pay for what
+    versions that act cost on every request; later ones add nothing.
     """
     costs = snapshot.costs
     acting = bool(_learnt(snapshot))
     overhead = places.acting(snapshot)
     if acting and overhead > 0 and overhead >= HYSTERESIS * _gains(snapshot, pupils):
         return  # all of them go
-    for shard in _shards(pupils, snapshot.able.shard):
+    for shard in _shards(taught, snapshot.able.shard):
         records = _ids(shard)
         cost = len(records) * (costs.learn or 0.0) * (1 + costs.gate_fails)
         spares = sum(places.spared(group, snapshot) for group in shard)

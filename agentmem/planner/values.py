@@ -88,6 +88,9 @@ class Costs:
     #: What active LoRA versions add to one request, and loading one to a session.
     lora: float = 0.0
     swap: float = 0.0
+    #: What a second that somebody waits for an answer counts, in seconds of which nobody waits. A preference, not
+    #: measured: work that only moves from a turn into the silence is worth it where this exceeds one.
+    waiting: float = 2.0
     #: The part of versions that fail their gate.
     gate_fails: float = 0.0
     #: Positions of a trained prefix for each token that it stands for.
@@ -158,8 +161,10 @@ class Snapshot:
     requests_day: float = 0.0
     #: Tokens of system part and core that a next request begins with and whose states are not kept yet.
     unprimed: int = 0
-    #: Digests of LoRA versions that wait to be trained again, and ids of sessions that ended unsealed.
+    #: Digests of LoRA versions that wait to be trained again, the records left in each (where missing: as many as a
+    #: version may have), and ids of sessions that ended unsealed.
     owed: tuple[str, ...] = ()
+    owed_records: tuple[int, ...] = ()
     unsealed: tuple[str, ...] = ()
     #: User turns that no extraction has read; tokens of one as a model reads it, and of what it writes about it.
     unread: int = 0
@@ -169,6 +174,8 @@ class Snapshot:
     sessions_day: float | None = None
     #: The part of requests that found the head kept; None: not known, then as if requests came by chance.
     warm: float | None = None
+    #: Days that the core block has stood as it is; None: not known, then since uses are counted.
+    stood: float | None = None
     #: Names the newest turn: what may have to be done again after it has another key then.
     latest: str = ""
 

@@ -34,10 +34,10 @@ class Line(Value):
     the machine, None at hosts.
 
     ``turn`` and ``seconds`` are of a mean turn, ``month`` and ``seconds_month`` of all users. ``storage`` is what the
-    bytes cost a month where that is known, a part of ``month``. ``error`` is the relative standard error of the
-    sample. ``read`` and ``written`` are shares of the prompt's tokens that come from a cache and go to it, ``core_tokens`` and ``learnt`` the size of the core block and
-    the records in a LoRA that the planner chooses. ``bytes`` are on disk, by tier, of all users. ``setting`` says with
-    which cache lifetimes the policy is cheapest here.
+    bytes cost a month where that is known, a part of ``month``. ``error`` is the relative standard error of the sample.
+    ``read`` and ``written`` are shares of the prompt's tokens that come from a cache and go to it, ``core_tokens`` and
+    ``learnt`` the size of the core block and the records in a LoRA that the planner chooses. ``bytes`` are on disk, by
+    tier, of all users. ``setting`` says with which cache lifetimes the policy is cheapest here.
     """
 
     offer: str

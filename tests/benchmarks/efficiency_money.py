@@ -21,7 +21,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from efficiency_talk import DATA, Said, Talk, bare, talk  # type: ignore[import-not-found]
+from efficiency_talk import DATA, Said, Talk, bare, both, talk  # type: ignore[import-not-found]
 
 from agentmem import Memory
 from agentmem.activation.cache_model import Block, PromptCache
@@ -152,13 +152,14 @@ def sent(talk_: Talk, turns: Sequence[Said]) -> Iterator[Sent]:
                 start, here = len(history), set()
             hits = user.search(said.message, k=TOP + len(here)) if history else []
             records = [hit.record for hit in hits if hit.record.id not in here][:TOP]
-            lines = "\n".join(f"- {record.at:%d %B %Y} {record.name}: {record.text}" for record in records)
+            lines = "\n".join(
+                f"- {record.at:%d %B %Y} {record.name or record.role}: {record.text}" for record in records
+            )
             yield Sent(said, tuple(history[:start]), tuple(history[start:]), lines)
             if said.kind == "chat":
-                both = [("user", talk_.user, said.message), ("assistant", talk_.assistant, said.reply)]
-                history += [Message(role=role, content=text) for role, _, text in both]  # type: ignore[arg-type]
-                added = user.add([{"role": r, "name": n, "content": t, "at": said.day_at} for r, n, t in both])
-                here |= {record.id for record in added}
+                told = both(talk_, said)
+                history += [Message(role=one["role"], content=one["content"]) for one in told]
+                here |= {record.id for record in user.scope(session=said.session).add(told)}
 
 
 def fixed(
@@ -187,7 +188,7 @@ def ways(rules: CacheRules, count: Any, asked: Sequence[Sent]) -> dict[str, Bill
     """(a) to (d)."""
     lives = [None, *range(len(rules.lifetimes))]
     pairs = itertools.product(lives, lives)  # hosts take no longer lifetime behind a shorter one
-    marks = [pair for pair in pairs if None in pair or pair[0] >= pair[1]] if rules.marked else [(0, 0)]  # type: ignore[operator]
+    marks = [pair for pair in pairs if None in pair or pair[0] >= pair[1]] if rules.marked else [(0, 0)]
 
     def best(*, full: bool) -> Bills:
         return min((fixed(rules, count, asked, full=full, marks=pair) for pair in marks), key=lambda bills: bills.total)

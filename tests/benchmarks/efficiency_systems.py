@@ -17,10 +17,11 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from efficiency_talk import Said, Talk, bare, talk  # type: ignore[import-not-found]
+from efficiency_talk import Said, Talk, bare, both, talk  # type: ignore[import-not-found]
 
 from agentmem import Memory
 
@@ -33,6 +34,7 @@ SHORT = "Hello! I went to the market today and bought some apples. What would yo
 KINDS = {
     "a": "full history, no reuse",
     "b": "full history, prefix reuse",
+    "b+": "the same, agentmem's model",
     "c": "memories first, no reuse",
     "d": "memories first, prefix reuse",
     "e": "agentmem",
@@ -105,10 +107,9 @@ class Told:
     """The default local model, made to say what a `Script` holds; ``reply`` is the whole text of the next answer."""
 
     def __init__(self, script: Script) -> None:
-        from agentmem.adapters.providers import _local_generate
-
         from agentmem.provider import load
 
+        generating: Any = import_module("agentmem.adapters.providers._local_generate")
         provider: Any = load("local", {})
         self.provider, self.engine, self.script = provider, provider._ready(), script
         self.reply = ""
@@ -124,7 +125,7 @@ class Told:
                 token = script.next(logits)
                 return end if token is None else token
 
-        _local_generate.Sampler = Forced  # type: ignore[misc,assignment]
+        generating.Sampler = Forced
         generate = provider.generate
 
         def told(request: Any) -> Any:
@@ -215,7 +216,9 @@ class Stock:
         self._window = int(self.engine.window) - ROOM - (script.answer or 0)
         self.script = script
         script.ends = self.engine.ends
-        self._keeps = given.child in "bd"
+        if given.child != "b+":  # transformers as it comes
+            self._model.get_output_embeddings()._forward_pre_hooks.clear()
+        self._keeps = given.child[0] in "bd"
         self._now = LONG_AGO
         self.memory = Memory(folder, clock=lambda: self._now) if given.child in "cd" else None
         self._chats: dict[str, _Chat] = {}
@@ -235,7 +238,7 @@ class Stock:
         if self.memory is not None:
             hits = self.memory.scope(user=with_.name).search(said.message, k=TOP + len(chat.here))
             found = [hit.record for hit in hits if hit.record.id not in chat.here][:TOP]
-            lines = [f"- {record.at:%d %B %Y} {record.name}: {record.text}" for record in found]
+            lines = [f"- {record.at:%d %B %Y} {record.name or record.role}: {record.text}" for record in found]
             system = "\n".join([SYSTEM, "", RECALLED, *lines]) if lines else SYSTEM
         most = self._window
         while True:
@@ -294,10 +297,7 @@ class Stock:
         chat.said += [{"role": "user", "content": said.message}, {"role": "assistant", "content": said.reply}]
         if self.memory is None:
             return
-        both = [("user", with_.user, said.message), ("assistant", with_.assistant, said.reply)]
-        added = self.memory.scope(user=with_.name).add(
-            [{"role": role, "name": name, "content": text, "at": said.day_at} for role, name, text in both]
-        )
+        added = self.memory.scope(user=with_.name, session=said.session).add(both(with_, said))
         chat.here |= {record.id for record in added}
 
     def shown(self) -> str:

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-__all__ = ["DATA", "Said", "Talk", "bare", "talk"]
+__all__ = ["DATA", "Said", "Talk", "bare", "both", "talk"]
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data" / "locomo" / "locomo_dev.json"
@@ -51,6 +51,14 @@ class Talk:
     user: str
     assistant: str
     turns: tuple[Said, ...]
+
+
+def both(with_: Talk, said: Said) -> list[dict[str, Any]]:
+    """A turn's two messages as a chat remembers them, for those who store by hand."""
+    return [
+        {"role": "user", "name": with_.user, "content": said.message, "at": said.day_at},
+        {"role": "assistant", "content": said.reply, "at": said.day_at},
+    ]
 
 
 def bare(text: str) -> str:

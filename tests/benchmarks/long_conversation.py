@@ -90,7 +90,7 @@ def run(given: argparse.Namespace, folder: str) -> list[dict[str, Any]]:
             if not given.real:
                 host.reply = reply
             cpu, at = time.process_time(), time.perf_counter()
-            answer = chat.chat(message, system=SYSTEM, **({"max_tokens": 8} if given.real else {}))
+            answer = chat.chat(message, system=SYSTEM, max_tokens=8 if given.real else None)
             row = {
                 "prompt": answer.usage.input_tokens,
                 "computed": answer.usage.input_tokens - answer.usage.cached_tokens,

@@ -3,14 +3,17 @@
     python tests/benchmarks/planner_prediction.py [--model local|anthropic:claude-sonnet-5|…] [--conversation 0]
         [--every 2] [--kinds collapse shrink prime learn]
 
-A development conversation of LoCoMo is chatted session by session. After every ``--every``-th session the folder is
-planned (``consolidate(dry_run=True)``); for each move of these kinds the folder is copied twice, the move is made in
-one of the copies, and the next session is chatted in both. Measured: what its requests cost without the move less what
-they cost with it; predicted: the saving of a request that the move was planned with, as many times. What the move
-itself costs is no part of either: of a rewritten core block the first request of the session, which computes it, is
-left out on both sides. Between sessions chat's own collapses are held off, in all copies, so that the move is all that
-differs. Costs are CPU-seconds to the first token with the local model (answers have one token, so nothing is decoded
-behind it), and what a request is billed at a host (efficiency_money.py). Results:
+A development conversation of LoCoMo is chatted session by session; from the third on each also asks ``--ask`` of the
+``--standing`` questions about its beginning, drawn anew, among at most ``--chat`` turns: what somebody needs again and
+again. After every
+``--every``-th session the folder is planned (``consolidate(dry_run=True)``); for each move of these kinds the folder is
+copied twice, the move is made in one of the copies, and the next session is chatted in both. Measured: what its
+requests cost without the move less what they cost with it; predicted: the saving of a request that the move was planned
+with, as many times. What the move itself costs is no part of either: of a rewritten core block the first request of the
+session, which computes it, is left out on both sides. The folder itself goes on without the move, and chat's own
+collapses are held off in all copies, so that the move is all that differs. Costs are CPU-seconds to the first token
+with the local model (answers have one token, so nothing is decoded behind it), and what a request is billed at a host,
+with a system part of 1,500 tokens (efficiency_money.py). Results:
 tests/benchmarks/results/planner_prediction.json.
 """
 
@@ -19,20 +22,23 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import random
 import shutil
 import statistics
 import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from efficiency_money import Paid, busy  # type: ignore[import-not-found]
+from efficiency_money import Paid, busy, system_text  # type: ignore[import-not-found]
 from efficiency_systems import SYSTEM, Script, Told  # type: ignore[import-not-found]
 from efficiency_talk import DATA, Said, Talk, talk  # type: ignore[import-not-found]
 
 from agentmem import Memory, moving, recalling
+from agentmem import chat as chats
 from agentmem.cache_rules import rules_for
 from agentmem.flow import run
 from agentmem.planner.values import Move
@@ -79,6 +85,7 @@ class There:
             raise SystemExit(f"nothing is known of {model}'s prompt cache")
         self._model, self._rules = model, rules
         self.provider = Paid(model, rules)
+        self._system = system_text(self.provider.count)
 
     @property
     def at(self) -> float:
@@ -90,7 +97,7 @@ class There:
 
     def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
         self.provider.reply = said.reply
-        reply = chat.chat(asked, system=SYSTEM, remember=said.kind == "chat")
+        reply = chat.chat(asked, system=self._system, remember=said.kind == "chat")
         usage, prefill = reply.usage, price(chat)
         cost = self.provider.bills.costs[-1] * prefill
         return {"cost": cost, "computed": usage.input_tokens - usage.cached_tokens, "cached": usage.cached_tokens}
@@ -126,25 +133,36 @@ def session(memory: Memory, host: Any, one: Talk, turns: Sequence[Said]) -> list
 
 def held_off() -> None:
     """No collapse by chat itself: the core block stands as it is, or is none."""
-    recalling.core_of = lambda *_, stands, **__: recalling.Core(stands or [])
+    chats.__dict__["core_of"] = lambda *_, stands, **__: recalling.Core(stands or [])
 
 
-def sessions(one: Talk) -> list[list[Said]]:
-    names = dict.fromkeys(said.session for said in one.turns)
-    return [[said for said in one.turns if said.session == name] for name in names]
+def sessions(one: Talk, standing: int, ask: int, chat: int) -> list[list[Said]]:
+    """The turns by session, with the standing questions among those of the third session on."""
+    names = list(dict.fromkeys(said.session for said in one.turns))
+    parts = [[said for said in one.turns if said.session == name and said.kind == "chat"][:chat] for name in names]
+    chance = random.Random(8)
+    known = list({said.message: said for said in one.turns if said.kind == "now"}.values())[:standing]
+    for number, part in enumerate(parts[2:], 2):
+        drawn = chance.choices(known, k=ask)
+        asked = [(chance.randrange(1, len(part) + 1), said) for said in drawn]
+        for place, said in sorted(asked, key=lambda one: -one[0]):
+            at = part[place - 1].at + 1.0
+            part.insert(place, replace(said, kind="later", session=names[number], at=at))
+        part.sort(key=lambda said: said.at)
+    return parts
 
 
 def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Move, given: Any) -> dict[str, Any]:
     """The next session with this move and without it."""
     rows: dict[str, list[dict[str, float]]] = {}
-    note = None
+    note, now = None, host.at
     for side in ("without", "with"):
         with tempfile.TemporaryDirectory() as other:
             shutil.copytree(folder, other, dirs_exist_ok=True)
             mine = host.copied()
+            mine.at = now
             with opened(Path(other), mine, given) as memory:
                 if side == "with":
-                    mine.at = turns[0].at - 3600.0
                     outcome = run(moving.make(memory._engine, move))
                     note = None if outcome is None else f"{outcome.state} {outcome.note or ''}".strip()
                 rows[side] = session(memory, mine, one, turns)
@@ -169,24 +187,21 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
 def trials(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     host: Any = Here() if given.model == "local" else There(given.model)
     one = talk(Path(given.data), given.conversation, given.questions)
-    parts = sessions(busy(one) if given.busy else one)
+    parts = sessions(busy(one) if given.busy else one, given.standing, given.ask, given.chat)
     held_off()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         for number, turns in enumerate(parts[: given.sessions]):
             with opened(folder, host, given) as memory:
                 session(memory, host, one, turns)
-                host.at += 7200.0  # nobody has spoken for a while
                 last = number + 1 == len(parts)
+                gap = 7200.0 if last else parts[number + 1][0].at - host.at
+                host.at += min(gap / 2, 7200.0)  # nobody has spoken for a while
                 planned = memory.scope(user=one.name).consolidate(dry_run=True)
             if number % given.every == given.every - 1 and not last:
                 for move in planned.moves:
                     if move.kind in given.kinds:
                         yield weighed(folder, host, one, parts[number + 1], move, given)
-            with opened(folder, host, given) as memory:
-                for move in planned.moves:
-                    if move.kind in given.kinds and move.kind not in ("learn", "distil"):
-                        run(moving.make(memory._engine, move))
 
 
 def main() -> None:
@@ -196,6 +211,9 @@ def main() -> None:
     parser.add_argument("--conversation", type=int, default=0)
     parser.add_argument("--questions", type=int, default=4)
     parser.add_argument("--sessions", type=int)
+    parser.add_argument("--standing", type=int, default=3)
+    parser.add_argument("--ask", type=int, default=14)
+    parser.add_argument("--chat", type=int, default=8)
     parser.add_argument("--every", type=int, default=2)
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=["collapse", "shrink", "prime"])
     parser.add_argument("--busy", action="store_true", help="sessions twenty minutes apart")

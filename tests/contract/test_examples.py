@@ -210,3 +210,30 @@ def test_readme_settings_are_real(tmp_path: Path) -> None:
         path = tmp_path / f"{number}.toml"
         path.write_text(block, encoding="utf-8")
         assert read(path).providers
+
+
+def test_two_layers_are_told(tmp_path: Path) -> None:
+    out = run("09_two_layers.py", folder=str(tmp_path))
+    assert len(re.findall(r"^day \d: core \d+ tokens, recalled \d+, ", out, re.MULTILINE)) == 9
+    assert re.search(r"^would make \d+ moves$", out, re.MULTILINE)
+    assert re.search(r"^system \d+ tokens \| core \d+ \(\d+ records", out, re.MULTILINE)
+    assert re.search(r"^lives in\n  plaintext: user='ana', version 1", out, re.MULTILINE)
+
+
+def test_consolidation_fills_the_silence(tmp_path: Path) -> None:
+    out = run("10_consolidate_while_idle.py", folder=str(tmp_path))
+    before, _, after = out.partition("after the silence:")
+    assert re.search(r"^\d+ KV pages evicted", before, re.MULTILINE)
+    assert re.search(r"^  prime \(", before, re.MULTILINE)
+    assert re.search(r"^  prime \(.*\) (done|running)", after, re.MULTILINE)
+    assert re.search(r"^session 4: \d+ of \d+ tokens from the cache", after, re.MULTILINE)
+
+
+def test_a_worker_serves_a_folder_that_others_chat_in(tmp_path: Path) -> None:
+    out = run("11_worker.py", folder=str(tmp_path))
+    assert re.search(r"^worker on .*: every 1 s$", out, re.MULTILINE)
+    assert len(re.findall(r"^bot> ", out, re.MULTILINE)) == 3
+    assert "the worker ended with 0" in out
+    assert re.search(r"^made \d+ moves$", out, re.MULTILINE)
+    assert "consolidation is not paused" in out
+    assert "all sound" in out

@@ -486,7 +486,7 @@ def test_a_chat_composes_hot_records_and_forgets_them(
         read = [0 if reply.cache.attended is None else reply.cache.attended.record_tokens for reply in replies]
         assert [bool(count) for count in read] == [False, False, True, True]
         assert replies[-1].cache.attended.record_tokens > 0
-        assert "recalled records came as KV states" in str(replies[-1].cache)
+        assert "of them recalled records attended in place" in str(replies[-1].cache)
         held = {record for entry in opened.activation.entries() for record in entry.records}
         assert held == set(ids)
         receipt = ana.forget(ids[2])

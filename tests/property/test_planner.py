@@ -105,7 +105,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         carried=draw(st.floats(0, 100)),
         cold=draw(st.booleans()),
         busy=draw(st.sampled_from([False, False, True])),
-        requests_day=draw(st.sampled_from([0.0, 2.0, 500.0])),
+        requests_day=draw(st.sampled_from([0.0, 2.0, 500.0, 500.0])),
         unprimed=draw(st.sampled_from([0, 512])),
         owed=tuple(draw(st.sets(st.sampled_from(["v1", "v2"])))),
         unsealed=tuple(draw(st.sets(st.sampled_from(["s1", "s2"])))),
@@ -114,6 +114,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         answer_tokens=20.0,
         sessions_day=draw(st.sampled_from([None, 1.0])),
         warm=draw(st.sampled_from([None, 0.9])),
+        stood=draw(st.sampled_from([None, 0.01, 20.0])),
         latest="t9",
     )
 
@@ -137,7 +138,7 @@ def _moved(snapshot: Snapshot, move: Move) -> Snapshot:
             for one in snapshot.groups
         )
         new = core.tokens + 200 if core and snapshot.able.pages else 0
-        return dataclasses.replace(snapshot, core=core, groups=groups, carried=0.0, unprimed=new)
+        return dataclasses.replace(snapshot, core=core, groups=groups, carried=0.0, unprimed=new, stood=0.0)
     if move.kind in ("learn", "unlearn"):
 
         def learnt(group: Group) -> Group:
@@ -186,8 +187,10 @@ def test_a_move_pays_within_the_time_that_its_saving_lasts_or_is_owed(snapshot: 
     for move in plan(snapshot).moves:
         assert move.cost >= 0
         if move.saves:
-            assert move.saves * move.holds >= places.HYSTERESIS * move.cost * (1 - 1e-9), move
-            assert 0 < move.holds <= places.MOST_DAYS
+            weight = snapshot.costs.waiting if move.kind == "prime" else 1.0
+            assert weight * move.saves * move.holds >= places.HYSTERESIS * move.cost * (1 - 1e-9), move
+            assert 0 < move.holds <= places.MOST_DAYS * (1 + 1e-9)
+            assert snapshot.requests_day > 0, "a prior alone moved something"
             assert move.requests > 0
         else:
             assert move.kind in ("retrain", "seal", "extract", "reconcile", "unlearn"), move
@@ -282,6 +285,7 @@ def test_only_what_may_and_can_be_learnt_is_learnt(snapshot: Snapshot) -> None:
         for record in move.records:
             assert groups[record].teachable
             assert groups[record].sightings >= SIGHTINGS
+            assert groups[record].uses > 0
             assert "lora" not in groups[record].where
     wrong = {key for key, group in groups.items() if "lora" in group.where and not group.teachable}
     if not snapshot.busy:
@@ -292,6 +296,16 @@ def test_only_what_may_and_can_be_learnt_is_learnt(snapshot: Snapshot) -> None:
     assert snapshot.able.writes or not of(found, "extract", "reconcile")
     if snapshot.costs.unit == "dollars":
         assert not of(found, "prime"), "a host writes a prefix with the request that marks it"
+
+
+@settings(max_examples=300, deadline=None)
+@given(snapshot=snapshots())
+def test_no_saving_is_promised_twice(snapshot: Snapshot) -> None:
+    found = plan(snapshot)
+    rewritten = {record for move in of(found, "collapse", "shrink") for record in move.records}
+    learnt = [record for move in of(found, "learn") for record in move.records]
+    assert not rewritten & set(learnt)
+    assert len(set(learnt)) == len(learnt)
 
 
 @settings(max_examples=200, deadline=None)

@@ -78,3 +78,35 @@ def test_a_model_without_a_list_of_layers_is_asked_as_a_whole() -> None:
     net = torch.nn.Linear(1, 1)
     with giving_way(lambda: True), asking(net), pytest.raises(TrainingError):
         net(torch.zeros(1))
+
+
+def test_the_way_back_is_interrupted_too_and_a_whole_one_has_the_same_gradients() -> None:
+    net = torch.nn.Module()
+    net.layers = torch.nn.ModuleList([torch.nn.Linear(3, 3) for _ in range(4)])
+
+    def loss() -> Any:
+        x = torch.ones(2, 3, requires_grad=True)
+        for layer in net.layers:
+            x = layer(x)
+        return x.sum()
+
+    loss().backward()
+    alone = [weight.grad.clone() for weight in net.parameters()]
+    net.zero_grad()
+    asked: list[int] = []
+
+    def stop() -> bool:
+        asked.append(1)
+        return len(asked) == fires
+
+    fires = -1
+    with giving_way(stop), asking(net):
+        loss().backward()
+    assert all(torch.equal(weight.grad, before) for weight, before in zip(net.parameters(), alone, strict=True))
+    assert len(asked) == 8  # before each layer, and before its input's gradient is passed on
+    asked.clear()
+    fires = 6
+    with giving_way(stop), asking(net):
+        found = loss()
+        with pytest.raises(TrainingError, match="somebody waits"):
+            found.backward()

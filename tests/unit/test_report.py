@@ -6,12 +6,14 @@ import datetime as dt
 import re
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from agentmem.errors import StoreError
 from agentmem.ledger.budgets import Budget
 from agentmem.ledger.report import Comparison, Kind, Line, Miss, Prefix, Report, Share
+from agentmem.planner.values import Move, Outcome
 from agentmem.types import Scope
 
 NASTY = "<script>alert('x')</script>&\"quoted\""
@@ -96,6 +98,22 @@ def test_seconds_that_were_spared_are_told(report: Report) -> None:
         told = report.model_copy(update={"lines": lines})
         assert "spared this machine 12.3 s" in str(told)
         assert len(told.summary()) <= 5
+
+
+def test_what_consolidation_is_at_and_did_is_told(report: Report) -> None:
+    def outcome(state: Any, kind: Any = "learn", saved: float | None = None) -> Outcome:
+        move = Move(key=f"{state}{kind}", kind=kind, scope=Scope(user=NASTY), cost=2.0, saves=1.0)
+        return Outcome(move=move, state=state, at=1_795_000_000.0, saved=saved, requests=3 if saved else 0)
+
+    moved = report.model_copy(
+        update={"moves": (outcome("running"), outcome("done", "collapse", 1.5), outcome("failed")), "paused": True}
+    )
+    told = moved.summary()[-1]
+    assert told.startswith("consolidation is paused: learn of user=")
+    assert told.endswith(" since 11:06:40 UTC, 1 made, 1 failed")
+    assert "What consolidation moved" in moved.html()
+    assert NASTY not in moved.html()
+    assert report.model_copy(update={"paused": True}).summary()[-1] == "consolidation is paused: no moves"
 
 
 def test_an_empty_report_is_only_its_table() -> None:

@@ -14,6 +14,7 @@ import torch
 
 from agentmem.errors import InvalidInput, TrainingError
 from agentmem.parametric.corpus import Corpus, Example, build
+from agentmem.parametric.interruption import giving_way
 from agentmem.parametric.lessons import opening
 from agentmem.parametric.lora import Switch, applied, base_only, save
 from agentmem.parametric.recipe import recipe_for
@@ -341,6 +342,56 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(
     ]
     assert save(tmp_path / "resumed", resumed.lora) == save(tmp_path / "whole", whole.lora)
     assert not (tmp_path / "state").exists()
+
+
+def test_a_run_that_gave_way_amid_its_steps_ends_with_the_same_bytes(
+    tensors: Any, lessons: Corpus, tmp_path: Path
+) -> None:
+    """Wherever it is interrupted, on the way forth or back: the step was not begun."""
+    whole = train(tensors, lessons, epochs=12, recipe=QUICK)
+    before = state(tensors.model)
+    asked, cut, attempts = 0, 0, 0
+
+    def stop() -> bool:
+        nonlocal asked
+        asked += 1
+        return asked == fires
+
+    while attempts < 60:
+        attempts += 1
+        asked, fires = 0, 15 + 4 * attempts  # later each time, so that it comes to an end
+        try:
+            with giving_way(stop):
+                resumed = train(tensors, lessons, epochs=12, recipe=QUICK, checkpoint=tmp_path / "state")
+        except TrainingError as error:
+            cut += "stopped after step" in str(error)
+            assert state(tensors.model) == before
+        else:
+            break
+    assert attempts > 3
+    assert cut > 2
+    assert resumed.losses == whole.losses
+    assert save(tmp_path / "resumed", resumed.lora) == save(tmp_path / "whole", whole.lora)
+
+
+def test_a_finished_run_whose_checkpoint_is_kept_ends_at_once_the_next_time(
+    tensors: Any, lessons: Corpus, tmp_path: Path
+) -> None:
+    steps: list[int] = []
+    results = [
+        train(
+            tensors,
+            lessons,
+            epochs=3,
+            recipe=QUICK,
+            checkpoint=tmp_path / "state",
+            keep=True,
+            progress=lambda step, _: steps.append(step),
+        )
+        for _ in range(2)
+    ]
+    assert steps == [1, 2, 3]
+    assert save(tmp_path / "0", results[0].lora) == save(tmp_path / "1", results[1].lora)
 
 
 def test_another_seed_starts_over(tensors: Any, lessons: Corpus, tmp_path: Path) -> None:
