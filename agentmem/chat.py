@@ -297,8 +297,9 @@ def _stored(
     before_it = (
         {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core.ids | made.learnt
     )
-    used = made.spared
-    facts = planning.facts(engine, session, made.sent, made.turn, recalled=made.recalled, used=used, reply=generation)
+    facts = planning.facts(
+        engine, session, made.sent, made.request, made.turn, recalled=made.recalled, used=made.spared, reply=generation
+    )
     try:
         with engine.database.write() as connection:
             if new:

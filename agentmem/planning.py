@@ -355,6 +355,7 @@ def facts(
     engine: Engine,
     session: Scope,
     sent: Measured,
+    request: Request,
     turn: Sequence[Message],
     *,
     recalled: Sequence[Hit],
@@ -365,6 +366,7 @@ def facts(
     from .activation.turns import Turn
 
     answer = Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls)
+    history = (message for segment in request.segments if segment.name == "history" for message in segment.messages)
     return Turn(
         id=turn[0].records[0],
         at=engine.clock(),
@@ -375,6 +377,7 @@ def facts(
         reply=prompt.cost([answer], engine.count),
         recalled=sizes(engine, recalled),
         used=tuple(used),
+        start=next((message.records[0] for message in history if message.records), None),
     )
 
 
