@@ -292,11 +292,9 @@ def _stored(
     before_it = (
         {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core.ids | made.learnt
     )
-    used = made.spared
     fresh = [hit for hit in made.recalled if hit.record.id not in made.repeated]
-    start = None if made.layout is None else made.layout.start
     facts = planning.facts(
-        engine, session, made.sent, made.turn, recalled=fresh, used=used, start=start, reply=generation
+        engine, session, made.sent, made.request, made.turn, recalled=fresh, used=made.spared, reply=generation
     )
     try:
         with engine.database.write() as connection:

@@ -362,17 +362,18 @@ def facts(
     engine: Engine,
     session: Scope,
     sent: Measured,
+    request: Request,
     turn: Sequence[Message],
     *,
     recalled: Sequence[Hit],
     used: Sequence[str],
-    start: str | None,
     reply: Generation,
 ) -> Turn:
     """What this request was made of, in tokens: what other layouts and other hosts would have cost is told from it."""
     from .activation.turns import Turn
 
     answer = Message(role="assistant", content=reply.text, tool_calls=reply.tool_calls)
+    history = (message for segment in request.segments if segment.name == "history" for message in segment.messages)
     return Turn(
         id=turn[0].records[0],
         at=engine.clock(),
@@ -383,7 +384,7 @@ def facts(
         reply=prompt.cost([answer], engine.count),
         recalled=sizes(engine, recalled),
         used=tuple(used),
-        start=start,
+        start=next((message.records[0] for message in history if message.records), None),
     )
 
 

@@ -18,8 +18,8 @@ class Turn(Value):
     ``id`` is the turn's own, ``at`` Unix seconds. ``system`` counts tools and everything else that never changes;
     ``core`` is the core block that was sent, ``reply`` what the answer adds to the history. ``recalled``: the records
     that the search gave for this turn beside what the history and the core hold, as (record id, tokens); ``used``:
-    those that it gave and that stood in the core, or that a LoRA version which acted had learnt. ``start`` is the turn
-    at which the verbatim history began (None: it showed nothing of earlier turns).
+    those that it gave and that stood in the core, or that a LoRA version which acted had learnt. ``start`` is the id of
+    the first turn that it showed as history; None: none was shown.
     """
 
     id: str
