@@ -23,6 +23,7 @@ from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected
 from agentmem.provider import Generation, LoraRef, Request
 from agentmem.types import Attended, Usage
 
+from ._local_ahead import following
 from ._local_device import NotLoaded
 from ._local_in_place import InPlace, PagedStates
 from ._local_kept import Kept, Tails
@@ -216,6 +217,7 @@ class Engine:
                 run.leave()
         if recall is not None:
             self.records.learn(recall, cancel)
+        written += self._ahead(run, request, text.text, cancel)
         usage = Usage(
             input_tokens=len(whole),
             cached_tokens=run.cached if stand is None else max(run.cached, stand.tokens) + stand.saved,
@@ -225,6 +227,25 @@ class Engine:
             total_s=time.perf_counter() - started,
         )
         yield Generation(text=text.text, usage=usage, finish_reason=finish, miss=run.miss, attended=run.attended)
+
+    def _ahead(self, run: _Run, request: Request, answer: str, cancel: threading.Event | None) -> int:
+        """Prefill the answer behind what the run keeps: the next turn's first token then waits for its message only.
+        Returns how many tokens of pages that wrote."""
+        after = following(request, answer) if run.keeps else None
+        if after is None:
+            return 0
+        prompt = self.template.prompt(after.segments, after.options.extra.get("chat_template_kwargs"))
+        if self.window is not None and len(prompt.tokens) >= self.window:
+            return 0
+        ahead = _Run(self, after, prompt, 0, cancel)
+        try:
+            ahead.prefill()
+            return ahead.seal()
+        except AgentMemError as error:  # the answer is out: what was to help the next one must not lose it
+            log.warning("the answer is read again with the next turn: %s", error)
+            return 0
+        finally:
+            ahead.leave()
 
     def budget(self, length: int, wanted: Any) -> int:
         """How many tokens an answer to a prompt of ``length`` tokens may have."""
@@ -345,6 +366,11 @@ class _Run:
         return logits
 
     @property
+    def keeps(self) -> bool:
+        """Whether states behind the last whole page are kept for the next turn."""
+        return self._least is not None
+
+    @property
     def _least(self) -> int | None:
         """How many tokens a step has to have at least so that its states may be kept for the next turn, and be taken
         from the last one; None where none may."""
@@ -354,11 +380,12 @@ class _Run:
 
     @property
     def _kept_end(self) -> int:
-        """States of tokens from here on are never kept: unstable, behind composed records, or under an activated LoRA."""
+        """States of tokens from here on are never kept: they may change, or stand behind composed records or under an
+        activated LoRA."""
         return min(self._prompt.stable, self._exact, *self._calls.values())
 
     def _refill(self) -> None:
-        """Go on behind what the last turn left. A step's least number of tokens is left to compute, also of the page."""
+        """Go on behind what the last turn left, so far that a step of the least size remains, also of the page."""
         least, start = self._least, self._done
         if least is None:
             return

@@ -315,12 +315,7 @@ class MarkPlanner:
         """Whether the account stays below its bound even if always caching is followed from the next request on."""
         spent, regular, never = self._account
         total = levels[-1].tokens if levels else 0
-        short = 0
-        for depth in range(len(NAMES)):
-            theirs = max((entry.tokens for entry in always.entries if entry.level <= depth), default=0)
-            held = max((entry.tokens for entry in ours.entries if entry.level <= depth), default=0)
-            short = max(short, theirs - held)
-        owed = short * (self.rules.lifetimes[0].write - self.rules.read)
+        owed = _short(ours.entries, always.entries) * (self.rules.lifetimes[0].write - self.rules.read)
         return spent + ours.cost + owed <= BOUND * min(regular + always.cost, never + total)
 
     def _best(self, levels: Sequence[Level], alive: Sequence[Entry], at: float) -> list[int | None]:
@@ -356,6 +351,25 @@ def _thinned(entries: Sequence[Entry]) -> list[Entry]:
             other.level == entry.level and other.tokens > entry.tokens and other.life >= entry.life for other in entries
         )
     ]
+
+
+def _short(ours: Sequence[Entry], always: Sequence[Entry]) -> int:
+    """The tokens that always caching may yet read where we have to write them, whatever stays the same until then.
+
+    A stretch of the prompt counts if, at some time from now on and for some level up to which nothing changes, one of
+    its entries reads it and none of ours does: ours may end sooner where reading does not renew them. Once it is
+    written we hold it for as long as any entry of theirs lasts, so each stretch is counted once; but different ones may
+    be missed by different requests, so they add up.
+    """
+    ends = sorted({0, *(entry.tokens for entry in (*ours, *always))})
+    missed: set[int] = set()
+    for at in {-math.inf, *(entry.until for entry in ours)}:
+        for depth in range(len(NAMES)):
+            read = [entry.tokens for entry in ours if entry.level <= depth and entry.until > at]
+            theirs = [entry.tokens for entry in always if entry.level <= depth and entry.until > at]
+            held, most = max(read, default=0), max(theirs, default=0)
+            missed.update(place for place, end in enumerate(ends) if held < end <= most)
+    return sum(ends[place] - ends[place - 1] for place in missed)
 
 
 def _check(levels: Sequence[Level]) -> None:

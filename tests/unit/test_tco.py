@@ -208,14 +208,20 @@ def test_a_ledgers_costs_make_a_machine() -> None:
 
 
 @pytest.mark.parametrize("model", ["openai:gpt-6.1-sol", "anthropic:claude-sonnet-5-5", "deepseek:deepseek-v4-flash"])
-def test_full_history_costs_what_a_replay_says(model: str) -> None:
+def test_fixed_ways_cost_what_a_replay_says(model: str) -> None:
     rules = rules_for(model)
     assert rules is not None
     person = people(SMALL, 4, seed=2, day=0.0)[2]
+    recalls = {"top-k first, cached": ("before", person.top_k()), LAYERS: ("after", person.recall())}
+    for policy, (where, recall) in recalls.items():
+        for way in ways(policy, rules):
+            shape = Policy(recalled=where, marks=way.marks)  # type: ignore[arg-type]
+            told = [one.bill for one in fixed(rules, person.turns, shape, recall)]
+            assert bills(person, rules, way) == told
     for marks in [(0, 0), (1, 1)][: len(rules.lifetimes)]:
         mine = bills(person, rules, Way(policy=FULL_CACHED, marks=marks))
-        policy = Policy(start="scope", recalled="none", marks=marks)
-        told = [one.bill for one in fixed(rules, person.turns, policy, person.recall())]
+        shape = Policy(start="scope", recalled="none", marks=marks)
+        told = [one.bill for one in fixed(rules, person.turns, shape, person.recall())]
         assert mine == told
         whole = bills(person, rules, Way(policy=FULL))
         assert [bill.tokens for bill in whole] == [bill.tokens for bill in told]
