@@ -255,6 +255,7 @@ def _prepared(
         recalled=recalled,
         cache=_asked_of_host(engine, conversation, plan, layout, sent),
         loras=loras,
+        answer=new_id() if remember and engine.redact is None else "",
     )
     learnt = {record for ref in request.loras for record in ref.records}
     if engine.settings.lora_when == "recalled":
@@ -282,7 +283,7 @@ def _stored(
     vectors: Any = None
     if remember:
         new = [*(draft for draft, _ in made.asked), *reply_drafts(engine, generation, session, model)]
-        kept = (*(said.records[0] for said in made.turn), new_id())[: len(new)]
+        kept = (*(said.records[0] for said in made.turn), made.request.answer or new_id())[: len(new)]
         try:
             vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
         except ProviderError as error:
@@ -424,6 +425,7 @@ def _request(
     tools: tuple[Mapping[str, Any], ...] = (),
     recalled: Sequence[Record] = (),
     loras: tuple[LoraRef, ...] = (),
+    answer: str = "",
 ) -> Request:
     scope = conversation.scope
     record_pages = engine.record_view(scope) if recalled else None
@@ -447,6 +449,7 @@ def _request(
         record_pages=record_pages,
         prefixes=engine.prefix_view(scope),
         loras=loras,
+        answer=answer,
     )
 
 
