@@ -17,6 +17,7 @@ import pytest
 
 from agentmem import AsyncMemory, Memory, consolidate
 from agentmem import background as backgrounds
+from agentmem import chat as chats
 from agentmem.background import Background, driven
 from agentmem.errors import StoreError, TrainingError
 from agentmem.flow import Flow, Work, local
@@ -284,6 +285,38 @@ def test_what_is_owed_is_done_in_the_silence_on_a_real_model(tmp_path: Path, tin
         assert not mem._engine.learning_now()
         assert "retrain of user='ana'" in str(mem.consolidate(dry_run=True)).replace("(", "of ").replace(")", "")
         assert mem.verify().ok
+
+
+def test_a_prefill_that_gave_way_leaves_no_trace_in_later_answers(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = f"local:{tiny_model(tmp_path / 'tiny')}"
+    system = "You are kind. " * 8
+
+    def answer(mem: Memory, session: str) -> str:
+        return mem.scope(user="ana", session=session).chat("Where does it sleep?", system=system, max_tokens=12).text
+
+    with Memory(":memory:", model=model, embedder="none", page_tokens=16, cache="fixed") as plain:
+        expected = answer(plain, "s")
+    with Memory(tmp_path / "m", model=model, embedder="none", page_tokens=16, cache="fixed") as mem:
+        cut = 0
+        for fires in (1, 2, 3, 4, 6, 9, 14, 21):
+            asked: list[int] = []
+
+            def stop(asked: list[int] = asked, fires: int = fires) -> bool:
+                asked.append(1)
+                return len(asked) == fires
+
+            session = mem.scope(user="ana", session=f"s{fires}")
+            mem.activation.evict()
+            flow = chats.prime(mem._engine, session._conversation, system=system)
+            try:
+                driven(flow, stop)
+            except TrainingError:
+                cut += 1
+            assert mem.verify().ok
+            assert answer(mem, f"s{fires}") == expected
+        assert cut > 2
 
 
 def test_a_driven_flow_is_told_of_failures_and_returns_its_result() -> None:

@@ -138,8 +138,11 @@ def test_a_full_hit_computes_its_last_step_again(codec: Codec, provider: Any, tm
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize(
     ("kind", "codec", "grid"),
-    [*((kind, codec, 64) for kind in KINDS for codec in ("raw", "int8")), ("llama", "k8v4", 64), ("llama", "int4", 64)]
-    + [("llama", "raw", 16), ("llama", "raw", 256), ("llama", "int8", 256), ("gemma3", "raw", 16)],
+    [
+        *((kind, codec, 64) for kind in KINDS for codec in ("raw", "int8")),
+        *(("llama", codec, 64) for codec in ("k8v4", "int4")),
+        *(("llama", "raw", 16), ("llama", "raw", 256), ("llama", "int8", 256), ("gemma3", "raw", 16)),
+    ],
 )
 def test_a_conversation_that_grows_gives_the_bits_and_the_pages_of_a_cold_run(
     kind: str, codec: Codec, grid: int, dtype: str, models: dict[str, Path], tmp_path: Path

@@ -298,7 +298,7 @@ def last_page(provider: Any, tokens: list[int]) -> tuple[list[tuple[Any, Any]], 
 def test_buffers_that_grow_while_decoding_change_nothing(provider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(provider)
     _, wanted = spy.answer(provider, asked(text(40), max_tokens=60), 60)
-    monkeypatch.setattr("agentmem.adapters.providers._local_generate._AHEAD", 3)
+    monkeypatch.setattr("agentmem.adapters.providers._local_run._AHEAD", 3)
     _, got = spy.answer(provider, asked(text(40), max_tokens=60), 60)
     assert torch.equal(got, wanted)
 

@@ -125,7 +125,7 @@ def _consolidate(folder: str, point: str, learns: bool, now: float) -> None:
     ("point", "kind"),
     [
         ("agentmem.moving._work", "collapse"),  # the lease is taken, nothing is done
-        ("agentmem.cores.keep_account", "collapse"),  # in the middle of the transaction that rewrites the block
+        ("agentmem.cores.store", "collapse"),  # in the middle of the transaction that rewrites the block
         ("agentmem.jobs.Jobs.done", "collapse"),  # the move is made, its outcome is not written
         ("agentmem.chat._observe", "prime"),  # the head is primed, that is not noted
         ("agentmem.parametric.folder.VersionFolder.publish", "learn"),  # its files are written, under a private name
