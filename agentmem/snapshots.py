@@ -51,6 +51,8 @@ class Seen:
     uses: dict[str, int] = field(default_factory=dict)
     #: By record: tokens of its line, as it was recalled last.
     tokens: dict[str, int] = field(default_factory=dict)
+    #: Of each request its id and the id of the turn at which its verbatim history began, where one was shown.
+    shown: list[tuple[str, str]] = field(default_factory=list)
     #: Requests that found their head kept, and the sessions that they were of.
     warm: int = 0
     sessions: set[str] = field(default_factory=set)
@@ -65,6 +67,14 @@ class Seen:
         """Days that were watched, of what came into being at ``since``."""
         return max(now - max(self.first, since), 60.0) / DAY_S
 
+    def exposed(self, record: Record) -> float:
+        """The part of the requests that could have needed it: of a turn those in which it was not told in the history
+        anyway. What is out of sight now is needed as often as it was then, not as often as in all of them."""
+        if record.source != prompt.CHAT or not self.requests:
+            return 1.0
+        told = sum(start <= record.id < turn for turn, start in self.shown)  # ids grow with time
+        return (self.requests - told + 1) / (self.requests + 1)
+
     def note(self, row: Any, turn: Mapping[str, Any], slack: int = 0) -> None:
         """One more use, with its turn; in order of time. ``slack`` tokens at the end of a prefix are kept by nobody
         (part of a page)."""
@@ -72,6 +82,8 @@ class Seen:
         self.last = row["at"]
         self.requests += 1
         self.latest = str(turn.get("id") or "")
+        if start := turn.get("start"):
+            self.shown.append((self.latest, str(start)))
         self.session = row["session"]
         self.sessions.add(self.session)
         recalled = turn.get("recalled") or ()
@@ -245,7 +257,10 @@ def _block(
     if not records:
         return None
     sizes = [seen.tokens.get(record.id) or engine.count(prompt.record_line(record)) + 1 for record in records]
-    needed = sum(seen.uses.get(record.id, 0) * size for record, size in zip(records, sizes, strict=True))
+    needed = sum(
+        min(seen.uses.get(record.id, 0) / seen.exposed(record), seen.requests) * size
+        for record, size in zip(records, sizes, strict=True)
+    )
     return Group(
         key=key,
         scope=scope,
@@ -374,7 +389,7 @@ def _groups(
             records=(record.id,),
             tokens=sizes[record.id],
             uses=uses,
-            days=seen.days(now, utc_seconds(record.created) if record.created else 0.0),
+            days=seen.days(now, utc_seconds(record.created) if record.created else 0.0) * seen.exposed(record),
             edits=float(record.version - 1),
             where=frozenset(where),
             sightings=1 + uses,

@@ -18,7 +18,8 @@ class Turn(Value):
     ``id`` is the turn's own, ``at`` Unix seconds. ``system`` counts tools and everything else that never changes;
     ``core`` is the core block that was sent, ``reply`` what the answer adds to the history. ``recalled``: the records
     that the search gave for this turn beside what the history and the core hold, as (record id, tokens); ``used``:
-    those that it gave and that stood in the core, or that a LoRA version which acted had learnt.
+    those that it gave and that stood in the core, or that a LoRA version which acted had learnt. ``start`` is the id of
+    the first turn that it showed as history; None: none was shown.
     """
 
     id: str
@@ -30,6 +31,7 @@ class Turn(Value):
     reply: int
     recalled: tuple[tuple[str, int], ...] = ()
     used: tuple[str, ...] = ()
+    start: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +61,7 @@ class Layout:
     behind the turn's message. ``longest``: index of the longest of the host's lifetimes that the history is worth
     (`marks.Level.longest`); after longer pauses it would begin anew. ``behind``: tokens of the history, which stands
     behind the core. ``cold``: they are not cached behind the core as it was, so that another core costs nothing more.
-    ``kept``: the prompt's beginning is long enough to be kept.
+    ``kept``: the prompt's beginning is long enough to be kept. ``ahead``: requests expected before the cache is cold.
     """
 
     start: str | None
@@ -69,3 +71,4 @@ class Layout:
     behind: int = 0
     cold: bool = True
     kept: bool = True
+    ahead: int = 1

@@ -2,7 +2,8 @@
 
 Each move is weighed by what it saves a day, for as many days as that is expected to last, against what it costs once,
 with a hysteresis; what does not pay is not proposed, and what no longer pays goes back. Owed work (versions to train
-again, sessions to seal, turns to extract from) comes first and needs no saving. Knows no store and makes nothing.
+again, sessions to seal, turns to extract from) comes first and needs no saving; keeping a head ahead of its next
+request only moves work into the silence, and pays by what waiting counts. Knows no store and makes nothing.
 """
 
 from __future__ import annotations
@@ -94,6 +95,7 @@ def _move(
     tokens: int = 0,
     cost: float = 0.0,
     saves: float = 0.0,
+    requests: float | None = None,
     holds: float = 0.0,
     size: float = 0.0,
     why: str,
@@ -111,7 +113,7 @@ def _move(
         unit=snapshot.costs.unit,
         cost=cost,
         saves=saves,
-        requests=places.requests(snapshot) if saves else 0.0,
+        requests=(places.requests(snapshot) if requests is None else requests) if saves else 0.0,
         holds=holds if saves else 0.0,
         bytes=round(size),
         why=why,
@@ -210,13 +212,18 @@ def _kept(snapshot: Snapshot) -> Iterator[Move]:
     tokens = snapshot.unprimed
     size = tokens * costs.token_bytes
     cost = tokens * (costs.prefill + costs.write)
-    spares = each * tokens * max(0.0, costs.prefill - costs.cached)
-    saves = spares - size * costs.byte_day
-    holds = min(places.days(core) if core else places.MOST_DAYS, costs.lifetime_s / places.DAY_S)
-    if _pays(saves, holds, cost) and spares > HYSTERESIS * size * costs.byte_day:
-        why = f"{tokens} tokens that {each:.3g} requests a day begin with"
-        records = core.records if core else ()
-        yield _move(snapshot, "prime", records, tokens=tokens, cost=cost, saves=saves, holds=holds, size=size, why=why)
+    spared = tokens * max(0.0, costs.prefill - costs.cached)
+    keeping = size * costs.byte_day
+    # The next request would compute and keep the head itself: one computation is spared, the one that is waited for.
+    requests = min(each, 1.0)
+    saves, holds = requests * spared - keeping, 1 / requests
+    lasts = holds <= (places.days(core) if core else places.MOST_DAYS)
+    if lasts and _pays(saves * costs.waiting, holds, cost) and each * spared > HYSTERESIS * keeping:
+        why = f"{tokens} tokens that the next request would wait for; a second of waiting counts {costs.waiting:g}"
+        yield _move(
+            snapshot, "prime", core.records if core else (), tokens=tokens, cost=cost, saves=saves, requests=requests,
+            holds=holds, size=size, why=why,
+        )  # fmt: skip
 
 
 def _distilled(snapshot: Snapshot) -> Iterator[Move]:

@@ -88,6 +88,9 @@ class Costs:
     #: What active LoRA versions add to one request, and loading one to a session.
     lora: float = 0.0
     swap: float = 0.0
+    #: What a second that somebody waits for an answer counts, in seconds of which nobody waits. A preference, not
+    #: measured: work that only moves from a turn into the silence is worth it where this exceeds one.
+    waiting: float = 2.0
     #: The part of versions that fail their gate.
     gate_fails: float = 0.0
     #: Positions of a trained prefix for each token that it stands for.

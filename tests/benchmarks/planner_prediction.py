@@ -10,10 +10,10 @@ again. After every
 copied twice, the move is made in one of the copies, and the next session is chatted in both. Measured: what its
 requests cost without the move less what they cost with it; predicted: the saving of a request that the move was planned
 with, as many times. What the move itself costs is no part of either: of a rewritten core block the first request of the
-session, which computes it, is left out on both sides. Between sessions chat's own collapses are held off, in all
-copies, so that the move is all that differs. Costs are CPU-seconds to the first token with the local model (answers
-have one token, so nothing is decoded behind it), and what a request is billed at a host, with a system part
-of 1,500 tokens (efficiency_money.py). Results:
+session, which computes it, is left out on both sides. The folder itself goes on without the move, and chat's own
+collapses are held off in all copies, so that the move is all that differs. Costs are CPU-seconds to the first token
+with the local model (answers have one token, so nothing is decoded behind it), and what a request is billed at a host,
+with a system part of 1,500 tokens (efficiency_money.py). Results:
 tests/benchmarks/results/planner_prediction.json.
 """
 
@@ -155,14 +155,14 @@ def sessions(one: Talk, standing: int, ask: int, chat: int) -> list[list[Said]]:
 def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Move, given: Any) -> dict[str, Any]:
     """The next session with this move and without it."""
     rows: dict[str, list[dict[str, float]]] = {}
-    note = None
+    note, now = None, host.at
     for side in ("without", "with"):
         with tempfile.TemporaryDirectory() as other:
             shutil.copytree(folder, other, dirs_exist_ok=True)
             mine = host.copied()
+            mine.at = now
             with opened(Path(other), mine, given) as memory:
                 if side == "with":
-                    mine.at = turns[0].at - 3600.0
                     outcome = run(moving.make(memory._engine, move))
                     note = None if outcome is None else f"{outcome.state} {outcome.note or ''}".strip()
                 rows[side] = session(memory, mine, one, turns)
@@ -194,17 +194,14 @@ def trials(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
         for number, turns in enumerate(parts[: given.sessions]):
             with opened(folder, host, given) as memory:
                 session(memory, host, one, turns)
-                host.at += 7200.0  # nobody has spoken for a while
                 last = number + 1 == len(parts)
+                gap = 7200.0 if last else parts[number + 1][0].at - host.at
+                host.at += min(gap / 2, 7200.0)  # nobody has spoken for a while
                 planned = memory.scope(user=one.name).consolidate(dry_run=True)
             if number % given.every == given.every - 1 and not last:
                 for move in planned.moves:
                     if move.kind in given.kinds:
                         yield weighed(folder, host, one, parts[number + 1], move, given)
-            with opened(folder, host, given) as memory:
-                for move in planned.moves:
-                    if move.kind in given.kinds and move.kind not in ("learn", "distil"):
-                        run(moving.make(memory._engine, move))
 
 
 def main() -> None:

@@ -87,7 +87,11 @@ def test_a_core_that_spares_more_than_it_costs_is_built_and_then_primed() -> Non
     [primed] = plan(built).moves
     assert (primed.kind, primed.tokens, primed.bytes) == ("prime", 512, 512 * 23_040)
     assert primed.cost == pytest.approx(512 * 0.004)
-    assert primed.saves == pytest.approx(requests * 512 * (0.004 - 0.0001))
+    # One request is spared it: without the prime the next one would have computed and kept the head itself.
+    assert (primed.requests, primed.holds) == (1.0, 1.0)
+    assert primed.saves == pytest.approx(512 * (0.004 - 0.0001))
+    unhurried = dataclasses.replace(LOCAL, waiting=1.0)
+    assert not plan(dataclasses.replace(built, costs=unhurried)).moves
 
 
 def test_a_core_that_nobody_needs_any_more_shrinks_to_nothing() -> None:

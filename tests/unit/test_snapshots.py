@@ -91,6 +91,28 @@ def test_a_snapshot_says_how_records_are_used_and_where_they_live(memory: Memory
         assert snapshots.snapshot(memory._engine, ANA).busy
 
 
+def test_what_stood_in_the_history_was_no_occasion_to_need_it(memory: Memory, clock: FakeClock) -> None:
+    """A turn that was told verbatim in most requests, and recalled in each of the few in which it was not."""
+    talk = memory.scope(user="ana", session="s")
+    [told] = talk.add("I live in Porto.", source="chat")
+    turns = []
+    for number in range(10):
+        clock.advance(1)
+        turns += [record.id for record in talk.add(f"Word {number}.")]
+    for id_ in turns[:8]:
+        noted(memory, Scope(user="ana", session="s"), id=id_, start=told.id)
+    for id_ in turns[8:]:
+        noted(memory, Scope(user="ana", session="s"), (told.id, 9), id=id_, start=turns[5])
+    seen = snapshots.ledgered(memory._engine, ANA).owners[ANA]
+    assert seen.requests == 10
+    assert seen.uses[told.id] == 2
+    assert seen.exposed(told) == pytest.approx((10 - 8 + 1) / 11)
+    assert seen.exposed(memory.scope(user="ana").add("I like tea.")[0]) == 1.0
+    group = next(one for one in snapshots.snapshot(memory._engine, ANA).groups if one.key == told.id)
+    whole = next(iter(snapshots.snapshot(memory._engine, ANA).groups)).days
+    assert group.days <= whole
+
+
 def test_a_snapshot_changes_nothing_and_is_the_same_again(memory: Memory) -> None:
     [one] = memory.scope(user="ana").add("I live in Porto.")
     noted(memory, Scope(user="ana", session="s"), (one.id, 9))
