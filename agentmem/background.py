@@ -66,10 +66,14 @@ class Background:
         self._thread: threading.Thread | None = None
         self._next = time.monotonic()
         self._cut = False
-        self._failures = 0
+        #: Runs in a row that failed or made nothing though something is due; before when the next one is not tried.
+        self._vain = 0
+        self._after = 0.0
         self._looked = 0.0
         self._seen = 0
         self._asked_to_stop = False
+        #: The newest chat of the ledger, and when it was seen first, by the monotonic clock.
+        self._newest = 0, time.monotonic()
 
     @classmethod
     def started(cls, engine: Engine) -> Background | None:
@@ -110,15 +114,16 @@ class Background:
             wait = self._wait()
             if wait > 0:
                 return wait
-            self.run()
+            made = self.run().moves
         except Exception as error:  # noqa: BLE001 - nobody would hear of it, and the next run may succeed
             if self._ending.is_set():  # the folder was closed under it
                 return 0.0
             level = logging.WARNING if isinstance(error, AgentMemError) else logging.ERROR
             _log.log(level, "consolidation in the background failed: %s", error, exc_info=level == logging.ERROR)
-            self._failures += 1
-            return float(min(BACKOFF_S * 2 ** (self._failures - 1), LONGEST_S))
-        self._failures = 0
+            made, self._cut = (), False
+        # What can't be made now (it failed, or is beyond the budget) is not tried every second.
+        self._vain = 0 if made or self._cut else self._vain + 1
+        self._after = time.monotonic() + min(BACKOFF_S * 2 ** (self._vain - 1), LONGEST_S) if self._vain else 0.0
         return self._patience()
 
     def run(self) -> ConsolidationPlan:
@@ -155,7 +160,9 @@ class Background:
 
     def _wait(self) -> float:
         """Seconds until it is worth another look; 0 where it is time."""
-        if self._engine.activity.busy() or self._jobs.paused():
+        newest, quiet_s = self._chats(), self._quiet_s()
+        new = newest != self._seen  # then there is something else to do than what was tried in vain
+        if self._engine.activity.busy() or self._jobs.paused() or (time.monotonic() < self._after and not new):
             return self._patience()
         waits = []
         if self._every_s is not None:
@@ -163,7 +170,7 @@ class Background:
             if self._cut:  # not between two turns of a lively conversation
                 waits[-1] = max(waits[-1], min(RESUME_S, self._every_s) - self._engine.activity.quiet_s())
         if self._idle_s is not None:
-            waits.append(self._idle_s - self._quiet_s())
+            waits.append(self._idle_s - quiet_s)
         if min(waits) > 0:
             return min(*waits, POLL_S)
         return 0.0 if consolidate.due(self._engine) else self._patience()
@@ -172,11 +179,11 @@ class Background:
         return min(POLL_S, *(wait for wait in (self._idle_s, self._every_s) if wait is not None))
 
     def _quiet_s(self) -> float:
-        """Seconds since anybody chatted in this folder: this process by its own clock, others by the ledger."""
-        rows = self._engine.database.query("SELECT at FROM uses WHERE verb = 'chat' ORDER BY id DESC LIMIT 1")
-        # A clock that was set back must not make the silence endless, nor one that leapt end it.
-        told = max(0.0, self._engine.clock() - rows[0]["at"]) if rows else float("inf")
-        return min(self._engine.activity.quiet_s(), told)
+        """Seconds since anybody chatted in this folder, as far as this process saw it: no clock of another counts."""
+        newest = self._chats()
+        if newest != self._newest[0]:
+            self._newest = newest, time.monotonic()
+        return min(self._engine.activity.quiet_s(), time.monotonic() - self._newest[1])
 
     def _chats(self) -> int:
         rows = self._engine.database.query("SELECT id FROM uses WHERE verb = 'chat' ORDER BY id DESC LIMIT 1")

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import cores, economics, planning, prompt
+from . import cores, planning, prompt
 from .acting import vouched
 from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
@@ -27,7 +27,7 @@ from .provider import CachePlan, Generation, LoraRef, Options, Provider, Recalle
 from .recalling import Core, core_of, standing
 from .recalling import recalled as recalled_for
 from .tokens import Calibration, request_tokens
-from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, TurnFacts, Usage
+from .types import CacheUse, Hit, Message, Record, Reply, Scope, Segment, Usage
 from .verbatim import begun
 
 if TYPE_CHECKING:
@@ -39,6 +39,8 @@ _log = logging.getLogger("agentmem")
 
 #: Longer than any host keeps anything: a century.
 LONGEST_S = 3.2e9
+#: Messages of what was said a moment ago.
+NEAR = 2
 #: Where a host's rules are not known: it keeps no prefix shorter than this, so none is expected back.
 HOSTED_MINIMUM = 1024
 
@@ -92,6 +94,8 @@ class _Prepared:
     hits: list[Hit]
     #: Those of them that stand in the turn, not in the core.
     recalled: list[Hit]
+    #: Of these, those that the prompt shows elsewhere too.
+    repeated: set[str]
     core: Core
     #: The records that the answer may come from through LoRA versions.
     learnt: set[str]
@@ -103,7 +107,7 @@ class _Prepared:
     @property
     def spared(self) -> tuple[str, ...]:
         """The records that the search named and that the turn needs no text of."""
-        here = {hit.record.id for hit in self.recalled}
+        here = {hit.record.id for hit in self.recalled} - self.repeated
         return tuple(hit.record.id for hit in self.hits if hit.record.id not in here)
 
 
@@ -164,7 +168,18 @@ def chat(
         records=kept,
         loras=tuple(ref.name for ref in made.request.loras),
         parsed=None if schema is None or generation.tool_calls else parsed(schema, generation.text),
-        facts=_facts(engine, conversation, made, generation),
+        facts=planning.explained(
+            engine,
+            conversation.session,
+            made.sent,
+            made.layout,
+            generation.usage,
+            turn=made.turn,
+            recalled=made.recalled,
+            core=[record.id for record in made.core.records],
+            used=made.spared,
+            decided=made.core.decided,
+        ),
     )
 
 
@@ -191,12 +206,18 @@ def _prepared(
     hits: list[Hit] = []
     block = Core()
     present = {record for said in history for record in said.records}
+    again: set[str] = set()
+    repeated: set[str] = set()
     concerned = conversation.concerned  # a tool's result belongs to the question before it
     asks = turn[0].role == "user"
     if asks:
         here = {record.id for record in stands or ()} if plan is not None else set()
-        hits, concerned = yield from recalled_for(
-            engine, conversation, turn[0].content, present, noted, recall=recall, core=here
+        if plan is not None and plan.local:
+            # Nobody has to be told again what was said a moment ago.
+            near = history[-NEAR:] if engine.records.count_turns(session) else []
+            again = (present | here) - {record for said in near for record in said.records}
+        hits, concerned, repeated = yield from recalled_for(
+            engine, conversation, turn[0].content, present, noted, recall=recall, core=here, again=again
         )
     if recall:
         named = hits if asks else None
@@ -204,10 +225,12 @@ def _prepared(
     core, in_core = block.records, block.ids
     loras = engine.active_loras(conversation.scope, concerned)
     known = in_core | vouched(engine, conversation.scope, loras)
-    in_turn = [hit for hit in hits if hit.record.id not in known]
+    in_turn = [hit for hit in hits if hit.record.id not in known or hit.record.id in repeated]
     recalled = [prompt.shown(hit) for hit in in_turn]
     if plan is not None:  # whether what was recalled stays is known only now
-        layout = plan.choose(session.session or "", head, told, planning.sizes(engine, in_turn))
+        fresh = [hit for hit in in_turn if hit.record.id not in repeated]
+        layout = plan.choose(session.session or "", head, told, planning.sizes(engine, fresh))
+        layout = replace(layout, keep=layout.keep and not repeated)  # once in a history is enough
     images = any(said.images for said in turn)  # they are not remembered, so the next request has none
     segments = prompt.lay_out(
         system=system,
@@ -232,39 +255,12 @@ def _prepared(
         recalled=recalled,
         cache=_asked_of_host(engine, conversation, plan, layout, sent),
         loras=loras,
+        answer=new_id() if remember and engine.redact is None else "",
     )
     learnt = {record for ref in request.loras for record in ref.records}
     if engine.settings.lora_when == "recalled":
         learnt &= set(concerned)
-    return _Prepared(request, sent, layout, asked, hits, in_turn, block, learnt)
-
-
-def _facts(engine: Engine, conversation: Conversation, made: _Prepared, generation: Generation) -> TurnFacts:
-    """What `Reply.explain` tells of this request."""
-    sent, core, layout, usage = made.sent, made.core, made.layout, generation.usage
-    costs = economics.costs(engine)
-    cached = usage.cached_tokens
-    paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached + usage.written_tokens * costs.write
-    start = None if layout is None else layout.start
-    gone = 0
-    if start is not None:
-        gone = engine.records.count_turns(conversation.session, before=start)
-    return TurnFacts(
-        system_tokens=sent.of("system"),
-        core_tokens=sent.of("core"),
-        history_tokens=0 if layout is None else layout.behind,
-        recalled_tokens=sum(tokens for _, tokens in planning.sizes(engine, made.recalled)),
-        message_tokens=prompt.cost(made.turn, engine.count),
-        core=tuple(record.id for record in core.records),
-        used=made.spared,
-        start=start,
-        folded=gone,
-        kept=layout is not None and layout.keep,
-        decided=core.decided,
-        unit=costs.unit,
-        cost=paid,
-        bare=usage.input_tokens * costs.prefill,
-    )
+    return _Prepared(request, sent, layout, asked, hits, in_turn, repeated, block, learnt)
 
 
 def _stored(
@@ -287,7 +283,7 @@ def _stored(
     vectors: Any = None
     if remember:
         new = [*(draft for draft, _ in made.asked), *reply_drafts(engine, generation, session, model)]
-        kept = (*(said.records[0] for said in made.turn), new_id())[: len(new)]
+        kept = (*(said.records[0] for said in made.turn), made.request.answer or new_id())[: len(new)]
         try:
             vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
         except ProviderError as error:
@@ -297,8 +293,9 @@ def _stored(
     before_it = (
         {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core.ids | made.learnt
     )
+    fresh = [hit for hit in made.recalled if hit.record.id not in made.repeated]
     facts = planning.facts(
-        engine, session, made.sent, made.request, made.turn, recalled=made.recalled, used=made.spared, reply=generation
+        engine, session, made.sent, made.request, made.turn, recalled=fresh, used=made.spared, reply=generation
     )
     try:
         with engine.database.write() as connection:
@@ -428,6 +425,7 @@ def _request(
     tools: tuple[Mapping[str, Any], ...] = (),
     recalled: Sequence[Record] = (),
     loras: tuple[LoraRef, ...] = (),
+    answer: str = "",
 ) -> Request:
     scope = conversation.scope
     record_pages = engine.record_view(scope) if recalled else None
@@ -451,6 +449,7 @@ def _request(
         record_pages=record_pages,
         prefixes=engine.prefix_view(scope),
         loras=loras,
+        answer=answer,
     )
 
 
@@ -470,7 +469,9 @@ def _observe(
     if rules is not None:
         expected = planning.expected(engine, rules, request, sent)
     else:
-        expected = sum(engine.count(message.content) for message in conversation.prefix)
+        plan = conversation.plan(engine)
+        expected = 0 if plan is None else plan.returns(sent)
+        expected = expected or sum(engine.count(message.content) for message in conversation.prefix)
         step = engine.settings.page_tokens if capabilities.kv == "tensors" else HOSTED_MINIMUM
         expected = expected // step * step if capabilities.kv == "tensors" else expected * (expected >= step)
     if capabilities.kv == "none" or (capabilities.kv == "tensors" and engine.settings.page_budget == 0):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import sqlite3
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import asdict, dataclass
@@ -47,6 +48,8 @@ CORE_CANDIDATES, TURNS_SEEN = 400, 160
 STANDS_TURNS = 50.0
 #: What a collapse moves that belief.
 MOVES = 0.3
+#: Turns that a record must have been needed in before it may stand in a core because it pays.
+NEEDED = 2
 #: Uses that the prior of how often a core is needed weighs as much as.
 PRIOR_NEEDS = 3.0
 #: Kinds of what a model wrote that stand for their sources; a summary has less in it than what it sums up.
@@ -186,9 +189,15 @@ def review(
     *,
     fill: int = 0,
     cached: bool = True,
+    ahead: float = math.inf,
 ) -> Review:
     """What core pays at these prices, and what the one that ``stands`` gains. ``fill`` tokens are chosen even where
-    they don't pay by themselves; where the prompt's beginning is not ``cached`` each is paid in full each time."""
+    they don't pay by themselves; where the prompt's beginning is not ``cached`` each is paid in full each time. The
+    cache is cold after ``ahead`` requests.
+
+    Beside what has to be filled only records that turns were seen to need stand in a core: a question is answered
+    better with the record beside it, which costs little as long as it is asked seldom.
+    """
     from .plaintext import salience
     from .plaintext.lineage import sources as sources_of
 
@@ -197,7 +206,7 @@ def review(
     old = list(stands or ())
     newest = engine.records.newest(scope, limit=CORE_CANDIDATES, at=now)[::-1]
     past = _past(engine, scope)
-    seen = [salience.Seen(turn.at, turn.named) for turn in past]
+    seen = [salience.Seen(turn.at, turn.named, turn.start) for turn in past]
     met = {record.id for record in (*newest, *old)}
     needed = list(dict.fromkeys(id_ for turn in seen for id_ in turn.needed if id_ not in met))
     often = [record for record in engine.records.named(needed, scope) if _holds(record, now)]
@@ -212,11 +221,12 @@ def review(
     likely = salience.chances(records, seen, edits=_edits(engine, ids), sources=sources, prior=scale)
     life = rules.lifetimes[0]
     read = rules.read if cached else 1.0
-    price = read + (life.write - rules.read) / _stands(engine, scope)
+    price = read + (life.write - rules.read) / max(1.0, min(_stands(engine, scope), ahead))
+    needs = salience.needs(records, seen, sources)
     able = []
     for record in records:
         # A line is counted only where it may be chosen at all: counting is most of the work.
-        if likely[record.id] > price or fill:
+        if fill or (likely[record.id] > price and needs[record.id] >= NEEDED):
             lines[record.id] = lines[record.id] or _line(engine, record)
             shown = record.id in present if present is not None else begins is not None and _told(record, begins)
             if not shown:
@@ -240,12 +250,14 @@ def _line(engine: Engine, record: Record) -> int:
 
 @dataclass(frozen=True, slots=True)
 class _Past:
-    """A turn: when, the records that its search named, how many of them stood in the core, the core's tokens."""
+    """A turn: when, the records that its search named, how many of them stood in the core, the core's tokens, and where
+    its verbatim history began."""
 
     at: float
     named: frozenset[str]
     used: int
     core: int
+    start: str | None
 
 
 def _scale(past: Sequence[_Past], old: Sequence[Record], tokens: int) -> float:
@@ -269,10 +281,10 @@ def _past(engine: Engine, scope: Scope) -> list[_Past]:
     )
     found: list[_Past] = []
     for row in reversed(rows):
-        turn = json.loads(row["turn"])  # three of its fields: a validated turn each would take most of a review's time
+        turn = json.loads(row["turn"])  # some of its fields: a validated turn each would take most of a review's time
         used = turn.get("used", ())
         named = [id_ for id_, _ in turn.get("recalled", ())]
-        found.append(_Past(row["at"], frozenset((*named, *used)), len(used), turn.get("core", 0)))
+        found.append(_Past(row["at"], frozenset((*named, *used)), len(used), turn.get("core", 0), turn.get("start")))
     return found
 
 

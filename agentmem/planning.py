@@ -21,7 +21,7 @@ from .activation.layout_state import store
 from .plaintext.drafts import utc_seconds
 from .provider import CachePlan, Generation, Mark, Request
 from .tokens import PER_MESSAGE
-from .types import Hit, Message, Record, Scope, Segment
+from .types import Hit, Message, Record, Scope, Segment, TurnFacts, Usage
 
 if TYPE_CHECKING:
     from .activation.cache_model import Block
@@ -35,6 +35,7 @@ __all__ = [
     "Measured",
     "Plan",
     "expected",
+    "explained",
     "facts",
     "grown",
     "head_tokens",
@@ -263,6 +264,12 @@ class Plan:
             state = {"layouts": self._layouts.state(), "marks": marks, "history": self._history}
         store(connection, self._model, self._scope, now, state)
 
+    def returns(self, prompt_: Measured) -> int:
+        """Tokens of this request that begin with all that the last one kept of it, as far as bytes tell."""
+        _, blocks, digest = self._history
+        same = 0 < blocks <= len(prompt_.digests) and prompt_.digests[blocks - 1] == digest
+        return sum(block.tokens for block in prompt_.blocks[:blocks]) if same else 0
+
     def _levels(self, prompt_: Measured, layout: Layout | None) -> list[Level]:
         return grown(prompt_, self._history, None if layout is None else layout.longest)
 
@@ -378,6 +385,41 @@ def facts(
         recalled=sizes(engine, recalled),
         used=tuple(used),
         start=next((message.records[0] for message in history if message.records), None),
+    )
+
+
+def explained(
+    engine: Engine,
+    session: Scope,
+    sent: Measured,
+    layout: Layout | None,
+    usage: Usage,
+    *,
+    turn: Sequence[Message],
+    recalled: Sequence[Hit],
+    core: Sequence[str],
+    used: Sequence[str],
+    decided: str,
+) -> TurnFacts:
+    """What `Reply.explain` tells of this request."""
+    costs = economics.costs(engine)
+    cached, start = usage.cached_tokens, None if layout is None else layout.start
+    paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached + usage.written_tokens * costs.write
+    return TurnFacts(
+        system_tokens=sent.of("system"),
+        core_tokens=sent.of("core"),
+        history_tokens=0 if layout is None else layout.behind,
+        recalled_tokens=sum(tokens for _, tokens in sizes(engine, recalled)),
+        message_tokens=prompt.cost(turn, engine.count),
+        core=tuple(core),
+        used=tuple(used),
+        start=start,
+        folded=0 if start is None else engine.records.count_turns(session, before=start),
+        kept=layout is not None and layout.keep,
+        decided=decided,
+        unit=costs.unit,
+        cost=paid,
+        bare=usage.input_tokens * costs.prefill,
     )
 
 

@@ -371,13 +371,12 @@ class Request:
     """One request, laid out by rate of change (prompt.py). Adapters flatten ``segments`` to the vendor's format.
 
     ``cache`` is what a host's cache is asked for; None leaves it to the adapter: the end of every stable segment, for
-    the shortest time.
-
-    ``cache_key`` is an opaque string, equal for requests that share a prefix (scope names don't leak into it).
-    ``tenant`` is opaque too, can't be guessed, and separates tenants in caches that others keep. ``pages`` is set only
-    for providers with ``kv="tensors"``, ``slots`` only for those with ``kv="slots"``. ``recalled`` are the records that
-    stand in the turn, in their order, and ``record_pages`` is where KV states of them are kept; both only where
-    recalled records may enter as KV. ``prefixes`` are trained prefixes, only where ``pages`` is set.
+    the shortest time. ``cache_key`` is an opaque string, equal for requests that share a prefix (scope names don't leak
+    into it). ``tenant`` is opaque too, can't be guessed, and separates tenants in caches that others keep. ``pages`` is
+    set only for providers with ``kv="tensors"``, ``slots`` only for those with ``kv="slots"``. ``recalled`` are the
+    records that stand in the turn, in their order, and ``record_pages`` is where KV states of them are kept; both only
+    where recalled records may enter as KV. ``prefixes`` are trained prefixes, only where ``pages`` is set. ``answer``
+    is the id that the answer will be kept under, word for word, or "".
     """
 
     segments: tuple[Segment, ...]
@@ -392,6 +391,7 @@ class Request:
     record_pages: RecordPages | None = None
     prefixes: PrefixPages | None = None
     loras: tuple[LoraRef, ...] = ()
+    answer: str = ""
 
 
 @dataclass(frozen=True, kw_only=True)

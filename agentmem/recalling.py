@@ -25,11 +25,14 @@ if TYPE_CHECKING:
     from .chat import Conversation
     from .planning import Plan
 
-__all__ = ["TOLD_K", "TOLD_TOKENS", "Core", "core_of", "recalled", "standing"]
+__all__ = ["AGAIN", "TOLD_K", "TOLD_TOKENS", "Core", "core_of", "recalled", "standing"]
 
 #: Recalled at most, records and tokens, for a turn that surely asks for nothing.
 TOLD_K = 3
 TOLD_TOKENS = 150
+#: Of the records that a question is answered from, so many stand right before it even if the prompt shows them already,
+#: far back: on an engine of one's own, where models are small and tokens cost time only.
+AGAIN = 3
 #: The same for a turn that does not surely ask.
 UNSURE_K = 6
 UNSURE_TOKENS = 500
@@ -61,10 +64,12 @@ def recalled(
     *,
     recall: bool,
     core: Set[str] = frozenset(),
-) -> Flow[tuple[list[Hit], tuple[str, ...]]]:
-    """The records that this turn needs and that are not in the conversation already, within the budget; and the ids of
-    those that it concerns among what LoRA versions learnt. Those that stand in the ``core`` are named too and cost
-    nothing.
+    again: Set[str] = frozenset(),
+) -> Flow[tuple[list[Hit], tuple[str, ...], set[str]]]:
+    """The records that this turn needs and that are not in the conversation already, within the budget; the ids of
+    those that it concerns among what LoRA versions learnt; and the ids of those recalled that the prompt shows already:
+    where the turn surely asks, the `AGAIN` best may be of those ``again``. Those that stand in the ``core`` are named
+    too and cost nothing.
 
     What is recalled is most of what a turn costs: there are none where nothing is likely to be evidence, and few where
     the turn asks for nothing.
@@ -78,8 +83,10 @@ def recalled(
     learnt = engine.learnt(scope)
     telling = tells(query)
     if not recall and (telling or not learnt):
-        return [], ()
-    together = max(settings.recall_k, TOGETHER)
+        return [], (), set()
+    asking = asks(query)
+    again = again if asking else frozenset()
+    together = max(settings.recall_k, TOGETHER) + (AGAIN if again else 0)
     found = yield from search(
         engine,
         scope,
@@ -88,27 +95,28 @@ def recalled(
         noted=noted,
         words_if_down=True,
         # What the model reads anyway must not make anything else look less likely.
-        without=present - learnt if recall else (),
+        without=present - learnt - again if recall else (),
     )
     concerned = turned_to(query, found, learnt, conversation.concerned)
     if not telling:
         conversation.concerned = concerned
     if not recall:
-        return [], concerned
+        return [], concerned, set()
     most, tokens = settings.recall_k, settings.recall_tokens
-    asking = asks(query)
     if telling:
         most, tokens = min(most, TOLD_K), min(tokens, TOLD_TOKENS)
     elif not asking:
         most, tokens = min(most, UNSURE_K), min(tokens, UNSURE_TOKENS)
-    found = [hit for hit in found if hit.record.id not in present][:together]
+    best = {hit.record.id for hit in found[:AGAIN]} & again
+    found = [hit for hit in found if hit.record.id not in present - best][:together]
     worth = taken([hit.score for hit in found])
     # A question that memory can answer at all gets all that may: leaving out what is less likely than the best costs
     # more answers than tokens (measured: tests/benchmarks/efficiency.py).
     likely = found[: most if asking and worth else min(worth, most)]
-    shown = [prompt.shown(hit) for hit in likely if hit.record.id not in core]
+    known = core - best
+    shown = [prompt.shown(hit) for hit in likely if hit.record.id not in known]
     fitting = {record.id for record in prompt.fit(shown, within(engine, tokens, 0.1), engine.count)}
-    return [hit for hit in likely if hit.record.id in fitting or hit.record.id in core], concerned
+    return [hit for hit in likely if hit.record.id in fitting or hit.record.id in known], concerned, best & fitting
 
 
 # ---- the core --------------------------------------------------------------------------------------------------------
@@ -152,7 +160,9 @@ def core_of(
     seen = conversation.reviewed
     stale = seen is None or (seen[0] >= REVIEWED and hits) or seen[1].standing.records != tuple(stands or ())
     if seen is None or cold or stale:
-        review = cores.review(engine, scope, rules, present, stands, fill=layout.core, cached=layout.kept)
+        review = cores.review(
+            engine, scope, rules, present, stands, fill=layout.core, cached=layout.kept, ahead=layout.ahead
+        )
         conversation.reviewed = (1, review)
     else:
         conversation.reviewed = (seen[0] + 1, seen[1])
@@ -178,6 +188,10 @@ def core_of(
         unit = economics.costs(engine).unit
         told = f"the core stands: {amount(now.carried, unit)} carried, a rebuild costs {amount(rebuild * token, unit)}"
         return Core(stands or [], now, told)
+    if conversation.reviewed is not None and conversation.reviewed[0] > 1:  # it was chosen some turns ago
+        new = cores.review(
+            engine, scope, rules, present, stands, fill=layout.core, cached=layout.kept, ahead=layout.ahead
+        ).chosen
     chosen = cores.collapse(engine, scope, [record.id for record in new.records])
     conversation.reviewed = None
     why = "nothing behind it was cached" if cold else f"{amount(before.carried, economics.costs(engine).unit)} carried"

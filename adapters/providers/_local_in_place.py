@@ -137,7 +137,7 @@ class InPlace:
 
     def _least_rows(self, made: PagedStates, encoded: Any, ids: Sequence[int]) -> int | None:
         """So many tokens at least in each step, and a token's states are the same bits in whichever step it comes;
-        None where that can't be said. Computed in float32, they are not: its products are split by their size."""
+        None where that can't be said."""
         if not self._linear:
             self._linear.append(least_rows(self._model))
         [least] = self._linear

@@ -17,6 +17,8 @@ __all__ = ["all_rows", "least_rows"]
 #: Numbers of rows that are computed at once: around what kernels are cut by, up to a whole step of the grid.
 _COUNTS = (2, 3, 4, 5, 6, 8, 15, 16, 17, 31, 32, 33, 48, 63, 64, 65, 100, 128, 129, 192, 255)
 _ROWS = 256
+#: A least number beyond this one is none: nearly every turn would have to be computed from the page on.
+_MOST = 8
 
 
 def least_rows(model: Any) -> int | None:
@@ -35,37 +37,41 @@ def least_rows(model: Any) -> int | None:
         matrices = [weight for weight in layer.parameters(recurse=False) if weight.dim() > 1]
         if not matrices or layer is head or isinstance(layer, torch.nn.Embedding):
             continue
-        if type(layer) is not torch.nn.Linear:
+        if not _plain(layer):
             return None
-        shape = (*layer.weight.shape, layer.weight.dtype, layer.bias is not None)
+        outputs, inputs = matrices[0].shape
+        shape = (outputs, inputs, matrices[0].dtype, layer.bias is not None)
         if shape not in seen:
             seen.add(shape)
-            found = _least(layer)
+            found = _least(outputs, inputs, matrices[0].dtype, biased=layer.bias is not None)
             if found is None:
                 return None
             least = max(least, found)
     return least
 
 
-def _least(layer: torch.nn.Linear) -> int | None:
+def _plain(layer: torch.nn.Module) -> bool:
+    """A linear layer itself: a subclass (of a quantised model) computes in a way of its own."""
+    return type(layer) is torch.nn.Linear
+
+
+def _least(outputs: int, inputs: int, dtype: torch.dtype, *, biased: bool) -> int | None:
     generator = torch.Generator().manual_seed(0)
-    outputs, inputs = layer.weight.shape
-    dtype, half = layer.weight.dtype, inputs // 2
+    half = inputs // 2
     places = torch.randperm(inputs, generator=generator)
     some = torch.randn(outputs, half, generator=generator)
     others = torch.randn(_ROWS, half, generator=generator)
     rest = inputs - 2 * half  # an odd one out
     weight = torch.cat([some, -some, torch.zeros(outputs, rest)], 1)[:, places].to(dtype)
     rows = torch.cat([others, others, torch.zeros(_ROWS, rest)], 1)[:, places].to(dtype)
-    bias = None if layer.bias is None else torch.zeros(outputs, dtype=dtype)
+    bias = torch.zeros(outputs, dtype=dtype) if biased else None
     with torch.inference_mode():
         whole = torch.nn.functional.linear(rows, weight, bias)
         for count in reversed(_COUNTS):
             first = (_ROWS - count) // 2
             piece = torch.nn.functional.linear(rows[first : first + count], weight, bias)
             if not torch.equal(piece, whole[first : first + count]):
-                above = [other for other in _COUNTS if other > count]
-                return above[0] if above and above[0] <= 8 else None
+                return next((other for other in _COUNTS if count < other <= _MOST), None)
     return _COUNTS[0]
 
 

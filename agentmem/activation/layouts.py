@@ -155,8 +155,8 @@ class Layouts:
         start = places[choice.place].id if choice.place < len(places) else None
         cold = not ahead.warm or choice.place != self._state.start or start is None
         keep, behind = self._keeps(coming, choice, ahead), ahead.sizes[choice.place]
-        kept = not self._rules.priced or coming.system + choice.core + behind >= ahead.least
-        return Layout(start, choice.core, keep, choice.life, behind, cold, kept)
+        kept = coming.system + choice.core + behind >= ahead.least
+        return Layout(start, choice.core, keep, choice.life, behind, cold, kept, ahead.lives[choice.life][1])
 
     def done(self, turn: Turn, layout: Layout, *, held: int | None = None, base: int = 0) -> None:
         """This turn was sent as ``layout`` said, and answered. ``held`` and ``base`` are `Coming`'s held and core."""

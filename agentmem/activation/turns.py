@@ -61,7 +61,7 @@ class Layout:
     behind the turn's message. ``longest``: index of the longest of the host's lifetimes that the history is worth
     (`marks.Level.longest`); after longer pauses it would begin anew. ``behind``: tokens of the history, which stands
     behind the core. ``cold``: they are not cached behind the core as it was, so that another core costs nothing more.
-    ``kept``: the prompt's beginning is long enough to be kept.
+    ``kept``: the prompt's beginning is long enough to be kept. ``ahead``: requests expected before the cache is cold.
     """
 
     start: str | None
@@ -71,3 +71,4 @@ class Layout:
     behind: int = 0
     cold: bool = True
     kept: bool = True
+    ahead: int = 1

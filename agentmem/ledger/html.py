@@ -111,14 +111,14 @@ def body(report: Report) -> str:
         parts.append(figure(f"What {taught.name} learnt", plot, below))
     if report.moves:
         names = ("move", "scope", "state", "cost", "expected", "saved", "in", "requests since")
-        rows = [
+        moved = [
             (
                 *(m.move.kind, str(m.move.scope), m.state, m.cost if m.cost is not None else m.move.cost, m.expected),
                 *(m.saved, m.move.unit, m.requests),
             )
             for m in report.moves
         ]
-        parts.append(figure("What consolidation moved", "", table(names, rows)))
+        parts.append(figure("What consolidation moved", "", table(names, moved)))
     if report.budgets:
         parts.append(
             figure(

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from ..types import Record
 
-__all__ = ["Candidate", "Chosen", "Seen", "allowed", "chances", "choose", "promise", "ranked", "salience"]
+__all__ = ["Candidate", "Chosen", "Seen", "allowed", "chances", "choose", "needs", "promise", "ranked", "salience"]
 
 # A rough prior for English, chosen by hand and not measured; elsewhere only uses count. Being recalled outweighs it.
 _FIRST_PERSON = re.compile(r"\b(i|i'm|i've|i'd|my|me|mine|we|our|us)\b", re.IGNORECASE)
@@ -23,6 +23,8 @@ _STANDING = re.compile(
 )
 _WORD = re.compile(r"[^\W_]+(?:['\u2019][^\W_]+)*")
 
+#: The source of a chat's own turns.
+CHAT = "chat"
 #: Marks of a standing statement that count, and what each of them is worth.
 MOST_MARKS, MARK = 3, 0.5
 #: Fewer words say nothing by themselves.
@@ -76,10 +78,12 @@ def promise(record: Record) -> float:
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """A turn of the past: when (Unix seconds), and the records that its search named, in the core or beside it."""
+    """A turn of the past: when (Unix seconds), the records that its search named, in the core or beside it, and the id
+    of the turn at which its verbatim history began (None: it showed no earlier turn). Ids are in order of arrival."""
 
     at: float
     needed: frozenset[str]
+    start: str | None = None
 
 
 def chances(
@@ -93,17 +97,19 @@ def chances(
     """Of each record the chance that the next turn needs it.
 
     The mean of a Beta posterior whose prior is the record's salience and whose trials are the turns since it was
-    stored, the newest counting most. A record that was written from others (``sources``) is needed where they were. One
-    that was edited may be again: its chance is divided among its versions. ``prior`` scales what salience is believed.
+    stored, the newest counting most; of a chat's own turn those since it went out of sight. A record that was written
+    from others (``sources``) is needed where they were. One that was edited may be again: its chance is divided among
+    its versions. ``prior`` scales what salience is believed.
     """
     weights: dict[str, float] = {}
-    since: list[tuple[float, float]] = []  # of the turns so far, newest first: when, and their weight together
+    # Of the turns, newest first: when, where their history began, and the weight of it and all newer ones.
+    since: list[tuple[float, str | None, float]] = []
     weight, total = 1.0, 0.0
     for turn in reversed(turns):
         for id_ in turn.needed:
             weights[id_] = weights.get(id_, 0.0) + weight
         total += weight
-        since.append((turn.at, total))
+        since.append((turn.at, turn.start, total))
         weight *= FADING
     found: dict[str, float] = {}
     for record in records:
@@ -113,21 +119,34 @@ def chances(
         needed = weights.get(record.id, 0.0)
         for source in (sources or {}).get(record.id, ()):
             needed = max(needed, weights.get(source, 0.0))
-        stored = record.created.timestamp() if record.created is not None else 0.0
-        trials = max(_until(since, stored), needed)
+        trials = max(_trials(since, record), needed)
         belief = min(MOST_PRIOR, promise(record) * prior)
         chance = (needed + belief * PRIOR_TURNS) / (trials + PRIOR_TURNS)
         found[record.id] = chance / (1 + (edits or {}).get(record.id, 0))
     return found
 
 
-def _until(since: Sequence[tuple[float, float]], stored: float) -> float:
-    """The weight of the turns that came after a record was stored."""
-    low, high = 0, len(since)
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (middle + 1, high) if since[middle][0] >= stored else (low, middle)
-    return since[low - 1][1] if low else 0.0
+def needs(
+    records: Sequence[Record], turns: Sequence[Seen], sources: Mapping[str, Sequence[str]] | None = None
+) -> dict[str, int]:
+    """How many of these turns needed each record, or one that it was written from."""
+    counts: dict[str, int] = {}
+    for turn in turns:
+        for id_ in turn.needed:
+            counts[id_] = counts.get(id_, 0) + 1
+    of = sources or {}
+    return {record.id: max(counts.get(id_, 0) for id_ in (record.id, *of.get(record.id, ()))) for record in records}
+
+
+def _trials(since: Sequence[tuple[float, str | None, float]], record: Record) -> float:
+    """The weight of the turns that could have needed a record: it was stored, and the history did not show it."""
+    stored = record.created.timestamp() if record.created is not None else 0.0
+    found = 0.0
+    for at, start, weight in since:
+        if at < stored or (record.source == CHAT and start is not None and start <= record.id):
+            break
+        found = weight
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,8 @@ from .workload import Workload, checked
 
 __all__ = ["from_ledger", "machine_of", "models"]
 
+#: Tokens of a page, where its row doesn't say (schema.py).
+GRID = 256
 #: Newest uses that are read.
 READ = 20_000
 #: Users from which on their spread is told, and sessions in which a record has to be recalled to count as standing.
@@ -40,12 +42,13 @@ def from_ledger(database: Database, scope: Scope | None = None, **changes: Any) 
         " ORDER BY id DESC LIMIT ?",
         (*values, READ),
     )[::-1]
-    turns = read_turns(row["turn"] for row in rows)
-    if not turns or len(turns) < len(rows):
+    chats = [(row, turn) for row in rows for turn in read_turns([row["turn"]])]
+    if not chats:
         raise NotFound("the ledger has no chats here that a workload could be read from: give its numbers")
     talks: dict[tuple[str, ...], list[Turn]] = defaultdict(list)
     persons: dict[tuple[str, str], int] = defaultdict(int)
-    for row, turn in zip(rows, turns, strict=True):
+    turns = [turn for _, turn in chats]
+    for row, turn in chats:
         talks[row["tenant"], row["user"], row["agent"], turn.session].append(turn)
         persons[row["tenant"], row["user"]] += 1
     users = len(persons)
@@ -103,7 +106,16 @@ def machine_of(database: Database, model: str) -> Machine | None:
         return None
     decode = sum(max(row["total_s"] - row["first_s"], 0.0) for row in rows) / outputs
     note = f"measured, {len(rows)} uses of the ledger, seconds of the clock"
-    return Machine(prefill_s=prefill, cached_s=cached, decode_s=decode, source={"computing": note})
+    size, tokens = database.query(
+        "SELECT COALESCE(SUM(bytes), 0), COALESCE(SUM(CASE grid WHEN 0 THEN ? ELSE grid END), 0) FROM pages", (GRID,)
+    )[0]
+    return Machine(
+        prefill_s=prefill,
+        cached_s=cached,
+        decode_s=decode,
+        token_bytes=size / tokens if tokens else 0.0,
+        source={"computing": note, "bytes": "KV pages of this folder" if tokens else "none kept here"},
+    )
 
 
 def models(database: Database) -> list[str]:

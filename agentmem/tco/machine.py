@@ -10,6 +10,7 @@ import os
 import tempfile
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -22,13 +23,14 @@ from ..provider import Options, Provider, Request, load, public_name
 from ..types import Message, Segment, Usage
 from .offers import Machine
 
-__all__ = ["LEARNING", "by_ledger", "measured"]
+__all__ = ["LEARNING", "by_ledger", "completed", "measured"]
 
 #: Tokens of the prompts that are measured, about, and of the answers.
 SHORT, LONG, ANSWER = 256, 1_280, 24
 #: What teaching a record takes on the packaged model, until a ledger tells (tests/benchmarks/results/teach_facts.json:
 #: 50 facts in shards, CPU-seconds a fact with the gate; bytes of a version for each of its facts; versions that fail).
 LEARNING = {"learn_s": 6.2, "lora_bytes": 200_000.0, "gate_fails": 1 / 3}
+LORA = {"LoRA": "prior (teach_facts.json)"}
 
 
 def measured(name: str, settings: Mapping[str, Any] | None = None, *, rounds: int = 2) -> Machine:
@@ -47,6 +49,19 @@ def measured(name: str, settings: Mapping[str, Any] | None = None, *, rounds: in
         return _timed(provider, rounds)
     finally:
         provider.close()
+
+
+def completed(machine: Machine, name: str, settings: Mapping[str, Any] | None = None) -> Machine:
+    """The machine with what its model is known to be able to: its window, and what teaching it takes (a prior)."""
+    provider = load(name, settings or {})
+    try:
+        able = provider.capabilities
+    finally:
+        provider.close()
+    known = {"context_tokens": machine.context_tokens or able.context_tokens}
+    if able.trains and machine.learn_s is None:
+        return replace(machine, **known, **LEARNING, source={**machine.source, **LORA})
+    return replace(machine, **known)
 
 
 def by_ledger(costs: Costs, *, decode_s: float, cores: float = 1.0, page_tokens: int = 256, **more: Any) -> Machine:
@@ -115,7 +130,7 @@ def _timed(provider: Provider, rounds: int) -> Machine:
         page_tokens=store.grid,
         token_bytes=size / written if written else 0.0,
         context_tokens=provider.capabilities.context_tokens,
-        source={"computing": told, "LoRA": "prior (teach_facts.json)"},
+        source={"computing": told, **(LORA if provider.capabilities.trains else {})},
         **(LEARNING if provider.capabilities.trains else {}),
     )
 

@@ -18,7 +18,7 @@ from ..ledger.costs import LocalCosts
 from ..provider import split_name
 from ..types import Scope
 from . import fitting
-from .machine import measured
+from .machine import completed, measured
 from .offers import Machine, Offer, hosted, own
 from .policies import NAMES
 from .report import TcoReport
@@ -113,6 +113,7 @@ def _offer(name: str, machine: Machine | None, costs: Mapping[str, float], datab
     found = machine
     if found is None and database is not None:
         found = fitting.machine_of(database, name)
+        found = found and completed(found, name)
     if found is None:
         found = measured(name)
     return own(name, found, costs)

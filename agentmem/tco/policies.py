@@ -12,7 +12,7 @@ from itertools import product
 
 from ..activation.cache_model import Bill, Block, PromptCache
 from ..activation.layouts import Layouts
-from ..activation.replays import Policy, fixed, planned
+from ..activation.replays import Recall, planned
 from ..cache_rules import CacheRules
 from .traces import Person
 
@@ -67,12 +67,11 @@ def bills(person: Person, rules: CacheRules, way: Way) -> list[Bill]:
     """The billed requests of this person, in order."""
     turns = person.turns
     if way.policy in (FULL, FULL_CACHED):
-        sent = list(_everything(person, rules, way))
+        sent = list(_fixed(person, rules, way))
     elif way.policy in (FIRST, FIRST_CACHED):
-        policy = Policy(recalled="before", marks=way.marks)
-        sent = [one.bill for one in fixed(rules, turns, policy, person.top_k())]
+        sent = list(_fixed(person, rules, way, person.top_k()))
     elif way.policy == LAYERS:
-        sent = [one.bill for one in fixed(rules, turns, Policy(marks=way.marks), person.recall())]
+        sent = list(_fixed(person, rules, way, person.recall()))
     else:
         more, fill = way.core_tokens, max(CORE_TOKENS - way.core_tokens, 0)
         heavier = [turn.model_copy(update={"system": turn.system + more}) for turn in turns] if more else turns
@@ -89,22 +88,33 @@ def _unread(bill: Bill, rules: CacheRules) -> Bill:
     return Bill(0, (0,) * len(rules.lifetimes), bill.tokens)
 
 
-def _everything(person: Person, rules: CacheRules, way: Way) -> Iterator[Bill]:
-    """All that was ever said, as far as the window holds it: then the older half goes, so that the prefix stays."""
+def _fixed(person: Person, rules: CacheRules, way: Way, recall: Recall | None = None) -> Iterator[Bill]:
+    """A way that never changes, as `replays.fixed` has it, but within the window: where the history has no room the
+    older half of it goes, so that the prefix stays for a while.
+
+    Without ``recall`` all that was ever said is history, else the session; top-k stands before it, the rest after.
+    """
     cache, window = PromptCache(rules), window_of(rules)
-    turns = person.turns
-    past = [Block("before", person.gone)] if person.gone else []
-    size = person.gone
-    if size > window // 2:
-        # A life longer than the window: its history is somewhere between half and all of it.
-        size = window // 2 + person.gone % max(window // 2, 1)
+    past: list[Block] = []
+    size, session, begins = 0, "", 0
+    if recall is None and person.gone:
+        # Of a life longer than the window there is somewhere between half and all of it.
+        half = window // 2
+        size = person.gone if person.gone <= half else half + person.gone % max(half, 1)
         past = [Block("before", size)]
-    for turn in turns:
-        room = window - turn.system - turn.message
+    for number, turn in enumerate(person.turns):
+        if recall is not None and turn.session != session:
+            past, size, session, begins = [], 0, turn.session, number
+        found = [] if recall is None else recall(number, begins, set())
+        memories = [Block(("recalled", turn.id), sum(tokens for _, tokens in found))] if found else []
+        room = window - turn.system - turn.message - sum(block.tokens for block in memories)
         if size > room:
-            past, size = _cut(past, size, room // 2)
-        blocks = [Block("system", turn.system), *past, Block(("message", turn.id), turn.message)]
-        ends = dict(zip((1, len(blocks)), way.marks, strict=True))
+            past, size = _cut(past, size, max(room // 2, 0))
+        before = memories if way.policy in (FIRST, FIRST_CACHED) else []
+        after = [] if before else memories
+        stands = [Block("system", turn.system), *before, *past]
+        blocks = [*stands, *after, Block(("message", turn.id), turn.message)]
+        ends = dict(zip((1, len(stands) if after else len(blocks)), way.marks, strict=True))
         marks = [(at, life) for at, life in ends.items() if life is not None] if rules.marked else []
         yield cache.request(blocks, marks, turn.at)
         past += [Block(("message", turn.id), turn.message), Block(("reply", turn.id), turn.reply)]

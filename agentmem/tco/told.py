@@ -39,8 +39,8 @@ def assumptions(workload: Workload, offers: Sequence[Offer], sample: int, seed: 
         f"agentmem's verbatim history takes at most {OUR_SHARE:.0%} of the window. Its planner knows of each user the "
         f"newest {SEEN} turns; standing facts that pay there stand in the core block and are not recalled. What moves "
         "cost is spread over the days until an edit is likely, 30 at most.",
-        "agentmem + LoRA: facts that the planner has taught are not recalled and not in the core block, and their LoRA "
-        "answers as well as the text would; the SDK of today still recalls them, so this is the most that it can save.",
+        "agentmem + LoRA: facts that the planner has taught are neither recalled nor in the core block (the setting "
+        "lora_spares), and the LoRA answers for them; a training that its gate refuses is paid for.",
         "Hosts' caches are as cache_rules.toml describes them; no routing misses, no eviction before its time. Writing "
         "memories with a model (extraction) is not in these numbers.",
         f"Bytes: rows of a real database, measured in this run; vectors of {DIMENSION} numbers and token codes for "

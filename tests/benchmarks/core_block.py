@@ -73,7 +73,7 @@ def measured(model: str, talks: Sequence[Talk]) -> dict[str, Any]:
     }
     for size in SIZES:
         with fixed(size):
-            by[f"fixed {size}"] = [ours(model, rules, one, one.turns, {}) for one in talks]
+            by[f"fixed {size}"] = [ours(model, rules, one, one.turns, {"core_tokens": size}) for one in talks]
     found: dict[str, Any] = {name: told(bills) for name, bills in by.items()}
     best = [min(by[name][at].total for name in by if name != "planned") for at in range(len(talks))]
     found["planned to the best"] = sum(one.total for one in by["planned"]) / sum(best)

@@ -244,6 +244,7 @@ def main() -> None:
     parser.add_argument("--systems", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--settings", default="{}", help="JSON: settings of agentmem other than the defaults")
     parser.add_argument("--json", type=Path, default=RESULTS)
+    parser.add_argument("--rows", type=Path, help="a line of JSON for each turn of each system")
     parser.add_argument("--loud", action="store_true", help="a line for each turn")
     parser.add_argument("--no-money", action="store_true")
     parser.add_argument("--child", choices=list(KINDS), help=argparse.SUPPRESS)
@@ -269,12 +270,18 @@ def main() -> None:
     if not given.no_money:
         result["money"] = import_module("efficiency_money").money(given, talks)
     shown(result)
-    result["rows"] = {
-        system.kind: [{"talk": at, "turn": number, **row} for (at, number), row in system.rows.items()]
-        for system in systems
-    }
+    answers = "as said" if given.answer is None else str(given.answer)
+    kept = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {}
+    kept[f"{len(talks)} conversations, {len(turns)} turns, answers {answers}"] = result
     given.json.parent.mkdir(exist_ok=True)
-    given.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    given.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
+    if given.rows:
+        every = [
+            {"system": system.kind, "talk": at, "turn": number, **row}
+            for system in systems
+            for (at, number), row in system.rows.items()
+        ]
+        given.rows.write_text("".join(json.dumps(row) + "\n" for row in every), "utf-8")
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ is sent by them (`PromptCache`, with the marks that were asked for) and says wha
 others are (a) full history, uncached; (b) full history, cached; (c) the ten best records before the session's history,
 uncached; (d) the same, cached; (b) and (d) with the marks and lifetimes that are best for this very conversation. The
 system part has 1,500 tokens; clocks are the recorded ones, or with ``--busy`` all sessions lie twenty minutes apart.
-Input only: what is answered costs the same everywhere.
+Input only: what is answered costs the same everywhere. Results: tests/benchmarks/results/efficiency_money.json.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from agentmem.types import Message, Usage
 
 __all__ = ["MODELS", "money"]
 
+RESULTS = Path(__file__).parent / "results" / "efficiency_money.json"
 #: Price lists: OpenAI's (1,024, .1), Anthropic's (1,024, .1) and DeepSeek's (64, .02) of cache-economics.md.
 MODELS = ("openai:gpt-5.6", "anthropic:claude-sonnet-5", "deepseek:deepseek-v4-flash")
 SYSTEM_TOKENS, TOP, BUSY_S = 1500, 10, 1200.0
@@ -252,14 +253,18 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=2)
     parser.add_argument("--settings", default="{}")
     parser.add_argument("--busy", action="store_true")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()
+    if not Path(given.data).is_file():
+        raise SystemExit(f"skipped: there is no {given.data}; give --data")
     talks = [talk(Path(given.data), number, given.questions) for number in given.conversations]
     result = money(given, [busy(one) for one in talks] if given.busy else talks)
     for model, row in result.items():
         print(f"{model}\n  " + "  ".join(f"{name} {value:.5g}" for name, value in row.items()))
-    if given.json:
-        given.json.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    kept = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {}
+    kept["busy" if given.busy else "days"] = {"conversations": [one.name for one in talks], "models": result}
+    given.json.parent.mkdir(exist_ok=True)
+    given.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
 
 
 if __name__ == "__main__":

@@ -15,14 +15,14 @@ from typing import Any
 
 import pytest
 
-from agentmem import AsyncMemory, Memory
+from agentmem import AsyncMemory, Memory, consolidate
 from agentmem import background as backgrounds
-from agentmem import consolidate
+from agentmem import chat as chats
 from agentmem.background import Background, driven
 from agentmem.errors import StoreError, TrainingError
 from agentmem.flow import Flow, Work, local
 from agentmem.planner.values import ConsolidationPlan
-from agentmem.testing import ScriptedProvider
+from agentmem.testing import FakeClock, ScriptedProvider
 
 
 class Consolidation:
@@ -33,7 +33,7 @@ class Consolidation:
         self.begun, self.ended = threading.Event(), threading.Event()
         self.runs = self.cut = 0
         self.failure: Exception | None = None
-        self.is_due = True
+        self.is_due, self.never_done = True, False
 
     def consolidate(self, *_: Any, **__: Any) -> Flow[ConsolidationPlan]:
         self.runs += 1
@@ -53,7 +53,7 @@ class Consolidation:
                 raise TrainingError("stopped")
             time.sleep(0.002)
             self.done += 1
-        self.is_due = False
+        self.is_due = self.never_done
 
     def due(self, _: Any) -> bool:
         return self.is_due
@@ -217,6 +217,28 @@ def test_a_failure_is_logged_and_tried_again_later(work: Consolidation, caplog: 
     assert "consolidation in the background failed: the disk is full" in caplog.text
 
 
+def test_what_can_not_be_made_now_is_not_tried_all_the_time(
+    work: Consolidation, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(backgrounds, "BACKOFF_S", 60.0)
+    work.steps, work.never_done = 0, True  # something is due, and a run makes nothing: it is beyond the budget, say
+    with memory(consolidate_idle=0.02) as mem:
+        until(lambda: work.runs == 1)
+        time.sleep(0.5)
+        assert work.runs == 1
+        mem.chat("Hello.")  # now there may be something else
+        until(lambda: work.runs == 2)
+        time.sleep(0.3)
+        assert work.runs == 2
+
+
+def test_no_clock_of_the_user_s_decides_how_long_it_was_silent(work: Consolidation) -> None:
+    clock = FakeClock()  # stands still
+    with Memory(":memory:", model=ScriptedProvider(), embedder="none", clock=clock, consolidate_idle=0.1) as mem:
+        mem.chat("Hello.")
+        assert work.begun.wait(20)
+
+
 def test_a_memory_that_is_dropped_unclosed_takes_the_thread_with_it(work: Consolidation) -> None:
     work.is_due = False
     mem = Memory(":memory:", model=ScriptedProvider(), embedder="none", consolidate_idle=0.02)
@@ -231,6 +253,70 @@ def test_a_memory_that_is_dropped_unclosed_takes_the_thread_with_it(work: Consol
         return gone() is None and not thread.is_alive()
 
     until(dropped)
+
+
+@pytest.mark.slow
+def test_what_is_owed_is_done_in_the_silence_on_a_real_model(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    """A LoRA version lost a record: it is trained again without it between chats, which are answered meanwhile."""
+    model = f"local:{tiny_model(tmp_path / 'tiny')}"
+    with Memory(tmp_path / "m", model=model, embedder="hash", consolidate_idle=0.3) as mem:
+        mem.pause_consolidation()
+        ana = mem.scope(user="ana")
+        kept, gone = ana.add(["My dog is called Biscuit.", "My sister lives in Porto."])
+        version = ana.parametric.train(epochs=2)
+        ana.parametric.activate(version, force=True)  # random weights pass no gate
+        ana.forget(gone.id)
+        assert [receipt.state for receipt in ana.parametric.receipts()] == ["queued"]
+        mem.resume_consolidation()
+        answered = 0
+
+        def done() -> bool:
+            nonlocal answered
+            if answered < 5:
+                ana.chat("Where does my dog sleep?", max_tokens=2)
+                answered += 1
+            return ana.parametric.receipts()[0].state == "done"
+
+        until(done, 120)
+        [proof] = ana.parametric.receipts()
+        assert proof.forgotten == (gone.id,)
+        [active] = ana.parametric.active()
+        assert active.records == (kept.id,)
+        assert not mem._engine.learning_now()
+        assert "retrain of user='ana'" in str(mem.consolidate(dry_run=True)).replace("(", "of ").replace(")", "")
+        assert mem.verify().ok
+
+
+def test_a_prefill_that_gave_way_leaves_no_trace_in_later_answers(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = f"local:{tiny_model(tmp_path / 'tiny')}"
+    system = "You are kind. " * 8
+
+    def answer(mem: Memory, session: str) -> str:
+        return mem.scope(user="ana", session=session).chat("Where does it sleep?", system=system, max_tokens=12).text
+
+    with Memory(":memory:", model=model, embedder="none", page_tokens=16, cache="fixed") as plain:
+        expected = answer(plain, "s")
+    with Memory(tmp_path / "m", model=model, embedder="none", page_tokens=16, cache="fixed") as mem:
+        cut = 0
+        for fires in (1, 2, 3, 4, 6, 9, 14, 21):
+            asked: list[int] = []
+
+            def stop(asked: list[int] = asked, fires: int = fires) -> bool:
+                asked.append(1)
+                return len(asked) == fires
+
+            session = mem.scope(user="ana", session=f"s{fires}")
+            mem.activation.evict()
+            flow = chats.prime(mem._engine, session._conversation, system=system)
+            try:
+                driven(flow, stop)
+            except TrainingError:
+                cut += 1
+            assert mem.verify().ok
+            assert answer(mem, f"s{fires}") == expected
+        assert cut > 2
 
 
 def test_a_driven_flow_is_told_of_failures_and_returns_its_result() -> None:

@@ -190,6 +190,23 @@ def test_a_worker_and_a_chat_share_a_folder(folder: str, model: str) -> None:
         assert len(mem.list(limit=100)) == len(FACTS) + 18
 
 
+def test_two_workers_make_each_move_once(folder: str, model: str) -> None:
+    with Memory(folder, model=model) as mem:
+        mem.activation.evict()  # so that there is something to do: the head is to be primed
+        planned = mem.consolidate(dry_run=True).moves
+    assert planned
+    workers = [worker(folder, model, "--once") for _ in range(2)]
+    said_by = [process.communicate(timeout=120) for process in workers]
+    assert [process.returncode for process in workers] == [0, 0], said_by
+    lines = [line for out, _ in said_by for line in out.splitlines()]
+    done = [line.split(" UTC ")[1].split(":")[0] for line in lines if line.startswith("done")]
+    assert done
+    assert len(done) == len(set(done)), said_by
+    with Memory(folder, model=model) as mem:
+        assert not mem.consolidate(dry_run=True).moves
+        assert mem.verify().ok
+
+
 def test_tco_compares_a_workload_and_writes_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     table = tmp_path / "tco.csv"
     small = ("--users", "50", "--sample", "8", "--offers", "deepseek:deepseek-v4-flash")

@@ -130,6 +130,26 @@ def test_pages_of_a_model_of_this_machine_are_told(tmp_path: Path, tiny_model: C
         assert found.saved > 0  # in the second turn it was history, read from its pages
 
 
+def test_lora_versions_that_learnt_it_are_told(tmp_path: Path, tiny_model: Callable[..., Path]) -> None:
+    model = f"local:{tiny_model(tmp_path / 'tiny')}"
+    with Memory(tmp_path / "m", model=model, embedder="hash") as mem:
+        ana = mem.scope(user="ana")
+        [record] = ana.add("My dog is called Biscuit.")
+        version = ana.parametric.train(epochs=1)
+        [place] = [place for place in ana.explain(record).places if place.kind == "lora"]
+        assert (place.name, place.bytes, place.active) == (version.name, version.bytes, False)
+        assert "gate failed" in place.note  # random weights learn nothing in a step
+        ana.parametric.activate(version, force=True)
+        ana.chat("What is my dog called?", max_tokens=2)
+        found = ana.explain(record)
+        assert next(place for place in found.places if place.kind == "lora").active
+        assert found.uses.answered == 1
+        assert found.verdict is not None
+        assert found.verdict.now == "lora"
+        ana.update(record.id, text="My dog is called Rex.")
+        assert not [place for place in ana.explain(record.id).places if place.kind == "lora"]
+
+
 # ---- replies ---------------------------------------------------------------------------------------------------------
 
 

@@ -110,8 +110,7 @@ def test_cold_live_and_restored_runs_are_bit_equal(
                 live, got = spies[id(made)].answer(made, request, 8)
             assert torch.equal(got, wanted), (dtype, length)
             assert (attended(live), live.text) == (attended(cold), cold.text)
-            if dtype == "bfloat16":
-                assert live.usage.cached_tokens > cold.usage.written_tokens
+            assert live.usage.cached_tokens > cold.usage.written_tokens
 
 
 @pytest.mark.parametrize("codec", ["raw", "int8"])
@@ -129,28 +128,87 @@ def test_a_full_hit_computes_its_last_step_again(codec: Codec, provider: Any, tm
             last = cache.seal()
         # The page that ends with the prompt, as a longer prompt would have left it.
         assert store.seal(engine.identity((), 64, states.attention), tokens, 2, [], [()], encoded=[last]) == 1
+        provider.erase_slots()
         warm, got = spy.answer(provider, request, 2)
         assert len(store.longest(engine.identity((), 64, states.attention), tokens)) == 3
     assert (warm.usage.cached_tokens, warm.usage.written_tokens) == (128, 0)
     assert torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("codec", ["raw", "int8", "int4"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("kind", "codec", "grid"),
+    [
+        *((kind, codec, 64) for kind in KINDS for codec in ("raw", "int8")),
+        *(("llama", codec, 64) for codec in ("k8v4", "int4")),
+        *(("llama", "raw", 16), ("llama", "raw", 256), ("llama", "int8", 256), ("gemma3", "raw", 16)),
+    ],
+)
 def test_a_conversation_that_grows_gives_the_bits_and_the_pages_of_a_cold_run(
-    codec: Codec, provider: Any, tmp_path: Path
+    kind: str, codec: Codec, grid: int, dtype: str, models: dict[str, Path], tmp_path: Path
 ) -> None:
-    spy = Spy(provider)
-    lengths = [70]
-    with Stored(tmp_path / "warm", grid=64, codec=codec) as warm:
-        for turn in range(4):
-            request = turns(lengths, warm)
-            _, got = spy.answer(provider, request, 3)
-            with Stored(tmp_path / f"cold{turn}", grid=64, codec=codec) as cold:
-                _, wanted = spy.answer(provider, turns(lengths, cold), 3)
+    """Also from what the last turn left in memory behind its last page."""
+    live, other = (in_place(models[kind], tmp_path, dtype=dtype) for _ in range(2))
+    spy, cold_spy = Spy(live), Spy(other)
+    lengths, kept = [70], 0
+    with Stored(tmp_path / "warm", grid=grid, codec=codec) as warm:
+        for turn in range(5):
+            generation, got = spy.answer(live, turns(lengths, warm), 3)
+            assert spy.engine.in_place.states(warm).steady
+            kept += generation.usage.cached_tokens % grid
+            other.erase_slots()
+            with Stored(tmp_path / f"cold{turn}", grid=grid, codec=codec) as cold:
+                fresh, wanted = cold_spy.answer(other, turns(lengths, cold), 3)
+            assert fresh.usage.cached_tokens == 0
             assert torch.equal(got, wanted), lengths
             for path in (tmp_path / f"cold{turn}" / "pages").glob("*.page"):
                 assert (tmp_path / "warm" / "pages" / path.name).read_bytes() == path.read_bytes()
             lengths += [31, 17 + turn]
+    assert kept > 0
+
+
+def test_a_stable_end_at_the_end_of_a_page_and_beside_it(
+    provider: Any, models: dict[str, Path], tmp_path: Path
+) -> None:
+    spy = Spy(provider)
+    overhead = len(provider._ready().template.prompt(asked("", "").segments).tokens)
+    other = in_place(models["llama"], tmp_path)
+    cold_spy = Spy(other)
+    for stable in range(186, 200):
+        provider.erase_slots()
+        with Stored(tmp_path / f"s{stable}", grid=64) as store:
+            for turn in ("and?", "and what then, and why, and where was it?"):
+                request = asked(text(stable - overhead), turn, pages=store, max_tokens=2)
+                _, got = spy.answer(provider, request, 2)
+                other.erase_slots()
+                with Stored(tmp_path / f"c{stable}{len(turn)}", grid=64) as cold:
+                    asked_cold = asked(text(stable - overhead), turn, pages=cold, max_tokens=2)
+                    _, wanted = cold_spy.answer(other, asked_cold, 2)
+                assert torch.equal(got, wanted), (stable, turn)
+
+
+def test_streams_of_one_conversation_at_once_and_one_that_is_left(provider: Any, tmp_path: Path) -> None:
+    provider._ready()._ends = frozenset()
+    with Stored(tmp_path / "cold", grid=64) as store:
+        wanted = [provider.generate(_longer(turn, store)).text for turn in range(3)]
+    provider.erase_slots()
+    with Stored(tmp_path / "store", grid=64) as store:
+        left = provider.stream(_longer(1, store))
+        next(left)
+        left.close()
+        provider.generate(_longer(0, store))
+        streams = [provider.stream(_longer(turn, store)) for turn in (2, 1, 2, 0)]
+        got = ["", "", "", ""]
+        for _ in range(40):
+            for number, stream in enumerate(streams):
+                piece = next(stream, None)
+                got[number] += piece if isinstance(piece, str) else ""
+    assert got == [wanted[turn] for turn in (2, 1, 2, 0)]
+
+
+def _longer(turn: int, pages: Any) -> Request:
+    request = turns([70, 31, 40, *[20, 25] * turn], pages)
+    return Request(segments=request.segments, options=Options(max_tokens=6), pages=pages)
 
 
 def turns(lengths: Sequence[int], pages: Any) -> Request:
@@ -554,7 +612,7 @@ def test_trials_at_once_do_not_take_each_others_kernel_for_the_models(
     assert engine.states.check()
     with Stored(tmp_path / "store", grid=64, codec="int8") as store:
         assert trials.states(store) is not None
-    assert seen == ["eager"] * 2 + ["agentmem_in_place"] * 3
+    assert seen == ["eager"] * 2 + ["agentmem_in_place"] * 8
 
 
 def test_a_lora_version_shapes_the_states_in_place(provider: Any, tmp_path: Path) -> None:
@@ -574,7 +632,9 @@ def test_a_lora_version_shapes_the_states_in_place(provider: Any, tmp_path: Path
         for loras in ((), (learnt,), (), (learnt,)):
             generation, got = spy.answer(provider, asked(text(150), pages=store, max_tokens=3, loras=loras), 3)
             found.append((generation.usage.cached_tokens, got))
-    assert [cached for cached, _ in found] == [0, 0, 128, 128]
+    assert [cached for cached, _ in found[:2]] == [0, 0]
+    assert found[2][0] > 128  # what is behind the last page was kept in memory, of the base model alone
+    assert found[3][0] == 128
     assert torch.equal(found[0][1], found[2][1])
     assert torch.equal(found[1][1], found[3][1])
     assert not torch.equal(found[0][1], found[1][1])
@@ -723,7 +783,7 @@ sys.stdout.write(f"{generation.usage.cached_tokens} {generation.attended.tokens}
 @pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "codec"), [("auto", "int8"), ("float32", "int4")])
 def test_smollm2_restored_in_a_new_process_gives_the_same_bits(dtype: str, codec: Codec, tmp_path: Path) -> None:
-    made = load("local", {"dtype": dtype, "attention": "in_place"})
+    made: Any = load("local", {"dtype": dtype, "attention": "in_place"})
     spy = Spy(made)
     with Stored(tmp_path / "store", grid=256, codec=codec) as store:
         ask = asked(PASSAGE, "Who is it about?", pages=store, max_tokens=6)

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
+import itertools
+import os
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,7 +45,7 @@ def test_kept_states_change_no_bit_and_spare_tokens(tmp_path: Path, codec: str) 
     computed = [sum(r.usage.input_tokens - r.usage.cached_tokens for r in turns) for turns in (kept, fresh)]
     assert computed[0] < 0.75 * computed[1]
     # From the second turn on no more is computed than what is new: the answer before, the message, the template's own.
-    for before, now in zip(kept[1:], kept[2:], strict=False):
+    for before, now in itertools.pairwise(kept[1:]):
         assert now.usage.cached_tokens >= before.usage.input_tokens - 60
 
 
@@ -70,15 +74,14 @@ def test_tenants_share_none(tmp_path: Path) -> None:
 
 
 def test_the_newest_are_kept() -> None:
-    from agentmem.adapters.providers._local_kept import MOST, Kept, Tails
-
-    tails = Tails()
+    module = importlib.import_module("agentmem.adapters.providers._local_kept")
+    most, tails = module.MOST, module.Tails()
     rows = [(np.zeros((1, 3, 2)), np.zeros((1, 3, 2)))]
 
-    def tail(*tokens: int, tenant: str = "t", start: int = 2) -> Kept:
-        return Kept(b"model", tenant, tokens, start, rows, 1.0)
+    def tail(*tokens: int, tenant: str = "t", start: int = 2) -> Any:
+        return module.Kept(b"model", tenant, tokens, start, rows, 1.0)
 
-    tails.keep(tail(1, 2, 3, 4, 5))
+    tails.keep(tail(1, 2, 3, 4, 5), 0)
     found = tails.find(b"model", "t", [1, 2, 3, 4, 9, 9], 2)
     assert found is not None
     assert found[1] == 2
@@ -86,10 +89,34 @@ def test_the_newest_are_kept() -> None:
     assert tails.find(b"model", "u", [1, 2, 3, 4, 5], 2) is None
     assert tails.find(b"other", "t", [1, 2, 3, 4, 5], 2) is None
     assert tails.find(b"model", "t", [1, 2, 3, 4, 5], 0) is None
-    tails.keep(tail(1, 2, 3, 4, 5, 6))  # goes on from the first, takes its place
+    tails.keep(tail(1, 2, 3, 4, 5, 6), 0)  # goes on from the first, takes its place
     assert tails.drop() == 1
-    for number in range(MOST + 3):
-        tails.keep(tail(number, 0, 7))
-    assert tails.find(b"model", "t", [0, 0, 7], 2) is None
-    assert tails.find(b"model", "t", [MOST + 2, 0, 7], 2) is not None
-    assert tails.drop() == MOST
+    tails.keep(tail(1, 2, 3), 0)  # of a turn that began before they were let go of
+    assert tails.drop() == 0
+    for number in range(most + 3):
+        tails.keep(tail(number, 0, 7), 2)
+        assert tails.find(b"model", "t", [0, 0, 7], 2) is not None  # the one in use stays
+    assert tails.find(b"model", "t", [1, 0, 7], 2) is None
+    assert tails.find(b"model", "t", [most + 2, 0, 7], 2) is not None
+    assert tails.drop() == most
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_finds_no_lock_that_is_held() -> None:
+    tails = importlib.import_module("agentmem.adapters.providers._local_kept").Tails()
+    held, free = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        with tails._lock:
+            held.set()
+            free.wait(30)
+
+    thread = threading.Thread(target=hold)
+    thread.start()
+    assert held.wait(30)
+    child = os.fork()
+    if not child:
+        os._exit(0 if tails._lock.acquire(timeout=5) else 1)
+    free.set()
+    thread.join()
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -298,7 +298,7 @@ def last_page(provider: Any, tokens: list[int]) -> tuple[list[tuple[Any, Any]], 
 def test_buffers_that_grow_while_decoding_change_nothing(provider: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Spy(provider)
     _, wanted = spy.answer(provider, asked(text(40), max_tokens=60), 60)
-    monkeypatch.setattr("agentmem.adapters.providers._local_generate._AHEAD", 3)
+    monkeypatch.setattr("agentmem.adapters.providers._local_run._AHEAD", 3)
     _, got = spy.answer(provider, asked(text(40), max_tokens=60), 60)
     assert torch.equal(got, wanted)
 
@@ -400,7 +400,7 @@ PASSAGE = " ".join(f"On day {n} Ana of house {n * 7 % 31} walked {n} miles and w
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", ["auto", "float32"])
 def test_smollm2_restored_in_a_new_process_gives_the_same_bits(dtype: str, tmp_path: Path) -> None:
-    provider = load("local", {"dtype": dtype})
+    provider: Any = load("local", {"dtype": dtype})
     spy = Spy(provider)
     with Stored(tmp_path / "store", grid=256) as store:
         ask = asked(PASSAGE, "Who is it about?", pages=store, max_tokens=6)
@@ -505,7 +505,7 @@ def learnt(tmp_path: Path) -> LoraRef:
     return LoraRef(name="taught", digest=digest, path=str(tmp_path / "lora"))
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])  # in the latter, states are kept between turns too
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_pages_of_another_lora_set_are_never_used(dtype: str, llama: Path, learnt: LoraRef, tmp_path: Path) -> None:
     with Stored(tmp_path / "store") as store:
         _check_loras(local(llama, tmp_path, dtype=dtype), learnt, store)

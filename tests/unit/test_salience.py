@@ -61,6 +61,15 @@ def test_what_turns_needed_outweighs_what_the_words_promise() -> None:
     assert chances([young], turns)[young.id] == chances([young], [])[young.id]
 
 
+def test_a_turn_that_the_history_showed_is_no_trial() -> None:
+    said = record(10, "The gate code is 4417.", source="chat")
+    turns = [Seen(START + n, frozenset(), start=f"{n:04}") for n in range(1, 30)]  # out of sight from turn 11 on
+    shown = [Seen(START + n, frozenset(), start="0001") for n in range(1, 30)]
+    added = record(10, "The gate code is 4417.")
+    assert chances([added], turns)[added.id] < chances([said], turns)[said.id] < chances([said], shown)[said.id]
+    assert chances([said], shown)[said.id] == chances([said], [])[said.id]
+
+
 def test_what_was_written_of_records_is_needed_where_they_were_and_stands_for_them() -> None:
     said = record(1, "oh, and by the way: my sister Ines is allergic to nuts, so no cake for her please")
     fact = record(2, "Ana's sister Ines is allergic to nuts.", role="system", metadata={"kind": "fact"})

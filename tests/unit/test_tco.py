@@ -208,14 +208,20 @@ def test_a_ledgers_costs_make_a_machine() -> None:
 
 
 @pytest.mark.parametrize("model", ["openai:gpt-6.1-sol", "anthropic:claude-sonnet-5-5", "deepseek:deepseek-v4-flash"])
-def test_full_history_costs_what_a_replay_says(model: str) -> None:
+def test_fixed_ways_cost_what_a_replay_says(model: str) -> None:
     rules = rules_for(model)
     assert rules is not None
     person = people(SMALL, 4, seed=2, day=0.0)[2]
+    recalls = {"top-k first, cached": ("before", person.top_k()), LAYERS: ("after", person.recall())}
+    for policy, (where, recall) in recalls.items():
+        for way in ways(policy, rules):
+            shape = Policy(recalled=where, marks=way.marks)  # type: ignore[arg-type]
+            told = [one.bill for one in fixed(rules, person.turns, shape, recall)]
+            assert bills(person, rules, way) == told
     for marks in [(0, 0), (1, 1)][: len(rules.lifetimes)]:
         mine = bills(person, rules, Way(policy=FULL_CACHED, marks=marks))
-        policy = Policy(start="scope", recalled="none", marks=marks)
-        told = [one.bill for one in fixed(rules, person.turns, policy, person.recall())]
+        shape = Policy(start="scope", recalled="none", marks=marks)
+        told = [one.bill for one in fixed(rules, person.turns, shape, person.recall())]
         assert mine == told
         whole = bills(person, rules, Way(policy=FULL))
         assert [bill.tokens for bill in whole] == [bill.tokens for bill in told]
@@ -470,6 +476,12 @@ def test_a_ledger_tells_its_workload(tmp_path: Path) -> None:
         assert fitting.models(database) == [provider.name]
     finally:
         database.close()
+    told = asked("--path", str(tmp_path), "--user", "ana", "--offers", "deepseek:deepseek-v4-flash", "--users", "9")
+    assert told.workload.users == 9
+    assert told.workload.turns_session == pytest.approx(3.0)
+    assert any("chats of 1 users" in sentence for sentence in told.assumptions)
+    with pytest.raises(ConfigError, match="scripted:test"):
+        asked("--path", str(tmp_path))
 
 
 def test_a_ledger_tells_a_machines_times(tmp_path: Path) -> None:
@@ -494,6 +506,24 @@ def test_a_ledger_tells_a_machines_times(tmp_path: Path) -> None:
     assert found.prefill_s == pytest.approx(0.002)
     assert found.cached_s == pytest.approx(0.0001)
     assert found.decode_s == pytest.approx(0.05)
+
+
+def test_a_machine_has_the_window_of_its_model() -> None:
+    found = machine.completed(HERE, "local")
+    assert found.context_tokens == 8_192
+    assert found.learn_s == machine.LEARNING["learn_s"]
+    assert "prior" in found.source["LoRA"]
+    assert (found.prefill_s, found.cores) == (HERE.prefill_s, HERE.cores)
+
+
+@pytest.mark.slow
+def test_this_machine_is_measured() -> None:
+    found = machine.measured("local", rounds=1)
+    assert 0 < found.cached_s < found.prefill_s < found.decode_s
+    assert found.token_bytes == pytest.approx(30 * 3 * 2 * 64 * 2, rel=0.02)  # layers, heads, K and V, dimension, bf16
+    assert found.source["computing"].startswith("measured")
+    with pytest.raises(ConfigError, match="does not compute in this process"):
+        machine.measured("ollama:llama3")
 
 
 def test_turns_of_a_workload_are_turns_of_the_ledger() -> None:
