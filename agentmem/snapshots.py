@@ -5,6 +5,7 @@ Knows the ledger, the tables of derived things and the settings; decides nothing
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -51,8 +52,9 @@ class Seen:
     uses: dict[str, int] = field(default_factory=dict)
     #: By record: tokens of its line, as it was recalled last.
     tokens: dict[str, int] = field(default_factory=dict)
-    #: Of each request when it was, its id and the id of the turn at which its verbatim history began, if one was shown.
-    shown: list[tuple[float, str, str]] = field(default_factory=list)
+    #: Of each request its id with that of the turn at which its verbatim history began ("": none was shown), and when.
+    shown: list[tuple[str, str]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     #: Requests that found their head kept, and the sessions that they were of.
     warm: int = 0
     sessions: set[str] = field(default_factory=set)
@@ -71,9 +73,11 @@ class Seen:
         """How many of the requests since it was stored could have needed it, and how many there were: those in which a
         turn was told in the history anyway could not. What is out of sight now is needed as often as it was then."""
         stored = utc_seconds(record.created) if record.created else 0.0
-        since = [(turn, start) for at, turn, start in self.shown if at >= stored]
-        told = sum("" < start <= record.id < turn for turn, start in since) if record.source == prompt.CHAT else 0
-        return len(since) - told, len(since)
+        first = bisect.bisect_left(self.times, stored)
+        since, told = len(self.times) - first, 0
+        if record.source == prompt.CHAT:
+            told = sum("" < start <= record.id < turn for turn, start in self.shown[first:])  # ids grow with time
+        return since - told, since
 
     def note(self, row: Any, turn: Mapping[str, Any], slack: int = 0) -> None:
         """One more use, with its turn; in order of time. ``slack`` tokens at the end of a prefix are kept by nobody
@@ -82,7 +86,8 @@ class Seen:
         self.last = row["at"]
         self.requests += 1
         self.latest = str(turn.get("id") or "")
-        self.shown.append((self.last, self.latest, str(turn.get("start") or "")))
+        self.shown.append((self.latest, str(turn.get("start") or "")))
+        self.times.append(self.last)
         self.session = row["session"]
         self.sessions.add(self.session)
         recalled = turn.get("recalled") or ()
