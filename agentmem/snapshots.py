@@ -16,6 +16,7 @@ from .economics import costs as costs_of
 from .engine import Engine
 from .ledger.uses import LISTED, beneath
 from .plaintext.drafts import utc_seconds
+from .plaintext.salience import PRIOR_TURNS
 from .planner.places import MOST_DAYS
 from .planner.values import Able, Costs, Group, Snapshot, State
 from .teaching import contradicted, owner
@@ -261,8 +262,9 @@ def _block(
     if not records:
         return None
     sizes = [seen.tokens.get(record.id) or engine.count(prompt.record_line(record)) + 1 for record in records]
-    # As many of all requests as of those that could have needed it.
-    parts = [min(1.0, seen.uses.get(record.id, 0) / (seen.trials(record)[0] + 1)) for record in records]
+    # As many of all requests as of those that could have needed it; they were chosen for having been needed, so the
+    # trials count for as many more as in the choice itself.
+    parts = [min(1.0, seen.uses.get(record.id, 0) / (seen.trials(record)[0] + PRIOR_TURNS)) for record in records]
     needed = sum(part * (seen.requests + 1) * size for part, size in zip(parts, sizes, strict=True))
     return Group(
         key=key,
