@@ -5,6 +5,7 @@ Knows the ledger, the tables of derived things and the settings; decides nothing
 
 from __future__ import annotations
 
+import bisect
 import json
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,6 +16,7 @@ from .economics import costs as costs_of
 from .engine import Engine
 from .ledger.uses import LISTED, beneath
 from .plaintext.drafts import utc_seconds
+from .plaintext.salience import PRIOR_TURNS
 from .planner.places import MOST_DAYS
 from .planner.values import Able, Costs, Group, Snapshot, State
 from .teaching import contradicted, owner
@@ -51,8 +53,9 @@ class Seen:
     uses: dict[str, int] = field(default_factory=dict)
     #: By record: tokens of its line, as it was recalled last.
     tokens: dict[str, int] = field(default_factory=dict)
-    #: Of each request its id and the id of the turn at which its verbatim history began, where one was shown.
+    #: Of each request its id with that of the turn at which its verbatim history began ("": none was shown), and when.
     shown: list[tuple[str, str]] = field(default_factory=list)
+    times: list[float] = field(default_factory=list)
     #: Requests that found their head kept, and the sessions that they were of.
     warm: int = 0
     sessions: set[str] = field(default_factory=set)
@@ -67,13 +70,15 @@ class Seen:
         """Days that were watched, of what came into being at ``since``."""
         return max(now - max(self.first, since), 60.0) / DAY_S
 
-    def exposed(self, record: Record) -> float:
-        """The part of the requests that could have needed it: of a turn those in which it was not told in the history
-        anyway. What is out of sight now is needed as often as it was then, not as often as in all of them."""
-        if record.source != prompt.CHAT or not self.requests:
-            return 1.0
-        told = sum(start <= record.id < turn for turn, start in self.shown)  # ids grow with time
-        return (self.requests - told + 1) / (self.requests + 1)
+    def trials(self, record: Record) -> tuple[int, int]:
+        """How many of the requests since it was stored could have needed it, and how many there were: those in which a
+        turn was told in the history anyway could not. What is out of sight now is needed as often as it was then."""
+        stored = utc_seconds(record.created) if record.created else 0.0
+        first = bisect.bisect_left(self.times, stored)
+        since, told = len(self.times) - first, 0
+        if record.source == prompt.CHAT:
+            told = sum("" < start <= record.id < turn for turn, start in self.shown[first:])  # ids grow with time
+        return since - told, since
 
     def note(self, row: Any, turn: Mapping[str, Any], slack: int = 0) -> None:
         """One more use, with its turn; in order of time. ``slack`` tokens at the end of a prefix are kept by nobody
@@ -82,8 +87,8 @@ class Seen:
         self.last = row["at"]
         self.requests += 1
         self.latest = str(turn.get("id") or "")
-        if start := turn.get("start"):
-            self.shown.append((self.latest, str(start)))
+        self.shown.append((self.latest, str(turn.get("start") or "")))
+        self.times.append(self.last)
         self.session = row["session"]
         self.sessions.add(self.session)
         recalled = turn.get("recalled") or ()
@@ -257,10 +262,10 @@ def _block(
     if not records:
         return None
     sizes = [seen.tokens.get(record.id) or engine.count(prompt.record_line(record)) + 1 for record in records]
-    needed = sum(
-        min(seen.uses.get(record.id, 0) / seen.exposed(record), seen.requests) * size
-        for record, size in zip(records, sizes, strict=True)
-    )
+    # As many of all requests as of those that could have needed it; they were chosen for having been needed, so the
+    # trials count for as many more as in the choice itself.
+    parts = [min(1.0, seen.uses.get(record.id, 0) / (seen.trials(record)[0] + PRIOR_TURNS)) for record in records]
+    needed = sum(part * (seen.requests + 1) * size for part, size in zip(parts, sizes, strict=True))
     return Group(
         key=key,
         scope=scope,
@@ -379,6 +384,7 @@ def _groups(
     sizes = {r.id: seen.tokens.get(r.id) or engine.count(prompt.record_line(r)) + 1 for r in records}
     taught = _teachable(scope, [r for r in records if r.id in learnt or pays(r, sizes[r.id])], learnt, now)
     for record in records:
+        trials, since = seen.trials(record)
         where: set[State] = set(_PLAIN)
         where |= {"core"} if record.id in core else set()
         where |= {"lora"} if record.id in learnt else set()
@@ -389,7 +395,7 @@ def _groups(
             records=(record.id,),
             tokens=sizes[record.id],
             uses=uses,
-            days=seen.days(now, utc_seconds(record.created) if record.created else 0.0) * seen.exposed(record),
+            days=seen.days(now, utc_seconds(record.created) if record.created else 0.0) * (trials + 1) / (since + 1),
             edits=float(record.version - 1),
             where=frozenset(where),
             sightings=1 + uses,

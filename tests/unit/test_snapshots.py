@@ -106,8 +106,9 @@ def test_what_stood_in_the_history_was_no_occasion_to_need_it(memory: Memory, cl
     seen = snapshots.ledgered(memory._engine, ANA).owners[ANA]
     assert seen.requests == 10
     assert seen.uses[told.id] == 2
-    assert seen.exposed(told) == pytest.approx((10 - 8 + 1) / 11)
-    assert seen.exposed(memory.scope(user="ana").add("I like tea.")[0]) == 1.0
+    assert seen.trials(told) == (2, 10)
+    clock.advance(1)
+    assert seen.trials(memory.scope(user="ana").add("I like tea.")[0]) == (0, 0)
     group = next(one for one in snapshots.snapshot(memory._engine, ANA).groups if one.key == told.id)
     whole = next(iter(snapshots.snapshot(memory._engine, ANA).groups)).days
     assert group.days <= whole
