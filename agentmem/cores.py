@@ -52,6 +52,8 @@ MOVES = 0.3
 NEEDED = 2
 #: Uses that the prior of how often a core is needed weighs as much as.
 PRIOR_NEEDS = 3.0
+#: The part of what has to be filled that a core reaches at least: lines are counted without the block's own words.
+FILLED = 0.9
 #: Kinds of what a model wrote that stand for their sources; a summary has less in it than what it sums up.
 INSTEAD = frozenset({"fact", "preference"})
 
@@ -223,22 +225,28 @@ def review(
     read = rules.read if cached else 1.0
     price = read + (life.write - rules.read) / max(1.0, min(_stands(engine, scope), ahead))
     needs = salience.needs(records, seen, sources)
-    able = []
-    for record in records:
-        # A line is counted only where it may be chosen at all: counting is most of the work.
-        if fill or (likely[record.id] > price and needs[record.id] >= NEEDED):
-            lines[record.id] = lines[record.id] or _line(engine, record)
-            shown = record.id in present if present is not None else begins is not None and _told(record, begins)
-            if not shown:
-                able.append(salience.Candidate(record, lines[record.id], likely[record.id]))
     kinds = {record.id: record.metadata.get("kind") for record in records}
-    chosen = salience.choose(
-        able,
-        price=price,
-        budget=within(engine, engine.settings.core_tokens, 0.1),
-        fill=fill,
-        instead={id_: of for id_, of in sources.items() if kinds.get(id_) in INSTEAD},
-    )
+
+    def chosen_for(filled: int) -> salience.Chosen:
+        able = []
+        for record in records:
+            # A line is counted only where it may be chosen at all: counting is most of the work.
+            if filled or (likely[record.id] > price and needs[record.id] >= NEEDED):
+                lines[record.id] = lines[record.id] or _line(engine, record)
+                shown = record.id in present if present is not None else begins is not None and _told(record, begins)
+                if not shown:
+                    able.append(salience.Candidate(record, lines[record.id], likely[record.id]))
+        return salience.choose(
+            able,
+            price=price,
+            budget=within(engine, engine.settings.core_tokens, 0.1),
+            fill=filled,
+            instead={id_: of for id_, of in sources.items() if kinds.get(id_) in INSTEAD},
+        )
+
+    chosen = chosen_for(fill)
+    if chosen.tokens < FILLED * fill:  # there is too little to reach what the host keeps: then it fills nothing
+        chosen = chosen_for(0)
     gain = sum((likely.get(one.id, 0.0) - read) * lines.get(one.id, 0) for one in old)
     total = sum(lines.get(one.id, 0) for one in old)
     return Review(chosen, salience.Chosen(tuple(old), total, gain), lines)

@@ -68,7 +68,7 @@ def from_ledger(database: Database, scope: Scope | None = None, **changes: Any) 
     gaps = [two.at - one.at for said in talks.values() for one, two in pairwise(said)]
     _told(found, unknown, "gap_s", median(gap for gap in gaps if gap > 0) if any(gap > 0 for gap in gaps) else None)
     recalled = [pair for turn in turns for pair in turn.recalled]
-    _told(found, unknown, "record_tokens", fmean(tokens for _, tokens in recalled) if recalled else None)
+    _told(found, unknown, "record_tokens", max(fmean(tokens for _, tokens in recalled), 1.0) if recalled else None)
     _told(found, unknown, "standing_share", _standing(talks) if recalled else None)
     counts = [math.log(count) for count in persons.values()]
     _told(found, unknown, "spread", min(stdev(counts), 4.0) if users >= MANY else None)
@@ -125,7 +125,7 @@ def models(database: Database) -> list[str]:
 
 
 def _told(found: dict[str, Any], unknown: list[str], name: str, value: float | None) -> None:
-    if value is None or not value > 0:
+    if value is None:
         unknown.append(name)
     else:
         found[name] = value

@@ -58,10 +58,16 @@ def completed(machine: Machine, name: str, settings: Mapping[str, Any] | None = 
         able = provider.capabilities
     finally:
         provider.close()
-    known = {"context_tokens": machine.context_tokens or able.context_tokens}
-    if able.trains and machine.learn_s is None:
-        return replace(machine, **known, **LEARNING, source={**machine.source, **LORA})
-    return replace(machine, **known)
+    made = replace(machine, context_tokens=machine.context_tokens or able.context_tokens)
+    if not able.trains or machine.learn_s is not None:
+        return made
+    return replace(
+        made,
+        learn_s=LEARNING["learn_s"],
+        lora_bytes=LEARNING["lora_bytes"],
+        gate_fails=LEARNING["gate_fails"],
+        source={**machine.source, **LORA},
+    )
 
 
 def by_ledger(costs: Costs, *, decode_s: float, cores: float = 1.0, page_tokens: int = 256, **more: Any) -> Machine:

@@ -146,8 +146,8 @@ class TcoReport(Value):
             title=f"agentmem: what memory costs for {work.users:,} users, {work.turns_day:g} turns a day each",
             caption=f"means over {work.months:g} months; ± is the standard error of {self.sample} sampled users",
         )
-        for name in ("model", "memory"):
-            table.add_column(name)
+        table.add_column("model", overflow="fold")
+        table.add_column("memory", no_wrap=True)
         priced = any(line.month is not None for line in self.lines)
         timed = any(line.seconds is not None for line in self.lines)
         names = ["$ a month", "$ a 1,000 turns"] * priced + ["CPU-s a turn"] * timed
@@ -158,11 +158,15 @@ class TcoReport(Value):
         least: dict[str, float] = {}
         for line in self.lines:
             least[line.offer] = min(least.get(line.offer, line.cost), line.cost)
+        named = ""
         for line in self.lines:
+            offer, named = "" if line.offer == named else line.offer, line.offer  # once for all of its lines
+            if offer:
+                table.add_section()
             cells = [_short(line.month), _short(None if line.turn is None else 1_000 * line.turn)] * priced
             cells += [_short(line.seconds)] * timed
             table.add_row(
-                escape(line.offer),
+                escape(offer),
                 escape(line.policy),
                 *cells,
                 f"{line.error:.1%}",

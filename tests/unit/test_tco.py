@@ -476,10 +476,10 @@ def test_a_ledger_tells_its_workload(tmp_path: Path) -> None:
         assert fitting.models(database) == [provider.name]
     finally:
         database.close()
-    told = asked("--path", str(tmp_path), "--user", "ana", "--offers", "deepseek:deepseek-v4-flash", "--users", "9")
-    assert told.workload.users == 9
-    assert told.workload.turns_session == pytest.approx(3.0)
-    assert any("chats of 1 users" in sentence for sentence in told.assumptions)
+    read = asked("--path", str(tmp_path), "--user", "ana", "--offers", "deepseek:deepseek-v4-flash", "--users", "9")
+    assert read.workload.users == 9
+    assert read.workload.turns_session == pytest.approx(3.0)
+    assert any("chats of 1 users" in sentence for sentence in read.assumptions)
     with pytest.raises(ConfigError, match="scripted:test"):
         asked("--path", str(tmp_path))
 
