@@ -252,16 +252,11 @@ def local(
         ana = memory.scope(user="ana")
         ana.add([f"My {thing} is called {thing[::-1].title()}." for thing in THINGS])
         asked(memory, clock, "What is my kite called?", days=1)
-<<<<<<< HEAD
-        asked(memory, clock, "What is my tent called?", days=2)
-        ana.forget([record.id for record in (cores.standing(memory._engine, ANA) or [])[:2]])
-=======
         asked(memory, clock, "What is my tent called?", days=8)
         standing = cores.standing(memory._engine, ANA)
         ana.forget([record.id for record in standing or () if "tent" not in record.text])
         with memory._engine.database.write() as connection:
             connection.execute("DELETE FROM cores")
->>>>>>> C
         yield memory
 
 
