@@ -188,7 +188,7 @@ def core_of(
         unit = economics.costs(engine).unit
         told = f"the core stands: {amount(now.carried, unit)} carried, a rebuild costs {amount(rebuild * token, unit)}"
         return Core(stands or [], now, told)
-    if conversation.reviewed is not None and conversation.reviewed[0] > 1:  # it was chosen some turns ago
+    if seen is not None and review is seen[1]:  # it was chosen some turns ago
         new = cores.review(
             engine, scope, rules, present, stands, fill=layout.core, cached=layout.kept, ahead=layout.ahead
         ).chosen
