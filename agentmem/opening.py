@@ -26,8 +26,8 @@ __all__ = ["NOT_GIVEN", "narrowed", "opened"]
 
 
 #: Kernels that oneDNN keeps, one per shape of a product, where the environment says nothing. Its own 1,024 are never
-#: used up: every new length of a text or of a prompt leaves some, 100 MB after 64 turns.
-KERNELS_KEPT = "128"
+#: used up: every new length of a text or of a prompt leaves some, 100 MB after 64 turns; a pass needs five.
+KERNELS_KEPT = "32"
 
 
 class _NotGiven:
