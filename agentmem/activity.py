@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 __all__ = ["Activity"]
@@ -24,7 +24,7 @@ class Activity:
         self._last = now()
 
     @contextmanager
-    def chatting(self) -> Iterator[None]:
+    def chatting(self) -> Generator[None]:
         """Around one turn, a streamed one as long as its pieces come. Turns may overlap."""
         with self._changed:
             self._turns += 1

@@ -85,7 +85,7 @@ def _measured(engine: Engine, model: str) -> Costs:
     )
     uses = [tuple(float(value) for value in row) for row in rows]
     found = regressed(uses)
-    source = dict.fromkeys(("prefill", "cached", "write", "output"), _source(len(uses)))
+    source: dict[str, str] = {name: _source(len(uses)) for name in ("prefill", "cached", "write", "output")}
     pages = engine.settings.page_tokens
     tensors = engine.chat_provider().capabilities
     token_bytes, of_pages = _page_bytes(engine)
