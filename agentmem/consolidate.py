@@ -83,10 +83,17 @@ def consolidate(
         while todo and not stop():
             move = todo.pop(0)
             tried.add(move.key)
-            outcome = yield from make(engine, move, stop=stop, owner=owner, facts=planned.facts.get(move.key))
+            outcome = yield from make(
+                engine,
+                move,
+                stop=stop,
+                owner=owner,
+                facts=planned.facts.get(move.key),
+                again=move.kind in _AGAIN,
+            )
             if outcome is None:
                 continue
-            made.append(outcome)
+            made = [*(one for one in made if one.move.key != move.key), outcome]  # it may have been interrupted before
             limit = _rest(limit, outcome)
             if outcome.state == "queued":
                 todo.insert(0, move)
@@ -105,9 +112,10 @@ def consolidate(
         if scope == Scope():
             _note_planned(engine, begun)
     now = {outcome.move.key for outcome in made}
+    made.sort(key=lambda outcome: outcome.state == "queued")  # what was given up is told behind what was made
     earlier = _measured(engine, scope, jobs, seen)
     return ConsolidationPlan(
-        moves=tuple(outcome.move for outcome in made),
+        moves=tuple(outcome.move for outcome in made if outcome.state != "queued"),
         left=tuple(dict.fromkeys(left)),
         outcomes=(*made, *(outcome for outcome in earlier if outcome.move.key not in now)),
         costs=planned.costs,
@@ -199,11 +207,11 @@ def _rest(budget: Budget | None, outcome: Outcome) -> Budget | None:
     """What is left once this was spent; a move may cost more than was expected, then nothing is."""
     if budget is None:
         return None
-    move, cost = outcome.move, outcome.cost or 0.0
+    move, cost, made = outcome.move, outcome.cost or 0.0, outcome.state == "done"
     return Budget(
         seconds=_less(budget.seconds, cost if move.unit == "seconds" else 0.0),
         dollars=_less(budget.dollars, cost if move.unit == "dollars" else 0.0),
-        bytes=None if budget.bytes is None else max(0, budget.bytes - max(0, move.bytes)),
+        bytes=None if budget.bytes is None else max(0, budget.bytes - (max(0, move.bytes) if made else 0)),
     )
 
 
@@ -313,7 +321,7 @@ def _state(engine: Engine) -> dict[str, float]:
     """How far the folder has come, in numbers that only what is planned from moves."""
     [row] = engine.database.query(
         "SELECT (SELECT coalesce(max(id), 0) FROM uses WHERE verb = 'chat') AS uses,"
-        " (SELECT coalesce(max(at), 0) FROM uses WHERE verb = 'chat') AS last,"
+        " coalesce((SELECT at FROM uses WHERE verb = 'chat' ORDER BY id DESC LIMIT 1), 0) AS last,"
         " (SELECT coalesce(max(change), 0) FROM changes) AS changes,"
         " (SELECT count(*) FROM jobs WHERE kind = 'retrain' AND state = 'queued') AS owed"
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import economics, prompt
 from .activation.layout_state import store, stored
 from .engine import Engine
-from .ledger.uses import beneath
+from .ledger.uses import HAS_TURN, beneath
 from .plaintext.drafts import utc_seconds
 from .planner.collapse import Account
 from .types import Record, Scope
@@ -284,7 +284,7 @@ def _past(engine: Engine, scope: Scope) -> list[_Past]:
     """The newest turns of this scope, oldest first."""
     where, values = beneath(scope)
     rows = engine.database.query(
-        f"SELECT at, turn FROM uses WHERE {where} AND verb = 'chat' AND turn IS NOT NULL ORDER BY id DESC LIMIT ?",
+        f"SELECT at, turn FROM uses WHERE {where} AND verb = 'chat' AND {HAS_TURN} ORDER BY id DESC LIMIT ?",
         (*values, TURNS_SEEN),
     )
     found: list[_Past] = []
