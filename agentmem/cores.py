@@ -73,10 +73,10 @@ def tokens(engine: Engine, records: Sequence[Record]) -> int:
 
 
 def standing(engine: Engine, scope: Scope) -> list[Record] | None:
-    """The core block as it stands, in its order; empty where there is none. None where one of its records was forgotten
-    since: nothing behind it is cached then, and it has to be chosen anew."""
+    """The core block as it stands, in its order; empty where there is none. None where it has to be chosen anew: one of
+    its records was forgotten since, and nothing behind it is cached then, or holds no longer."""
     found = _row(engine, scope)
-    return None if found is None else found[0]
+    return None if found is None or _ended(engine, found[0]) else found[0]
 
 
 def _row(engine: Engine, scope: Scope) -> tuple[list[Record], int | None] | None:
