@@ -10,7 +10,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
 __all__ = ["Activity"]
@@ -27,7 +27,7 @@ class Activity:
         _OPEN.add(self)
 
     @contextmanager
-    def chatting(self) -> Iterator[None]:
+    def chatting(self) -> Generator[None]:
         """Around one turn, a streamed one as long as its pieces come. Turns may overlap."""
         with self._changed:
             self._turns += 1

@@ -39,8 +39,8 @@ _log = logging.getLogger("agentmem")
 
 #: Longer than any host keeps anything: a century.
 LONGEST_S = 3.2e9
-#: Messages of what was said a moment ago.
-NEAR = 2
+#: Tokens of a running session that were said a moment ago.
+NEAR_TOKENS = 1000
 #: Where a host's rules are not known: it keeps no prefix shorter than this, so none is expected back.
 HOSTED_MINIMUM = 1024
 
@@ -214,8 +214,7 @@ def _prepared(
         here = {record.id for record in stands or ()} if plan is not None else set()
         if plan is not None and plan.local:
             # Nobody has to be told again what was said a moment ago.
-            near = history[-NEAR:] if engine.records.count_turns(session) else []
-            again = (present | here) - {record for said in near for record in said.records}
+            again = (present | here) - (_near(engine, history) if engine.records.count_turns(session) else set())
         hits, concerned, repeated = yield from recalled_for(
             engine, conversation, turn[0].content, present, noted, recall=recall, core=here, again=again
         )
@@ -261,6 +260,18 @@ def _prepared(
     if engine.settings.lora_when == "recalled":
         learnt &= set(concerned)
     return _Prepared(request, sent, layout, asked, hits, in_turn, repeated, block, learnt)
+
+
+def _near(engine: Engine, history: Sequence[Message]) -> set[str]:
+    """The records of the newest messages."""
+    found: set[str] = set()
+    left = NEAR_TOKENS
+    for said in reversed(history):
+        left -= engine.count(said.content)
+        if left < 0:
+            break
+        found.update(said.records)
+    return found
 
 
 def _stored(

@@ -26,6 +26,8 @@ __all__ = ["costs", "local_rules", "regressed"]
 
 #: The newest uses that costs are measured from, and after how many more they are measured anew.
 NEWEST, AGAIN = 300, 24
+#: The same for a ledger that has only begun.
+SOON = 4
 #: Uses that a prior weighs as much as, and how many uses make a number a measured one.
 PRIOR_USES, MEASURED_USES = 6.0, 12
 #: Before anything was measured, of a small model on a CPU: seconds that a prompt token takes to compute; in such tokens
@@ -43,12 +45,12 @@ def costs(engine: Engine) -> Costs:
     """What a token of a prompt costs, computed, read from a cache and written to one, and what moves cost.
 
     On an engine of one's own in seconds of this machine, by least squares over the newest uses with a prior; at a host
-    in dollars. The same object is given until `AGAIN` more uses were noted. Raises `ConfigError` without a model.
+    in dollars. The same object is given until some more uses were noted. Raises `ConfigError` without a model.
     """
     model = engine.chat_provider().name
     [row] = engine.database.query("SELECT COALESCE(MAX(id), 0) FROM uses")
     known = engine.measured
-    if known is None or not known[0] <= row[0] < known[0] + AGAIN:
+    if known is None or not known[0] <= row[0] < known[0] + (AGAIN if known[0] >= AGAIN else SOON):
         here = engine.chat_provider().capabilities.holds_prefix_s is None
         known = engine.measured = (row[0], _measured(engine, model) if here else _priced(engine, model))
     return known[1]
@@ -84,7 +86,7 @@ def _measured(engine: Engine, model: str) -> Costs:
     )
     uses = [tuple(float(value) for value in row) for row in rows]
     found = regressed(uses)
-    source = dict.fromkeys(("prefill", "cached", "write", "output"), _source(len(uses)))
+    source: dict[str, str] = {name: _source(len(uses)) for name in ("prefill", "cached", "write", "output")}
     pages = engine.settings.page_tokens
     tensors = engine.chat_provider().capabilities
     token_bytes, of_pages = _page_bytes(engine)

@@ -193,7 +193,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
     standing = (cores.standing(engine, scope) or []) if able.core else []
     built = _built(engine, scope)
     core = _block(engine, scope, standing, head, key="core", now=now)
-    kept, size = _kept(engine, [record.id for record in standing], built)
+    kept, size = _kept(engine, [record.id for record in standing], built, head.last)
     if core is not None:
         where: set[State] = {"plain", "core"}
         where |= {"pages"} if kept else set()
@@ -316,8 +316,9 @@ def _built(engine: Engine, scope: Scope) -> float:
     return float(rows[0]["built"]) if rows else 0.0
 
 
-def _kept(engine: Engine, core: Sequence[str], built: float) -> tuple[bool, int]:
-    """Whether states of this block are kept here since it was built, and the bytes of all that were made from it."""
+def _kept(engine: Engine, core: Sequence[str], built: float, last: float) -> tuple[bool, int]:
+    """Whether states of this block are kept here since it was built, and the bytes of all that were made from it. What
+    the ``last`` request found or kept of it is noted with the pages only now and then."""
     if not core:
         return False, 0
     [row] = engine.database.query(
@@ -328,7 +329,7 @@ def _kept(engine: Engine, core: Sequence[str], built: float) -> tuple[bool, int]
     slots = engine.database.query(
         f"SELECT 1 FROM lineage WHERE kind = 'slot' AND record IN ({LISTED}) LIMIT 1", [json.dumps(list(core))]
     )
-    return bool(slots) or (row["bytes"] > 0 and row["used"] >= built > 0), row["bytes"]
+    return bool(slots) or (row["bytes"] > 0 and max(row["used"], last) >= built > 0), row["bytes"]
 
 
 def _prefixes(engine: Engine, scope: Scope, core: Sequence[str]) -> list[int]:

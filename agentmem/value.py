@@ -40,6 +40,9 @@ class Scope(Value):
     agent: str | None = None
     session: str | None = None
 
+    def __hash__(self) -> int:
+        return hash((self.tenant, self.user, self.agent, self.session))
+
     def levels(self) -> Iterator[tuple[str, str | None]]:
         """The four levels from the widest to the narrowest, as (name, value)."""
         for level in LEVELS:

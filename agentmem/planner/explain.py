@@ -64,17 +64,20 @@ def explain(group: Group, snapshot: Snapshot) -> Verdict:
     """Where a group lives, what each place costs it, which is the best, and what would move it."""
     place, holds = places.place(group), places.days(group)
     uses, running, bringing = places.uses(group, snapshot), places.daily(group, snapshot), places.once(group, snapshot)
-    costs = {
+    costs: dict[State, float] = {
         state: cost + (0.0 if state in group.where else bringing[state] / holds) for state, cost in running.items()
     }
     allowed = {state: cost for state, cost in costs.items() if state != "lora" or not _untaught(group)}
-    cheapest = min(allowed, key=lambda state: (allowed[state], places.PLACES.index(state)))
+    cheapest: State = min(allowed, key=lambda state: (allowed[state], places.PLACES.index(state)))
     here = costs.get(place, math.inf)
     # What stays put is what the plan leaves: another place must be cheaper by the hysteresis.
-    best = cheapest if allowed[cheapest] * HYSTERESIS < here or place not in allowed else place
+    best: State = cheapest if allowed[cheapest] * HYSTERESIS < here or place not in allowed else place
     each = group.tokens * snapshot.costs.prefill
     counted = rate(group.uses, group.days)
     scale = uses / counted.mean
+    moves_at: dict[State, float | None] = {
+        state: cost / each if each > 0 else None for state, cost in costs.items() if state != "plain"
+    }
     return Verdict(
         key=group.key,
         records=group.records,
@@ -86,7 +89,7 @@ def explain(group: Group, snapshot: Snapshot) -> Verdict:
         low=counted.lower * scale,
         high=counted.upper * scale,
         holds=holds,
-        moves_at={state: cost / each if each > 0 else None for state, cost in costs.items() if state != "plain"},
+        moves_at=moves_at,
         why=_why(group, snapshot, place, best),
     )
 

@@ -156,7 +156,7 @@ def chosen(rules: CacheRules, system: int, sizes: Numbers, chances: Numbers, run
             fills = tokens < least <= MOST and chances[record] > 0
             if fills or (chances[record] > price and tokens + sizes[record] <= MOST):
                 core[record] = True
-                tokens += sizes[record]
+                tokens += float(sizes[record])
         gain = float(chances[core] @ sizes[core]) - head(rules, system + tokens, run)
         if gain > most:
             found, most = core, gain

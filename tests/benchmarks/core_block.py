@@ -17,7 +17,7 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -37,7 +37,7 @@ SIZES = (150, 300, 500)
 
 
 @contextmanager
-def fixed(size: int) -> Iterator[None]:
+def fixed(size: int) -> Generator[None]:
     """Chats have a core of so many tokens, chosen at the start of each session."""
     held = chats.__dict__["core_of"]
 

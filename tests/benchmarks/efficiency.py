@@ -118,7 +118,7 @@ def summary(system: System, talks: list[Talk]) -> dict[str, Any]:
     end: dict[str, Any] = system.end  # type: ignore[attr-defined]
     last = max([*rows.values(), *system.rests], key=lambda row: row["anon"] + row["mapped"])
     started = end["started"]
-    whens = {"now": [], "later": []}  # type: dict[str, list[dict[str, Any]]]
+    whens: dict[str, list[dict[str, Any]]] = {"now": [], "later": []}
     for (at, number), row in asked.items():
         whens[talks[at].turns[number].kind].append(row)
 

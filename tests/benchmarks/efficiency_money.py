@@ -189,7 +189,8 @@ def ways(rules: CacheRules, count: Any, asked: Sequence[Sent]) -> dict[str, Bill
     """(a) to (d)."""
     lives = [None, *range(len(rules.lifetimes))]
     pairs = itertools.product(lives, lives)  # hosts take no longer lifetime behind a shorter one
-    marks = [pair for pair in pairs if None in pair or pair[0] >= pair[1]] if rules.marked else [(0, 0)]
+    fitting = [(one, two) for one, two in pairs if one is None or two is None or one >= two]
+    marks = fitting if rules.marked else [(0, 0)]
 
     def best(*, full: bool) -> Bills:
         return min((fixed(rules, count, asked, full=full, marks=pair) for pair in marks), key=lambda bills: bills.total)

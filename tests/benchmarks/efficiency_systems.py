@@ -351,6 +351,7 @@ def answers(system: Any, script: Script, talks: Sequence[Talk]) -> Iterator[dict
             return
         with_ = talks[told["talk"]]
         cpu, at = time.process_time(), time.perf_counter()
+        said = None
         if "turn" not in told:
             row = system.note(with_, with_.turns[told["told"]]) if "told" in told else system.between(with_)
         else:
@@ -360,7 +361,7 @@ def answers(system: Any, script: Script, talks: Sequence[Talk]) -> Iterator[dict
             row = system.turn(with_, said)
             row |= {"first_s": (script.first_s or at) - at, "first_cpu": script.first_cpu - cpu}
         row |= {"seconds": time.perf_counter() - at, "cpu": time.process_time() - cpu}
-        if "turn" in told and said.kind != "chat":
+        if said is not None and said.kind != "chat":
             shown = bare(system.shown())
             row["evidence"] = sum(bare(text) in shown for text in said.evidence) / len(said.evidence)
             row["likelihood"] = script.likelihood / len(script.tokens)

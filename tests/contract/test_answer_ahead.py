@@ -49,7 +49,8 @@ def asked(said: Said, pages: Any, *, stable: bool = True, answer: str = "answer"
         Segment(name="history", messages=tuple(messages[:-1]), stable=True),
         Segment(name="turn", messages=tuple(messages[-1:]), stable=stable),
     )
-    return Request(segments=segments, options=Options(**{"max_tokens": 20, **options}), pages=pages, answer=answer)
+    given: dict[str, Any] = {"max_tokens": 20, **options}
+    return Request(segments=segments, options=Options(**given), pages=pages, answer=answer)
 
 
 def begun() -> Said:

@@ -9,7 +9,7 @@ import logging
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ def work(monkeypatch: pytest.MonkeyPatch) -> Consolidation:
 
 
 @contextlib.contextmanager
-def memory(**settings: Any) -> Iterator[Memory]:
+def memory(**settings: Any) -> Generator[Memory]:
     with Memory(":memory:", model=ScriptedProvider(), embedder="none", **settings) as opened:
         yield opened
 

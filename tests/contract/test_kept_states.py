@@ -52,8 +52,8 @@ def test_kept_states_change_no_bit_and_spare_tokens(tmp_path: Path, codec: str) 
 def test_forgetting_lets_go_of_them(tmp_path: Path) -> None:
     with Memory(tmp_path / "m", model="local", embedder="none", core_tokens=0) as mem:
         ana = mem.scope(user="ana", session="s")
-        for line in LINES[:2]:
-            reply = ana.chat(line, recall=False, max_tokens=4)
+        ana.chat(LINES[0], recall=False, max_tokens=4)
+        reply = ana.chat(LINES[1], recall=False, max_tokens=4)
         tails = mem._engine.provider._engine.tails  # type: ignore[union-attr]
         assert tails._kept
         ana.forget(reply.records[0])

@@ -45,7 +45,8 @@ def test_chats_take_turns_within_the_ram_budget(
     ) as memory:
         pages = memory._engine.pages
         assert [turn(memory, chat) for chat in range(CHATS)] == [0] * CHATS
-        assert pages.bytes_mapped() == 0, "what was computed goes with its request"
+        # What was computed goes with its request; what is mapped came back from pages, to prefill the answers.
+        assert pages.bytes_mapped() == pages.bytes_in_ram() <= budget
         assert pages.bytes() > budget
         for number in range(2):
             for chat in (0, 2, 1):

@@ -34,7 +34,7 @@ class Here(ScriptedProvider):
 
 
 def opened(folder: Path, provider: Here | None = None, clock: FakeClock | None = None, **settings: Any) -> Memory:
-    known = {"page_tokens": 64, "core_tokens": 160, "recall_tokens": 120, **settings}
+    known: dict[str, Any] = {"page_tokens": 64, "core_tokens": 160, "recall_tokens": 120, **settings}
     return Memory(folder, model=provider or Here(), embedder="hash", clock=clock or FakeClock(), **known)
 
 

@@ -52,7 +52,8 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
     count = draw(st.integers(0, 6))
     core = draw(st.sets(st.integers(0, 5))) if draw(st.booleans()) else set()
     chosen = draw(st.sets(st.integers(0, 5))) if draw(st.booleans()) else core
-    kept: frozenset[State] = frozenset(draw(st.sets(st.sampled_from(["pages", "prefix"]))))
+    places: list[State] = ["pages", "prefix"]
+    kept: frozenset[State] = frozenset(draw(st.sets(st.sampled_from(places))))
 
     def block(members: set[int], where: frozenset[State]) -> Group | None:
         if not members:

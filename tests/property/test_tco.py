@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -137,7 +138,7 @@ def test_a_lora_that_costs_nothing_is_taught_and_a_dear_one_is_not() -> None:
     person = people(work, 4, day=100.0)[2]
     offer = here(0.5, 64)
     assert offer.machine is not None
-    cheap, dear = (own("here", Machine(**{**vars(offer.machine), "learn_s": cost})) for cost in (1e-6, 1e6))
+    cheap, dear = (own("here", replace(offer.machine, learn_s=cost)) for cost in (1e-6, 1e6))
     assert placed(work, person, cheap, learn=True).learnt
     assert not placed(work, person, dear, learn=True).learnt
     one = billed(work, person, cheap, ways(LEARNT, cheap.rules)[0])

@@ -80,6 +80,7 @@ def _whole(folder: Path, held: set[str], last: dict[str, Any], made: Counter[str
         assert gone <= ({last["one"]} if last["doing"] == "forget" else set())
         assert not new or last["doing"] == "add"
         _nothing_twice(memory, found)
+        plan = memory.consolidate(dry_run=True)
         for _ in range(5):  # what was begun is taken up or given up at once: its process is gone
             plan = memory.consolidate()
             assert all(outcome.state in ("done", "skipped") for outcome in plan.outcomes), plan

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import Any
 
 import pytest
 
@@ -24,12 +25,12 @@ LOCAL = Costs(
 HOSTED = Costs(unit="dollars", prefill=1e-6, cached=1e-7, write=0.25e-6, minimum=1024, lifetime_s=300.0)
 
 
-def group(key: str = "r1", **fields: object) -> Group:
-    known: dict[str, object] = {
+def group(key: str = "r1", **fields: Any) -> Group:
+    known: dict[str, Any] = {
         "key": key, "scope": ANA, "records": (key,), "tokens": 50, "uses": 300.0, "days": 30.0, "sightings": 5,
         "teachable": True,
     }  # fmt: skip
-    return Group(**(known | fields))  # type: ignore[arg-type]
+    return Group(**(known | fields))
 
 
 def snapshot(**fields: object) -> Snapshot:
@@ -119,12 +120,13 @@ def test_what_is_recalled_often_and_never_changes_is_learnt() -> None:
     assert move.saves == pytest.approx(2 * uses * 50 * 0.004 - requests * 0.006)
     assert move.bytes == 1_650_000
     assert plan(asked).costs == {"prefill": "measured, 120 uses"}
-    for refused in (
+    refusals: tuple[dict[str, Any], ...] = (
         {"teachable": False},
         {"sightings": 1},
         {"edits": 60.0},
         {"uses": 0.0},
-    ):
+    )
+    for refused in refusals:
         one = snapshot(groups=(group(**refused),))
         assert not plan(one).moves, refused
     assert not plan(snapshot(groups=(group(),), able=Able(pages=True))).moves

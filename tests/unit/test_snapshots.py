@@ -37,7 +37,8 @@ def memory(tmp_path: Path, clock: FakeClock, monkeypatch: pytest.MonkeyPatch) ->
 def noted(memory: Memory, scope: Scope, *needed: tuple[str, int], used: tuple[str, ...] = (), **sizes: Any) -> None:
     """A use of this scope that needed these records, as `chat` would note it."""
     engine = memory._engine
-    given = {"id": f"t{time.monotonic_ns()}", "system": 50, "core": 0, "message": 10, "reply": 20, **sizes}
+    given: dict[str, Any] = {"id": f"t{time.monotonic_ns()}", "system": 50, "core": 0, "message": 10, "reply": 20}
+    given |= sizes
     turn = Turn(at=engine.clock(), session=scope.session or "", recalled=needed, used=used, **given)
     usage = Usage(input_tokens=300, cached_tokens=sizes.get("core", 0) + 50, output_tokens=20, total_s=0.1)
     engine.ledger.note("chat", "scripted:test", scope, usage, turn=turn)

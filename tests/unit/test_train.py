@@ -357,6 +357,7 @@ def test_a_run_that_gave_way_amid_its_steps_ends_with_the_same_bytes(
         asked += 1
         return asked == fires
 
+    resumed = None
     while attempts < 60:
         attempts += 1
         asked, fires = 0, 15 + 4 * attempts  # later each time, so that it comes to an end
@@ -370,6 +371,7 @@ def test_a_run_that_gave_way_amid_its_steps_ends_with_the_same_bytes(
             break
     assert attempts > 3
     assert cut > 2
+    assert resumed is not None
     assert resumed.losses == whole.losses
     assert save(tmp_path / "resumed", resumed.lora) == save(tmp_path / "whole", whole.lora)
 
