@@ -6,8 +6,10 @@ background.py waits for it, chat.py marks its turns.
 
 from __future__ import annotations
 
+import os
 import threading
 import time
+import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
@@ -22,6 +24,7 @@ class Activity:
         self._changed = threading.Condition()
         self._turns = 0
         self._last = now()
+        _OPEN.add(self)
 
     @contextmanager
     def chatting(self) -> Generator[None]:
@@ -34,7 +37,7 @@ class Activity:
             yield
         finally:
             with self._changed:
-                self._turns -= 1
+                self._turns = max(0, self._turns - 1)  # a child that was forked in a turn began with none
                 self._last = self._now()
                 self._changed.notify_all()
 
@@ -60,3 +63,20 @@ class Activity:
         """Sleep until a turn is under way (``busy``) or none is, at most ``timeout`` seconds; whether it came so."""
         with self._changed:
             return self._changed.wait_for(lambda: self.busy() is busy, timeout)
+
+    def renew_lock(self) -> None:
+        """For a forked child: the threads that held the lock, or were in a turn, do not exist there."""
+        self._changed = threading.Condition()
+        self._turns = 0
+
+
+_OPEN: weakref.WeakSet[Activity] = weakref.WeakSet()
+
+
+def _after_fork_in_child() -> None:
+    for activity in list(_OPEN):
+        activity.renew_lock()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_after_fork_in_child)

@@ -122,6 +122,7 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
 
 def _consolidate(args: argparse.Namespace) -> int:
     with _folder(args) as engine:
+        _modelled(engine)
         flow = consolidate.consolidate(engine, _scope(args), dry_run=args.dry_run, budget=_budget(args))
         plan = run(flow)
         _say(str(plan))
@@ -135,6 +136,7 @@ def _made(plan: ConsolidationPlan) -> list[Outcome]:
 
 def _worker(args: argparse.Namespace) -> int:
     with _folder(args) as engine, _signals() as came:
+        _modelled(engine)
         settings = engine.settings
         idle_s, every_s = args.idle, args.every
         if not args.once and idle_s is None and every_s is None:
@@ -294,6 +296,12 @@ def _folder(args: argparse.Namespace) -> Generator[Engine]:
         yield engine
     finally:
         engine.close()
+
+
+def _modelled(engine: Engine) -> None:
+    """Without the model that the folder's chats run on nothing can be planned, and nobody would be told."""
+    if engine.provider is None:
+        raise ConfigError("no model is named: give the one that the chats run on, with --model or in agentmem.toml")
 
 
 @contextlib.contextmanager

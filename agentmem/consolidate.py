@@ -11,7 +11,7 @@ import itertools
 import json
 import logging
 import math
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -83,10 +83,17 @@ def consolidate(
         while todo and not stop():
             move = todo.pop(0)
             tried.add(move.key)
-            outcome = yield from make(engine, move, stop=stop, owner=owner, facts=planned.facts.get(move.key))
+            outcome = yield from make(
+                engine,
+                move,
+                stop=stop,
+                owner=owner,
+                facts=planned.facts.get(move.key),
+                again=move.kind in _AGAIN,
+            )
             if outcome is None:
                 continue
-            made.append(outcome)
+            made = [*(one for one in made if one.move.key != move.key), outcome]  # it may have been interrupted before
             limit = _rest(limit, outcome)
             if outcome.state == "queued":
                 todo.insert(0, move)
@@ -105,9 +112,10 @@ def consolidate(
         if scope == Scope():
             _note_planned(engine, begun)
     now = {outcome.move.key for outcome in made}
+    made.sort(key=lambda outcome: outcome.state == "queued")  # what was given up is told behind what was made
     earlier = _measured(engine, scope, jobs, seen)
     return ConsolidationPlan(
-        moves=tuple(outcome.move for outcome in made),
+        moves=tuple(outcome.move for outcome in made if outcome.state != "queued"),
         left=tuple(dict.fromkeys(left)),
         outcomes=(*made, *(outcome for outcome in earlier if outcome.move.key not in now)),
         costs=planned.costs,
@@ -199,11 +207,11 @@ def _rest(budget: Budget | None, outcome: Outcome) -> Budget | None:
     """What is left once this was spent; a move may cost more than was expected, then nothing is."""
     if budget is None:
         return None
-    move, cost = outcome.move, outcome.cost or 0.0
+    move, cost, made = outcome.move, outcome.cost or 0.0, outcome.state == "done"
     return Budget(
         seconds=_less(budget.seconds, cost if move.unit == "seconds" else 0.0),
         dollars=_less(budget.dollars, cost if move.unit == "dollars" else 0.0),
-        bytes=None if budget.bytes is None else max(0, budget.bytes - max(0, move.bytes)),
+        bytes=None if budget.bytes is None else max(0, budget.bytes - (max(0, move.bytes) if made else 0)),
     )
 
 
@@ -224,26 +232,48 @@ def _measured(engine: Engine, scope: Scope, jobs: Jobs, seen: Ledgered) -> tuple
     found = jobs.jobs(scope, limit=TOLD)
     later: dict[tuple[Scope, bool], float] = {}
     told: list[Outcome] = []
+    since = _since(engine, found)
     for job in found:  # the newest first: what a later one of its kind saves is not the earlier one's
         outcome = job.told()
         if job.state == "done":
             kind = (job.move.scope, job.move.kind in _HEADS)
             tokens = seen.heads.get(job.move.scope) or seen.owners.get(job.move.scope)
             until = later.get(kind) if kind[1] else None
-            outcome = _saved(engine, job, outcome, {} if tokens is None else tokens.tokens, until=until)
+            turns = [one for one in since[job.move.scope] if one[0]["at"] >= job.at]
+            outcome = _saved(job, outcome, turns, {} if tokens is None else tokens.tokens, until=until)
             if kind[1]:
                 later.setdefault(kind, job.at)
         told.append(outcome)
     return tuple(told)
 
 
+#: A use, and the turn that it was of.
+_Use = tuple[Any, dict[str, Any]]
+
+
+def _since(engine: Engine, jobs: Sequence[Job]) -> dict[Scope, list[_Use]]:
+    """By scope, the requests since the oldest of these moves that was made: each is read once."""
+    made = [job for job in jobs if job.state == "done"]
+    first = {job.move.scope: job.at for job in sorted(made, key=lambda job: -job.at)}
+    return {
+        scope: [
+            (row, turn)
+            for row in snapshots.requests_since(engine, scope, at)
+            if isinstance(turn := json.loads(row["turn"]), dict)
+        ]
+        for scope, at in first.items()
+    }
+
+
 _HEADS = ("collapse", "shrink")
 _SAVING = (*_HEADS, "learn", "prime", "distil")
 
 
-def _saved(engine: Engine, job: Job, outcome: Outcome, tokens: Mapping[str, int], *, until: float | None) -> Outcome:
-    """The outcome with what the move saved over the requests since, at the prices that it was planned with, beside what
-    was expected of as many requests.
+def _saved(
+    job: Job, outcome: Outcome, turns: Sequence[_Use], tokens: Mapping[str, int], *, until: float | None
+) -> Outcome:
+    """The outcome with what the move saved over the ``turns`` since, at the prices that it was planned with, beside
+    what was expected of as many requests.
 
     Of a core block: the records that searches named and that stand in it now and did not before, which would have been
     recalled uncached; less those that were recalled because they stand in it no longer, and less the tokens by which it
@@ -254,8 +284,7 @@ def _saved(engine: Engine, job: Job, outcome: Outcome, tokens: Mapping[str, int]
     facts, move = job.facts, job.move
     if not {"prefill", "cached", "a request"} <= set(facts) or move.kind not in _SAVING:
         return outcome
-    rows = [row for row in snapshots.requests_since(engine, move.scope, job.at) if until is None or row["at"] < until]
-    turns = [(row, turn) for row in rows if isinstance(turn := json.loads(row["turn"]), dict)]
+    turns = [one for one in turns if until is None or one[0]["at"] < until]
     if turns and move.kind in _HEADS:  # until a chat rewrote the block: what follows is not this move's
         stood = turns[0][1].get("core")
         turns = list(itertools.takewhile(lambda one: one[1].get("core") == stood, turns))
@@ -313,7 +342,7 @@ def _state(engine: Engine) -> dict[str, float]:
     """How far the folder has come, in numbers that only what is planned from moves."""
     [row] = engine.database.query(
         "SELECT (SELECT coalesce(max(id), 0) FROM uses WHERE verb = 'chat') AS uses,"
-        " (SELECT coalesce(max(at), 0) FROM uses WHERE verb = 'chat') AS last,"
+        " coalesce((SELECT at FROM uses WHERE verb = 'chat' ORDER BY id DESC LIMIT 1), 0) AS last,"
         " (SELECT coalesce(max(change), 0) FROM changes) AS changes,"
         " (SELECT count(*) FROM jobs WHERE kind = 'retrain' AND state = 'queued') AS owed"
     )

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 from . import economics, prompt
 from .activation.layout_state import store, stored
 from .engine import Engine
-from .ledger.uses import beneath
+from .ledger.uses import HAS_TURN, beneath
 from .plaintext.drafts import utc_seconds
 from .planner.collapse import Account
 from .types import Record, Scope
@@ -73,10 +73,10 @@ def tokens(engine: Engine, records: Sequence[Record]) -> int:
 
 
 def standing(engine: Engine, scope: Scope) -> list[Record] | None:
-    """The core block as it stands, in its order; empty where there is none. None where one of its records was forgotten
-    since: nothing behind it is cached then, and it has to be chosen anew."""
+    """The core block as it stands, in its order; empty where there is none. None where it has to be chosen anew: one of
+    its records was forgotten since, and nothing behind it is cached then, or holds no longer."""
     found = _row(engine, scope)
-    return None if found is None else found[0]
+    return None if found is None or _ended(engine, found[0]) else found[0]
 
 
 def _row(engine: Engine, scope: Scope) -> tuple[list[Record], int | None] | None:
@@ -284,7 +284,7 @@ def _past(engine: Engine, scope: Scope) -> list[_Past]:
     """The newest turns of this scope, oldest first."""
     where, values = beneath(scope)
     rows = engine.database.query(
-        f"SELECT at, turn FROM uses WHERE {where} AND verb = 'chat' AND turn IS NOT NULL ORDER BY id DESC LIMIT ?",
+        f"SELECT at, turn FROM uses WHERE {where} AND verb = 'chat' AND {HAS_TURN} ORDER BY id DESC LIMIT ?",
         (*values, TURNS_SEEN),
     )
     found: list[_Past] = []

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from . import cores, prompt
+from . import cores, planning, prompt
 from .activation.trained import base_of
 from .engine import Engine
 from .errors import ConfigError, InvalidInput, NotFound
@@ -61,7 +61,7 @@ def _distil(
 
     tensors = model_of(engine)
     pages = _pages(engine, scope)
-    records = cores.core(engine, scope, None, frozenset(), new_session=True)
+    records = _core(engine, scope)
     if not records:
         raise InvalidInput(
             f"{scope} has no core block yet: there are too few records that its prompts would begin with"
@@ -114,6 +114,13 @@ def _distil(
         gate=report,
         cpu_seconds=trained.cpu_seconds,
     )
+
+
+def _core(engine: Engine, scope: Scope) -> list[Record]:
+    """The core block that the next session begins with: where prompts are laid out by cost the one that stands, which
+    only a collapse rewrites; chosen now where there is none."""
+    stands = None if planning.planned(engine, scope) is None else cores.standing(engine, scope)
+    return stands or cores.core(engine, scope, None, frozenset(), new_session=True)
 
 
 def prefixes(engine: Engine, scope: Scope) -> list[TrainedPrefix]:

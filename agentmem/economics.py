@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from .cache_rules import CacheRules, Lifetime
 from .engine import Engine
 from .ledger.costs import YEAR_S, input_price
+from .ledger.uses import NEWEST as AMONG
 from .planner.values import Costs
 
 if TYPE_CHECKING:
@@ -80,7 +81,7 @@ def local_rules(engine: Engine) -> CacheRules | None:
 def _measured(engine: Engine, model: str) -> Costs:
     rows = engine.database.query(
         "SELECT input, cached, written, output, first_s, total_s FROM uses WHERE model = ?"
-        " AND verb IN ('chat', 'prime') AND first_s IS NOT NULL AND input > 0 ORDER BY id DESC LIMIT ?",
+        f" AND verb IN ('chat', 'prime') AND first_s IS NOT NULL AND input > 0 AND {AMONG} ORDER BY id DESC LIMIT ?",
         (model, NEWEST),
     )
     uses = [tuple(float(value) for value in row) for row in rows]
@@ -122,7 +123,8 @@ def regressed(uses: Sequence[tuple[float, ...]]) -> dict[str, float]:
     ``prefill`` and ``cached`` hold what attending to the token costs through an answer of the mean length.
     """
     computed = sum(use[0] - use[1] for use in uses)
-    pace = sum(use[4] for use in uses) / computed if computed > 0 else TOKEN_S
+    waited = sum(use[4] for use in uses)  # 0 where a server says no time of what it had cached
+    pace = waited / computed if computed > 0 and waited > 0 else TOKEN_S
     answers = [use[3] for use in uses if use[3] > 0]
     answer = sum(answers) / len(answers) if answers else ANSWER
     beyond = sum(max(use[5] - use[4], 0.0) for use in uses)
@@ -215,7 +217,7 @@ def _lora(engine: Engine, model: str, found: dict[str, float]) -> tuple[float, s
     """Seconds that active LoRA versions add to a request beside what its tokens explain."""
     rows = engine.database.query(
         "SELECT input, cached, output, total_s FROM uses WHERE model = ? AND verb = 'chat' AND loras IS NOT NULL"
-        " ORDER BY id DESC LIMIT ?",
+        f" AND {AMONG} ORDER BY id DESC LIMIT ?",
         (model, NEWEST),
     )
     if len(rows) < MEASURED_USES:

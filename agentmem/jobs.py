@@ -75,8 +75,9 @@ class Jobs:
         self._database = database
         self._clock = clock
 
-    def take(self, move: Move, owner: str, lease_s: float = LEASE_S) -> bool:
-        """Make ``owner`` the one who makes this move; False where another is at it, or it is to be left alone.
+    def take(self, move: Move, owner: str, lease_s: float = LEASE_S, *, again: bool = True) -> bool:
+        """Make ``owner`` the one who makes this move; False where another is at it, or it is to be left alone; without
+        ``again`` also where it was made already, as by another process since it was planned.
 
         Of all processes and threads that ask at once one gets it: the row is read and written under the write lock.
         """
@@ -91,6 +92,8 @@ class Jobs:
                 if row["state"] == "running" and not self._lapsed(note, now):
                     return False
                 if row["state"] == "failed" and not _again(row["tries"], row["at"], now):
+                    return False
+                if row["state"] == "done" and not again:
                     return False
                 tries = row["tries"] if row["state"] in ("failed", "running", "queued") else 0
             connection.execute(
@@ -172,8 +175,8 @@ class Jobs:
                 ),
             )
             connection.execute(
-                "DELETE FROM jobs WHERE kind = ? AND state IN ('done', 'skipped') AND id <= (SELECT id FROM jobs"
-                " WHERE kind = ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
+                "DELETE FROM jobs WHERE kind = ? AND state IN ('done', 'skipped', 'failed') AND id <="
+                " (SELECT id FROM jobs WHERE kind = ? ORDER BY id DESC LIMIT 1 OFFSET ?)",
                 (MOVE, MOVE, KEPT),
             )
         return True

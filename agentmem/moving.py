@@ -61,16 +61,17 @@ def make(
     stop: Stop = lambda: False,
     owner: str | None = None,
     facts: dict[str, float] | None = None,
+    again: bool = True,
 ) -> Flow[Outcome | None]:
     """Make this move; None where another process or thread is at it, or it is to be left alone.
 
     What fails is an outcome, not an exception: the other moves go on. Once ``stop`` says true the work ends soon and
     the outcome is ``queued``: the next call takes it up. Given up from outside (Ctrl-C, a cancelled task), the lease is
-    given back. ``facts`` are numbers to be kept with it.
+    given back. ``facts`` are numbers to be kept with it. Without ``again`` a move that was made already is left alone.
     """
     jobs = Jobs(engine.database, engine.clock)
     owner = owner or Jobs.owner()
-    if not jobs.take(move, owner):
+    if not jobs.take(move, owner, again=again):
         return None
     begun, last = time.process_time(), _last_use(engine)
     done = _Made()

@@ -153,7 +153,7 @@ def core_of(
     if plan is None or layout is None:
         fresh = not engine.records.count_turns(conversation.session)
         return Core(cores.core(engine, conversation.scope, None, present, new_session=fresh))
-    cold = layout.cold or stands is None  # a record of it is gone: what stood behind it can't be read
+    cold = layout.cold or stands is None  # a record of it is gone or ended: what stood behind it is not read again
     if hits is None and not cold:
         return Core(stands or [])
     scope, rules = conversation.scope, plan.rules
@@ -194,7 +194,9 @@ def core_of(
         ).chosen
     chosen = cores.collapse(engine, scope, [record.id for record in new.records])
     conversation.reviewed = None
-    why = "nothing behind it was cached" if cold else f"{amount(before.carried, economics.costs(engine).unit)} carried"
+    why = f"{amount(before.carried, economics.costs(engine).unit)} carried"
+    if cold:
+        why = "one of its records holds no longer" if stands is None else "nothing behind it was cached"
     return Core(chosen, Account(since=engine.clock()), f"the core was rewritten: {why}")
 
 

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from . import cores, extraction, planning, prompt
 from .economics import costs as costs_of
 from .engine import Engine
-from .ledger.uses import LISTED, beneath
+from .ledger.uses import HAS_TURN, LISTED, beneath
 from .plaintext.drafts import utc_seconds
 from .plaintext.salience import PRIOR_TURNS
 from .planner.places import MOST_DAYS
@@ -31,8 +31,6 @@ __all__ = ["Seen", "ledgered", "requests_since", "scopes", "snapshot"]
 WEIGHED = 500
 #: A session without a word for so many seconds has ended.
 ENDED_S = 1800.0
-#: Turns of the ledger that are read at most, the newest.
-TURNS = 20_000
 #: Unread turns are counted up to here; tokens that reading one takes with its instructions, and writing what it says.
 UNREAD = 1000
 EXTRACT_TOKENS, ANSWER_TOKENS = 700.0, 40.0
@@ -118,9 +116,9 @@ def ledgered(engine: Engine, scope: Scope) -> Ledgered:
     """Read the ledger once for all plans beneath ``scope``. A hundred microseconds for ten requests."""
     sql, values = beneath(scope)
     rows = engine.database.query(
-        f"SELECT at, tenant, user, agent, session, input, cached, turn FROM uses WHERE {sql} AND turn IS NOT NULL"
-        " ORDER BY id DESC LIMIT ?",
-        (*values, TURNS),
+        f"SELECT at, tenant, user, agent, session, input, cached, turn FROM uses WHERE {sql} AND {HAS_TURN}"
+        " ORDER BY id DESC",
+        values,
     )
     named = _heads(engine, scope)
     found = Ledgered()
@@ -455,7 +453,7 @@ def requests_since(engine: Engine, scope: Scope, at: float) -> Iterable[Any]:
     uncached_money, turn, loras)."""
     sql, values = beneath(scope, since=at)
     return engine.database.query(
-        f"SELECT at, input, cached, money, uncached_money, turn, loras FROM uses WHERE {sql} AND turn IS NOT NULL"
-        " ORDER BY id LIMIT ?",
-        (*values, TURNS),
+        f"SELECT at, input, cached, money, uncached_money, turn, loras FROM uses WHERE {sql} AND {HAS_TURN}"
+        " ORDER BY id",
+        values,
     )

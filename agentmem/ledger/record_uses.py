@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 
 from ..types import Scope, Value
-from .uses import Ledger, beneath
+from .uses import HAS_TURN, Ledger, beneath
 
 __all__ = ["RecordUses", "record_uses"]
 
@@ -49,12 +49,10 @@ def record_uses(ledger: Ledger, record: str, scope: Scope, versions: tuple[str, 
     query = ledger.database.query
     shown = query("SELECT model, times, at FROM shown WHERE record = ? ORDER BY times DESC, model", (record,))
     sql, values = beneath(scope)
-    requests = query(f"SELECT COUNT(*) FROM uses WHERE {sql} AND turn IS NOT NULL", values)[0][0]
+    requests = query(f"SELECT COUNT(*) FROM uses WHERE {sql} AND {HAS_TURN}", values)[0][0]
     recalled = recalled_tokens = used = 0
     # Few of many turns name it: they are found by its id before anything is parsed.
-    for row in query(
-        f"SELECT turn FROM uses WHERE {sql} AND turn IS NOT NULL AND instr(turn, ?) > 0", (*values, record)
-    ):
+    for row in query(f"SELECT turn FROM uses WHERE {sql} AND {HAS_TURN} AND instr(turn, ?) > 0", (*values, record)):
         try:
             turn = json.loads(row["turn"])
         except ValueError:

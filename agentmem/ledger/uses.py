@@ -21,7 +21,7 @@ from .costs import LocalCosts, price
 if TYPE_CHECKING:
     from ..activation.turns import Turn
 
-__all__ = ["LISTED", "Ledger", "beneath", "read_turns"]
+__all__ = ["HAS_TURN", "LISTED", "NEWEST", "Ledger", "beneath", "read_turns"]
 
 _log = logging.getLogger("agentmem")
 
@@ -29,6 +29,10 @@ _log = logging.getLogger("agentmem")
 LISTED = "SELECT value FROM json_each(?)"
 #: Uses whose turn is kept, newest first: what layouts are learnt from and what is replayed. Sums need none.
 TURNS_KEPT = 20_000
+#: The conditions on ``uses`` for the newest of them, and for those whose turn is kept: a ledger of millions of uses is
+#: not read through where few or none of them match.
+NEWEST = f"id > (SELECT max(id) FROM uses) - {TURNS_KEPT}"
+HAS_TURN = f"turn IS NOT NULL AND {NEWEST}"
 
 
 class Ledger:

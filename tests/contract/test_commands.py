@@ -113,6 +113,11 @@ def test_verify_fails_where_something_is_damaged(folder: str, capsys: pytest.Cap
     assert "1 problems" in capsys.readouterr().out
 
 
+def test_without_a_model_nothing_seems_to_be_consolidated(folder: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for command in ("consolidate", "worker"):
+        assert "ConfigError: no model" in said(capsys, command, "--path", folder, code=2)
+
+
 def test_a_folder_that_is_not_there_is_not_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for command in ("consolidate", "worker", "jobs", "report", "verify"):
         error = said(capsys, command, "--path", str(tmp_path / "no"), code=2)

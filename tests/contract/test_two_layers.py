@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from agentmem import Memory
+from agentmem import Memory, cores, distilling
 from agentmem.provider import Capabilities, Request
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import Usage
@@ -237,3 +237,34 @@ def test_a_collapse_leaves_memory_the_same_to_every_search(talk: Core) -> None:
         assert cores.account(engine, scope).carried == 0
         assert [[(hit.record.id, hit.score) for hit in talk.ana.search(text, k=8)] for text in ASKED] == before
         assert talk.memory.verify().ok
+
+
+def test_what_holds_no_longer_stands_in_no_core(tmp_path: Path) -> None:
+    clock = FakeClock()
+    provider = Here()
+    with opened(tmp_path / "m", provider, clock) as memory:
+        ana = memory.scope(user="ana")
+        porto, *_ = ana.add(["My sister lives in Porto with her dog.", "I am allergic to peanuts."])
+        for _ in range(4):
+            ana.chat("Where does my sister live with her dog?", remember=False)
+            clock.advance(60)
+        cores.collapse(memory._engine, ana._scope, [porto.id])
+        ana.chat("Good morning!", remember=False)
+        assert porto.text in " ".join(text for _, text in stable(provider.requests[-1]))
+        ana.add("My sister lives in Lisbon now.", supersedes=porto.id)
+        clock.advance(60)
+        reply = ana.chat("Good evening!", remember=False)
+        assert porto.text not in " ".join(text for _, text in stable(provider.requests[-1]))
+        assert reply.facts is not None
+        assert "holds no longer" in reply.facts.decided
+
+
+def test_distilling_a_head_rewrites_no_core(tmp_path: Path) -> None:
+    with opened(tmp_path / "m") as memory:
+        ana = memory.scope(user="ana")
+        porto, *_ = ana.add(["My sister lives in Porto with her dog."])
+        ana.chat("Where does my sister live?", remember=False)
+        cores.collapse(memory._engine, ana._scope, [porto.id])
+        ana.add([f"I always like thing number {number} of mine." for number in range(40)])
+        assert [record.id for record in distilling._core(memory._engine, ana._scope)] == [porto.id]
+        assert [record.id for record in cores.standing(memory._engine, ana._scope) or ()] == [porto.id]

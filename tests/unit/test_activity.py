@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 
 import pytest
@@ -88,3 +89,14 @@ def test_turns_of_many_threads_are_all_counted() -> None:
     for thread in threads:
         thread.join()
     assert not activity.busy()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+def test_a_forked_child_knows_of_no_turn_of_its_parent_and_waits_for_no_lock() -> None:
+    activity = Activity()
+    with activity.chatting(), activity._changed:
+        child = os.fork()
+        if child == 0:
+            free = activity._changed.acquire(timeout=10)
+            os._exit(0 if free and not activity.busy() else 1)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

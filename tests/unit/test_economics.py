@@ -86,6 +86,11 @@ def test_a_prior_is_called_one_until_enough_was_measured(memory: Memory) -> None
         assert rules.minimum == engine.settings.page_tokens
 
 
+def test_a_server_that_tells_no_waiting_time_leaves_the_prior() -> None:
+    found = regressed([(100.0, 0.0, 0.0, 10.0, 0.0, 0.0)] * 20)
+    assert found["prefill"] > found["cached"] > 0
+
+
 def test_an_engine_that_keeps_nothing_for_us_has_no_rules(tmp_path: Path) -> None:
     for can in (
         Capabilities(chat=True, kv="auto", context_tokens=8192),

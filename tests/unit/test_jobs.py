@@ -136,6 +136,26 @@ def test_the_lease_is_renewed_while_the_work_goes_on(tmp_path: Path) -> None:
         assert not jobs.take(a_move(), elsewhere(2))
 
 
+def test_what_another_made_since_it_was_planned_is_not_made_again(jobs: Jobs, clock: FakeClock) -> None:
+    move = a_move()
+    assert jobs.take(move, elsewhere(1), again=False)
+    assert jobs.done(Outcome(move=move, state="done", at=clock()), elsewhere(1))
+    assert not jobs.take(move, elsewhere(2), again=False)
+    assert [outcome.state for outcome in jobs.outcomes()] == ["done"]
+    assert jobs.take(move, elsewhere(2))  # work that may be left in part
+
+
+def test_moves_that_failed_are_not_kept_for_ever_either(
+    jobs: Jobs, clock: FakeClock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("agentmem.jobs.KEPT", 5)
+    for number in range(20):
+        move = a_move(str(number))
+        assert jobs.take(move, elsewhere(1))
+        assert jobs.done(Outcome(move=move, state="failed", at=clock()), elsewhere(1))
+    assert len(jobs.outcomes()) == 5
+
+
 def _take_many(folder: str, number: int, connection: Any) -> None:
     jobs = Jobs(Database(f"{folder}/memory.db"), time.time)
     connection.send("ready")
