@@ -67,7 +67,9 @@ def explain(group: Group, snapshot: Snapshot) -> Verdict:
     costs: dict[State, float] = {
         state: cost + (0.0 if state in group.where else bringing[state] / holds) for state, cost in running.items()
     }
-    allowed: dict[State, float] = {state: cost for state, cost in costs.items() if state != "lora" or not _untaught(group)}
+    allowed: dict[State, float] = {
+        state: cost for state, cost in costs.items() if state != "lora" or not _untaught(group)
+    }
     cheapest: State = min(allowed, key=lambda state: (allowed[state], places.PLACES.index(state)))
     here = costs.get(place, math.inf)
     # What stays put is what the plan leaves: another place must be cheaper by the hysteresis.
