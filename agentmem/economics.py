@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import statistics
 from typing import TYPE_CHECKING, Any
 
 from .cache_rules import CacheRules, Lifetime
@@ -17,7 +18,7 @@ from .ledger.uses import NEWEST as AMONG
 from .planner.values import Costs
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     import numpy as np
     import numpy.typing as npt
@@ -37,6 +38,9 @@ TOKEN_S, LOAD, ATTEND, KEEP = 2e-3, 0.01, 3e-4, 0.03
 ANSWER, ANSWER_TOKEN_S = 64.0, 1e-2
 #: Before anything was trained, in prompt tokens: teaching one record, distilling one token of a head.
 LEARN, DISTIL = 20_000.0, 300.0
+#: Times the usual time of its tokens that a use may have taken: a machine that slept, swapped or loaded a model in the
+#: meantime says nothing of what a token costs, while prompts of all lengths and a busy processor stay well below it.
+HELD_UP = 10.0
 #: Dollars of an uncached prompt token where no price list names the model: a small hosted model's in late 2026.
 UNPRICED = 2.5e-7
 
@@ -120,23 +124,34 @@ def regressed(uses: Sequence[tuple[float, ...]]) -> dict[str, float]:
     Ridge regression towards the prior, no coefficient below 0: the time to the first token on (computed tokens, cached
     tokens), the rest on (tokens of the answer, those times the tokens attended to, tokens written to the cache). Each
     use counts relative to its size, so that one long prompt does not outweigh all short ones.
-    ``prefill`` and ``cached`` hold what attending to the token costs through an answer of the mean length.
+    ``prefill`` and ``cached`` hold what attending to the token costs through an answer of the mean length. A time of
+    more than `HELD_UP` times the usual is left out: least squares would follow the one use in a hundred that it is of.
     """
-    computed = sum(use[0] - use[1] for use in uses)
-    waited = sum(use[4] for use in uses)  # 0 where a server says no time of what it had cached
-    pace = waited / computed if computed > 0 and waited > 0 else TOKEN_S
-    answers = [use[3] for use in uses if use[3] > 0]
-    answer = sum(answers) / len(answers) if answers else ANSWER
-    beyond = sum(max(use[5] - use[4], 0.0) for use in uses)
-    token = beyond / sum(answers) if answers else ANSWER_TOKEN_S
+    waits = [((use[0] - use[1], use[1]), use[4]) for use in uses]
+    usual = _usual((wait, new + LOAD * cached) for (new, cached), wait in waits)
+    # Loading a token takes no longer than computing it, so a slow cache is not taken for a use that was held up.
+    waits = [row for row in waits if not usual or row[1] <= HELD_UP * usual * sum(row[0])]
+    pace = usual or TOKEN_S  # a server may say no time at all
     load, attend, keep = LOAD * pace, ATTEND * pace, KEEP * pace
-    if uses:
-        first = [((use[0] - use[1], use[1]), use[4]) for use in uses]
-        pace, load = _ridge(first, (pace, load))
-        after = [((use[3], use[3] * use[0], use[2]), max(use[5] - use[4], 0.0)) for use in uses]
-        token, attend, keep = _ridge(after, (token, attend, keep))
+    if waits:
+        pace, load = _ridge(waits, (pace, load))
+    rests = [((use[3], use[3] * use[0], use[2]), max(use[5] - use[4], 0.0)) for use in uses]
+    usual = _usual((rest, output) for (output, _, _), rest in rests)
+    rests = [row for row in rests if not usual or row[1] <= HELD_UP * (usual * row[0][0] + pace * row[0][2])]
+    answers = [row[0] for row, _ in rests if row[0] > 0]
+    answer = sum(answers) / len(answers) if answers else ANSWER
+    token = sum(rest for _, rest in rests) / sum(answers) if answers else ANSWER_TOKEN_S
+    if rests:
+        token, attend, keep = _ridge(rests, (token, attend, keep))
     attended = min(attend * answer, pace)
     return {"prefill": pace + attended, "cached": min(load, pace) + attended, "write": keep, "answer": token}
+
+
+def _usual(rows: Iterable[tuple[float, float]]) -> float:
+    """The median of seconds a token, of those that took any time (the lower of two middle ones: what goes wrong makes a
+    use slower); 0 where none did."""
+    paces = [seconds / tokens for seconds, tokens in rows if seconds > 0 and tokens > 0]
+    return statistics.median_low(paces) if paces else 0.0
 
 
 def _ridge(rows: Sequence[tuple[tuple[float, ...], float]], prior: tuple[float, ...]) -> tuple[float, ...]:

@@ -54,6 +54,23 @@ def test_a_few_uses_move_the_prior_and_no_cost_is_negative() -> None:
     assert regressed(ledger(1))["prefill"] == pytest.approx(PACE, rel=0.3)
 
 
+def test_a_use_that_was_held_up_makes_nothing_dearer() -> None:
+    usual = [(500.0, 300.0, 0.0, 20.0, 0.2, 0.5)] * 100
+    for slow in ((500.0, 300.0, 0.0, 20.0, 3600.0, 3600.3), (500.0, 300.0, 0.0, 20.0, 0.2, 3600.0)):
+        assert regressed([*usual, slow]) == pytest.approx(regressed(usual), rel=0.05)
+    for seed in range(5):  # a few in a hundred, in a ledger of all lengths
+        uses = ledger(100, seed)
+        held = [(*use[:4], use[4] + 900, use[5] + 1800) for use in ledger(5, seed)]
+        assert regressed([*uses, *held]) == pytest.approx(regressed(uses), rel=0.05)
+
+
+def test_a_cache_that_is_slow_to_load_is_measured_and_not_left_out() -> None:
+    waits = 30 * PACE + 5970 * PACE / 2
+    slow = [(6000.0, 5970.0, 0.0, 10.0, waits, waits + 0.12)] * 60
+    fresh = [(1000.0, 0.0, 0.0, 10.0, 1000 * PACE, 1000 * PACE + 0.12)] * 80
+    assert regressed([*fresh, *slow])["cached"] == pytest.approx(PACE / 2, rel=0.2)
+
+
 @pytest.fixture
 def memory(tmp_path: Path) -> Memory:
     here = Capabilities(chat=True, kv="tensors", context_tokens=8192, trains=True)
