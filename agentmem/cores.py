@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from . import economics, prompt
 from .activation.layout_state import store, stored
 from .engine import Engine
+from .errors import NotFound
 from .ledger.uses import HAS_TURN, beneath
 from .plaintext.drafts import utc_seconds
 from .planner.collapse import Account
@@ -92,15 +93,24 @@ def _row(engine: Engine, scope: Scope) -> tuple[list[Record], int | None] | None
     return (held, rows[0]["records"]) if len(held) == len(ids) else None
 
 
-def collapse(engine: Engine, scope: Scope, records: Sequence[str] | None = None) -> list[Record]:
+def collapse(
+    engine: Engine, scope: Scope, records: Sequence[str] | None = None, *, replaces: Sequence[str] | None = None
+) -> list[Record]:
     """Rewrite the block, in one transaction: of exactly these records if all still hold and are visible here, else of
-    what `candidate` chooses. Its account begins anew. Doing it twice is doing it once."""
+    what `candidate` chooses. Its account begins anew. Doing it twice is doing it once.
+
+    Raises `NotFound`, and changes nothing, where a block stands that is not of the records that it ``replaces``: it was
+    chosen since.
+    """
     chosen = engine.records.named(records, scope) if records is not None else []
     before = account(engine, scope)
     stood = _stands(engine, scope)
     if records is None or len(chosen) < len(records) or _ended(engine, chosen):
         chosen = candidate(engine, scope)
     with engine.database.write() as connection:
+        now = standing(engine, scope) if replaces is not None else None
+        if replaces is not None and now is not None and [record.id for record in now] != list(replaces):
+            raise NotFound("the core block is another one by now")
         _store(engine, connection, scope, chosen)
         stood += MOVES * (before.turns - stood) if before.turns else 0.0
         state = {**asdict(Account(since=engine.clock())), "stands": stood}

@@ -184,7 +184,8 @@ def _collapse(engine: Engine, move: Move) -> Flow[_Made]:
         before = [record.id for record in cores.standing(engine, move.scope) or ()]
         if before == list(move.records):
             return _Made("skipped", "it stands already")
-        cores.collapse(engine, move.scope, move.records)
+        # A chat may have collapsed it since the plan was made: what it chose is newer.
+        cores.collapse(engine, move.scope, move.records, replaces=move.replaces)
         return _Made(before=tuple(before))
 
     made: _Made = yield Work(work)

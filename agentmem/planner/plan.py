@@ -100,15 +100,16 @@ def _move(
     size: float = 0.0,
     why: str,
 ) -> Move:
-    ids = tuple(records)
+    ids, old = tuple(records), tuple(replaces)
     scope = [value for _, value in snapshot.scope.levels()]
     round_ = snapshot.latest if kind in AGAIN else ""
-    named = json.dumps([kind, scope, snapshot.model, ids, list(replaces), tokens if kind == "prime" else 0, round_])
+    named = json.dumps([kind, scope, snapshot.model, ids, old, tokens if kind == "prime" else 0, round_])
     return Move(
         key=hashlib.sha256(named.encode()).hexdigest()[:32],
         kind=kind,
         scope=snapshot.scope,
         records=ids,
+        replaces=old,
         tokens=tokens,
         unit=snapshot.costs.unit,
         cost=cost,

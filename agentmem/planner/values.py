@@ -207,13 +207,15 @@ class Move(Value):
     ``requests`` are those that ``saves`` counts on, a day, ``holds`` how many days the saving is expected to last
     (until a record of it is edited), ``pays_after`` how many days of use pay the cost back, None where nothing is saved
     (owed work). ``key`` names the move: the same work has the same key, so that it is done once. ``records`` are ids:
-    of records, of versions for ``retrain``, of sessions for ``seal``. ``why`` holds numbers and no text of a record.
+    of records, of versions for ``retrain``, of sessions for ``seal``; ``replaces`` those of the core block whose place
+    they are to take. ``why`` holds numbers and no text of a record.
     """
 
     key: str
     kind: Kind
     scope: Scope
     records: tuple[str, ...] = ()
+    replaces: tuple[str, ...] = ()
     tokens: int = 0
     unit: Unit = "seconds"
     cost: float = 0.0

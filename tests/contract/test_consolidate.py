@@ -15,6 +15,7 @@ import pytest
 from agentmem import AsyncMemory, ConsolidationPlan, InvalidInput, Memory, consolidate, cores, economics, snapshots
 from agentmem.flow import run
 from agentmem.jobs import Jobs
+from agentmem.moving import make
 from agentmem.planner.values import Costs
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import Scope
@@ -282,6 +283,21 @@ def test_what_was_saved_is_measured_and_near_what_was_expected(local: Memory, cl
     assert prime.expected
     assert prime.saved == pytest.approx(prime.expected, rel=0.3)
     assert "were expected" in str(prime.move.kind + str(local.consolidate(dry_run=True)))
+
+
+def test_a_plan_does_not_overwrite_the_core_that_a_chat_chose_since(local: Memory) -> None:
+    engine = local._engine
+    [move] = local.consolidate(dry_run=True).moves
+    assert move.replaces == ()
+    newer = [hit.record.id for hit in local.scope(user="ana").search("violin")]
+    assert newer != list(move.records)
+    cores.collapse(engine, ANA, newer)
+    outcome = run(make(engine, move))
+    assert outcome is not None
+    assert (outcome.state, outcome.note) == ("skipped", "the core block is another one by now")
+    assert [record.id for record in cores.standing(engine, ANA) or ()] == newer
+    cores.collapse(engine, ANA, move.records, replaces=newer)  # a plan that saw it may
+    assert [record.id for record in cores.standing(engine, ANA) or ()] == list(move.records)
 
 
 def test_states_that_went_are_primed_again(local: Memory, clock: FakeClock) -> None:
