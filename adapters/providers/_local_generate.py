@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from agentmem.activation.identity import digest
-from agentmem.errors import AgentMemError, InvalidInput, ProviderError, Rejected, Unavailable
+from agentmem.errors import InvalidInput, ProviderError, Rejected, Unavailable
 from agentmem.provider import Generation, LoraRef, Request
 from agentmem.types import Usage
 
@@ -238,8 +238,8 @@ class Engine:
             return ahead.seal()
         except Cancelled:
             return 0
-        except AgentMemError as error:
-            log.warning("the answer is read again with the next turn: %s", error)
+        except Exception as error:  # noqa: BLE001 - torch raises of any kind where memory runs out
+            log.warning("the answer is read again with the next turn: %s: %s", type(error).__name__, error)
             return 0
         finally:
             if ahead is not None:

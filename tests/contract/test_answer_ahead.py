@@ -177,6 +177,32 @@ def test_a_cancellation_or_a_template_that_refuses_loses_no_answer(
     assert "no such messages" in caplog.text
 
 
+@pytest.mark.parametrize("step", ["prefill", "seal"])
+@pytest.mark.parametrize("failure", [RuntimeError, MemoryError])
+def test_a_failure_of_torch_loses_no_answer(
+    failure: type[Exception],
+    step: str,
+    provider: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    engine = provider._ready()
+    with Stored(tmp_path / "cold", grid=64) as store:
+        wanted = provider.generate(asked(begun(), store)).text
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise failure("no room for so many states")
+
+    run = sys.modules[type(engine).__module__].Run
+    with monkeypatch.context() as patch, Stored(tmp_path / "failed", grid=64) as store:
+        interrupt(provider, patch, lambda: patch.setattr(run, step, fail))
+        assert provider.generate(asked(begun(), store)).text == wanted
+    assert f"{failure.__name__}: no room for so many states" in caplog.text
+    with Stored(tmp_path / "after", grid=64) as store:
+        assert provider.generate(asked(begun(), store)).text == wanted
+
+
 # -- in a memory -------------------------------------------------------------------------------------------------------
 
 
