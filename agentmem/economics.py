@@ -61,10 +61,10 @@ def costs(engine: Engine) -> Costs:
 
 
 def local_rules(engine: Engine) -> CacheRules | None:
-    """The prompt cache of an engine of one's own as `CacheRules`, its prices from `costs`; None where the engine keeps
-    no prefix for us (its own cache aside), or its window is not known."""
+    """The prompt cache of an engine of one's own as `CacheRules`, its prices from `costs`; None where its states are
+    not ours to keep (pages), or its window is not known."""
     capabilities = engine.chat_provider().capabilities
-    if capabilities.kv not in ("tensors", "slots") or engine.settings.page_budget == 0:
+    if capabilities.kv != "tensors" or engine.settings.page_budget == 0:
         return None
     if capabilities.holds_prefix_s is not None or capabilities.context_tokens is None:
         return None

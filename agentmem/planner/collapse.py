@@ -11,7 +11,8 @@ Theorem. Let ``c(i, j)`` be the carry of request i if the last collapse was befo
 more for a later j (a collapse takes up all that came before it), let ``K(i)`` be the rebuild before request i, and let
 all schedules pay the same for everything else. While K does not rise between two collapses of the rule, the rule pays
 at most twice what the best schedule in hindsight pays. Where K rises, it still does by whole bills, as long as K never
-rises by more than what all schedules paid since (a token that joins the prefix is paid in full once by each of them).
+rises by more than what all schedules pay meanwhile, the request to come included (a token that joins the prefix is paid
+in full once by each of them).
 
 Proof. Cut the trace where the rule collapses. In one piece it carries C, less than the least K before, and then pays
 K. Say it collapses before request i. A schedule that does not collapse in the piece carries C + c(i, j) at least, since
@@ -54,27 +55,29 @@ class Collapse:
     """The rule. It has no state: the account goes in and comes out."""
 
     @staticmethod
-    def due(account: Account, carry: float, rebuild: float, *, cold: bool = False) -> bool:
+    def due(account: Account, carry: float, rebuild: float, *, cold: bool = False, spent: float = 0.0) -> bool:
         """Whether to collapse before the request that is about to be sent.
 
         ``carry`` is what this request costs more with the core as it stands than with the one that would be chosen
         (negative: less), ``rebuild`` what a collapse before it costs more than that chosen core would if it stood there
-        already. ``cold``: nothing of the prefix is cached, so that it is written anew in any case; then it collapses
-        unless the chosen core would cost more than it spares. `InvalidInput` for numbers that are none.
+        already. ``spent`` is what the request will cost without its carry, as `note` is told of it. ``cold``: nothing
+        of the prefix is cached, so that it is written anew in any case; then it collapses unless the chosen core would
+        cost more than it spares. `InvalidInput` for numbers that are none.
         """
         _check(carry, rebuild)
         carried = account.carried + carry
         if cold or rebuild <= 0:
             return carried >= 0
-        return carried > 0 and carried >= Collapse.threshold(account, rebuild)
+        return carried > 0 and carried >= Collapse.threshold(account, rebuild, spent)
 
     @staticmethod
-    def threshold(account: Account, rebuild: float) -> float:
+    def threshold(account: Account, rebuild: float, spent: float = 0.0) -> float:
         """The carried cost at which a collapse is due: the cheapest rebuild since something is carried, if the rise
-        since then was paid for by other costs; else this one, less what they were."""
+        since then was paid for by other costs, with those of the request to come; else this one, less what they
+        were."""
         if account.least is None:
             return rebuild
-        return min(rebuild, max(account.least, rebuild - account.spent))
+        return min(rebuild, max(account.least, rebuild - account.spent - spent))
 
     @staticmethod
     def note(
