@@ -214,7 +214,7 @@ def _prepared(
         here = {record.id for record in stands or ()} if plan is not None else set()
         if plan is not None and plan.local:
             # Nobody has to be told again what was said a moment ago.
-            again = (present | here) - (_near(engine, history) if engine.records.count_turns(session) else set())
+            again = (present | here) - (_near(engine, history) if engine.records.has_turns(session) else set())
         hits, concerned, repeated = yield from recalled_for(
             engine, conversation, turn[0].content, present, noted, recall=recall, core=here, again=again
         )

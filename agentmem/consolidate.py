@@ -109,7 +109,8 @@ def consolidate(
             break
     if not stop():
         jobs.clear(scope)
-        if scope == Scope():
+        # What the budget had no room for is the next run's: the folder stays due.
+        if scope == Scope() and not left:
             _note_planned(engine, begun)
     now = {outcome.move.key for outcome in made}
     made.sort(key=lambda outcome: outcome.state == "queued")  # what was given up is told behind what was made
@@ -317,7 +318,8 @@ def _saved(
 
 def due(engine: Engine) -> bool:
     """Whether a consolidation of the whole folder may find something to do: a move was left half-way, a version waits
-    to be trained again, or there were chats or changes since the last plan. Takes a millisecond."""
+    to be trained again, or there were chats or changes since the last plan that left nothing beyond its budget. Takes a
+    millisecond."""
     if engine.provider is None or not engine.provider.capabilities.chat:
         return False
     try:

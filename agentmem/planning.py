@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from . import economics, prompt
 from .activation import layout_state
 from .activation.layout_state import store
+from .errors import AgentMemError
 from .plaintext.drafts import utc_seconds
 from .provider import CachePlan, Generation, Mark, Request
 from .tokens import PER_MESSAGE
@@ -400,27 +401,32 @@ def explained(
     core: Sequence[str],
     used: Sequence[str],
     decided: str,
-) -> TurnFacts:
-    """What `Reply.explain` tells of this request."""
-    costs = economics.costs(engine)
+) -> TurnFacts | None:
+    """What `Reply.explain` tells of this request; None where that fails, such as in a memory that was closed meanwhile:
+    the turn is stored by then, and its reply must not be lost."""
     cached, start = usage.cached_tokens, None if layout is None else layout.start
-    paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached + usage.written_tokens * costs.write
-    return TurnFacts(
-        system_tokens=sent.of("system"),
-        core_tokens=sent.of("core"),
-        history_tokens=0 if layout is None else layout.behind,
-        recalled_tokens=sum(tokens for _, tokens in sizes(engine, recalled)),
-        message_tokens=prompt.cost(turn, engine.count),
-        core=tuple(core),
-        used=tuple(used),
-        start=start,
-        folded=0 if start is None else engine.records.count_turns(session, before=start),
-        kept=layout is not None and layout.keep,
-        decided=decided,
-        unit=costs.unit,
-        cost=paid,
-        bare=usage.input_tokens * costs.prefill,
-    )
+    try:
+        costs = economics.costs(engine)
+        paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached
+        return TurnFacts(
+            system_tokens=sent.of("system"),
+            core_tokens=sent.of("core"),
+            history_tokens=0 if layout is None else layout.behind,
+            recalled_tokens=sum(tokens for _, tokens in sizes(engine, recalled)),
+            message_tokens=prompt.cost(turn, engine.count),
+            core=tuple(core),
+            used=tuple(used),
+            start=start,
+            folded=0 if start is None else engine.records.count_turns(session, before=start),
+            kept=layout is not None and layout.keep,
+            decided=decided,
+            unit=costs.unit,
+            cost=paid + usage.written_tokens * costs.write,
+            bare=usage.input_tokens * costs.prefill,
+        )
+    except AgentMemError as error:
+        _log.warning("what a request was made of could not be told: %s", error)
+        return None
 
 
 def _told(engine: Engine, turns: Sequence[Record], said: Sequence[Message]) -> list[tuple[str, str, int, float]]:

@@ -151,7 +151,7 @@ def core_of(
     if not engine.settings.core_tokens:
         return Core()
     if plan is None or layout is None:
-        fresh = not engine.records.count_turns(conversation.session)
+        fresh = not engine.records.has_turns(conversation.session)
         return Core(cores.core(engine, conversation.scope, None, present, new_session=fresh))
     cold = layout.cold or stands is None  # a record of it is gone or ended: what stood behind it is not read again
     if hits is None and not cold:

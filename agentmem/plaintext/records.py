@@ -222,6 +222,10 @@ class Records:
             self._database.query(f"SELECT count(*) FROM records WHERE {TURNS}{older}", [*levels(scope), *values])[0][0]
         )
 
+    def has_turns(self, scope: Scope) -> bool:
+        """Whether any turn of a chat lies exactly at ``scope``; reads one row, however long the chat is."""
+        return bool(self._database.query(f"SELECT 1 FROM records WHERE {TURNS} LIMIT 1", levels(scope)))
+
     def turns_from(self, session: Scope, start: str, *, carried: bool) -> builtins.list[Record]:
         """The turns of a session's chat from the record ``start`` on, in order. With ``carried`` those of the sessions
         beside it that lie between come first, as long as they are older than the session itself."""

@@ -150,6 +150,16 @@ def test_a_budget_bounds_what_is_made_and_the_rest_is_told(taught: Memory) -> No
     assert states(taught.consolidate(budget={"seconds": 1e6, "dollars": 0, "bytes": 1 << 40})) == [("learn", "done")]
 
 
+def test_what_a_budget_left_is_due_until_a_run_has_room_for_it(taught: Memory) -> None:
+    engine = taught._engine
+    [move] = taught.consolidate(budget={"seconds": 0.0}).left
+    assert consolidate.due(engine)
+    assert taught.consolidate(budget={"seconds": 0.0}).left == (move,)
+    assert consolidate.due(engine)
+    assert states(taught.consolidate(budget={"seconds": 1e6})) == [("learn", "done")]
+    assert not consolidate.due(engine)
+
+
 @pytest.mark.parametrize(
     "budget", [{"hours": 1}, {"seconds": -1}, {"seconds": True}, {"dollars": float("nan")}, [1], "much"]
 )

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from agentmem import AsyncMemory, InvalidInput, Memory, NotFound
+from agentmem import AsyncMemory, InvalidInput, Memory, NotFound, economics, planning
+from agentmem.errors import Locked
 from agentmem.ledger.record_uses import RecordUses
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import CacheUse, Hit, Record, Reply, TurnFacts, Usage
@@ -193,6 +194,31 @@ def test_a_reply_explains_itself() -> None:
     ):
         assert told in text
     assert str(reply) == "Biscuit."
+
+
+@pytest.mark.parametrize("closed", [True, False], ids=["closed", "can not be read"])
+def test_a_stored_turn_keeps_its_reply_where_it_can_not_be_told_what_it_was_made_of(
+    closed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Memory(tmp_path, model=ScriptedProvider(lambda _: "Hello Ana."), embedder="hash") as mem:
+        real = planning.explained
+
+        def interrupted(engine: Any, *given: Any, **more: Any) -> Any:
+            if closed:
+                engine.database.close()
+            else:
+                monkeypatch.setattr(economics, "costs", locked)
+            return real(engine, *given, **more)
+
+        def locked(_: Any) -> Any:
+            raise Locked("memory.db is locked")
+
+        monkeypatch.setattr(planning, "explained", interrupted)
+        reply = mem.scope(user="ana").chat("Hello, I am Ana.")
+    assert (reply.text, reply.facts) == ("Hello Ana.", None)
+    assert "could not be told" in caplog.text
+    with Memory(tmp_path, embedder="hash") as mem:
+        assert {record.id for record in mem.scope(user="ana").list()} == set(reply.records)
 
 
 def test_a_chat_fills_in_what_its_request_was_made_of() -> None:

@@ -123,7 +123,8 @@ def test_a_malformed_scope_is_refused_everywhere(value: Any, records: Records) -
     with pytest.raises(ScopeError):
         narrow(ROOT, user=value)
     scope = Scope.model_construct(tenant=None, user=value, agent=None, session=None)
-    for call in (check_scope, records.list, records.count, records.count_turns, records.ids, records.newest):
+    whole = (records.list, records.count, records.count_turns, records.has_turns, records.ids, records.newest)
+    for call in (check_scope, *whole):
         with pytest.raises(ScopeError):
             call(scope)
     for refused in (lambda: drafts("x", scope=scope), lambda: records.get(new_id(), scope)):
@@ -520,6 +521,27 @@ def test_the_end_of_a_long_conversation_is_found_by_an_index(records: Records, d
         f"EXPLAIN QUERY PLAN SELECT * FROM records WHERE {TURNS} ORDER BY seq DESC", ["", "ana", "", "s"]
     )
     assert "records_turns" in plan[0]["detail"]
+
+
+def test_whether_there_are_turns_is_told_of_this_very_scope_from_one_row(
+    records: Records, database: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = Scope(user="ana", session="s")
+    records.insert(drafts(["by hand"], scope=here))
+    records.insert(drafts(["elsewhere"], scope=Scope(user="ana", session="t"), source="chat"))
+    assert not records.has_turns(here)
+    records.insert(drafts([f"turn {n}" for n in range(9)], scope=here, source="chat"))
+    read: list[int] = []
+    real = database.query
+
+    def query(*given: Any) -> Any:
+        rows = real(*given)
+        read.append(len(rows))
+        return rows
+
+    monkeypatch.setattr(database, "query", query)
+    assert records.has_turns(here)
+    assert read == [1]
 
 
 @pytest.mark.parametrize("verb", ["delete", "named", "at_rows", "update"])
