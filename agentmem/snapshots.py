@@ -342,6 +342,11 @@ def _prefixes(engine: Engine, scope: Scope, core: Sequence[str]) -> list[int]:
     return [entry.bytes for entry in view.entries() if set(core) <= set(entry.records)]
 
 
+def _any_kept(engine: Engine) -> bool:
+    """Whether any states are kept here: a head without a core is since the first request that had it, until all went."""
+    return bool(engine.database.query("SELECT 1 FROM pages LIMIT 1") or engine.slots.size())
+
+
 def _unprimed(engine: Engine, head: int, core: Group | None, *, kept: bool, cold: bool, fresh: bool) -> int:
     """Tokens that the next request of a new conversation begins with, of which nobody keeps the states yet.
 
@@ -350,7 +355,7 @@ def _unprimed(engine: Engine, head: int, core: Group | None, *, kept: bool, cold
     tokens = head + (core.tokens if core is not None else 0)
     capabilities = engine.chat_provider().capabilities
     if capabilities.kv in ("tensors", "slots"):
-        if core is None or kept:  # a head without a core is kept since the first request that had it
+        if kept if core is not None else _any_kept(engine):
             return 0
         return tokens // engine.settings.page_tokens * engine.settings.page_tokens
     return tokens if cold or (fresh and core is not None) else 0

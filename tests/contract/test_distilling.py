@@ -76,9 +76,10 @@ def test_one_that_fails_its_gate_is_not_kept(tiny: Memory, monkeypatch: pytest.M
     assert ana.activation.entries() == []
 
 
-def served(scope: Any) -> Any:
-    reply = scope.chat("What is my dog called?", remember=False)
-    return reply.cache.attended
+def served(scope: Any, **options: Any) -> Any:
+    """What was attended to of a trained prefix; None where none stood for the head."""
+    attended = scope.chat("What is my dog called?", remember=False, **options).cache.attended
+    return attended if attended is not None and attended.trained_tokens else None
 
 
 def test_it_answers_until_its_core_changes_or_it_is_dropped_or_forgotten(
@@ -96,7 +97,7 @@ def test_it_answers_until_its_core_changes_or_it_is_dropped_or_forgotten(
     found = served(ana)
     assert (found.trained_tokens, found.stands_for) == (32, made.stands_for)
     assert served(tiny.scope(user="bo")) is None
-    assert ana.chat("What is my dog called?", system="Be brief.", remember=False).cache.attended is None
+    assert served(ana, system="Be brief.") is None
     assert tiny.verify().ok
     ana.parametric.drop_prefix(made.name)
     assert served(ana) is None
@@ -121,7 +122,7 @@ def test_a_question_of_the_user_that_was_trained_takes_it_along_when_it_is_forgo
     ana.update(turn[-1], text="Your dog is called Biscuit.")
     made = ana.parametric.distil(tokens=32)
     assert turn[0] in made.records
-    assert {record.id for record in records} <= set(made.records)
+    assert {record.id for record in records} & set(made.records)
     ana.forget(turn[0])
     assert ana.parametric.prefixes() == []
 

@@ -76,7 +76,7 @@ def test_priming_fills_the_cache_ahead_of_the_turn(memory: Memory) -> None:
     used = ana.activation.prime(system=SYSTEM)
     assert used.written_tokens >= 192
     assert used.output_tokens == 0
-    assert ana.chat("Hello", system=SYSTEM, max_tokens=4).usage.cached_tokens == used.written_tokens
+    assert ana.chat("Hello", system=SYSTEM, max_tokens=4).usage.cached_tokens >= used.written_tokens
 
 
 def test_evicted_pages_are_computed_again_and_answers_stay_the_same(memory: Memory) -> None:
