@@ -343,7 +343,7 @@ def _prefixes(engine: Engine, scope: Scope, core: Sequence[str]) -> list[int]:
 
 
 def _any_kept(engine: Engine) -> bool:
-    """Whether any states are kept here: a head without a core is since the first request that had it, until all went."""
+    """Whether any states are kept here: those of a head without a core are, from the first request that had it on."""
     return bool(engine.database.query("SELECT 1 FROM pages LIMIT 1") or engine.slots.size())
 
 
