@@ -153,7 +153,9 @@ def _moved(snapshot: Snapshot, move: Move) -> Snapshot:
         state: State = "pages" if move.kind in ("prime", "evict") else "prefix"
         if core is not None:
             up = move.kind in ("prime", "distil")
-            core = dataclasses.replace(core, where=core.where | {state} if up else core.where - {state})
+            # Pages take what the costs say of a token, whatever lay there before.
+            size = {"prime": int(core.tokens * snapshot.costs.token_bytes), "evict": 0}.get(move.kind, core.bytes)
+            core = dataclasses.replace(core, where=core.where | {state} if up else core.where - {state}, bytes=size)
         unprimed = {"prime": 0, "evict": move.tokens}.get(move.kind, snapshot.unprimed)
         return dataclasses.replace(snapshot, core=core, unprimed=unprimed)
     if move.kind == "retrain":
