@@ -24,6 +24,7 @@ from agentmem.provider import Generation, LoraRef, Request
 from agentmem.types import Usage
 
 from ._local_ahead import following
+from ._local_heap import give_back
 from ._local_in_place import InPlace
 from ._local_kept import Tails
 from ._local_kv import States
@@ -212,6 +213,7 @@ class Engine:
         if recall is not None:
             self.records.learn(recall, cancel)
         written += self._ahead(run, request, text.text, cancel)
+        give_back()
         usage = Usage(
             input_tokens=len(whole),
             cached_tokens=run.cached if stand is None else max(run.cached, stand.tokens) + stand.saved,

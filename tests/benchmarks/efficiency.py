@@ -7,7 +7,7 @@ Development conversations of LoCoMo are replayed as chats of the default local m
 - (b) the same with one `DynamicCache` for the chat's life; when its window is full, half of it goes at once;
 - (c) the session so far, and the ten best records of earlier ones before it (in the system message), no reuse;
 - (d) the same with a kept `DynamicCache`;
-- (e) agentmem with its defaults, which consolidates after each session; (e8) the same with int8 pages.
+- (e) agentmem with its defaults, which consolidates after each session; (er) the same with raw pages.
 All say and answer the same words and decode each answer token by token. (c) and (d) store and search as agentmem does,
 so that they find what it finds. (a) to (d) are transformers as it comes; (b+) is (b) with the model as agentmem loads
 it, which spares a copy of the output layer in every pass. No system keeps a question. Each runs in a process of its own
@@ -51,6 +51,8 @@ class System:
         command += ["--questions", str(given.questions), "--conversations", *map(str, given.conversations)]
         command += [] if given.answer is None else ["--answer", str(given.answer)]
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        if not kind.startswith("e"):  # torch as it comes keeps this many kernels; importing agentmem keeps fewer
+            one |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "1024")
         self.kind = kind
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}
         self.rests: list[dict[str, Any]] = []
