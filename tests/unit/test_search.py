@@ -264,7 +264,7 @@ def test_what_is_stored_as_a_chat_is_found_as_what_is_stored_by_speakers(store: 
         Scope(user="ana", session=session),
     )
     missed = [text for asked, text in ASKED.items() if not any(text in found for found in store.texts(asked, k=3))]
-    assert len(missed) <= 1, missed
+    assert len(missed) <= (store.kind == "words"), missed
 
 
 def test_the_parts_add_up_to_the_odds(store: Store) -> None:
