@@ -224,8 +224,11 @@ def measure(
         kind = "tokens"
         asked["best_match"], part = _matches(rows, query, pool, lexical, matches)
     asked["named"] = float(_structure(rows, query, pool))
+    # Where nobody is known by name, a question that names none of the speakers need not be about somebody else.
+    asked["names"] = float((pool.view.name[pool.places] >= 0).mean()) if count else 0.0
     asked["records"] = math.log1p(count)
     asked["assistants"] = float(rows["assistant"].mean()) if count else 0.0
+    asked["lectures"] = _lectures(rows["assistant"] > 0, rows["length"])
     return Signals(kind, rows, asked, part)
 
 
@@ -374,6 +377,14 @@ def _structure(rows: dict[str, Numbers], query: Query, pool: Pool) -> bool:
     rows["answer"] = np.asarray(pool.answers, np.float32)
     rows["length"] = np.log1p(view.length[places], dtype=np.float32)
     return bool(named)
+
+
+def _lectures(assistants: Bools, lengths: Numbers) -> float:
+    """How much longer the assistants' records are than the others', in logarithms of words: an assistant that writes
+    essays says other things than one who is spoken with as a friend. 0 where only one of the two speaks."""
+    if not assistants.any() or assistants.all():
+        return 0.0
+    return float(lengths[assistants].mean() - lengths[~assistants].mean())
 
 
 def _named(query: Query, names: Sequence[str], codes: Any) -> list[int]:

@@ -6,8 +6,9 @@ From the repository root, with the evaluation beside it:
     python ../shared/eval/eval_retrieval.py --dataset locomo --json tests/benchmarks/results/locomo.json \\
         --system baselines:Dense --system baselines:BM25 --system retrieval_system:AgentMem
 
-``AgentMem`` is the default configuration, ``Words`` the one without an embedder, ``Vectors`` one whose embedder gives
-no token vectors. With ``EVAL_CACHE`` set to a folder, what the embedder computed is kept there for the next run.
+``AgentMem`` is the default configuration, ``Chatted`` the same with the items stored as a chat stores them, ``Words``
+the one without an embedder, ``Vectors`` one whose embedder gives no token vectors. With ``EVAL_CACHE`` set to a folder,
+what the embedder computed is kept there for the next run.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from agentmem.plaintext import embed
 from agentmem.plaintext.encoded import Embedder, Encoded, TokenEmbedder
 from agentmem.types import Hit
 
-__all__ = ["AgentMem", "Kept", "Vectors", "Words", "embedder", "filled"]
+__all__ = ["AgentMem", "Chatted", "Kept", "Vectors", "Words", "as_chat", "embedder", "filled"]
 
 DATES = ("%I:%M %p on %d %B, %Y", "%B-%d-%Y")
 
@@ -111,6 +112,23 @@ def filled(items: list[dict[str, Any]], embedder: str | Embedder | None = None) 
     return memory, ids
 
 
+def as_chat(items: list[dict[str, Any]], user: str, *, named: bool = True) -> list[tuple[dict[str, Any], list[str]]]:
+    """The items as a chat with this speaker stores them: what ``user`` says by the user, under a name if it is
+    ``named``, all else by an assistant without one, and what one says at a stretch as one. Each with the ids that it
+    is made of."""
+    found: list[tuple[dict[str, Any], list[str]]] = []
+    for item in items:
+        role = "user" if item["speaker"] == user else "assistant"
+        last = found[-1][0] if found else {}
+        if (last.get("role"), last.get("session")) == (role, item["session"]):
+            last["text"] += "\n" + item["text"]
+            found[-1][1].append(item["id"])
+        else:
+            said = {**item, "role": role, "speaker": user if named and role == "user" else role}
+            found.append((said, [item["id"]]))
+    return found
+
+
 def moment(text: str | None) -> dt.datetime | None:
     """When an item was said, as the data sets write it; None where they don't say or it is no such date."""
     for form in DATES if text else ():
@@ -149,6 +167,18 @@ class AgentMem:
         item = self._items[self._ids[hit.record.id]]
         when = f"[{item['time']}] " if item.get("time") else ""
         return f"{when}{item['speaker']}: {hit.passage}"
+
+
+class Chatted(AgentMem):
+    """With what the first speaker says stored as the user's and all else as an assistant's, as a chat stores it."""
+
+    def add(self, items: list[dict[str, Any]]) -> None:
+        told = as_chat(items, items[0]["speaker"])
+        self._all = {said["id"]: ids for said, ids in told}
+        super().add([said for said, _ in told])
+
+    def search(self, query: str, k: int) -> list[dict[str, Any]]:
+        return [{**hit, "ids": self._all[hit["ids"][0]]} for hit in super().search(query, k)]
 
 
 class Words(AgentMem):

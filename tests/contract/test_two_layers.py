@@ -11,6 +11,7 @@ import pytest
 
 from agentmem import Memory, cores, distilling
 from agentmem.provider import Capabilities, Request
+from agentmem.recalling import AGAIN
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import Usage
 
@@ -172,8 +173,10 @@ def test_what_turns_need_comes_into_the_core_and_is_not_recalled_again(talk: Cor
         assert set(core.messages[0].records) == set(held)
         lines = core.messages[0].content
         tail = [s for s in talk.provider.requests[-1].segments if s.name == "turn"]
-        for line in lines.splitlines()[1:-1]:
-            assert not any(line in said.content for segment in tail for said in segment.messages)
+        again = [
+            line for line in lines.splitlines()[1:-1] if any(line in said.content for s in tail for said in s.messages)
+        ]
+        assert len(again) <= AGAIN, "an engine of one's own is told the best few of them again, and no more"
 
 
 def test_the_core_changes_only_at_a_collapse_and_says_why(talk: Core) -> None:

@@ -226,6 +226,47 @@ def test_the_named_speaker_comes_first(store: Store) -> None:
     assert store.search("What does Ana like?")[0].record.name == "Ana"
 
 
+#: What one says and what is answered, with questions that are answered there.
+TALK = [
+    ("How was your week?", "Busy! I adopted a puppy from the shelter in Bergen, and we called him Biscuit."),
+    ("So sweet!", "He already chewed one of my hiking boots, the pair that I bought for the Lofoten islands."),
+    ("Oh no! My cat does that, so I keep my watercolours in a locked drawer now.", "Ha, clever cat. And clever you."),
+    ("Thanks!", "How is the painting class going?"),
+    ("Well! The teacher put two of my lighthouse pictures in the window of the library.", "Wow, congratulations!"),
+    ("I was so proud.", "My sister plays the cello in an orchestra now, their first concert was in March."),
+    ("Nice!", "She practises in the garage, since the neighbours on the third floor complained."),
+    ("Do you still bake?", "Every Sunday, rye bread with caraway, as my grandfather did in his mill."),
+    ("Yum.", "What are you doing in the summer?"),
+    ("We rent a canoe and paddle down the Dordogne for nine days with my cousin Elise.", "That sounds great!"),
+    ("It does.", "I have to stay here, my knee is operated on in July by a doctor from Tromsø."),
+    ("Get well soon!", "Thank you. I'm a little afraid of the anaesthesia, to be honest."),
+]
+ASKED = {
+    "Who adopted a puppy from the shelter?": "Biscuit",
+    "Where are the watercolours kept?": "locked drawer",
+    "Whose pictures are in the window of the library?": "lighthouse",
+    "Which instrument does the sister play in the orchestra?": "cello",
+    "Where does she practise since the neighbours complained?": "garage",
+    "What bread is baked every Sunday?": "caraway",
+    "Who paddles down the Dordogne in a canoe?": "Elise",
+    "When is the knee operated on?": "July",
+}
+
+
+@pytest.mark.parametrize("session", [None, "s"])
+def test_what_is_stored_as_a_chat_is_found_as_what_is_stored_by_speakers(store: Store, session: str | None) -> None:
+    store.add(
+        [
+            said
+            for told, answered in TALK
+            for said in ({"role": "user", "name": "Ana", "content": told}, {"role": "assistant", "content": answered})
+        ],
+        Scope(user="ana", session=session),
+    )
+    missed = [text for asked, text in ASKED.items() if not any(text in found for found in store.texts(asked, k=3))]
+    assert len(missed) <= (store.kind == "words"), missed
+
+
 def test_the_parts_add_up_to_the_odds(store: Store) -> None:
     store.add(FACTS)
     hits = store.search("What is my sister allergic to?")

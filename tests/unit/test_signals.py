@@ -169,6 +169,17 @@ def test_small_talk_is_told_from_what_is_about_someone(talk: Case) -> None:
     assert [query["personal"] for query in said.values()] == [0.0, 1.0]
 
 
+@pytest.mark.parametrize(
+    ("roles", "longer"),
+    [(["user", "assistant"], math.log(8 / 4)), (["assistant", "user"], math.log(4 / 8)), (["user", "user"], 0.0)],
+)
+def test_an_assistant_that_writes_essays_is_told_from_one_that_talks(roles: list[str], longer: float) -> None:
+    said = ["one two three", "one two three four five six seven"]
+    case = Case([{"role": role, "content": text} for role, text in zip(roles, said, strict=True)])
+    with contextlib.closing(case.database):
+        assert case.measure(Query.of("six", None)).query["lectures"] == pytest.approx(longer)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_numbers_are_whole_and_the_order_is_that_of_the_probability(kind: str) -> None:
     numbers = fusion.load(kind)
