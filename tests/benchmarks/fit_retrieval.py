@@ -67,8 +67,8 @@ SHARES = {
     "few small talk": 0.05,
 }
 FOLDS = 4
-#: What a prompt takes (`fusion.taken`): the first rule is the one that is written. With the third 13 % of turns of small
-#: talk recall something, with the first 5 %, for 2 of 83 points of what questions need.
+#: What a prompt takes (`fusion.taken`): the first rule is the one that is written. With the third 13 % of the turns of
+#: small talk recall something, with the first 5 %, for 2 of 83 points of what questions need.
 RULES = [
     {"evidence": evidence, "least": least, "beside_best": 0.05}
     for evidence, least in ((0.3, 0.02), (0.1, 0.02), (0.2, 0.02), (0.0, 0.05))
