@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import importlib.metadata
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
@@ -136,6 +136,13 @@ class Pages(Protocol):
 
         Never raises for a missing, damaged or foreign page: that page and all after it are simply not returned. States
         may prove damaged only when they are read: that raises `Corrupt`, and the prefix ends before that page.
+        """
+        ...
+
+    def forgotten(self, records: Collection[str]) -> Collection[str]:
+        """Which of these records were forgotten, by any process; all of them where that can't be asked. Never raises.
+
+        What a provider keeps of prompts beside the pages asks it before it keeps or uses something.
         """
         ...
 

@@ -91,6 +91,14 @@ class Catalog:
             for row in found
         }
 
+    def forgotten(self, records: Iterable[str]) -> set[str]:
+        """Which of these records were forgotten."""
+        return {
+            row["record"]
+            for part in parts(sorted(set(records)))
+            for row in self._database.query(f"SELECT record FROM tombstones WHERE record IN ({marks(part)})", part)
+        }
+
     def bytes_of_files(self) -> int:
         """Bytes of all stored pages."""
         return int(self._database.query("SELECT COALESCE(SUM(bytes), 0) AS total FROM pages")[0]["total"])

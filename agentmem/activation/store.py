@@ -17,7 +17,7 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -266,6 +266,14 @@ class PageStore:
             encoded=encoded,
             seconds=seconds,
         )
+
+    def forgotten(self, records: Collection[str]) -> Collection[str]:
+        """See `TenantPages.forgotten`."""
+        try:
+            return self._catalog.forgotten(records)
+        except StoreError as error:
+            logger.warning("whether records were forgotten can't be asked, they are taken to be: %s", error)
+            return records
 
     # ---- what users ask
 
