@@ -41,6 +41,8 @@ logger = logging.getLogger("agentmem")
 _KEY = re.compile(r"[0-9a-f]{64}")
 #: A page opened at fewer bytes per second than this was not in the system's memory.
 _CACHED_RATE = 3e9
+#: Seconds after which the turn that a page was computed in is over, stored or not, in whichever process.
+UNDER_WAY_S = 3600.0
 #: `PageStore.bytes` hides the type's name from the annotations of its class.
 Key = bytes
 
@@ -117,6 +119,7 @@ class PageStore:
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._catalog.tidy()
+        self.drop_unstored()
         _OPEN.add(self)
 
     @property
@@ -428,6 +431,19 @@ class PageStore:
             except OSError as error:
                 raise StoreError(f"a KV page in {self._folder} can't be deleted ({error}): try again") from error
         return [key.hex() for key in gone]
+
+    def drop_unstored(self) -> int:
+        """Delete pages that name a record which is not there, and all behind them; returns how many.
+
+        Those are left by turns that ended before they were stored: no `forget` of what they say would find them. Pages
+        of the last hour stay, a turn under way may store its records yet. Never raises: what fails is logged.
+        """
+        try:
+            found = self._catalog.unstored(self._clock() - UNDER_WAY_S)
+            return len(self.delete([key.hex() for key in found]))
+        except StoreError as error:
+            logger.warning("KV pages of turns that were never stored can't be deleted: %s", error)
+            return 0
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Copy all sound pages and their lineage into the new folder ``path``, whole or not at all; returns how many.
