@@ -139,7 +139,7 @@ def chat(
         )
     engine.ledger.check(conversation.session, provider.name)
     noted: list[Usage] = []
-    with engine.activity.chatting():
+    with engine.activity.chatting() as under_way:
         made = yield from _prepared(
             engine,
             conversation,
@@ -152,7 +152,7 @@ def chat(
             noted=noted,
         )
         shown_here = _shown(engine, provider, made.request.segments)
-        generation: Generation = yield Generate(provider, made.request)
+        generation: Generation = yield Generate(provider, made.request, under_way.heard)
         cache = _observe(engine, conversation, made.request, made.sent, generation)
         kept = yield from _stored(
             engine, conversation, made, generation, cache, in_prompt=shown_here, noted=noted, remember=remember

@@ -48,10 +48,12 @@ class Embed:
 
 @dataclass(frozen=True)
 class Generate:
-    """A need: the answer to a request, as a whole `Generation`."""
+    """A need: the answer to a request, as a whole `Generation`. ``heard`` is called with each piece of a streamed one
+    that is taken."""
 
     provider: Provider
     request: Request
+    heard: Callable[[], object] | None = None
 
     def answer(self) -> Generation:
         """The answer, waited for in this thread."""
@@ -145,6 +147,8 @@ def _pieces(need: Generate) -> Generator[str, None, Generation]:
             if isinstance(piece, Generation):
                 return piece
             yield piece
+            if need.heard is not None:
+                need.heard()
     finally:
         _close(source)
     raise Unavailable(f"{need.provider.name} ended its stream without a last message")
@@ -189,6 +193,8 @@ async def astream(flow: Flow[T], finished: Callable[[T], object], *, pieces: boo
                                 answer = piece
                                 break
                             yield piece
+                            if need.heard is not None:
+                                need.heard()
                     finally:
                         await _aclose(source)
                     if answer is None:
