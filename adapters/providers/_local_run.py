@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agentmem.errors import AgentMemError
 from agentmem.provider import Request
 from agentmem.types import Attended
 
@@ -301,8 +300,8 @@ class Run:
                 encoded=[self._encoded.get(number) for number in range(self._first, last)],
                 seconds=sum(self._seconds.get(number, 0.0) for number in range(self._first, last)),
             )
-        except AgentMemError as error:  # the memory was closed while an answer was still being read
-            log.warning("KV pages of %d tokens were not kept: %s", len(tokens), error)
+        except Exception as error:  # noqa: BLE001 - an answer is not lost for them, whatever failed
+            log.warning("KV pages of %d tokens were not kept: %s: %s", len(tokens), type(error).__name__, error)
             return 0
 
 

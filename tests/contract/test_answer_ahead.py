@@ -203,6 +203,22 @@ def test_a_failure_of_torch_loses_no_answer(
         assert provider.generate(asked(begun(), store)).text == wanted
 
 
+def test_pages_that_can_not_be_kept_lose_no_answer(
+    provider: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Stored(tmp_path / "cold", grid=64) as store:
+        wanted = provider.generate(asked(begun(), store)).text
+    provider.erase_slots()
+
+    def fail(*_: Any, **__: Any) -> int:
+        raise RuntimeError("no room for so many pages")
+
+    with Stored(tmp_path / "failed", grid=64) as store:
+        monkeypatch.setattr(store, "seal", fail)
+        assert provider.generate(asked(begun(), store)).text == wanted
+    assert "RuntimeError: no room for so many pages" in caplog.text
+
+
 # -- in a memory -------------------------------------------------------------------------------------------------------
 
 
