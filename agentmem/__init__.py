@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry as PageEntry
-    from .activation.store import Swapped as Swapped
+    from .activation.swapping import Swapped as Swapped
     from .async_memory import AsyncMemory as AsyncMemory
     from .async_memory import AsyncScopedMemory as AsyncScopedMemory
     from .errors import AgentMemError as AgentMemError
@@ -67,7 +67,8 @@ __version__ = "0.1.0"
 
 #: Where each public name lives.
 _MODULES = {
-    "activation.store": "PageEntry Swapped",
+    "activation.store": "PageEntry",
+    "activation.swapping": "Swapped",
     "async_memory": "AsyncMemory AsyncScopedMemory",
     "ledger.budgets": "Budget Spent",
     "errors": (

@@ -65,7 +65,8 @@ from .types import (
 )
 
 if TYPE_CHECKING:
-    from .activation.store import PageEntry, Swapped
+    from .activation.store import PageEntry
+    from .activation.swapping import Swapped
     from .parametric.prefix_gate import TrainedPrefix
     from .parametric.registry import LoraVersion
     from .plaintext.embed import Embedder

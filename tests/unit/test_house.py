@@ -46,7 +46,7 @@ ORDER = [
     ["prompt", "ledger", "flow"],
     ["plaintext", "activation", "parametric", "planner"],
     ["provider", "database", "config", "tokens", "progress", "activity", "pickles", "images"],
-    ["cache_rules", "loras", "figures"],
+    ["cache_rules", "loras", "figures", "kv"],
     ["schema", "watermark"],
     ["_pure"],
     ["_native"],
