@@ -24,6 +24,7 @@ ORDER = [
     ["wrapping"],
     ["async_memory"],
     ["memory"],
+    ["async_handles"],
     ["handles"],
     ["reply_stream", "opening", "reporting"],
     ["background"],
