@@ -23,9 +23,9 @@ from .acting import QUERY_CHARACTERS
 from .activity import Turn
 from .asking import reply_drafts
 from .engine import Engine
-from .errors import AgentMemError, BudgetExceeded, InvalidInput, ProviderError, StoreError
+from .errors import AgentMemError, BudgetExceeded, InvalidInput, StoreError
 from .flow import Flow
-from .flows import embedded, note_embeddings, search
+from .flows import embedded_if_up, note_embeddings, search
 from .plaintext.drafts import Draft, drafts, redacted
 from .plaintext.records import TURN, new_id
 from .provider import Generation
@@ -342,11 +342,7 @@ class Recollection:
         if self.remember:
             said = self._unheard(asked)
             answer = reply_drafts(engine, generation, session, asked.model)
-            try:
-                texts = [(draft.text, draft.name) for draft in [*said, *answer]]
-                vectors = yield from embedded(engine, texts, ready.uses)
-            except ProviderError as error:
-                _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
+            vectors = yield from embedded_if_up(engine, [*said, *answer], ready.uses, "the turn")
         new = [*said, *answer]
         ids = [new_id(engine.clock()) for _ in new]
         ids.sort()
