@@ -5,6 +5,7 @@ Importing this imports nothing else: each public name is loaded when it is first
 
 from __future__ import annotations
 
+import os
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -64,6 +65,14 @@ if TYPE_CHECKING:
     from .wrapping import wrap as wrap
 
 __version__ = "0.1.0"
+
+#: Kernels that oneDNN and PyTorch's layer above it keep, one per shape of a product, where the environment says
+#: nothing. Their own 1,024 each are never used up: every new length of a text or of a prompt leaves some, 130 MB after
+#: 32 turns of a chat; a pass needs five. Set here: libtorch reads it when it is loaded, and nothing of agentmem loads
+#: it before.
+_KERNELS = "16"
+for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
+    os.environ.setdefault(_capacity, _KERNELS)
 
 #: Where each public name lives.
 _MODULES = {

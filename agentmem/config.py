@@ -91,7 +91,7 @@ class Settings(BaseSettings):
         description="bytes of KV pages in this process's RAM, copies and mappings; by default a quarter of page_budget",
     )
     page_codec: Literal["raw", "lossless", "dense", "int8", "k8v4", "int4"] = Field(
-        default="raw", description="how KV pages are stored; int8, k8v4 and int4 change the states a little"
+        default="int8", description="how KV pages are stored; int8, k8v4 and int4 change the states a little"
     )
     record_kv: Literal["off", "on", "repaired"] = Field(
         default="off",

@@ -6,7 +6,6 @@ engine.py.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, cast
 
@@ -19,15 +18,12 @@ from .provider import Provider
 from .types import Scope
 
 if TYPE_CHECKING:
+    import os
+
     from .plaintext.drafts import Redact
     from .plaintext.embed import Embedder
 
 __all__ = ["NOT_GIVEN", "narrowed", "opened"]
-
-
-#: Kernels that oneDNN keeps, one per shape of a product, where the environment says nothing. Its own 1,024 are never
-#: used up: every new length of a text or of a prompt leaves some, 100 MB after 64 turns; a pass needs five.
-KERNELS_KEPT = "32"
 
 
 class _NotGiven:
@@ -67,7 +63,6 @@ def opened(
         raise ConfigError(f"embedder is a {type(embedder).__name__}: give a str such as 'default', or an Embedder")
     if not (clock is None or callable(clock)):
         raise ConfigError(f"clock is a {type(clock).__name__}: give a function that returns seconds since 1970")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", KERNELS_KEPT)  # read with the first product
     try:
         file = None if config is None else check_path(config, "config")
         folder = None if path is None else str(check_path(path, "path"))

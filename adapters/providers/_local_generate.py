@@ -24,6 +24,7 @@ from agentmem.provider import Generation, LoraRef, Request
 from agentmem.types import Usage
 
 from ._local_ahead import following
+from ._local_heap import give_back
 from ._local_in_place import InPlace
 from ._local_kept import Tails
 from ._local_kv import States
@@ -214,6 +215,7 @@ class Engine:
         written += _afterwards(
             "the answer is read again with the next turn", lambda: self._ahead(run, request, text.text, cancel)
         )
+        give_back()
         usage = Usage(
             input_tokens=len(whole),
             cached_tokens=run.cached if stand is None else max(run.cached, stand.tokens) + stand.saved,

@@ -7,13 +7,13 @@ Development conversations of LoCoMo are replayed as chats of the default local m
 - (b) the same with one `DynamicCache` for the chat's life; when its window is full, half of it goes at once;
 - (c) the session so far, and the ten best records of earlier ones before it (in the system message), no reuse;
 - (d) the same with a kept `DynamicCache`;
-- (e) agentmem with its defaults, which consolidates after each session; (e8) the same with int8 pages.
+- (e) agentmem with its defaults, which consolidates after each session; (er) the same with raw pages.
 All say and answer the same words and decode each answer token by token. (c) and (d) store and search as agentmem does,
 so that they find what it finds. (a) to (d) are transformers as it comes; (b+) is (b) with the model as agentmem loads
 it, which spares a copy of the output layer in every pass. No system keeps a question. Each runs in a process of its own
 with one thread, turn about, in an order that is drawn anew for each turn, so that noise is everybody's. Where nothing
-is reused a turn doesn't depend on the one before it, so (a) and (c) may be measured at every ``--sample``-th turn
-alone; ratios are then over the turns that both sides ran.
+is reused a turn doesn't depend on the one before it, so (a) may be measured at every ``--sample``-th turn alone, and
+with ``--sample-c`` (c) too; ratios are then over the turns that both sides ran.
 
 "First" is from the call to the first token, with search and layout; seconds and CPU-seconds are of the whole turn, what
 is stored included. Memory is what the process holds above what it held after three short turns: its own (anonymous),
@@ -40,7 +40,6 @@ from efficiency_systems import KINDS, child  # type: ignore[import-not-found]
 from efficiency_talk import DATA, Talk, talk  # type: ignore[import-not-found]
 
 RESULTS = Path(__file__).parent / "results" / "efficiency.json"
-STATELESS = "ac"
 
 
 class System:
@@ -51,6 +50,8 @@ class System:
         command += ["--questions", str(given.questions), "--conversations", *map(str, given.conversations)]
         command += [] if given.answer is None else ["--answer", str(given.answer)]
         one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        if not kind.startswith("e"):  # torch as it comes keeps this many kernels; importing agentmem keeps fewer
+            one |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "1024")
         self.kind = kind
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}
         self.rests: list[dict[str, Any]] = []
@@ -86,14 +87,15 @@ def replay(given: argparse.Namespace, talks: list[Talk]) -> tuple[list[System], 
     turns = order(talks, given.turns)
     systems = [System(kind, given) for kind in given.systems]
     chance = random.Random(0)
-    sampled = {place for place in range(len(turns)) if place % given.sample == given.sample // 2}
+    every = {"a": given.sample, "c": given.sample_c}
     try:
         for place, (at, number) in enumerate(turns):
             said = talks[at].turns[number]
             later = [other for other, _ in turns[place + 1 :] if other == at]
             ends = not later or talks[at].turns[number + 1].session != said.session
             for system in chance.sample(systems, len(systems)):
-                if system.kind not in STATELESS or place in sampled:
+                step = every.get(system.kind, 1)
+                if place % step == step // 2:
                     system.rows[at, number] = system.tell(talk=at, turn=number)
                 elif said.kind == "chat":
                     system.tell(talk=at, told=number)
@@ -240,7 +242,8 @@ def main() -> None:
     parser.add_argument("--data", default=str(DATA))
     parser.add_argument("--conversations", type=int, nargs="+", default=[0])
     parser.add_argument("--questions", type=int, default=2, help="now, and later, after each session at most")
-    parser.add_argument("--sample", type=int, default=1, help="measure (a) and (c) at every so many turns")
+    parser.add_argument("--sample", type=int, default=1, help="measure (a) at every so many turns")
+    parser.add_argument("--sample-c", type=int, default=1, help="the same of (c)")
     parser.add_argument("--systems", nargs="+", choices=list(KINDS), default=list(KINDS))
     parser.add_argument("--settings", default="{}", help="JSON: settings of agentmem other than the defaults")
     parser.add_argument("--json", type=Path, default=RESULTS)
@@ -264,6 +267,7 @@ def main() -> None:
         "answer": given.answer,
         "settings": json.loads(given.settings),
         "sample": given.sample,
+        "sample_c": given.sample_c,
         "systems": {system.kind: summary(system, talks) for system in systems},
     }
     compared(systems, result)

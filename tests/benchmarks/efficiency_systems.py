@@ -38,7 +38,7 @@ KINDS = {
     "c": "memories first, no reuse",
     "d": "memories first, prefix reuse",
     "e": "agentmem",
-    "e8": "agentmem, int8 pages",
+    "er": "agentmem, raw pages",
 }
 #: Before every conversation, in Unix seconds.
 LONG_AGO = 1.6e9
@@ -152,7 +152,7 @@ class Ours:
 
     def __init__(self, given: argparse.Namespace, folder: Path, script: Script) -> None:
         self._now = LONG_AGO
-        settings: dict[str, Any] = {"page_codec": "int8"} if given.child == "e8" else {}
+        settings: dict[str, Any] = {"page_codec": "raw"} if given.child == "er" else {}
         settings |= json.loads(given.settings)
         self._told = Told(script)
         self.memory = Memory(folder, model=self._told.provider, clock=lambda: self._now, **settings)

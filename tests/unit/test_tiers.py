@@ -358,7 +358,7 @@ def test_threads_read_while_others_swap(shelf: Shelf) -> None:
 
 
 def test_a_memory_swaps_its_scope(tmp_path: Path) -> None:
-    with Memory(tmp_path / "m", embedder="none") as memory:
+    with Memory(tmp_path / "m", embedder="none", page_codec="raw") as memory:
         record = memory.scope(user="ana").add("x")[0].id
         pages = memory._engine.pages
         view = pages.view(b"salt")
