@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from .activation.store import PageEntry as PageEntry
-    from .activation.store import Swapped as Swapped
+    from .activation.swapping import Swapped as Swapped
     from .async_memory import AsyncMemory as AsyncMemory
     from .async_memory import AsyncScopedMemory as AsyncScopedMemory
     from .errors import AgentMemError as AgentMemError
@@ -76,7 +76,8 @@ for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
 
 #: Where each public name lives.
 _MODULES = {
-    "activation.store": "PageEntry Swapped",
+    "activation.store": "PageEntry",
+    "activation.swapping": "Swapped",
     "async_memory": "AsyncMemory AsyncScopedMemory",
     "ledger.budgets": "Budget Spent",
     "errors": (

@@ -1,7 +1,7 @@
 """Whether somebody is chatting with this engine right now, and for how long nobody has.
 
-Knows the turns of this process by their number only. It refuses to know what they say and what is done in the silence:
-background.py waits for it, chat.py marks its turns.
+Knows the turns of this process by their signs of life only. It refuses to know what they say and what is done in the
+silence: background.py waits for it, chat.py and wrapped_turns.py mark their turns.
 """
 
 from __future__ import annotations
@@ -13,61 +13,88 @@ import weakref
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 
-__all__ = ["Activity"]
+__all__ = ["Activity", "Turn"]
+
+#: Seconds without a sign of life after which a turn is given up for lost: longer than any answer is waited for. A
+#: stream that is held open and read no further must not keep work waiting for ever.
+LOST_S = 3600.0
+
+
+class Turn:
+    """One turn under way: until `end`, or until nobody holds this any more."""
+
+    def __init__(self, activity: Activity) -> None:
+        self._activity = activity
+        self.last = 0.0
+        self.heard()
+
+    def heard(self) -> None:
+        """A sign of life: the turn begins, or a piece of its answer was taken."""
+        self.last = self._activity.touch()
+
+    def end(self) -> None:
+        """The turn is over. Safe to call twice."""
+        self._activity.ended(self)
 
 
 class Activity:
-    """Counts the turns under way. Safe from any thread; ``now`` is a monotonic clock in seconds."""
+    """Knows the turns under way. Safe from any thread; ``now`` is a monotonic clock in seconds."""
 
     def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
         self._now = now
-        self._changed = threading.Condition()
-        self._turns = 0
+        self._lock = threading.Lock()
+        self._turns: weakref.WeakSet[Turn] = weakref.WeakSet()
         self._last = now()
         _OPEN.add(self)
 
-    @contextmanager
-    def chatting(self) -> Generator[None]:
-        """Around one turn, a streamed one as long as its pieces come. Turns may overlap."""
-        with self._changed:
-            self._turns += 1
-            self._last = self._now()
-            self._changed.notify_all()
-        try:
-            yield
-        finally:
-            with self._changed:
-                self._turns = max(0, self._turns - 1)  # a child that was forked in a turn began with none
-                self._last = self._now()
-                self._changed.notify_all()
+    def begin(self) -> Turn:
+        """A turn begins. Turns may overlap."""
+        turn = Turn(self)
+        with self._lock:
+            self._turns.add(turn)
+        return turn
 
-    def touch(self) -> None:
-        """Something else than a turn was asked of this engine: the silence begins anew."""
-        with self._changed:
-            self._last = self._now()
+    def ended(self, turn: Turn) -> None:
+        """This turn is over; again, or in a child that was forked in it, that changes nothing."""
+        with self._lock:
+            if turn not in self._turns:
+                return
+            self._turns.discard(turn)
+        self.touch()
+
+    @contextmanager
+    def chatting(self) -> Generator[Turn]:
+        """Around one turn, a streamed one as long as its pieces come."""
+        turn = self.begin()
+        try:
+            yield turn
+        finally:
+            turn.end()
+
+    def touch(self) -> float:
+        """Something happened: the silence begins anew. Returns the moment."""
+        self._last = self._now()
+        return self._last
 
     def busy(self) -> bool:
-        """Whether a turn is under way."""
-        return self._turns > 0
+        """Whether a turn is under way that showed a sign of life within the last hour."""
+        with self._lock:
+            turns = list(self._turns)
+        return any(self._now() - turn.last < LOST_S for turn in turns)
 
     def waiting(self) -> bool:
         """Whether a turn waits for the machine, so that work in the background has to stop: the same as `busy`."""
         return self.busy()
 
     def quiet_s(self) -> float:
-        """Seconds since the last turn ended (before the first: since this was made); 0 during a turn."""
-        with self._changed:
-            return 0.0 if self._turns else max(0.0, self._now() - self._last)
-
-    def until(self, busy: bool, timeout: float) -> bool:
-        """Sleep until a turn is under way (``busy``) or none is, at most ``timeout`` seconds; whether it came so."""
-        with self._changed:
-            return self._changed.wait_for(lambda: self.busy() is busy, timeout)
+        """Seconds since the last turn ended or showed a sign of life (before the first: since this was made); 0 during
+        a turn."""
+        return 0.0 if self.busy() else max(0.0, self._now() - self._last)
 
     def renew_lock(self) -> None:
         """For a forked child: the threads that held the lock, or were in a turn, do not exist there."""
-        self._changed = threading.Condition()
-        self._turns = 0
+        self._lock = threading.Lock()
+        self._turns = weakref.WeakSet()
 
 
 _OPEN: weakref.WeakSet[Activity] = weakref.WeakSet()

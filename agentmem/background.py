@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from . import consolidate
 from .engine import Engine
 from .errors import AgentMemError
-from .flow import Flow, Generate, Work
+from .flow import Flow, Generate, Need, Work, run, through
 from .jobs import Jobs
 from .types import Scope
 
@@ -195,27 +195,16 @@ def driven(flow: Flow[T], stop: Callable[[], bool]) -> T:
 
     The flow is told by `TrainingError`, as where a training is stopped.
     """
-    answer: Any = None
-    failure: Exception | None = None
-    try:
-        while True:
-            try:
-                need = flow.send(answer) if failure is None else flow.throw(failure)
-            except StopIteration as ended:
-                result: T = ended.value
-                return result
-            answer, failure = None, None
-            try:
-                with _giving_way(need, stop):
-                    answer = need.work(stop) if isinstance(need, Work) else need.answer()
-            except Exception as error:  # noqa: BLE001 - the flow decides what a failure means
-                failure = error
-    finally:
-        flow.close()
+
+    def answered(need: Need) -> Any:
+        with _giving_way(need, stop):
+            return need.work(stop) if isinstance(need, Work) else need.answer()
+
+    return run(through(flow, lambda need: Work(lambda _: answered(need))))
 
 
 @contextlib.contextmanager
-def _giving_way(need: Any, stop: Callable[[], bool]) -> Generator[None]:
+def _giving_way(need: Need, stop: Callable[[], bool]) -> Generator[None]:
     from .parametric.interruption import asking, giving_way
 
     with contextlib.ExitStack() as hooked:

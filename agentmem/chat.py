@@ -17,9 +17,9 @@ from .acting import vouched
 from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
 from .engine import Engine
-from .errors import ConfigError, InvalidInput, ProviderError, StoreError
+from .errors import ConfigError, InvalidInput, StoreError
 from .flow import Flow, Generate
-from .flows import embedded, note_embeddings
+from .flows import embedded_if_up, note_embeddings
 from .plaintext.drafts import Draft, check_text, shown
 from .plaintext.records import check_k, new_id
 from .planning import Measured, Plan, measured
@@ -139,7 +139,7 @@ def chat(
         )
     engine.ledger.check(conversation.session, provider.name)
     noted: list[Usage] = []
-    with engine.activity.chatting():
+    with engine.activity.chatting() as under_way:
         made = yield from _prepared(
             engine,
             conversation,
@@ -152,7 +152,7 @@ def chat(
             noted=noted,
         )
         shown_here = _shown(engine, provider, made.request.segments)
-        generation: Generation = yield Generate(provider, made.request)
+        generation: Generation = yield Generate(provider, made.request, under_way.heard)
         cache = _observe(engine, conversation, made.request, made.sent, generation)
         kept = yield from _stored(
             engine, conversation, made, generation, cache, in_prompt=shown_here, noted=noted, remember=remember
@@ -295,11 +295,7 @@ def _stored(
     if remember:
         new = [*(draft for draft, _ in made.asked), *reply_drafts(engine, generation, session, model)]
         kept = (*(said.records[0] for said in made.turn), made.request.answer or new_id())[: len(new)]
-        try:
-            vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
-        except ProviderError as error:
-            # The turn itself is what must not be lost; its vectors are made at the next search.
-            _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
+        vectors = yield from embedded_if_up(engine, new, noted, "the turn")
     # What the answer was made from, beside the conversation so far.
     before_it = (
         {said.records[0] for said in made.turn} | {hit.record.id for hit in made.hits} | made.core.ids | made.learnt

@@ -74,6 +74,8 @@ def consolidate(
             dry_run=True, moves=planned.moves, left=planned.left, outcomes=told, costs=planned.costs
         )
     begun = _state(engine)
+    if engine.page_view(scope) is not None:
+        engine.pages.drop_unstored()
     owner = Jobs.owner()
     made: list[Outcome] = []
     left = planned.left

@@ -17,9 +17,9 @@ from typing import Any
 
 from . import prompt
 from .engine import Engine
-from .errors import InvalidInput, ProviderError, RateLimited, Rejected, StoreError, Unavailable
+from .errors import InvalidInput, RateLimited, Rejected, StoreError, Unavailable
 from .flow import Flow, Generate
-from .flows import embedded, note_embeddings
+from .flows import embedded_if_up, note_embeddings
 from .plaintext import extract as extracting
 from .plaintext import lineage
 from .plaintext.conditions import beneath
@@ -363,12 +363,7 @@ def _keep(engine: Engine, key: str, unit: _Unit, reading: Reading, again: Sequen
             redact=engine.redact,
         )
     noted: list[Usage] = []
-    vectors = None
-    if new:
-        try:
-            vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
-        except ProviderError as error:
-            _log.warning("what was extracted is stored without vectors, the embedder failed: %s", error)
+    vectors = yield from embedded_if_up(engine, new, noted, "what was extracted")
     ids = [record.id for record in unit.records]
     with engine.database.write() as connection:
         now = {record.id: record.version for record in engine.records.named(ids, Scope())}

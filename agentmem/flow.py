@@ -20,7 +20,7 @@ from .types import TokenCount
 if TYPE_CHECKING:
     from .plaintext.encoded import Embedder, Encoded
 
-__all__ = ["Count", "Embed", "Flow", "Generate", "Work", "arun", "astream", "local", "run", "stream"]
+__all__ = ["Count", "Embed", "Flow", "Generate", "Need", "Work", "arun", "astream", "local", "run", "stream", "through"]
 
 T = TypeVar("T")
 
@@ -48,10 +48,12 @@ class Embed:
 
 @dataclass(frozen=True)
 class Generate:
-    """A need: the answer to a request, as a whole `Generation`."""
+    """A need: the answer to a request, as a whole `Generation`. ``heard`` is called with each piece of a streamed one
+    that is taken."""
 
     provider: Provider
     request: Request
+    heard: Callable[[], object] | None = None
 
     def answer(self) -> Generation:
         """The answer, waited for in this thread."""
@@ -95,14 +97,36 @@ class Work:
         return await _in_thread(self.work, cancelled.is_set, stopping=cancelled.set)
 
 
+#: What a flow asks of the outside.
+Need = Embed | Generate | Count | Work
 #: A verb: yields needs, is sent their answers, returns the verb's result.
-Flow = Generator[Embed | Generate | Count | Work, Any, T]
+Flow = Generator[Need, Any, T]
 
 
 def local(work: Callable[..., T], *arguments: Any, **keywords: Any) -> Flow[T]:
     """A flow that needs nothing from outside, so that the async face runs it in a thread as it does any local step."""
     return work(*arguments, **keywords)
     yield  # makes this a generator
+
+
+def through(flow: Flow[T], change: Callable[[Need], Need]) -> Flow[T]:
+    """The same flow with every need as ``change`` gives it; what that raises gives the flow up."""
+    answer: Any = None
+    failure: Exception | None = None
+    try:
+        while True:
+            done, need = _advance(flow, answer, failure)
+            if done:
+                result: T = need
+                return result
+            answer, failure = None, None
+            asked = change(need)
+            try:
+                answer = yield asked
+            except Exception as error:  # noqa: BLE001 - the flow decides what a failure means
+                failure = error
+    finally:
+        flow.close()
 
 
 def run(flow: Flow[T]) -> T:
@@ -145,6 +169,8 @@ def _pieces(need: Generate) -> Generator[str, None, Generation]:
             if isinstance(piece, Generation):
                 return piece
             yield piece
+            if need.heard is not None:
+                need.heard()
     finally:
         _close(source)
     raise Unavailable(f"{need.provider.name} ended its stream without a last message")
@@ -189,6 +215,8 @@ async def astream(flow: Flow[T], finished: Callable[[T], object], *, pieces: boo
                                 answer = piece
                                 break
                             yield piece
+                            if need.heard is not None:
+                                need.heard()
                     finally:
                         await _aclose(source)
                     if answer is None:

@@ -145,6 +145,16 @@ def embedded(
     return Passages(spans, np.concatenate(vectors), packed, space=served.space)
 
 
+def embedded_if_up(engine: Engine, new: Sequence[Draft], noted: list[Usage], what: str) -> Flow[Passages | None]:
+    """As `embedded`, of drafts that must not be lost where the embedder fails: ``what`` it is, is logged, and its
+    vectors are made at the next search."""
+    try:
+        return (yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted))
+    except ProviderError as error:
+        _log.warning("%s is stored without vectors, the embedder failed: %s", what, error)
+        return None
+
+
 def encoded_query(engine: Engine, query: str, noted: list[Usage]) -> Flow[Encoded | None]:
     """What is searched with: the query's vector and those of its tokens, or None where search is lexical only."""
     while (served := engine.serving.now()) is not None:

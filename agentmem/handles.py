@@ -20,7 +20,8 @@ from .publishing import Publication
 from .types import Extraction, Reconciliation, Record, Retraining, Scope, Usage
 
 if TYPE_CHECKING:
-    from .activation.store import PageEntry, Swapped
+    from .activation.store import PageEntry
+    from .activation.swapping import Swapped
     from .memory import ScopedMemory
     from .parametric.prefix_gate import TrainedPrefix
     from .parametric.registry import LoraVersion

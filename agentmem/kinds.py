@@ -16,7 +16,8 @@ from .provider import HoldsSlots
 from .types import Scope
 
 if TYPE_CHECKING:
-    from .activation.store import PageEntry, Swapped
+    from .activation.store import PageEntry
+    from .activation.swapping import Swapped
 
 __all__ = [
     "beneath",

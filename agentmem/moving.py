@@ -10,14 +10,14 @@ import logging
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Any
 
 from . import chat as chats
 from . import cores, distilling, extraction, learning, reconciling
 from .chat import Conversation
 from .engine import Engine
 from .errors import AgentMemError, InvalidInput, NotFound, ProviderError, StoreError
-from .flow import Flow, Work
+from .flow import Flow, Need, Work, through
 from .forgetting import drop_derived
 from .jobs import Jobs
 from .ledger.uses import beneath
@@ -33,7 +33,6 @@ SEALED = "seal"
 #: Pairs of facts that one move asks the model about at most, and turns that it reads.
 PAIRS, READ = 64, 64
 
-T = TypeVar("T")
 Stop = Callable[[], bool]
 _log = logging.getLogger("agentmem")
 
@@ -77,7 +76,7 @@ def make(
     done = _Made()
     try:
         with jobs.renewed(move.key, owner):
-            done = yield from _stoppable(_work(engine, move), stop)
+            done = yield from through(_work(engine, move), lambda need: _unless(need, stop))
     except (InvalidInput, NotFound) as error:  # what it was to act on is other than the plan saw it
         done = _Made("skipped", _told(error))
     except AgentMemError as error:
@@ -106,32 +105,14 @@ def _told(error: AgentMemError) -> str:
     return type(error).__name__ if isinstance(error, (ProviderError, StoreError)) else str(error).splitlines()[0][:300]
 
 
-def _stoppable(flow: Flow[T], stop: Stop) -> Flow[T]:
-    """The same flow, given up between two of its needs, and within its long work, once ``stop`` says true."""
-    answer: Any = None
-    failure: Exception | None = None
-    try:
-        while True:
-            try:
-                need = flow.send(answer) if failure is None else flow.throw(failure)
-            except StopIteration as ended:
-                result: T = ended.value
-                return result
-            if stop():
-                raise Stopped
-            if isinstance(need, Work):
-                need = _also(need, stop)
-            answer, failure = None, None
-            try:
-                answer = yield need
-            except Exception as error:  # noqa: BLE001 - the flow decides what a failure means
-                failure = error
-    finally:
-        flow.close()
-
-
-def _also(need: Work, stop: Stop) -> Work:
-    return Work(lambda told: need.work(lambda: told() or stop()))
+def _unless(need: Need, stop: Stop) -> Need:
+    """The need; given up for it, and within long work, once ``stop`` says true."""
+    if stop():
+        raise Stopped
+    if not isinstance(need, Work):
+        return need
+    work = need.work
+    return Work(lambda told: work(lambda: told() or stop()))
 
 
 def _work(engine: Engine, move: Move) -> Flow[_Made]:

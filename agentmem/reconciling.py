@@ -13,10 +13,10 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from .engine import Engine
-from .errors import ProviderError, RateLimited, Rejected, Unavailable
+from .errors import RateLimited, Rejected, Unavailable
 from .extraction import NAME, SOURCE, ask
 from .flow import Flow
-from .flows import embedded, note_embeddings, search
+from .flows import embedded_if_up, note_embeddings, search
 from .plaintext import lineage
 from .plaintext.conditions import matching
 from .plaintext.drafts import check_k, drafts, utc_seconds
@@ -149,12 +149,7 @@ def _keep(engine: Engine, key: str, pair: tuple[Record, Record], *, together: bo
             redact=engine.redact,
         )
     noted: list[Usage] = []
-    vectors = None
-    if new:
-        try:
-            vectors = yield from embedded(engine, [(draft.text, draft.name) for draft in new], noted)
-        except ProviderError as error:
-            _log.warning("a conflict is stored without vectors, the embedder failed: %s", error)
+    vectors = yield from embedded_if_up(engine, new, noted, "a conflict")
     with engine.database.write() as connection:
         now = {record.id: record.version for record in engine.records.named([r.id for r in pair], Scope())}
         if any(now.get(record.id) != record.version for record in pair):

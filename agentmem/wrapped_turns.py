@@ -6,6 +6,7 @@ logged and the caller's request goes out as it is; only a spent budget stops it.
 
 from __future__ import annotations
 
+import contextlib
 import datetime as dt
 import hashlib
 import json
@@ -13,17 +14,18 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
 from . import prompt
 from .acting import QUERY_CHARACTERS
+from .activity import Turn
 from .asking import reply_drafts
 from .engine import Engine
-from .errors import AgentMemError, BudgetExceeded, InvalidInput, ProviderError, StoreError
+from .errors import AgentMemError, BudgetExceeded, InvalidInput, StoreError
 from .flow import Flow
-from .flows import embedded, note_embeddings, search
+from .flows import embedded_if_up, note_embeddings, search
 from .plaintext.drafts import Draft, drafts, redacted
 from .plaintext.records import TURN, new_id
 from .provider import Generation
@@ -110,9 +112,11 @@ class Asked:
 class Ready:
     """What memory found for a request. ``block`` is to stand in the message ``place`` of `Asked.messages`, before its
     text, or ``behind`` it; "" where nothing is recalled. The system part is to end with ``note``, "" where not.
-    ``marked`` says which prefixes to mark; None where that is left to the caller or the host."""
+    ``marked`` says which prefixes to mark; None where that is left to the caller or the host. ``under_way`` is the turn
+    as work in the background sees it."""
 
     asked: Asked
+    under_way: Turn
     block: str = ""
     place: int | None = None
     behind: bool = False
@@ -125,9 +129,21 @@ class Ready:
     first_s: float | None = None
 
     def came(self) -> None:
-        """The first piece of the answer is there."""
+        """A piece of the answer is there."""
+        self.under_way.heard()
         if self.first_s is None:
             self.first_s = time.perf_counter() - self.started
+
+    @contextlib.contextmanager
+    def sent(self, *, streams: bool) -> Generator[None]:
+        """Around the sending: the turn is over with it, a streamed one only where it fails; else with its stream."""
+        over = True
+        try:
+            yield
+            over = not streams
+        finally:
+            if over:
+                self.under_way.end()
 
 
 class _Latest(Generic[V]):
@@ -199,7 +215,7 @@ class Recollection:
 
     def before(self, asked: Asked) -> Flow[Ready]:
         """What is to be put into this request. Raises `BudgetExceeded`, and nothing else."""
-        ready = Ready(asked=asked)
+        ready = Ready(asked=asked, under_way=self.engine.activity.begin())
         try:
             self.engine.ledger.check(self.session, asked.model)
             if self.recall:
@@ -217,10 +233,11 @@ class Recollection:
                     turn=asked.turn,
                 )
         except BudgetExceeded:
+            ready.under_way.end()
             raise
         except Exception as error:  # noqa: BLE001 - whatever fails in memory, the caller's request goes out
             _log.warning("the request to %s goes out without memories: %s", asked.model, _told(error))
-            return Ready(asked=asked, started=ready.started)
+            return Ready(asked=asked, under_way=ready.under_way, started=ready.started)
         return ready
 
     def _recall(self, ready: Ready) -> Flow[None]:
@@ -325,11 +342,7 @@ class Recollection:
         if self.remember:
             said = self._unheard(asked)
             answer = reply_drafts(engine, generation, session, asked.model)
-            try:
-                texts = [(draft.text, draft.name) for draft in [*said, *answer]]
-                vectors = yield from embedded(engine, texts, ready.uses)
-            except ProviderError as error:
-                _log.warning("the turn is stored without vectors, its embedder failed: %s", error)
+            vectors = yield from embedded_if_up(engine, [*said, *answer], ready.uses, "the turn")
         new = [*said, *answer]
         ids = [new_id(engine.clock()) for _ in new]
         ids.sort()

@@ -85,11 +85,12 @@ def _post(client: Any, post: Callable[..., Any], memory: Recollection, routes: R
         if route is None:
             return post(path, **how)
         ready = run(memory.before(route.asked))
-        answer = post(path, **_through(route, ready, memory, how))
-        if _is_whole(how):
-            whole = _parsed(answer) if _is_raw(how) else answer
-            if (generation := _generation(route, whole)) is not None:
-                run(memory.after(ready, generation))
+        with ready.sent(streams=bool(how.get("stream"))):
+            answer = post(path, **_through(route, ready, memory, how))
+            if _is_whole(how):
+                whole = _parsed(answer) if _is_raw(how) else answer
+                if (generation := _generation(route, whole)) is not None:
+                    run(memory.after(ready, generation))
         return answer
 
     return posted
@@ -103,11 +104,12 @@ def _apost(client: Any, post: Callable[..., Any], memory: Recollection, routes: 
         if route is None:
             return await post(path, **how)
         ready = await arun(memory.before(route.asked))
-        answer = await post(path, **_through(route, ready, memory, how))
-        if _is_whole(how):
-            whole = await _aparsed(answer) if _is_raw(how) else answer
-            if (generation := _generation(route, whole)) is not None:
-                await arun(memory.after(ready, generation))
+        with ready.sent(streams=bool(how.get("stream"))):
+            answer = await post(path, **_through(route, ready, memory, how))
+            if _is_whole(how):
+                whole = await _aparsed(answer) if _is_raw(how) else answer
+                if (generation := _generation(route, whole)) is not None:
+                    await arun(memory.after(ready, generation))
         return answer
 
     return posted
@@ -216,9 +218,10 @@ def _listened(inner: Any, heard: _Heard, memory: Recollection) -> Generator[Any,
             if heard.passes(event):
                 yield event
     finally:
-        inner.close()
-        if (generation := heard.whole()) is not None:
-            run(memory.after(heard.ready, generation))
+        with heard.ready.sent(streams=False):
+            inner.close()
+            if (generation := heard.whole()) is not None:
+                run(memory.after(heard.ready, generation))
 
 
 async def _awaited(inner: Any, heard: _Heard, memory: Recollection) -> AsyncGenerator[Any, None]:
@@ -227,9 +230,10 @@ async def _awaited(inner: Any, heard: _Heard, memory: Recollection) -> AsyncGene
             if heard.passes(event):
                 yield event
     finally:
-        await inner.aclose()
-        if (generation := heard.whole()) is not None:
-            await arun(memory.after(heard.ready, generation))
+        with heard.ready.sent(streams=False):
+            await inner.aclose()
+            if (generation := heard.whole()) is not None:
+                await arun(memory.after(heard.ready, generation))
 
 
 class _Heard:

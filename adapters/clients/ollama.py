@@ -51,11 +51,12 @@ def _chat(client: Any, chat: Callable[..., Any], memory: Recollection) -> Callab
         if asked is None:
             return chat(model, messages, **how)
         ready = run(memory.before(asked))
-        answer = chat(model, _placed(messages, ready), **how)
-        if how.get("stream"):
-            return _heard(answer, ready, memory)
-        if (generation := _whole(answer, ready)) is not None:
-            run(memory.after(ready, generation))
+        with ready.sent(streams=bool(how.get("stream"))):
+            answer = chat(model, _placed(messages, ready), **how)
+            if how.get("stream"):
+                return _heard(answer, ready, memory)
+            if (generation := _whole(answer, ready)) is not None:
+                run(memory.after(ready, generation))
         return answer
 
     return chatted
@@ -68,11 +69,12 @@ def _achat(client: Any, chat: Callable[..., Any], memory: Recollection) -> Calla
         if asked is None:
             return await chat(model, messages, **how)
         ready = await arun(memory.before(asked))
-        answer = await chat(model, _placed(messages, ready), **how)
-        if how.get("stream"):
-            return _aheard(answer, ready, memory)
-        if (generation := _whole(answer, ready)) is not None:
-            await arun(memory.after(ready, generation))
+        with ready.sent(streams=bool(how.get("stream"))):
+            answer = await chat(model, _placed(messages, ready), **how)
+            if how.get("stream"):
+                return _aheard(answer, ready, memory)
+            if (generation := _whole(answer, ready)) is not None:
+                await arun(memory.after(ready, generation))
         return answer
 
     return chatted
@@ -86,9 +88,10 @@ def _heard(parts: Any, ready: Ready, memory: Recollection) -> Iterator[Any]:
             _take(reader, part, ready)
             yield part
     finally:
-        parts.close()
-        if (generation := _end(reader, ready)) is not None:
-            run(memory.after(ready, generation))
+        with ready.sent(streams=False):
+            parts.close()
+            if (generation := _end(reader, ready)) is not None:
+                run(memory.after(ready, generation))
 
 
 async def _aheard(parts: Any, ready: Ready, memory: Recollection) -> AsyncIterator[Any]:
@@ -99,9 +102,10 @@ async def _aheard(parts: Any, ready: Ready, memory: Recollection) -> AsyncIterat
             _take(reader, part, ready)
             yield part
     finally:
-        await parts.aclose()
-        if (generation := _end(reader, ready)) is not None:
-            await arun(memory.after(ready, generation))
+        with ready.sent(streams=False):
+            await parts.aclose()
+            if (generation := _end(reader, ready)) is not None:
+                await arun(memory.after(ready, generation))
 
 
 def _take(reader: Reader, part: Any, ready: Ready) -> None:

@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -211,8 +211,10 @@ class Engine:
             finally:
                 run.leave()
         if recall is not None:
-            self.records.learn(recall, cancel)
-        written += self._ahead(run, request, text.text, cancel)
+            _afterwards("KV states of recalled records were not made", lambda: self.records.learn(recall, cancel))
+        written += _afterwards(
+            "the answer is read again with the next turn", lambda: self._ahead(run, request, text.text, cancel)
+        )
         give_back()
         usage = Usage(
             input_tokens=len(whole),
@@ -226,7 +228,7 @@ class Engine:
 
     def _ahead(self, run: Run, request: Request, answer: str, cancel: threading.Event | None) -> int:
         """Prefill the answer behind what the run keeps: the next turn's first token then waits for its message only.
-        Returns how many tokens of pages that wrote. Whatever happens to it, the answer is out and isn't lost."""
+        Returns how many tokens of pages that wrote."""
         after = following(request, answer) if run.keeps else None
         if after is None:
             return 0
@@ -238,11 +240,6 @@ class Engine:
             ahead = Run(self, after, prompt, 0, cancel, since=run.since)
             ahead.prefill()
             return ahead.seal()
-        except Cancelled:
-            return 0
-        except Exception as error:  # noqa: BLE001 - torch raises of any kind where memory runs out
-            log.warning("the answer is read again with the next turn: %s: %s", type(error).__name__, error)
-            return 0
         finally:
             if ahead is not None:
                 ahead.leave()
@@ -261,6 +258,17 @@ class Engine:
                 "recall less, or start a new session"
             )
         return min(budget, room)
+
+
+def _afterwards(lost: str, work: Callable[[], int]) -> int:
+    """Work once the answer is out: whatever happens to it, the answer isn't lost. ``lost`` is said where it fails."""
+    try:
+        return work()
+    except Cancelled:
+        return 0
+    except Exception as error:  # noqa: BLE001 - torch raises of any kind where memory runs out
+        log.warning("%s: %s: %s", lost, type(error).__name__, error)
+        return 0
 
 
 def _packed(_: Any, given: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

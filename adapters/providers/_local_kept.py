@@ -1,8 +1,8 @@
 """The states of live conversations behind their last whole page, kept in RAM from one turn to the next.
 
 Pages hold whole steps of the token grid; without these the rest of a prompt is computed again in each turn. Knows token
-ids and rows of states; knows nothing of prompts, of files or of the model. Kept only where a trial said that a state
-does not depend on what was computed with it (_local_in_place.py), so that a hit changes no bit.
+ids, rows of states and ids of records; knows nothing of prompts, of files or of the model. Kept only where a trial said
+that a state does not depend on what was computed with it (_local_in_place.py), so that a hit changes no bit.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import itertools
 import os
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -27,8 +27,8 @@ Rows = list[tuple[npt.NDArray[Any], npt.NDArray[Any]]]
 
 @dataclass(frozen=True)
 class Kept:
-    """States of ``tokens[start:]`` behind those of ``tokens[:start]``: per layer (K, V), each [KV heads, n, dim]; and
-    how many seconds computing them took."""
+    """States of ``tokens[start:]`` behind those of ``tokens[:start]``: per layer (K, V), each [KV heads, n, dim]; how
+    many seconds computing them took, and the ids of the records that stand in any of the tokens."""
 
     identity: bytes
     tenant: str
@@ -36,6 +36,7 @@ class Kept:
     start: int
     rows: Rows
     seconds: float
+    records: frozenset[str] = frozenset()
 
 
 class Tails:
@@ -78,6 +79,17 @@ class Tails:
             if since == self._drops:
                 others = [old for old in self._kept if not _continues(tail, old)]
                 self._kept = [*others[1 - MOST :], tail]
+
+    def sweep(self, forgotten: Callable[[Collection[str]], Collection[str]]) -> None:
+        """Let go of those made from records that were forgotten, also by another process; ``forgotten`` says which of
+        some ids those are."""
+        with self._lock:
+            kept = list(self._kept)
+        records: set[str] = set().union(*(tail.records for tail in kept))
+        gone = forgotten(records) if records else ()
+        if gone:
+            with self._lock:
+                self._kept = [tail for tail in self._kept if tail.records.isdisjoint(gone)]
 
     def drop(self) -> int:
         """Let go of all of them; returns how many those were."""

@@ -339,7 +339,8 @@ class RecordStates:
 
     def learn(self, recall: Recall, cancel: threading.Event | None) -> int:
         """After an answer: make the states of lines that were shown before; how many. Where nobody knows yet how well
-        this model does with them, that is tried first, in the background, and until then they stay text."""
+        this model does with them, that is tried first, in the background, and until then they stay text. What fails is
+        raised: the caller has an answer to keep."""
         hot = [p for p in recall.parts if p.shown > 0 and not p.pages and len(p.tokens) >= LEAST]
         if not hot or recall.passed is False:
             return 0
@@ -349,13 +350,7 @@ class RecordStates:
                 self._try(recall)
             self._seen.append(recall.primer.digest)
             return 0
-        made = 0
-        try:
-            for part in hot[:MADE_A_TURN]:
-                made += self._kept(recall, part, cancel)
-        except AgentMemError as error:  # the answer has come and must not be lost for it
-            log.warning("KV states of recalled records could not be made: %s", error)
-        return made
+        return sum(self._kept(recall, part, cancel) for part in hot[:MADE_A_TURN])
 
     def _kept(self, recall: Recall, part: Part, cancel: threading.Event | None) -> bool:
         started = time.perf_counter()
@@ -443,8 +438,8 @@ class RecordStates:
             judge(self, self._engine, recall, running)
         except Stopped:
             log.debug("the trial of recalled records as KV was stopped and will go on another time")
-        except AgentMemError as error:
-            log.warning("recalled records could not be tried as KV and stay text: %s", error)
+        except Exception as error:  # noqa: BLE001 - nobody waits for it, nor would hear of it
+            log.warning("recalled records could not be tried as KV and stay text: %s: %s", type(error).__name__, error)
 
     def wait(self, timeout: float | None = None) -> bool:
         """Wait for a trial that runs; whether none runs any more."""

@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from agentmem.errors import AgentMemError
 from agentmem.provider import Request
 from agentmem.types import Attended
 
@@ -99,6 +98,7 @@ class Run:
             self._identity = self._engine.identity(self._loras, grid, attention)
             if self._stand is not None:
                 self._identity = self._stand.identity(self._identity)
+            self._engine.tails.sweep(self._pages.forgotten)
             stored = self._pages.longest(self._identity, tokens)
             known = next((i for i, page in enumerate(stored) if not self._matches(page, i)), len(stored))
             wanted = min(known, (self._exact - 1) // grid)
@@ -187,9 +187,13 @@ class Run:
         start = end // self._grid * self._grid
         if least is None or count < least or not max(self._done, start) < end <= self._done + count:
             return
+        records = frozenset(self._prompt.records(end))
+        # One may have been forgotten between the reading of the records and the beginning of this run.
+        if self._pages is None or self._pages.forgotten(records):
+            return
         tokens = tuple(self._prompt.tokens[:end])
         rows = self._cache.tail_rows(end - start)
-        self._engine.tails.keep(Kept(self._identity, self._tenant, tokens, start, rows, seconds), self.since)
+        self._engine.tails.keep(Kept(self._identity, self._tenant, tokens, start, rows, seconds, records), self.since)
 
     def _stand_in(self) -> None:
         """Put what was not restored of a trained prefix into the cache, step by step of the grid as if computed."""
@@ -296,8 +300,8 @@ class Run:
                 encoded=[self._encoded.get(number) for number in range(self._first, last)],
                 seconds=sum(self._seconds.get(number, 0.0) for number in range(self._first, last)),
             )
-        except AgentMemError as error:  # the memory was closed while an answer was still being read
-            log.warning("KV pages of %d tokens were not kept: %s", len(tokens), error)
+        except Exception as error:  # noqa: BLE001 - an answer is not lost for them, whatever failed
+            log.warning("KV pages of %d tokens were not kept: %s: %s", len(tokens), type(error).__name__, error)
             return 0
 
 

@@ -34,6 +34,18 @@ LOCK_S = 10.0
 #: Damaged files kept for a look at what happened; older ones are deleted.
 QUARANTINED = 8
 
+#: Pages that name a record which is not there. Each record that lineage names is looked at once, by steps through the
+#: index: of a long session every page names all records before it.
+UNSTORED = """
+WITH RECURSIVE named (record) AS (
+    SELECT min(record) FROM lineage UNION ALL
+    SELECT (SELECT min(record) FROM lineage WHERE record > named.record) FROM named WHERE record IS NOT NULL
+)
+SELECT DISTINCT key FROM lineage WHERE kind = 'page' AND record IN (
+    SELECT record FROM named WHERE record IS NOT NULL AND record NOT IN (SELECT id FROM records)
+)
+"""
+
 #: A file of the folder: a page, one that is being written, or one that was put aside.
 FILE = re.compile(r"([0-9a-f]{64})(\.page|\.[0-9a-f]{16}\.(?:tmp|bad))")
 
@@ -90,6 +102,19 @@ class Catalog:
             )
             for row in found
         }
+
+    def forgotten(self, records: Iterable[str]) -> set[str]:
+        """Which of these records were forgotten."""
+        return {
+            row["record"]
+            for part in parts(sorted(set(records)))
+            for row in self._database.query(f"SELECT record FROM tombstones WHERE record IN ({marks(part)})", part)
+        }
+
+    def unstored(self, before: float) -> list[bytes]:
+        """Pages written before this moment, by the store's clock, that name a record which is not there."""
+        named = [bytes.fromhex(row["key"]) for row in self._database.query(UNSTORED)]
+        return [key for key, row in self.rows(named).items() if row.created < before]
 
     def bytes_of_files(self) -> int:
         """Bytes of all stored pages."""

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from ..cache_rules import CacheRules
-from ..errors import InvalidInput
+from .layout_facts import Place, State, read, written
 from .turns import Coming, Layout, Turn
 
 __all__ = ["Coming", "Layout", "Layouts", "Turn"]
 
-#: Of the state; another one is not read.
-FORM = 1
 #: Requests looked ahead at most, how many are believed at first to come before the cache is cold, and the runs of
 #: requests that tell better.
 MOST_AHEAD, FIRST_AHEAD, RUNS = 50, 9, 16
@@ -46,48 +44,6 @@ MOST_PLACES, SINGLE_PLACES = 64, 24
 RECENT = 48
 #: Means forget what is older than about so many turns.
 MEMORY = 100.0
-
-
-@dataclass(slots=True)
-class _Place:
-    """Where a history may begin: a turn, or several of one session merged."""
-
-    id: str
-    session: str
-    tokens: int
-    last: float
-
-
-@dataclass(slots=True)
-class _State:
-    at: float | None = None
-    session: str = ""
-    places: list[_Place] = field(default_factory=list)
-    #: Index of the place at which the history begins.
-    start: int = 0
-    #: Tokens of turns that are older than the first place.
-    gone: int = 0
-    core: int = 0
-    #: Tokens of a core block that there were when more was wanted; None where none was missing in this session.
-    core_most: int | None = None
-    #: Requests in a row that found nothing kept of a prefix that should have been.
-    unkept: int = 0
-    #: Index of the lifetime that the last prefix was believed to be written with.
-    life: int = 0
-    #: What staying has cost beside the best other beginning, since the beginning last moved.
-    carry: float = 0.0
-    #: Per lifetime: how many requests followed without a longer gap, now and in the last runs that ended.
-    run: list[int] = field(default_factory=list)
-    runs: list[list[int]] = field(default_factory=list)
-    turns: float = 0.0
-    message: float = 0.0
-    growth: float = 0.0
-    recalled: float = 0.0
-    out_of_sight: float = 0.0
-    most_recalled: float = 0.0
-    seen: float = 0.0
-    repeated: float = 0.0
-    recent: list[str] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,7 +97,7 @@ class Layouts:
         self._core_tokens = core_tokens
         self._window = window
         self._history_tokens = history_tokens
-        self._state = _State() if state is None else _read(state)
+        self._state = State() if state is None else read(state)
         self._state.life = min(self._state.life, len(rules.lifetimes) - 1)  # the rules may be others now
         missing = len(rules.lifetimes) - len(self._state.run)
         self._state.run += [0] * missing
@@ -174,7 +130,7 @@ class Layouts:
         self._learn(turn, ahead.unseen(start))
         kept = sum(tokens for _, tokens in turn.recalled) if layout.keep else 0
         state.start = start
-        state.places.append(_Place(turn.id, turn.session, turn.message + turn.reply + kept, turn.at))
+        state.places.append(Place(turn.id, turn.session, turn.message + turn.reply + kept, turn.at))
         state.at, state.session, state.core = turn.at, turn.session, turn.core
         self._merge()
 
@@ -195,23 +151,14 @@ class Layouts:
         state = self._state
         first = self._index(start)
         begins = state.places[state.start].id if first < state.start < len(state.places) else None
-        state.places[first:] = [_Place(*turn) for turn in turns]
+        state.places[first:] = [Place(*turn) for turn in turns]
         if state.start > first:
             state.start = next((at for at, place in enumerate(state.places) if place.id == begins), first)
         self._merge()
 
     def state(self) -> dict[str, Any]:
         """What has to be kept until the next turn, as JSON: a few kilobytes however long the scope is."""
-        state = self._state
-        before = [None, *(place.session for place in state.places)]
-        return {
-            "form": FORM,
-            "places": [
-                [place.id, None if place.session == last else place.session, place.tokens, place.last]
-                for place, last in zip(state.places, before, strict=False)
-            ],
-            **{name: getattr(state, name) for name in _PLAIN},
-        }
+        return written(self._state)
 
     # -- what is known of the scope --------------------------------------------------------------------------------
 
@@ -269,7 +216,7 @@ class Layouts:
         state = self._state
         one, two = state.places[at], state.places.pop(at + 1)
         session = two.session  # an old place of two sessions counts as the newer one's
-        state.places[at] = _Place(one.id, session, one.tokens + two.tokens, two.last)
+        state.places[at] = Place(one.id, session, one.tokens + two.tokens, two.last)
         if state.start > at:
             state.start -= 1
 
@@ -469,40 +416,3 @@ def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[f
     later = read * reached + write * growth
     first = write * reached if short else read * cached + write * (reached - cached)
     return later, total + first + later * (count - short - 1)
-
-
-#: The fields of a state that are JSON as they are.
-_PLAIN = (
-    "at", "session", "start", "gone", "core", "core_most", "unkept", "life", "carry", "run", "runs", "turns", "message",
-    "growth", "recalled", "out_of_sight", "most_recalled", "seen", "repeated", "recent",
-)  # fmt: skip
-
-
-def _places(stored: Sequence[Sequence[Any]]) -> list[_Place]:
-    places: list[_Place] = []
-    for id_, session, tokens, last in stored:
-        same = places[-1].session if session is None else str(session)
-        places.append(_Place(str(id_), same, int(tokens), float(last)))
-    return places
-
-
-def _read(state: Mapping[str, Any]) -> _State:
-    if state.get("form") != FORM:
-        raise InvalidInput(f"the layout's state has form {state.get('form')!r}; this version reads {FORM}: drop it")
-    try:
-        found = _State(
-            places=_places(state["places"]),
-            **{name: state[name] for name in _PLAIN},
-        )
-        found.run = [int(count) for count in found.run]
-        found.runs = [[int(count) for count in counts] for counts in found.runs]
-        if len(found.run) != len(found.runs):
-            raise ValueError(f"{len(found.run)} runs and the past of {len(found.runs)}")
-        found.recent = [str(id_) for id_ in found.recent]
-        if not 0 <= found.start <= len(found.places):
-            raise ValueError(f"start {found.start} of {len(found.places)} places")
-    except (IndexError, KeyError, TypeError, ValueError) as error:
-        raise InvalidInput(
-            f"the layout's state can't be read ({error!r}): drop it, a new one costs a rebuild"
-        ) from error
-    return found

@@ -16,7 +16,7 @@ from typing import Any
 from ..database import Database
 from ..errors import InvalidInput, StoreError
 from .budget import Budget
-from .catalog import Catalog, marks, parts
+from .catalog import Catalog
 from .cipher import PageCipher
 from .eviction import PageRow
 from .identity import chain, root
@@ -170,12 +170,7 @@ class PageWriter:
 
     def _unforgotten(self, records: Sequence[tuple[str, ...]]) -> int:
         """How many of these pages come before the first that was made from a forgotten record."""
-        ids = {record for page in records for record in page}
-        forgotten = {
-            row["record"]
-            for part in parts(sorted(ids))
-            for row in self._database.query(f"SELECT record FROM tombstones WHERE record IN ({marks(part)})", part)
-        }
+        forgotten = self._catalog.forgotten(record for page in records for record in page)
         for i, page in enumerate(records):
             if forgotten.intersection(page):
                 return i

@@ -17,14 +17,14 @@ import os
 import re
 import time
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 from ..database import Database
 from ..errors import Corrupt, Incompatible, InvalidInput, StoreError
 from ..types import Value
-from . import archive, audit, trained
+from . import archive, audit, swapping, trained
 from .budget import Budget
 from .catalog import Catalog, marks, parts
 from .cipher import ForeignKey, PageCipher
@@ -32,15 +32,18 @@ from .eviction import PageRow, ancestors, choose, descendants
 from .identity import chain, root
 from .pages import CODECS, LOSSY, Codec, Encoded, Page, Stamp
 from .sealing import PageWriter
+from .swapping import Swapped, advise
 from .tenant import TenantPages
 
-__all__ = ["PageEntry", "PageStore", "Swapped"]
+__all__ = ["PageEntry", "PageStore"]
 
 logger = logging.getLogger("agentmem")
 
 _KEY = re.compile(r"[0-9a-f]{64}")
 #: A page opened at fewer bytes per second than this was not in the system's memory.
 _CACHED_RATE = 3e9
+#: Seconds after which the turn that a page was computed in is over, stored or not, in whichever process.
+UNDER_WAY_S = 3600.0
 #: `PageStore.bytes` hides the type's name from the annotations of its class.
 Key = bytes
 
@@ -62,14 +65,6 @@ class PageEntry(Value):
     uses: int
     pinned: bool
     records: tuple[str, ...]
-
-
-class Swapped(Value):
-    """What a swap did: ``pages`` that are in RAM now, or left it, their ``bytes``, and the ``seconds`` it took."""
-
-    pages: int
-    bytes: int
-    seconds: float
 
 
 class PageStore:
@@ -117,6 +112,7 @@ class PageStore:
         with contextlib.suppress(OSError):
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         self._catalog.tidy()
+        self.drop_unstored()
         _OPEN.add(self)
 
     @property
@@ -174,7 +170,7 @@ class PageStore:
             if number == 0 and page.seconds > len(page.data) / _CACHED_RATE:
                 # It came from the disk, and so will the others: the disk reads on while the first are looked at.
                 for other in names[1 : len(rows)]:
-                    _advise(self._catalog.path(other), "POSIX_FADV_WILLNEED")
+                    advise(self._catalog.path(other), "POSIX_FADV_WILLNEED")
             expected = (key, parent, identity, number, tuple(tokens[number * grid : (number + 1) * grid]))
             found = (page.key, page.parent, page.identity, page.number, page.tokens)
             if found != expected or page.name != name or page.layout != (pages[0] if pages else page).layout:
@@ -267,6 +263,14 @@ class PageStore:
             seconds=seconds,
         )
 
+    def forgotten(self, records: Collection[str]) -> Collection[str]:
+        """See `TenantPages.forgotten`."""
+        try:
+            return self._catalog.forgotten(records)
+        except StoreError as error:
+            logger.warning("whether records were forgotten can't be asked, they are taken to be: %s", error)
+            return records
+
     # ---- what users ask
 
     def entries(self) -> list[PageEntry]:
@@ -339,14 +343,7 @@ class PageStore:
 
         A request that reads one of them can finish: its memory goes afterwards.
         """
-        started = time.perf_counter()
-        rows = self._chosen(keys)
-        self._budget.ram.drop(
-            [row.key for row in rows] if keys is not None else [copy.key for copy in self._budget.ram.copies()]
-        )
-        for row in rows:
-            _advise(self._catalog.path(row.key), "POSIX_FADV_DONTNEED")
-        return Swapped(pages=len(rows), bytes=sum(row.bytes for row in rows), seconds=time.perf_counter() - started)
+        return swapping.swap_out(self._chosen(keys), self._catalog, self._budget, everything=keys is None)
 
     def swap_in(self, keys: Sequence[str] | None = None) -> Swapped:
         """Bring these pages and those before them (default: all) into RAM, checked, the last used first, as far as the
@@ -356,32 +353,8 @@ class PageStore:
         aside, those under another page key are passed over, and where running requests need the RAM it ends early. Says
         what of all these is in RAM afterwards.
         """
-        started = time.perf_counter()
-        rows, room = [], self._budget.share
-        for row in sorted(self._chosen(keys, whole=True), key=lambda row: (-row.used, row.number)):
-            room -= row.bytes
-            if room < 0:
-                break
-            rows.append(row)
-        for row in rows:  # all at once: the disk reads on while the first are checked
-            _advise(self._catalog.path(row.key), "POSIX_FADV_WILLNEED")
-        self._budget.refresh()
-        there: list[int] = []
-        now = self._clock()
-        wanted = {row.key for row in rows}
-        here = {copy.key for copy in self._budget.ram.copies()}
-        for row in rows:
-            if row.key not in here and not self._budget.make_way(row.bytes, spare=wanted):
-                continue
-            with contextlib.suppress(Corrupt, Incompatible):
-                page = self._opened(row, now)
-                if page is None:
-                    continue
-                if not page.verified:
-                    page.verify()
-                if self._budget.admit(page, pinned=row.pinned, used=now, displace=True):
-                    there.append(row.bytes)
-        return Swapped(pages=len(there), bytes=sum(there), seconds=time.perf_counter() - started)
+        now, chosen = self._clock(), self._chosen(keys, whole=True)
+        return swapping.swap_in(chosen, self._catalog, self._budget, opened=lambda row: self._opened(row, now), now=now)
 
     def _chosen(self, keys: Sequence[str] | None, *, whole: bool = False) -> list[PageRow]:
         self._catalog.flush_now()
@@ -420,6 +393,19 @@ class PageStore:
             except OSError as error:
                 raise StoreError(f"a KV page in {self._folder} can't be deleted ({error}): try again") from error
         return [key.hex() for key in gone]
+
+    def drop_unstored(self) -> int:
+        """Delete pages that name a record which is not there, and all behind them; returns how many.
+
+        Those are left by turns that ended before they were stored: no `forget` of what they say would find them. Pages
+        of the last hour stay, a turn under way may store its records yet. Never raises: what fails is logged.
+        """
+        try:
+            found = self._catalog.unstored(self._clock() - UNDER_WAY_S)
+            return len(self.delete([key.hex() for key in found]))
+        except StoreError as error:
+            logger.warning("KV pages of turns that were never stored can't be deleted: %s", error)
+            return 0
 
     def save(self, path: str | os.PathLike[str]) -> int:
         """Copy all sound pages and their lineage into the new folder ``path``, whole or not at all; returns how many.
@@ -484,17 +470,6 @@ def _after_fork_in_child() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_after_fork_in_child)
-
-
-def _advise(path: Path, advice: str) -> None:
-    """Tell the system about the use of a file's bytes, where it listens."""
-    if hasattr(os, advice):
-        with contextlib.suppress(OSError):
-            descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-            try:
-                os.posix_fadvise(descriptor, 0, 0, getattr(os, advice))
-            finally:
-                os.close(descriptor)
 
 
 def _unhex(keys: Sequence[str]) -> list[Key]:

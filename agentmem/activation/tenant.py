@@ -5,7 +5,7 @@ Knows the tenant's salt and whether pages may be kept; everything else is the st
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from .pages import LOSSY, Codec, Encoded, Page, encode
@@ -48,6 +48,10 @@ class TenantPages:
         raises `Corrupt` from ``read_layers``, is put aside by the store, and ends the prefix.
         """
         return self._store.longest(self._salt, identity, tokens, self._grid)
+
+    def forgotten(self, records: Collection[str]) -> Collection[str]:
+        """Which of these records were forgotten, by any process; all of them where that can't be asked. One query."""
+        return self._store.forgotten(records)
 
     def encode(self, layers: Sequence[tuple[Any, Any]], at: int) -> Encoded | None:
         """The page of positions ``at .. at + grid`` for `seal`, with a lossy codec; the arrays then hold its decoding.

@@ -203,6 +203,22 @@ def test_a_failure_of_torch_loses_no_answer(
         assert provider.generate(asked(begun(), store)).text == wanted
 
 
+def test_pages_that_can_not_be_kept_lose_no_answer(
+    provider: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Stored(tmp_path / "cold", grid=64) as store:
+        wanted = provider.generate(asked(begun(), store)).text
+    provider.erase_slots()
+
+    def fail(*_: Any, **__: Any) -> int:
+        raise RuntimeError("no room for so many pages")
+
+    with Stored(tmp_path / "failed", grid=64) as store:
+        monkeypatch.setattr(store, "seal", fail)
+        assert provider.generate(asked(begun(), store)).text == wanted
+    assert "RuntimeError: no room for so many pages" in caplog.text
+
+
 # -- in a memory -------------------------------------------------------------------------------------------------------
 
 
@@ -226,3 +242,44 @@ def test_an_answer_that_a_redactor_changes_is_not_prefilled(llama: Path, tmp_pat
         assert not [entry for entry in mem.activation.entries() if reply.records[1] in entry.records]
         [tail] = mem._engine.provider._engine.tails._kept or [None]  # type: ignore[union-attr]
         assert tail is None or len(tail.tokens) <= reply.usage.input_tokens
+
+
+def talking(folder: Path, model: Path) -> Memory:
+    return Memory(folder, model=f"local:{model}", embedder="none", page_tokens=64, core_tokens=0)
+
+
+def held(mem: Memory) -> set[str]:
+    """The records in whose states the conversations of this memory go on."""
+    kept = mem._engine.provider._engine.tails._kept  # type: ignore[union-attr]
+    return {record for tail in kept for record in tail.records}
+
+
+def test_what_another_process_forgot_is_let_go_of_with_the_next_turn(llama: Path, tmp_path: Path) -> None:
+    with talking(tmp_path / "m", llama) as mem, talking(tmp_path / "m", llama) as other:
+        reply = mem.scope(user="ana", session="s").chat("What grows here?", recall=False, max_tokens=9)
+        assert set(reply.records) <= held(mem)
+        other.forget(reply.records[0])
+        later = mem.scope(user="ben", session="t").chat("And there?", recall=False, max_tokens=9)
+        assert set(later.records) <= held(mem)
+        assert not held(mem) & set(reply.records)
+
+
+def test_what_is_forgotten_before_a_turn_is_computed_is_not_kept(
+    llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with talking(tmp_path / "m", llama) as mem:
+        ana = mem.scope(user="ana", session="s")
+        said = ana.chat("What grows here?", recall=False, max_tokens=9).records[0]
+        engine = mem._engine.provider._ready()  # type: ignore[union-attr]
+        real = engine.stream
+
+        def stream(*given: Any) -> Any:
+            with monkeypatch.context() as patch:  # this turn's prompt was made when the record was there
+                patch.setattr(engine, "stream", real)
+                mem.forget(said)
+            return real(*given)
+
+        monkeypatch.setattr(engine, "stream", stream)
+        assert ana.chat("And in the winter?", recall=False, max_tokens=9).text
+        assert not engine.tails._kept
+        assert not [entry for entry in mem.activation.entries() if said in entry.records]

@@ -16,24 +16,14 @@ from agentmem import AsyncMemory, ConsolidationPlan, InvalidInput, Memory, conso
 from agentmem.flow import run
 from agentmem.jobs import Jobs
 from agentmem.moving import make
-from agentmem.planner.values import Costs
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import Scope
+from tests.reliability import consolidator
 from tests.reliability.learner import FACTS, Teachable, learning, memory_of
 
 ANA = Scope(user="ana")
 #: Seconds of a token as a small machine has them; training is cheap enough to pay within a day of such tests.
-COSTS = Costs(
-    unit="seconds",
-    prefill=1e-3,
-    cached=5e-5,
-    write=5e-5,
-    token_bytes=1000,
-    minimum=64,
-    learn=0.01,
-    distil=1e6,
-    source={"prefill": "told"},
-)
+COSTS = replace(consolidator.COSTS, minimum=64, learn=0.01)
 THINGS = ("dog", "boat", "bicycle", "cat", "horse", "house", "car", "garden", "piano", "violin", "tent", "kite")
 QUESTIONS = ("What is my dog called?", "Where do I live?", "What is my favourite tea?", "What is my sister's name?")
 

@@ -7,7 +7,7 @@ import logging
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Self
 
@@ -56,6 +56,9 @@ class Shelf:
     def encode(self, layers: Sequence[tuple[Any, Any]], at: int) -> None:
         pass
 
+    def forgotten(self, records: Collection[str]) -> Collection[str]:
+        return ()
+
     def longest(self, identity: bytes, tokens: Sequence[int]) -> list[Page]:
         found = []
         for key in chain(identity, b"", tokens, GRID)[: self.limit]:
@@ -99,6 +102,7 @@ class Stored:
         self._store = PageStore(self._database, self.folder / "pages", grid=self.grid, codec=self.codec)
         self._view = self._store.view(b"tenant")
         self.seal, self.encode, self.lossy = self._view.seal, self._view.encode, self._view.lossy
+        self.forgotten = self._view.forgotten
         return self
 
     def __exit__(self, *_: object) -> None:

@@ -386,6 +386,30 @@ def test_a_cancelled_making_leaves_a_primer_that_still_works(provider: Any, tmp_
         assert torch.equal(one, other)
 
 
+@pytest.mark.parametrize("failure", [RuntimeError, MemoryError])
+@pytest.mark.parametrize("work", ["made", "_try"])
+def test_whatever_fails_after_the_answer_does_not_lose_it(
+    work: str,
+    failure: type[Exception],
+    provider: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    records = provider._ready().records
+    with Kept(tmp_path / "kept") as kept:
+        wanted = provider.generate(kept.asked()).text
+        if work == "made":
+            kept.records.note(records.recall(kept.asked()).subject, {"passed": True})
+
+        def fail(*_: Any) -> Any:
+            raise failure("no room for so many states")
+
+        monkeypatch.setattr(records, work, fail)
+        assert provider.generate(kept.asked()).text == wanted
+    assert f"{failure.__name__}: no room for so many states" in caplog.text
+
+
 # -- the trial ---------------------------------------------------------------------------------------------------------
 
 

@@ -169,6 +169,8 @@ def test_of_an_error_nothing_is_remembered_and_it_is_the_sdks_own(sdk: Sdk, ask:
         with pytest.raises(ERRORS, match=r"500|overloaded"):
             done(ask(bot, [user(QUESTION)]))
     assert turns(memory) == []
+    assert not memory._engine.activity.busy()
+    assert not memory._engine.activity.busy()
 
 
 @pytest.mark.parametrize(("sdk", "ask"), STREAMED, ids=[ask.__name__ for _, ask in STREAMED])
@@ -183,6 +185,7 @@ def test_of_a_stream_that_is_cut_nothing_is_remembered(sdk: Sdk, ask: Any, host:
         with contextlib.suppress(*ERRORS, RuntimeError, AssertionError, AttributeError):  # as the SDK takes a cut
             done(ask(bot, [user(QUESTION)]))
     assert turns(memory) == []
+    assert not memory._engine.activity.busy()
 
 
 @every_way
@@ -196,6 +199,34 @@ def test_broken_memory_breaks_no_call(
     assert text_of(host.requests[-1].body[sdk.field][-1]) == QUESTION
     assert "without memories" in caplog.text
     assert "not remembered" in caplog.text
+
+
+@every_way
+def test_work_in_the_background_waits_for_its_turns(sdk: Sdk, ask: Any, host: HostServer, memory: Memory) -> None:
+    activity, seen = memory._engine.activity, []
+
+    def reply(_: Any) -> str:
+        seen.append(activity.busy())
+        return ANSWER
+
+    host.reply = reply
+    assert done(ask(agentmem.wrap(sdk.client(host, ask), memory), [user(QUESTION)])) == ANSWER
+    assert seen == [True]
+    assert not activity.busy()
+
+
+def test_the_turn_of_a_stream_is_over_when_it_is_closed(host: HostServer, memory: Memory) -> None:
+    activity = memory._engine.activity
+    create: Any = agentmem.wrap(OPENAI.client(host, openai_stream), memory).chat.completions.create
+    for reads in (False, True):
+        stream = create(model=GPT, messages=[{"role": "user", "content": QUESTION}], stream=True)
+        if reads:
+            next(iter(stream))
+        assert activity.busy()
+        stream.close()
+        del stream
+        gc.collect()  # the class that was made for it is a circle
+        assert not activity.busy()
 
 
 @every_sdk

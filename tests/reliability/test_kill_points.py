@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -75,6 +76,37 @@ def test_until_it_is_promoted_the_old_version_answers_and_then_the_new_one_besid
         assert [version.digest for version in ana.parametric.active()] == [old, new]
         names = {path.name for path in (folder / "lora").iterdir() if not path.name.startswith(".lock")}
         assert names == {old, new}
+
+
+# ---- remembering
+
+
+def _chat(folder: str, model: str, point: str) -> None:
+    with Memory(folder, model=f"local:{model}", embedder="none", page_tokens=16, core_tokens=0) as memory:
+        ana = memory.scope(user="ana", session="s")
+        ana.chat("What grows here?", recall=False, max_tokens=20)
+        with mock.patch(point, _die):
+            ana.chat("Plums would be nice, wouldn't they? Or rather quinces?", recall=False, max_tokens=20)
+
+
+def test_pages_of_a_turn_that_dies_before_it_is_stored_go_once_it_must_be_over(
+    tmp_path: Path, tiny_model: Callable[..., Path]
+) -> None:
+    model = tiny_model(tmp_path / "model", max_position_embeddings=2048)
+    _killed(_chat, str(tmp_path / "m"), str(model), "agentmem.plaintext.records.Records.insert")
+    ahead = 0.0
+    settings: dict[str, Any] = {"embedder": "none", "page_tokens": 16, "core_tokens": 0}
+    with Memory(tmp_path / "m", model=f"local:{model}", clock=lambda: time.time() + ahead, **settings) as memory:
+        told = {record.id for record in memory.list()}
+        assert len(told) == 2
+        pages = memory._engine.pages
+        whole = {entry.key for entry in pages.entries() if told.issuperset(entry.records)}
+        assert len(pages.entries()) > len(whole) > 0, "the turn that died left no page"
+        ahead = 4000.0
+        memory.consolidate()
+        assert whole <= {entry.key for entry in pages.entries()}
+        assert all(told.issuperset(entry.records) for entry in pages.entries())
+        assert memory.verify().problems == []
 
 
 # ---- forgetting

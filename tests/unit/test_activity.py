@@ -7,7 +7,9 @@ import threading
 
 import pytest
 
-from agentmem.activity import Activity
+from agentmem import Memory
+from agentmem.activity import LOST_S, Activity
+from agentmem.testing import FakeClock, ScriptedProvider
 
 
 class Clock:
@@ -33,8 +35,6 @@ def test_the_silence_begins_with_the_engine_and_anew_after_each_turn() -> None:
     assert activity.quiet_s() == 0
     clock.now += 3
     assert activity.quiet_s() == 3
-    activity.touch()
-    assert activity.quiet_s() == 0
 
 
 def test_turns_may_overlap_and_the_last_one_ends_it() -> None:
@@ -63,16 +63,61 @@ def test_a_clock_that_goes_back_is_no_negative_silence() -> None:
     assert activity.quiet_s() == 0
 
 
-def test_a_sleeper_wakes_when_a_turn_begins() -> None:
+def test_a_turn_without_a_sign_of_life_is_given_up_for_lost() -> None:
+    clock = FakeClock()
+    activity = Activity(clock)
+    with activity.chatting() as turn:
+        clock.advance(LOST_S - 1)
+        assert activity.busy()
+        turn.heard()
+        clock.advance(LOST_S - 1)
+        assert activity.busy()
+        clock.advance(1)
+        assert not activity.busy()
+        assert activity.quiet_s() == LOST_S
+        turn.heard()  # somebody read on after all
+        assert activity.busy()
+        clock.advance(LOST_S)
+        with activity.chatting():
+            assert activity.busy()  # another one counts as ever
+        clock.advance(5)
+        assert activity.quiet_s() == 5
+    assert activity.quiet_s() == 0
+
+
+def test_a_turn_that_nobody_holds_any_more_is_over() -> None:
     activity = Activity()
-    woke = []
-    sleeper = threading.Thread(target=lambda: woke.append(activity.until(True, 30)))
-    sleeper.start()
-    with activity.chatting():
-        sleeper.join(30)
-        assert woke == [True]
-        assert not activity.until(False, 0.01)
-    assert activity.until(False, 0)
+    turn = activity.begin()
+    assert activity.busy()
+    del turn
+    assert not activity.busy()
+
+
+def test_ending_a_turn_twice_is_no_second_end() -> None:
+    clock = FakeClock()
+    activity = Activity(clock)
+    turn = activity.begin()
+    turn.end()
+    clock.advance(7)
+    turn.end()
+    assert activity.quiet_s() == 7
+
+
+def test_a_stream_that_is_held_open_unread_keeps_nothing_waiting_for_ever() -> None:
+    clock = FakeClock()
+    with Memory(":memory:", model=ScriptedProvider([["one ", "two ", "three"]]), embedder="none") as memory:
+        activity = memory._engine.activity = Activity(clock)
+        stream = memory.chat("Count!", stream=True)
+        assert next(stream).strip() == "one"
+        clock.advance(LOST_S - 1)
+        assert next(stream).strip() == "two"
+        clock.advance(LOST_S - 1)
+        assert activity.busy()  # it was read on meanwhile
+        clock.advance(1)
+        assert not activity.busy()
+        assert activity.quiet_s() == LOST_S
+        assert stream.reply.text == "one two three"
+        assert activity.quiet_s() == 0
 
 
 def test_turns_of_many_threads_are_all_counted() -> None:
@@ -94,9 +139,10 @@ def test_turns_of_many_threads_are_all_counted() -> None:
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
 def test_a_forked_child_knows_of_no_turn_of_its_parent_and_waits_for_no_lock() -> None:
     activity = Activity()
-    with activity.chatting(), activity._changed:
+    with activity.chatting(), activity._lock:
         child = os.fork()
         if child == 0:
-            free = activity._changed.acquire(timeout=10)
+            free = activity._lock.acquire(timeout=10)
+            activity._lock.release()
             os._exit(0 if free and not activity.busy() else 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from agentmem.errors import Unavailable
-from agentmem.flow import Flow, arun, astream, local, run, stream
+from agentmem.flow import Flow, arun, astream, local, run, stream, through
 
 
 class Answering:
@@ -104,3 +104,29 @@ async def test_an_abandoned_flow_is_closed() -> None:
     asynchronous = astream(closing(log), lambda _: None)
     await asynchronous.aclose()
     assert "closed" in log
+
+
+def test_a_flow_goes_through_a_change_of_its_needs() -> None:
+    def doubled(need: Any) -> Any:
+        return Answering(need.value if isinstance(need.value, Exception) else 2 * need.value)
+
+    assert run(through(adding(1, 2, 3), doubled)) == 12
+    assert run(through(recovering(), doubled)) == "recovered"
+    assert run(through(local(lambda: 3), doubled)) == 3
+    ended = []
+
+    def giving_up() -> Flow[Any]:
+        try:
+            yield Answering(1)  # type: ignore[misc]
+            yield Answering(2)  # type: ignore[misc]
+        finally:
+            ended.append(True)
+
+    def refused(need: Any) -> Any:
+        if need.value == 2:
+            raise Unavailable("somebody chats")
+        return need
+
+    with pytest.raises(Unavailable):
+        run(through(giving_up(), refused))
+    assert ended == [True]

@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -61,7 +62,7 @@ class Shelf:
         self.folder, self.options = folder, options
         self.database = Database(folder / "memory.db")
         self.clock = Clock()
-        self.store = PageStore(self.database, folder / "pages", grid=GRID, clock=self.clock, **options)
+        self.store = PageStore(self.database, folder / "pages", **{"grid": GRID, "clock": self.clock, **options})
         self.view = self.store.view(b"salt")
 
     def seal(self, tokens: list[int] = TOKENS, records: Any = None, first: int = 0, identity: bytes = IDENTITY) -> int:
@@ -153,7 +154,7 @@ def test_other_circumstances_are_a_miss(shelf: Shelf, other: str) -> None:
     shelf.seal()
     store = shelf.store
     if other == "grid":
-        store = PageStore(shelf.database, shelf.folder / "pages", grid=8)
+        store = PageStore(shelf.database, shelf.folder / "pages", grid=8, clock=shelf.clock)
     view = store.view(b"tlas" if other == "salt" else b"salt")
     identity = digest({"weights": "v"}) if other == "identity" else IDENTITY
     assert list(view.longest(identity, TOKENS)) == []
@@ -680,7 +681,7 @@ def test_a_forked_child_reads_and_keeps_pages(shelf: Shelf) -> None:
     assert shelf.found() == 4
 
 
-# ---- carrying pages elsewhere
+# ---- turns that were never stored
 
 
 def with_records(shelf: Shelf, *ids: str) -> None:
@@ -689,6 +690,48 @@ def with_records(shelf: Shelf, *ids: str) -> None:
             columns = [row["name"] for row in connection.execute("PRAGMA table_info(records)") if row["notnull"]]
             names = [column for column in columns if column != "id"]
             connection.execute(f"INSERT INTO records (id, {', '.join(names)}) VALUES (?{', 0' * len(names)})", (name,))
+
+
+def test_pages_of_a_turn_that_was_never_stored_go_once_it_must_be_over(shelf: Shelf) -> None:
+    with_records(shelf, "told")
+    shelf.seal(records=[("told",), ("told",), ("told", "never"), ("told", "never")])
+    shelf.store.pin(shelf.keys()[3:])
+    shelf.found()  # all of them are in RAM
+    shelf.clock.now += 3599
+    assert (shelf.store.drop_unstored(), shelf.found()) == (0, 4)  # a turn under way may store them yet
+    shelf.clock.now += 2
+    assert (shelf.store.drop_unstored(), shelf.found()) == (2, 2)
+    assert shelf.files() == sorted(f"{key}.page" for key in shelf.keys()[:2])
+    assert shelf.lineage() == 2
+    assert shelf.store.drop_unstored() == 0
+
+
+def test_they_go_at_the_next_open_with_all_that_was_made_behind_them(tmp_path: Path) -> None:
+    shelf = Shelf(tmp_path)
+    with_records(shelf, "told")
+    shelf.seal(TOKENS[: GRID * 2], records=[("never",), ("never", "told")])
+    shelf.clock.now += 3000
+    # Another turn said the same and found them: what it adds is as old as it is, but stands on them.
+    assert shelf.seal(records=[("told",)] * 4, first=2) == 2
+    shelf.store.close()
+    shelf.database.close()
+    later = Shelf(tmp_path, clock=lambda: 1000.0 + 3700)
+    assert (later.files(), later.lineage(), later.store.entries()) == ([], 0, [])
+
+
+def test_a_folder_that_can_not_be_written_opens_with_them(
+    shelf: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf.seal(records=[("never",)] * 4)
+    shelf.clock.now += 3700
+    with monkeypatch.context() as patch:
+        patch.setattr(shelf.database, "write", mock.Mock(side_effect=StoreError("read only")))
+        assert shelf.store.drop_unstored() == 0
+    assert "read only" in caplog.text
+    assert shelf.found() == 4
+
+
+# ---- carrying pages elsewhere
 
 
 @pytest.fixture
