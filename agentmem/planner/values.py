@@ -251,8 +251,9 @@ class Outcome(Value):
 class ConsolidationPlan(Value):
     """What `consolidate` will do (``dry_run``) or did: ``moves`` in order of what they save for their cost.
 
-    ``left`` are moves that pay but did not fit the budget; ``outcomes`` are those that this call made, and earlier ones
-    with what they did save. ``costs`` says where the numbers come from.
+    ``left`` are moves that pay and were not made: they did not fit the budget, it was stopped, or the last round found
+    them; ``outcomes`` are those that this call made, and earlier ones with what they did save. ``costs`` says where the
+    numbers come from.
     """
 
     dry_run: bool = False
@@ -264,7 +265,7 @@ class ConsolidationPlan(Value):
     def __str__(self) -> str:
         lines = [f"{'would make' if self.dry_run else 'made'} {len(self.moves)} moves"]
         lines += [f"  {_told(move)}" for move in self.moves]
-        lines += [f"  beyond the budget: {_told(move)}" for move in self.left]
+        lines += [f"  left: {_told(move)}" for move in self.left]
         lines += [f"  {_became(outcome)}" for outcome in self.outcomes]
         return "\n".join(lines)
 

@@ -284,6 +284,21 @@ def test_the_core_is_rewritten_primed_and_read_by_the_next_chat(local: Memory, c
     assert local.consolidate().moves == ()
 
 
+def test_what_is_found_behind_the_last_round_is_told_and_is_the_next_run_s(
+    local: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consolidate, "ROUNDS", 1)
+    plan = local.consolidate()
+    assert kinds(plan) == ["collapse"]
+    [move] = plan.left
+    assert move.kind == "prime"
+    assert "left: prime" in str(plan)
+    assert consolidate.due(local._engine)
+    again = local.consolidate()
+    assert (again.moves, again.left) == ((move,), ())
+    assert not consolidate.due(local._engine)
+
+
 def test_what_was_saved_is_measured_and_near_what_was_expected(local: Memory, clock: FakeClock) -> None:
     local.consolidate()
     asked(local, clock, "What is my tent called?", days=2)
