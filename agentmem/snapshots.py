@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from . import cores, extraction, planning, prompt
+from . import cores, extraction, heads, planning, prompt
 from .economics import costs as costs_of
 from .engine import Engine
 from .ledger.uses import HAS_TURN, LISTED, beneath
@@ -225,6 +225,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         stood=(now - built) / DAY_S if core is not None and built else None,
         requests_day=head.requests / head.days(now) if head.requests else 0.0,
         unprimed=_unprimed(engine, told, core, kept=kept, cold=cold, fresh=built > head.last),
+        head_known=heads.system_of(engine, scope) is not None,
         owed=tuple(digest for digest, _ in owed),
         owed_records=tuple(remain for _, remain in owed),
         unsealed=tuple(_unsealed(engine, scope, now)) if able.writes else (),

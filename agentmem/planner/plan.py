@@ -208,7 +208,7 @@ def _kept(snapshot: Snapshot) -> Iterator[Move]:
             )  # fmt: skip
             return
     # At a host a prefix is written by the request that marks it: ahead of it costs the same, and one read more.
-    if not snapshot.unprimed or not snapshot.able.pages or costs.unit != "seconds":
+    if not (snapshot.unprimed and snapshot.head_known and snapshot.able.pages) or costs.unit != "seconds":
         return
     tokens = snapshot.unprimed
     size = tokens * costs.token_bytes
@@ -244,7 +244,7 @@ def _distilled(snapshot: Snapshot) -> Iterator[Move]:
                 size=-core.bytes, why=why,
             )  # fmt: skip
         return
-    if not snapshot.able.prefix or costs.distil is None:
+    if not (snapshot.able.prefix and snapshot.head_known) or costs.distil is None:
         return
     saves = spares - keeping
     cost = core.tokens * costs.distil * (1 + costs.gate_fails)

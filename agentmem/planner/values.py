@@ -161,6 +161,8 @@ class Snapshot:
     requests_day: float = 0.0
     #: Tokens of system part and core that a next request begins with and whose states are not kept yet.
     unprimed: int = 0
+    #: Whether the text of that system part is known: else nothing can be computed ahead of the request.
+    head_known: bool = True
     #: Digests of LoRA versions that wait to be trained again, the records left in each (where missing: as many as a
     #: version may have), and ids of sessions that ended unsealed.
     owed: tuple[str, ...] = ()

@@ -10,7 +10,9 @@ again. After every
 copied twice, the move is made in one of the copies, and the next session is chatted in both. Measured: what its
 requests cost without the move less what they cost with it; predicted: the saving of a request that the move was planned
 with, as many times. What the move itself costs is no part of either: of a rewritten core block the first request of the
-session, which computes it, is left out on both sides. The folder itself goes on without the move, and chat's own
+session, which computes it, is left out on both sides. A prime spares the first request alone, so that much is
+predicted, and the whole session is measured; it is planned once a core block was rewritten, so both copies are made of
+a folder in which that was done. The folder itself goes on without any move, and chat's own
 collapses are held off in all copies, so that the move is all that differs. Costs are CPU-seconds to the first token
 with the local model (answers have one token, so nothing is decoded behind it), and what a request is billed at a host,
 with a system part of 1,500 tokens (efficiency_money.py). Results:
@@ -45,12 +47,14 @@ from agentmem.planner.values import Move
 
 RESULTS = Path(__file__).parent / "results" / "planner_prediction.json"
 KINDS = ("collapse", "shrink", "prime", "distil", "learn")
+HEADS = ("collapse", "shrink")
 
 
 class Here:
     """The local model; costs are CPU-seconds."""
 
     unit = "seconds"
+    system = SYSTEM
 
     def __init__(self) -> None:
         self.script = Script(answer=1)
@@ -62,7 +66,7 @@ class Here:
         self._told.reply = said.reply
         self.script.begin(self._told.encode(said.reply), judged=False)
         begun = time.process_time()
-        reply = chat.chat(asked, system=SYSTEM, remember=said.kind == "chat", max_tokens=1)
+        reply = chat.chat(asked, remember=said.kind == "chat", max_tokens=1)
         usage = reply.usage
         return {
             "cost": self.script.first_cpu - begun,
@@ -85,7 +89,7 @@ class There:
             raise SystemExit(f"nothing is known of {model}'s prompt cache")
         self._model, self._rules = model, rules
         self.provider = Paid(model, rules)
-        self._system = system_text(self.provider.count)
+        self.system = system_text(self.provider.count)
 
     @property
     def at(self) -> float:
@@ -97,7 +101,7 @@ class There:
 
     def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
         self.provider.reply = said.reply
-        reply = chat.chat(asked, system=self._system, remember=said.kind == "chat")
+        reply = chat.chat(asked, remember=said.kind == "chat")
         usage, prefill = reply.usage, price(chat)
         cost = self.provider.bills.costs[-1] * prefill
         return {"cost": cost, "computed": usage.input_tokens - usage.cached_tokens, "cached": usage.cached_tokens}
@@ -117,7 +121,8 @@ def price(chat: Any) -> float:
 
 
 def opened(folder: Path, host: Any, given: argparse.Namespace) -> Memory:
-    return Memory(folder, model=host.provider, clock=lambda: host.at, **json.loads(given.settings))
+    settings = {"system": host.system} | json.loads(given.settings)
+    return Memory(folder, model=host.provider, clock=lambda: host.at, **settings)
 
 
 def session(memory: Memory, host: Any, one: Talk, turns: Sequence[Said]) -> list[dict[str, float]]:
@@ -152,6 +157,23 @@ def sessions(one: Talk, standing: int, ask: int, chat: int) -> list[list[Said]]:
     return parts
 
 
+def rewritten(
+    folder: Path, host: Any, one: Talk, turns: Sequence[Said], planned: Any, given: Any
+) -> Iterator[dict[str, Any]]:
+    """What is planned next where the core blocks of this plan were rewritten, weighed in the same way."""
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copytree(folder, name, dirs_exist_ok=True)
+        with opened(Path(name), host, given) as memory:
+            for move in planned.moves:
+                if move.kind in HEADS:
+                    run(moving.make(memory._engine, move))
+            again = memory.scope(user=one.name).consolidate(dry_run=True)
+        known = {move.key for move in planned.moves}
+        for move in again.moves:
+            if move.kind in given.kinds and move.kind not in HEADS and move.key not in known:
+                yield weighed(Path(name), host, one, turns, move, given)
+
+
 def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Move, given: Any) -> dict[str, Any]:
     """The next session with this move and without it."""
     rows: dict[str, list[dict[str, float]]] = {}
@@ -166,9 +188,9 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
                     outcome = run(moving.make(memory._engine, move))
                     note = None if outcome is None else f"{outcome.state} {outcome.note or ''}".strip()
                 rows[side] = session(memory, mine, one, turns)
-    skipped = 1 if move.kind in ("collapse", "shrink") else 0
+    skipped = 1 if move.kind in HEADS else 0
     without, with_ = (sum(row["cost"] for row in rows[side][skipped:]) for side in ("without", "with"))
-    requests = len(turns) - skipped
+    requests = 1 if move.kind == "prime" else len(turns) - skipped
     expected = move.saves / move.requests * requests if move.requests else 0.0
     return {
         "kind": move.kind,
@@ -176,6 +198,7 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
         "requests": requests,
         "predicted": expected,
         "measured": without - with_,
+        "first": rows["without"][0]["cost"] - rows["with"][0]["cost"],
         "without": without,
         "computed": [sum(row["computed"] for row in rows[side][skipped:]) for side in ("without", "with")],
         "tokens": move.tokens,
@@ -202,6 +225,8 @@ def trials(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for move in planned.moves:
                     if move.kind in given.kinds:
                         yield weighed(folder, host, one, parts[number + 1], move, given)
+                if any(move.kind in HEADS for move in planned.moves):
+                    yield from rewritten(folder, host, one, parts[number + 1], planned, given)
 
 
 def main() -> None:

@@ -108,6 +108,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         busy=draw(st.sampled_from([False, False, True])),
         requests_day=draw(st.sampled_from([0.0, 2.0, 500.0, 500.0])),
         unprimed=draw(st.sampled_from([0, 512])),
+        head_known=draw(st.sampled_from([True, True, False])),
         owed=tuple(draw(st.sets(st.sampled_from(["v1", "v2"])))),
         unsealed=tuple(draw(st.sets(st.sampled_from(["s1", "s2"])))),
         unread=draw(st.sampled_from([0, 7])),
@@ -294,7 +295,8 @@ def test_only_what_may_and_can_be_learnt_is_learnt(snapshot: Snapshot) -> None:
     if not snapshot.busy:
         assert wrong <= {record for move in of(found, "unlearn") for record in move.records}
     assert snapshot.able.prefix or not of(found, "distil")
-    assert snapshot.able.pages or not of(found, "prime")
+    assert (snapshot.able.pages and snapshot.head_known) or not of(found, "prime")
+    assert snapshot.head_known or not of(found, "distil")
     assert snapshot.able.core or not of(found, "collapse", "shrink")
     assert snapshot.able.writes or not of(found, "extract", "reconcile")
     if snapshot.costs.unit == "dollars":
