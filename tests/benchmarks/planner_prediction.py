@@ -65,11 +65,12 @@ class Here:
     def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
         self._told.reply = said.reply
         self.script.begin(self._told.encode(said.reply), judged=False)
-        begun = time.process_time()
+        begun, wall = time.process_time(), time.perf_counter()
         reply = chat.chat(asked, remember=said.kind == "chat", max_tokens=1)
         usage = reply.usage
         return {
             "cost": self.script.first_cpu - begun,
+            "wall": (self.script.first_s or wall) - wall,
             "computed": usage.input_tokens - usage.cached_tokens,
             "cached": usage.cached_tokens,
         }
