@@ -73,6 +73,9 @@ def make(
     owner = owner or Jobs.owner()
     if not jobs.take(move, owner, again=again):
         return None
+    # The whole process's time: a model computes on threads of its library, and the async face works on others than this
+    # one; a thread's own clock would miss both. What somebody else computes meanwhile is counted in: a budget that is
+    # charged too much is kept, and a move in the background is given up once a chat begins.
     begun, last = time.process_time(), _last_use(engine)
     done = _Made()
     try:

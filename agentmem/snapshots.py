@@ -54,8 +54,9 @@ class Seen:
     #: Of each request its id with that of the turn at which its verbatim history began ("": none was shown), and when.
     shown: list[tuple[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    #: Requests that found their head kept, and the sessions that they were of.
+    #: Requests that found their head kept, of those whose head is long enough to be found, and the sessions of all.
     warm: int = 0
+    findable: int = 0
     sessions: set[str] = field(default_factory=set)
     #: Of the newest request: its id, tokens of its head (system, tools), and those of the history that it leaves.
     latest: str = ""
@@ -96,7 +97,9 @@ class Seen:
             self.uses[record] = self.uses.get(record, 0) + 1
         message, core = int(turn.get("message") or 0), int(turn.get("core") or 0)
         self.head = int(turn.get("system") or 0)
-        self.warm += 0 < 0.9 * (self.head + core - slack) <= row["cached"]
+        kept = self.head + core - slack
+        self.findable += kept > 0  # of a shorter head nothing is kept, and what is not found says nothing
+        self.warm += 0 < 0.9 * kept <= row["cached"]
         told = self.head + core + message + sum(size for _, size in recalled)
         # What this request was answered with is history for the next.
         self.message = message
@@ -233,7 +236,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         turn_tokens=EXTRACT_TOKENS if able.writes else 0.0,
         answer_tokens=ANSWER_TOKENS if able.writes else 0.0,
         sessions_day=len(head.sessions) / head.days(now) if head.requests else None,
-        warm=head.warm / head.requests if head.requests else None,
+        warm=head.warm / head.findable if head.findable else None,
         latest=head.latest,
     )
 

@@ -14,9 +14,10 @@ session, which computes it, is left out on both sides. A prime spares the first 
 predicted, and the whole session is measured; it is planned once a core block was rewritten, so both copies are made of
 a folder in which that was done. The folder itself goes on without any move, and chat's own
 collapses are held off in all copies, so that the move is all that differs. Costs are CPU-seconds to the first token
-with the local model (answers have one token, so nothing is decoded behind it), and what a request is billed at a host,
-with a system part of 1,500 tokens (efficiency_money.py). Results:
-tests/benchmarks/results/planner_prediction.json.
+with the local model (answers have one token, so nothing is decoded behind it; the ledger is told CPU-seconds too), and
+what a request is billed at a host, with a system part of 1,500 tokens (efficiency_money.py). ``priced`` are the tokens
+that were spared at the prices that the move was planned with: what it differs from ``measured`` by is the machine's.
+Results: tests/benchmarks/results/planner_prediction.json.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ from efficiency_money import Paid, busy, system_text  # type: ignore[import-not-
 from efficiency_systems import SYSTEM, Script, Told  # type: ignore[import-not-found]
 from efficiency_talk import DATA, Said, Talk, talk  # type: ignore[import-not-found]
 
-from agentmem import Memory, moving, recalling
+from agentmem import Memory, economics, moving, recalling
 from agentmem import chat as chats
 from agentmem.cache_rules import rules_for
 from agentmem.flow import run
@@ -61,16 +62,25 @@ class Here:
         self._told = Told(self.script)
         self._told.provider.close = lambda: None  # it outlives the memories that use it
         self.provider, self.at = self._told.provider, 0.0
+        self._generate, self.provider.generate = self.provider.generate, self._timed
+
+    def _timed(self, request: Any) -> Any:
+        """The ledger is told CPU-seconds, as they are measured here: on a busy machine a wall clock tells how busy."""
+        begun = time.process_time()
+        generation = self._generate(request)
+        usage, total = generation.usage, time.process_time() - begun
+        first = max(0.0, self.script.first_cpu - begun) or total  # a prime has no first token
+        usage = usage.model_copy(update={"first_s": first, "total_s": total})
+        return replace(generation, usage=usage)
 
     def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
         self._told.reply = said.reply
         self.script.begin(self._told.encode(said.reply), judged=False)
-        begun, wall = time.process_time(), time.perf_counter()
+        begun = time.process_time()
         reply = chat.chat(asked, remember=said.kind == "chat", max_tokens=1)
         usage = reply.usage
         return {
             "cost": self.script.first_cpu - begun,
-            "wall": (self.script.first_s or wall) - wall,
             "computed": usage.input_tokens - usage.cached_tokens,
             "cached": usage.cached_tokens,
         }
@@ -116,8 +126,6 @@ class There:
 
 def price(chat: Any) -> float:
     """Dollars of an uncached prompt token, as the planner has it."""
-    from agentmem import economics
-
     return float(economics.costs(chat._engine).prefill)
 
 
@@ -185,12 +193,18 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
             mine = host.copied()
             mine.at = now
             with opened(Path(other), mine, given) as memory:
+                prices = economics.costs(memory._engine)
                 if side == "with":
                     outcome = run(moving.make(memory._engine, move))
                     note = None if outcome is None else f"{outcome.state} {outcome.note or ''}".strip()
                 rows[side] = session(memory, mine, one, turns)
     skipped = 1 if move.kind in HEADS else 0
     without, with_ = (sum(row["cost"] for row in rows[side][skipped:]) for side in ("without", "with"))
+    spared = [
+        sum(row[name] for row in rows["without"][skipped:]) - sum(row[name] for row in rows["with"][skipped:])
+        for name in ("computed", "cached")
+    ]
+    priced = spared[0] * prices.prefill + spared[1] * prices.cached
     requests = 1 if move.kind == "prime" else len(turns) - skipped
     expected = move.saves / move.requests * requests if move.requests else 0.0
     return {
@@ -199,6 +213,7 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
         "requests": requests,
         "predicted": expected,
         "measured": without - with_,
+        "priced": priced,
         "first": rows["without"][0]["cost"] - rows["with"][0]["cost"],
         "without": without,
         "computed": [sum(row["computed"] for row in rows[side][skipped:]) for side in ("without", "with")],
@@ -257,7 +272,10 @@ def main() -> None:
         mine = [row for row in rows if row["kind"] == kind]
         predicted, measured = (sum(row[name] for row in mine) for name in ("predicted", "measured"))
         spread = statistics.stdev(row["measured"] for row in mine) * len(mine) ** 0.5 if len(mine) > 1 else None
-        result[kind] = {"moves": len(mine), "predicted": predicted, "measured": measured, "spread": spread}
+        at_prices = sum(row["priced"] for row in mine)
+        result[kind] = {
+            "moves": len(mine), "predicted": predicted, "measured": measured, "spread": spread, "priced": at_prices,
+        }  # fmt: skip
         ratio = f"{measured / predicted:.2f}" if predicted else "-"
         print(f"{kind}: {len(mine)} moves, predicted {predicted:.4g}, measured {measured:.4g}: {ratio}")
     kept = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {}

@@ -162,3 +162,21 @@ def test_ten_thousand_records_are_planned_in_two_cpu_seconds(memory: Memory, clo
     plan = memory.consolidate(dry_run=True)
     assert time.process_time() - begun < 2.0
     assert plan.dry_run
+
+
+def test_a_head_that_is_too_short_to_be_kept_says_nothing_of_the_cache(memory: Memory, clock: FakeClock) -> None:
+    """Else no core block would ever pay: it is what makes the head long enough."""
+    seen = snapshots.Seen()
+    row = {"at": clock(), "session": "s", "input": 300, "cached": 0}
+    for turn, cached, counted in (
+        ({"id": "t1", "system": 50}, 0, (0, 0)),
+        ({"id": "t2", "system": 50, "core": 200}, 192, (1, 1)),
+        ({"id": "t3", "system": 50, "core": 200}, 0, (1, 2)),
+    ):
+        seen.note({**row, "cached": cached}, turn, slack=64)
+        assert (seen.warm, seen.findable) == counted
+    memory._engine.provider = ScriptedProvider(capabilities=Capabilities(chat=True, kv="slots", context_tokens=4096))
+    noted(memory, Scope(user="ana", session="s"), system=50)
+    assert snapshots.snapshot(memory._engine, ANA).warm is None
+    noted(memory, Scope(user="ana", session="s"), system=50, core=500)
+    assert snapshots.snapshot(memory._engine, ANA).warm == 1.0
