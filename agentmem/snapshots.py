@@ -207,10 +207,13 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
     cold = now - head.last > costs.lifetime_s or not head.requests
     chosen: Sequence[Record] = ()
     behind = head.behind
+    # The history that the next request begins with: that of a session which goes on, or what its layout carries over.
+    coming = behind if now - head.last <= ENDED_S else 0
     if able.core and head.requests:
         chosen, layout = _candidate(engine, scope, standing, head, head_tokens=told)
         cold = cold if layout is None else layout.cold
         behind = head.behind if layout is None else layout.behind
+        coming = coming if layout is None else layout.behind
     owed = [(digest, remain) for whose, digest, remain in _owed(engine) if whose == scope] if able.lora else []
     return Snapshot(
         at=now,
@@ -227,7 +230,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         busy=engine.activity.busy() or (head.requests > 0 and now - head.last < quiet_s),
         stood=(now - built) / DAY_S if core is not None and built else None,
         requests_day=head.requests / head.days(now) if head.requests else 0.0,
-        unprimed=_unprimed(engine, told, core, kept=kept, cold=cold, fresh=built > head.last),
+        unprimed=_unprimed(engine, told + coming, core, kept=kept, cold=cold, fresh=built > head.last),
         head_known=heads.system_of(engine, scope) is not None,
         owed=tuple(digest for digest, _ in owed),
         owed_records=tuple(remain for _, remain in owed),
@@ -351,12 +354,13 @@ def _any_kept(engine: Engine) -> bool:
     return bool(engine.database.query("SELECT 1 FROM pages LIMIT 1") or engine.slots.size())
 
 
-def _unprimed(engine: Engine, head: int, core: Group | None, *, kept: bool, cold: bool, fresh: bool) -> int:
-    """Tokens that the next request of a new conversation begins with, of which nobody keeps the states yet.
+def _unprimed(engine: Engine, beside: int, core: Group | None, *, kept: bool, cold: bool, fresh: bool) -> int:
+    """Tokens that the next request begins with, of which nobody keeps the states yet: the core block and what stands
+    ``beside`` it, the system part and the history.
 
     Here they are kept by whole pages; at a host as long as it keeps a prefix, once it was sent.
     """
-    tokens = head + (core.tokens if core is not None else 0)
+    tokens = beside + (core.tokens if core is not None else 0)
     capabilities = engine.chat_provider().capabilities
     if capabilities.kv in ("tensors", "slots"):
         if kept if core is not None else _any_kept(engine):

@@ -159,7 +159,7 @@ class Snapshot:
     cold: bool = False
     busy: bool = False
     requests_day: float = 0.0
-    #: Tokens of system part and core that a next request begins with and whose states are not kept yet.
+    #: Tokens of system part, core and history that a next request begins with and whose states are not kept yet.
     unprimed: int = 0
     #: Whether the text of that system part is known: else nothing can be computed ahead of the request.
     head_known: bool = True

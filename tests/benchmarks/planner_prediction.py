@@ -11,7 +11,7 @@ copied twice, the move is made in one of the copies, and the next session is cha
 requests cost without the move less what they cost with it; predicted: the saving of a request that the move was planned
 with, as many times. What the move itself costs is no part of either: of a rewritten core block the first request of the
 session, which computes it, is left out on both sides. A prime spares the first request alone, so that much is
-predicted, and the whole session is measured; it is planned once a core block was rewritten, so both copies are made of
+predicted, and the first four are measured; it is planned once a core block was rewritten, so both copies are made of
 a folder in which that was done. The folder itself goes on without any move, and chat's own
 collapses are held off in all copies, so that the move is all that differs. Costs are CPU-seconds to the first token
 with the local model (answers have one token, so nothing is decoded behind it; the ledger is told CPU-seconds too), and
@@ -49,6 +49,8 @@ from agentmem.planner.values import Move
 RESULTS = Path(__file__).parent / "results" / "planner_prediction.json"
 KINDS = ("collapse", "shrink", "prime", "distil", "learn")
 HEADS = ("collapse", "shrink")
+#: Turns that are chatted behind a prime: it spares the first, and the others only add what a machine's times vary by.
+BEHIND = 4
 
 
 class Here:
@@ -70,7 +72,7 @@ class Here:
         generation = self._generate(request)
         usage, total = generation.usage, time.process_time() - begun
         first = max(0.0, self.script.first_cpu - begun) or total  # a prime has no first token
-        usage = usage.model_copy(update={"first_s": first, "total_s": total})
+        usage = usage.model_copy(update={"first_token_s": first, "total_s": total})
         return replace(generation, usage=usage)
 
     def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
@@ -187,6 +189,7 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
     """The next session with this move and without it."""
     rows: dict[str, list[dict[str, float]]] = {}
     note, now = None, host.at
+    turns = turns[:BEHIND] if move.kind == "prime" else turns
     for side in ("without", "with"):
         with tempfile.TemporaryDirectory() as other:
             shutil.copytree(folder, other, dirs_exist_ok=True)

@@ -348,9 +348,15 @@ def test_what_is_primed_is_what_the_chats_of_the_scope_begin_with(
     clock.advance(43_200)
     local.activation.evict()
     assert snapshots.snapshot(engine, ANA).head_known
-    assert kinds(local.consolidate()) == ["prime"]
+    plan = local.consolidate()
+    assert kinds(plan) == ["prime"]
+    # As much as was planned, with the history that a next session goes on with.
+    computed = int((plan.outcomes[0].note or "").split()[0])
+    assert computed == pytest.approx(plan.moves[0].tokens, rel=0.15)
     reply = local.scope(user="ana").chat("What is my tent called?", system=said, remember=True, max_tokens=2)
     assert reply.facts is not None
+    assert reply.facts.history_tokens > 100
+    assert reply.usage.cached_tokens >= 0.85 * computed
     head = reply.facts.system_tokens + reply.facts.core_tokens
     assert head - 64 <= reply.usage.cached_tokens, "another head was primed"
     # Another process has not seen that text: it primes nothing rather than something else.
