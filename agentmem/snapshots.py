@@ -49,6 +49,8 @@ class Seen:
     last: float = 0.0
     #: By record: requests that needed it (recalled, or named by the search while it stood in the core).
     uses: dict[str, int] = field(default_factory=dict)
+    #: The same by their places in `shown`.
+    needed: dict[str, list[int]] = field(default_factory=dict)
     #: By record: tokens of its line, as it was recalled last.
     tokens: dict[str, int] = field(default_factory=dict)
     #: Of each request its id with that of the turn at which its verbatim history began ("": none was shown), and when.
@@ -74,10 +76,14 @@ class Seen:
         turn was told in the history anyway could not. What is out of sight now is needed as often as it was then."""
         stored = utc_seconds(record.created) if record.created else 0.0
         first = bisect.bisect_left(self.times, stored)
-        since, told = len(self.times) - first, 0
-        if record.source == prompt.CHAT:
-            told = sum("" < start <= record.id < turn for turn, start in self.shown[first:])  # ids grow with time
-        return since - told, since
+        since = len(self.times) - first
+        return since - (_told_in(record, self.shown[first:]) if record.source == prompt.CHAT else 0), since
+
+    def needs(self, record: Record) -> int:
+        """How many of those that could have needed it did. The search names what a history shows, too: a record that is
+        repeated at the end of a small model's prompt would stand there wherever else it lives."""
+        at = self.needed.get(record.id, ())
+        return len(at) - (_told_in(record, [self.shown[one] for one in at]) if record.source == prompt.CHAT else 0)
 
     def note(self, row: Any, turn: Mapping[str, Any], slack: int = 0) -> None:
         """One more use, with its turn; in order of time. ``slack`` tokens at the end of a prefix are kept by nobody
@@ -95,6 +101,7 @@ class Seen:
             self.tokens[record] = size
         for record in {*(record for record, _ in recalled), *(turn.get("used") or ())}:
             self.uses[record] = self.uses.get(record, 0) + 1
+            self.needed.setdefault(record, []).append(len(self.shown) - 1)
         message, core = int(turn.get("message") or 0), int(turn.get("core") or 0)
         self.head = int(turn.get("system") or 0)
         kept = self.head + core - slack
@@ -104,6 +111,11 @@ class Seen:
         # What this request was answered with is history for the next.
         self.message = message
         self.behind = max(0, row["input"] - told) + message + int(turn.get("reply") or 0)
+
+
+def _told_in(record: Record, shown: Iterable[tuple[str, str]]) -> int:
+    """How many of these requests told this turn in their history."""
+    return sum("" < start <= record.id < turn for turn, start in shown)  # ids grow with time
 
 
 @dataclass
@@ -269,7 +281,7 @@ def _block(
     sizes = [seen.tokens.get(record.id) or engine.count(prompt.record_line(record)) + 1 for record in records]
     # As many of all requests as of those that could have needed it; they were chosen for having been needed, so the
     # trials count for as many more as in the choice itself.
-    parts = [min(1.0, seen.uses.get(record.id, 0) / (seen.trials(record)[0] + PRIOR_TURNS)) for record in records]
+    parts = [seen.needs(record) / (seen.trials(record)[0] + PRIOR_TURNS) for record in records]
     needed = sum(part * (seen.requests + 1) * size for part, size in zip(parts, sizes, strict=True))
     return Group(
         key=key,
@@ -387,7 +399,7 @@ def _groups(
     def pays(record: Record, size: int) -> bool:
         """Whether it is used so much that teaching it may pay at all: asking what can be asked about it takes long."""
         days = seen.days(now, utc_seconds(record.created) if record.created else 0.0)
-        spared = seen.uses.get(record.id, 0) / min(days, 1.0) * MOST_DAYS * size * costs.prefill
+        spared = seen.needs(record) / min(days, 1.0) * MOST_DAYS * size * costs.prefill
         return able.lora and costs.learn is not None and spared > costs.learn
 
     core = {record.id for record in standing}
@@ -400,7 +412,7 @@ def _groups(
         where: set[State] = set(_PLAIN)
         where |= {"core"} if record.id in core else set()
         where |= {"lora"} if record.id in learnt else set()
-        uses = seen.uses.get(record.id, 0)
+        uses = seen.needs(record)
         yield Group(
             key=record.id,
             scope=scope,
@@ -410,7 +422,7 @@ def _groups(
             days=seen.days(now, utc_seconds(record.created) if record.created else 0.0) * (trials + 1) / (since + 1),
             edits=float(record.version - 1),
             where=frozenset(where),
-            sightings=1 + uses,
+            sightings=1 + seen.uses.get(record.id, 0),
             teachable=record.id in taught,
             bytes=learnt.get(record.id, 0),
         )

@@ -26,6 +26,7 @@ import argparse
 import copy
 import json
 import random
+import shlex
 import shutil
 import statistics
 import sys
@@ -282,7 +283,11 @@ def main() -> None:
         ratio = f"{measured / predicted:.2f}" if predicted else "-"
         print(f"{kind}: {len(mine)} moves, predicted {predicted:.4g}, measured {measured:.4g}: {ratio}")
     kept = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {}
-    kept[given.model + (" busy" if given.busy else "")] = {"kinds": result, "rows": rows}
+    kept[given.model + (" busy" if given.busy else "")] = {
+        "arguments": shlex.join(sys.argv[1:]),
+        "kinds": result,
+        "rows": rows,
+    }
     given.json.parent.mkdir(exist_ok=True)
     given.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
 

@@ -64,6 +64,12 @@ def test_each_place_costs_what_the_formulas_say() -> None:
     )
 
 
+def test_no_request_needs_a_record_twice() -> None:
+    often = group(uses=5000.0)
+    asked = snapshot(groups=(often,))
+    assert places.uses(often, asked) == pytest.approx(places.requests(asked))
+
+
 def test_at_a_host_what_is_kept_for_minutes_is_mostly_written_anew() -> None:
     asked = snapshot(costs=HOSTED, able=Able(pages=True), groups=(group(),))
     found = 1 - math.exp(-places.requests(asked) * 300 / 86_400)
