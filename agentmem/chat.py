@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from . import cores, planning, prompt
+from . import cores, heads, planning, prompt
 from .acting import vouched
 from .asking import asked as asked_of
 from .asking import checked_tools, json_schema, options_of, parsed, reply_drafts
@@ -20,7 +20,7 @@ from .engine import Engine
 from .errors import ConfigError, InvalidInput, StoreError
 from .flow import Flow, Generate
 from .flows import embedded_if_up, note_embeddings
-from .plaintext.drafts import Draft, check_text, shown
+from .plaintext.drafts import Draft, shown
 from .plaintext.records import check_k, new_id
 from .planning import Measured, Plan, measured
 from .provider import CachePlan, Generation, LoraRef, Options, Provider, RecalledLine, Request
@@ -76,11 +76,6 @@ class Conversation:
             if self._plan is None:
                 self._plan = (planning.planned(engine, self.scope),)
             return self._plan[0]
-
-
-def _system(engine: Engine, system: Any) -> str | None:
-    text = engine.settings.system if system is None else system
-    return None if text is None or (isinstance(text, str) and not text) else check_text(text, "the system text")
 
 
 @dataclass(frozen=True)
@@ -139,18 +134,20 @@ def chat(
         )
     engine.ledger.check(conversation.session, provider.name)
     noted: list[Usage] = []
+    text = heads.given(engine, system)
     with engine.activity.chatting() as under_way:
         made = yield from _prepared(
             engine,
             conversation,
             asked,
-            system=_system(engine, system),
+            system=text,
             tools=known_tools,
             recall=recall,
             remember=remember,
             options=options,
             noted=noted,
         )
+        heads.note(engine, made.sent, text)
         shown_here = _shown(engine, provider, made.request.segments)
         generation: Generation = yield Generate(provider, made.request, under_way.heard)
         cache = _observe(engine, conversation, made.request, made.sent, generation)
@@ -353,7 +350,7 @@ def prime(
     if provider.capabilities.kv == "none":
         raise ConfigError(f"{provider.name} keeps no prefix: there is nothing to prime")
     engine.ledger.check(conversation.session, provider.name)
-    head = _system(engine, system)
+    head = heads.given(engine, system)
     plan = conversation.plan(engine)
     stands = standing(engine, conversation, plan)
     layout, history = begun(engine, conversation, planning.head_tokens(engine, head, (), memories=True), 0)

@@ -80,8 +80,8 @@ def consolidate(
     made: list[Outcome] = []
     left = planned.left
     tried: set[str] = set()
+    todo = list(planned.moves)
     for _ in range(ROUNDS):
-        todo = [move for move in planned.moves if move.key not in tried]
         while todo and not stop():
             move = todo.pop(0)
             tried.add(move.key)
@@ -101,17 +101,18 @@ def consolidate(
                 todo.insert(0, move)
             if not fit([*todo[:1]], limit)[0]:
                 break
-        left = (*todo, *left)
+        left = (*todo, *planned.left)
         if stop() or not made or all(outcome.state != "done" for outcome in made):
             break
         seen = snapshots.ledgered(engine, scope)
         planned = _planned(engine, scope, seen, jobs, limit, stop=stop, quiet_s=quiet_s)
-        left = planned.left
-        if not any(move.key not in tried for move in planned.moves):
+        todo = [move for move in planned.moves if move.key not in tried]
+        left = (*todo, *planned.left)  # what is found behind the last round is the next call's
+        if not todo:
             break
     if not stop():
         jobs.clear(scope)
-        # What the budget had no room for is the next run's: the folder stays due.
+        # What the budget or the rounds had no room for is the next run's: the folder stays due.
         if scope == Scope() and not left:
             _note_planned(engine, begun)
     now = {outcome.move.key for outcome in made}

@@ -13,9 +13,10 @@ from .activation.trained import base_of
 from .engine import Engine
 from .errors import ConfigError, InvalidInput, NotFound
 from .flow import Flow, Work
+from .heads import given
 from .parametric.corpus import Example
 from .parametric.prefix import head_of, lesson
-from .plaintext.drafts import check_text, shown
+from .plaintext.drafts import shown
 from .progress import progress
 from .teaching import Stop, corpus_of, model_of
 from .types import Message, Scope, Usage
@@ -44,7 +45,7 @@ def distil(engine: Engine, scope: Scope, *, tokens: int | None, system: str | No
     number: Any = seed
     if isinstance(number, bool) or not isinstance(number, int) or not 0 <= number < 2**63:
         raise InvalidInput(f"seed is {shown(seed)}: give a whole number")
-    text = engine.settings.system if system is None else check_text(system, "the system text")
+    text = given(engine, system)
 
     def work(stop: Stop) -> TrainedPrefix:
         return _distil(engine, scope, tokens, text, seed=seed, stop=stop)

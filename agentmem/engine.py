@@ -95,6 +95,8 @@ class Engine:
             self.provider = providers.load(settings.model, settings.providers.get(scheme, {}))
         #: What prompts cost here, and the number of the use that it was measured up to (economics.py).
         self.measured: tuple[int, Costs] | None = None
+        #: System texts of chats by the digest of the head that they made (heads.py). In this process only, too.
+        self.heads: dict[str, str] = {}
         #: Whether somebody is chatting, for work that waits for silence.
         self.activity = Activity()
         check_overrides(settings.rules)  # a wrong one is told here, not by the first chat

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from . import chat as chats
-from . import cores, distilling, extraction, learning, reconciling
+from . import cores, distilling, extraction, heads, learning, reconciling
 from .chat import Conversation
 from .engine import Engine
 from .errors import AgentMemError, InvalidInput, NotFound, ProviderError, StoreError
@@ -72,6 +72,9 @@ def make(
     owner = owner or Jobs.owner()
     if not jobs.take(move, owner, again=again):
         return None
+    # The whole process's time: a model computes on threads of its library, and the async face works on others than this
+    # one; a thread's own clock would miss both. What somebody else computes meanwhile is counted in: a budget that is
+    # charged too much is kept, and a move in the background is given up once a chat begins.
     begun, last = time.process_time(), _last_use(engine)
     done = _Made()
     try:
@@ -176,9 +179,17 @@ def _collapse(engine: Engine, move: Move) -> Flow[_Made]:
 def _prime(engine: Engine, move: Move) -> Flow[_Made]:
     """What the next request of this scope begins with is computed (here) or sent (to a host) ahead of it: with the
     history of a session that goes on, else the head of a new one."""
-    usage = yield from chats.prime(engine, Conversation(move.scope, _going_on(engine, move.scope)))
+    conversation = Conversation(move.scope, _going_on(engine, move.scope))
+    usage = yield from chats.prime(engine, conversation, system=_head(engine, move.scope))
     computed = usage.input_tokens - usage.cached_tokens
     return _Made(note=f"{computed} of {usage.input_tokens} tokens computed")
+
+
+def _head(engine: Engine, scope: Scope) -> str:
+    """The system text of the last chat; `NotFound` where it is none that this process knows by now."""
+    if (text := heads.system_of(engine, scope)) is None:
+        raise NotFound("what its chats begin with is not known here")
+    return text
 
 
 def _going_on(engine: Engine, scope: Scope) -> Scope | None:
@@ -196,7 +207,8 @@ def _distil(engine: Engine, move: Move) -> Flow[_Made]:
     standing = [record.id for record in cores.standing(engine, move.scope) or ()]
     if move.records and set(standing) != set(move.records):
         raise NotFound("the core block is another one by now")
-    prefix = yield from distilling.distil(engine, move.scope, tokens=None, system=None, seed=0)
+    text = _head(engine, move.scope)
+    prefix = yield from distilling.distil(engine, move.scope, tokens=None, system=text, seed=0)
     if not prefix.gate.passed:
         return _Made("failed", "the trained prefix did not pass its gate", final=True)
     return _Made(note=f"{prefix.tokens} positions for {prefix.stands_for} tokens")

@@ -39,6 +39,7 @@ __all__ = [
     "explained",
     "facts",
     "grown",
+    "head_of",
     "head_tokens",
     "in_front",
     "history_of",
@@ -178,6 +179,7 @@ class Plan:
         self._marks = MarkPlanner(rules, state=state.get("marks")) if rules.priced else None
         self._held: int | None = None
         self._history = history_of(state.get("history"))
+        self._head = state.get("head")
         self._base = 0
         #: Tokens of a prompt that its verbatim history may take.
         self.window: int = limits["window"]
@@ -259,10 +261,11 @@ class Plan:
             if self._marks is not None:
                 self._marks.done(levels, now)
             self._history = sent_history(prompt_, levels) or self._history
+            self._head = head_of(prompt_)
             if turn is not None and layout is not None:
                 self._layouts.done(turn, layout, held=self._held, base=self._base)
             marks = None if self._marks is None else self._marks.state()
-            state = {"layouts": self._layouts.state(), "marks": marks, "history": self._history}
+            state = {"layouts": self._layouts.state(), "marks": marks, "history": self._history, "head": self._head}
         store(connection, self._model, self._scope, now, state)
 
     def returns(self, prompt_: Measured) -> int:
@@ -307,6 +310,12 @@ def history_of(kept: Any) -> History:
     if isinstance(kept, list) and [type(part) for part in kept] == [str, int, str]:
         return kept[0], kept[1], kept[2]
     return "", 0, ""
+
+
+def head_of(sent: Measured) -> str | None:
+    """A digest of all bytes of a request up to the end of its system part, tools and schema with it; None where it has
+    none."""
+    return next((sent.digests[level.blocks - 1] for level in sent.levels if level.name == "system"), None)
 
 
 def expected(engine: Engine, rules: CacheRules, request: Request, sent: Measured) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from . import cores, extraction, planning, prompt
+from . import cores, extraction, heads, planning, prompt
 from .economics import costs as costs_of
 from .engine import Engine
 from .ledger.uses import HAS_TURN, LISTED, beneath
@@ -49,13 +49,16 @@ class Seen:
     last: float = 0.0
     #: By record: requests that needed it (recalled, or named by the search while it stood in the core).
     uses: dict[str, int] = field(default_factory=dict)
+    #: The same by their places in `shown`.
+    needed: dict[str, list[int]] = field(default_factory=dict)
     #: By record: tokens of its line, as it was recalled last.
     tokens: dict[str, int] = field(default_factory=dict)
     #: Of each request its id with that of the turn at which its verbatim history began ("": none was shown), and when.
     shown: list[tuple[str, str]] = field(default_factory=list)
     times: list[float] = field(default_factory=list)
-    #: Requests that found their head kept, and the sessions that they were of.
+    #: Requests that found their head kept, of those whose head is long enough to be found, and the sessions of all.
     warm: int = 0
+    findable: int = 0
     sessions: set[str] = field(default_factory=set)
     #: Of the newest request: its id, tokens of its head (system, tools), and those of the history that it leaves.
     latest: str = ""
@@ -73,10 +76,14 @@ class Seen:
         turn was told in the history anyway could not. What is out of sight now is needed as often as it was then."""
         stored = utc_seconds(record.created) if record.created else 0.0
         first = bisect.bisect_left(self.times, stored)
-        since, told = len(self.times) - first, 0
-        if record.source == prompt.CHAT:
-            told = sum("" < start <= record.id < turn for turn, start in self.shown[first:])  # ids grow with time
-        return since - told, since
+        since = len(self.times) - first
+        return since - (_told_in(record, self.shown[first:]) if record.source == prompt.CHAT else 0), since
+
+    def needs(self, record: Record) -> int:
+        """How many of those that could have needed it did. The search names what a history shows, too: a record that is
+        repeated at the end of a small model's prompt would stand there wherever else it lives."""
+        at = self.needed.get(record.id, ())
+        return len(at) - (_told_in(record, [self.shown[one] for one in at]) if record.source == prompt.CHAT else 0)
 
     def note(self, row: Any, turn: Mapping[str, Any], slack: int = 0) -> None:
         """One more use, with its turn; in order of time. ``slack`` tokens at the end of a prefix are kept by nobody
@@ -94,13 +101,21 @@ class Seen:
             self.tokens[record] = size
         for record in {*(record for record, _ in recalled), *(turn.get("used") or ())}:
             self.uses[record] = self.uses.get(record, 0) + 1
+            self.needed.setdefault(record, []).append(len(self.shown) - 1)
         message, core = int(turn.get("message") or 0), int(turn.get("core") or 0)
         self.head = int(turn.get("system") or 0)
-        self.warm += 0 < 0.9 * (self.head + core - slack) <= row["cached"]
+        kept = self.head + core - slack
+        self.findable += kept > 0  # of a shorter head nothing is kept, and what is not found says nothing
+        self.warm += 0 < 0.9 * kept <= row["cached"]
         told = self.head + core + message + sum(size for _, size in recalled)
         # What this request was answered with is history for the next.
         self.message = message
         self.behind = max(0, row["input"] - told) + message + int(turn.get("reply") or 0)
+
+
+def _told_in(record: Record, shown: Iterable[tuple[str, str]]) -> int:
+    """How many of these requests told this turn in their history."""
+    return sum("" < start <= record.id < turn for turn, start in shown)  # ids grow with time
 
 
 @dataclass
@@ -204,10 +219,13 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
     cold = now - head.last > costs.lifetime_s or not head.requests
     chosen: Sequence[Record] = ()
     behind = head.behind
+    # The history that the next request begins with: that of a session which goes on, or what its layout carries over.
+    coming = behind if now - head.last <= ENDED_S else 0
     if able.core and head.requests:
         chosen, layout = _candidate(engine, scope, standing, head, head_tokens=told)
         cold = cold if layout is None else layout.cold
         behind = head.behind if layout is None else layout.behind
+        coming = coming if layout is None else layout.behind
     owed = [(digest, remain) for whose, digest, remain in _owed(engine) if whose == scope] if able.lora else []
     return Snapshot(
         at=now,
@@ -224,7 +242,8 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         busy=engine.activity.busy() or (head.requests > 0 and now - head.last < quiet_s),
         stood=(now - built) / DAY_S if core is not None and built else None,
         requests_day=head.requests / head.days(now) if head.requests else 0.0,
-        unprimed=_unprimed(engine, told, core, kept=kept, cold=cold, fresh=built > head.last),
+        unprimed=_unprimed(engine, told + coming, core, kept=kept, cold=cold, fresh=built > head.last),
+        head_known=heads.system_of(engine, scope) is not None,
         owed=tuple(digest for digest, _ in owed),
         owed_records=tuple(remain for _, remain in owed),
         unsealed=tuple(_unsealed(engine, scope, now)) if able.writes else (),
@@ -232,7 +251,7 @@ def snapshot(engine: Engine, scope: Scope, seen: Ledgered | None = None, *, quie
         turn_tokens=EXTRACT_TOKENS if able.writes else 0.0,
         answer_tokens=ANSWER_TOKENS if able.writes else 0.0,
         sessions_day=len(head.sessions) / head.days(now) if head.requests else None,
-        warm=head.warm / head.requests if head.requests else None,
+        warm=head.warm / head.findable if head.findable else None,
         latest=head.latest,
     )
 
@@ -262,7 +281,7 @@ def _block(
     sizes = [seen.tokens.get(record.id) or engine.count(prompt.record_line(record)) + 1 for record in records]
     # As many of all requests as of those that could have needed it; they were chosen for having been needed, so the
     # trials count for as many more as in the choice itself.
-    parts = [min(1.0, seen.uses.get(record.id, 0) / (seen.trials(record)[0] + PRIOR_TURNS)) for record in records]
+    parts = [seen.needs(record) / (seen.trials(record)[0] + PRIOR_TURNS) for record in records]
     needed = sum(part * (seen.requests + 1) * size for part, size in zip(parts, sizes, strict=True))
     return Group(
         key=key,
@@ -347,12 +366,13 @@ def _any_kept(engine: Engine) -> bool:
     return bool(engine.database.query("SELECT 1 FROM pages LIMIT 1") or engine.slots.size())
 
 
-def _unprimed(engine: Engine, head: int, core: Group | None, *, kept: bool, cold: bool, fresh: bool) -> int:
-    """Tokens that the next request of a new conversation begins with, of which nobody keeps the states yet.
+def _unprimed(engine: Engine, beside: int, core: Group | None, *, kept: bool, cold: bool, fresh: bool) -> int:
+    """Tokens that the next request begins with, of which nobody keeps the states yet: the core block and what stands
+    ``beside`` it, the system part and the history.
 
     Here they are kept by whole pages; at a host as long as it keeps a prefix, once it was sent.
     """
-    tokens = head + (core.tokens if core is not None else 0)
+    tokens = beside + (core.tokens if core is not None else 0)
     capabilities = engine.chat_provider().capabilities
     if capabilities.kv in ("tensors", "slots"):
         if kept if core is not None else _any_kept(engine):
@@ -379,7 +399,7 @@ def _groups(
     def pays(record: Record, size: int) -> bool:
         """Whether it is used so much that teaching it may pay at all: asking what can be asked about it takes long."""
         days = seen.days(now, utc_seconds(record.created) if record.created else 0.0)
-        spared = seen.uses.get(record.id, 0) / min(days, 1.0) * MOST_DAYS * size * costs.prefill
+        spared = seen.needs(record) / min(days, 1.0) * MOST_DAYS * size * costs.prefill
         return able.lora and costs.learn is not None and spared > costs.learn
 
     core = {record.id for record in standing}
@@ -392,7 +412,7 @@ def _groups(
         where: set[State] = set(_PLAIN)
         where |= {"core"} if record.id in core else set()
         where |= {"lora"} if record.id in learnt else set()
-        uses = seen.uses.get(record.id, 0)
+        uses = seen.needs(record)
         yield Group(
             key=record.id,
             scope=scope,
@@ -402,7 +422,7 @@ def _groups(
             days=seen.days(now, utc_seconds(record.created) if record.created else 0.0) * (trials + 1) / (since + 1),
             edits=float(record.version - 1),
             where=frozenset(where),
-            sightings=1 + uses,
+            sightings=1 + seen.uses.get(record.id, 0),
             teachable=record.id in taught,
             bytes=learnt.get(record.id, 0),
         )

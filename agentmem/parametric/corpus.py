@@ -340,7 +340,8 @@ def _own_questions(learnt: Iterable[_Learnt], asked: Mapping[str, Sequence[Recor
 
 
 def _sample(fact: Fact) -> str:
-    return f"{fact.answer} {fact.trained[0].question}"
+    """Its answer with one of its questions, where another fact did not take them all."""
+    return " ".join([fact.answer, *(asked.question for asked in fact.trained[:1])])
 
 
 def _unambiguous(learnt: Iterable[_Learnt]) -> None:

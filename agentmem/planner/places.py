@@ -52,9 +52,10 @@ def requests(snapshot: Snapshot) -> float:
 
 
 def uses(group: Group, snapshot: Snapshot) -> float:
-    """How many requests a day need the group: the part of requests that did while it was watched, of those a day."""
+    """How many requests a day need the group: the part of requests that did while it was watched, of those a day. No
+    request needs it twice."""
     part = rate(group.uses, group.days).mean / _requests(snapshot, group.days)
-    return part * requests(snapshot)
+    return min(1.0, part) * requests(snapshot)
 
 
 def days(group: Group) -> float:

@@ -208,7 +208,7 @@ def _kept(snapshot: Snapshot) -> Iterator[Move]:
             )  # fmt: skip
             return
     # At a host a prefix is written by the request that marks it: ahead of it costs the same, and one read more.
-    if not snapshot.unprimed or not snapshot.able.pages or costs.unit != "seconds":
+    if not (snapshot.unprimed and snapshot.head_known and snapshot.able.pages) or costs.unit != "seconds":
         return
     tokens = snapshot.unprimed
     size = tokens * costs.token_bytes
@@ -244,7 +244,7 @@ def _distilled(snapshot: Snapshot) -> Iterator[Move]:
                 size=-core.bytes, why=why,
             )  # fmt: skip
         return
-    if not snapshot.able.prefix or costs.distil is None:
+    if not (snapshot.able.prefix and snapshot.head_known) or costs.distil is None:
         return
     saves = spares - keeping
     cost = core.tokens * costs.distil * (1 + costs.gate_fails)
@@ -260,18 +260,20 @@ def _distilled(snapshot: Snapshot) -> Iterator[Move]:
 # ---- LoRA versions ---------------------------------------------------------------------------------------------------
 
 
-def _learnt(snapshot: Snapshot) -> list[Group]:
-    return [group for group in snapshot.groups if "lora" in group.where]
+def _learnt(snapshot: Snapshot, *, holds: bool) -> list[Group]:
+    """What versions were taught that still holds; else what they were taught and no longer does."""
+    return [group for group in snapshot.groups if "lora" in group.where and group.teachable == holds]
 
 
 def _gains(snapshot: Snapshot, pupils: list[Group]) -> float:
-    """What versions spare or would spare a day: those that act, and those worth teaching beside them."""
-    return sum(places.spared(group, snapshot) for group in (*_learnt(snapshot), *pupils))
+    """What versions spare or would spare a day: those that act, and those worth teaching beside them. What no longer
+    holds is unlearnt in any case: a version that were taught for its sake as well would be next."""
+    return sum(places.spared(group, snapshot) for group in (*_learnt(snapshot, holds=True), *pupils))
 
 
 def _forgotten(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
     """LoRA versions that no longer pay; else what they learnt that no longer holds."""
-    learnt = _learnt(snapshot)
+    learnt = _learnt(snapshot, holds=True)
     costs_day, gains = places.acting(snapshot), _gains(snapshot, pupils)
     if not learnt or costs_day <= 0 or costs_day < HYSTERESIS * gains:
         yield from _wrong(snapshot)
@@ -282,14 +284,14 @@ def _forgotten(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
         f" on {len(learnt)} groups"
     )
     holds = max(places.days(group) for group in learnt)
-    size = -sum(group.bytes for group in learnt)
-    yield _move(snapshot, "unlearn", _ids(learnt), saves=costs_day - spares, holds=holds, size=size, why=why)
+    gone = [*learnt, *_learnt(snapshot, holds=False)]
+    size = -sum(group.bytes for group in gone)
+    yield _move(snapshot, "unlearn", _ids(gone), saves=costs_day - spares, holds=holds, size=size, why=why)
 
 
 def _wrong(snapshot: Snapshot) -> Iterator[Move]:
     """What was learnt and no longer holds, whatever it saves."""
-    wrong = [group for group in _learnt(snapshot) if not group.teachable]
-    if wrong:
+    if wrong := _learnt(snapshot, holds=False):
         why = f"{len(wrong)} of what was learnt no longer holds, is not trusted or was said otherwise"
         yield _move(snapshot, "unlearn", _ids(wrong), size=-sum(group.bytes for group in wrong), why=why)
 
@@ -317,7 +319,7 @@ def _trained(snapshot: Snapshot, pupils: list[Group], taught: list[Group]) -> It
     versions that act cost on every request; later ones add nothing.
     """
     costs = snapshot.costs
-    acting = bool(_learnt(snapshot))
+    acting = bool(_learnt(snapshot, holds=True))
     overhead = places.acting(snapshot)
     if acting and overhead > 0 and overhead >= HYSTERESIS * _gains(snapshot, pupils):
         return  # all of them go

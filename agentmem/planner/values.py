@@ -159,8 +159,10 @@ class Snapshot:
     cold: bool = False
     busy: bool = False
     requests_day: float = 0.0
-    #: Tokens of system part and core that a next request begins with and whose states are not kept yet.
+    #: Tokens of system part, core and history that a next request begins with and whose states are not kept yet.
     unprimed: int = 0
+    #: Whether the text of that system part is known: else nothing can be computed ahead of the request.
+    head_known: bool = True
     #: Digests of LoRA versions that wait to be trained again, the records left in each (where missing: as many as a
     #: version may have), and ids of sessions that ended unsealed.
     owed: tuple[str, ...] = ()
@@ -251,8 +253,9 @@ class Outcome(Value):
 class ConsolidationPlan(Value):
     """What `consolidate` will do (``dry_run``) or did: ``moves`` in order of what they save for their cost.
 
-    ``left`` are moves that pay but did not fit the budget; ``outcomes`` are those that this call made, and earlier ones
-    with what they did save. ``costs`` says where the numbers come from.
+    ``left`` are moves that pay and were not made: they did not fit the budget, it was stopped, or the last round found
+    them; ``outcomes`` are those that this call made, and earlier ones with what they did save. ``costs`` says where the
+    numbers come from.
     """
 
     dry_run: bool = False
@@ -264,7 +267,7 @@ class ConsolidationPlan(Value):
     def __str__(self) -> str:
         lines = [f"{'would make' if self.dry_run else 'made'} {len(self.moves)} moves"]
         lines += [f"  {_told(move)}" for move in self.moves]
-        lines += [f"  beyond the budget: {_told(move)}" for move in self.left]
+        lines += [f"  left: {_told(move)}" for move in self.left]
         lines += [f"  {_became(outcome)}" for outcome in self.outcomes]
         return "\n".join(lines)
 

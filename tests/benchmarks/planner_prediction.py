@@ -10,11 +10,14 @@ again. After every
 copied twice, the move is made in one of the copies, and the next session is chatted in both. Measured: what its
 requests cost without the move less what they cost with it; predicted: the saving of a request that the move was planned
 with, as many times. What the move itself costs is no part of either: of a rewritten core block the first request of the
-session, which computes it, is left out on both sides. The folder itself goes on without the move, and chat's own
+session, which computes it, is left out on both sides. A prime spares the first request alone, so that much is
+predicted, and the first four are measured; it is planned once a core block was rewritten, so both copies are made of
+a folder in which that was done. The folder itself goes on without any move, and chat's own
 collapses are held off in all copies, so that the move is all that differs. Costs are CPU-seconds to the first token
-with the local model (answers have one token, so nothing is decoded behind it), and what a request is billed at a host,
-with a system part of 1,500 tokens (efficiency_money.py). Results:
-tests/benchmarks/results/planner_prediction.json.
+with the local model (answers have one token, so nothing is decoded behind it; the ledger is told CPU-seconds too), and
+what a request is billed at a host, with a system part of 1,500 tokens (efficiency_money.py). ``priced`` are the tokens
+that were spared at the prices that the move was planned with: what it differs from ``measured`` by is the machine's.
+Results: tests/benchmarks/results/planner_prediction.json.
 """
 
 from __future__ import annotations
@@ -23,6 +26,7 @@ import argparse
 import copy
 import json
 import random
+import shlex
 import shutil
 import statistics
 import sys
@@ -37,7 +41,7 @@ from efficiency_money import Paid, busy, system_text  # type: ignore[import-not-
 from efficiency_systems import SYSTEM, Script, Told  # type: ignore[import-not-found]
 from efficiency_talk import DATA, Said, Talk, talk  # type: ignore[import-not-found]
 
-from agentmem import Memory, moving, recalling
+from agentmem import Memory, economics, moving, recalling
 from agentmem import chat as chats
 from agentmem.cache_rules import rules_for
 from agentmem.flow import run
@@ -45,24 +49,38 @@ from agentmem.planner.values import Move
 
 RESULTS = Path(__file__).parent / "results" / "planner_prediction.json"
 KINDS = ("collapse", "shrink", "prime", "distil", "learn")
+HEADS = ("collapse", "shrink")
+#: Turns that are chatted behind a prime: it spares the first, and the others only add what a machine's times vary by.
+BEHIND = 4
 
 
 class Here:
     """The local model; costs are CPU-seconds."""
 
     unit = "seconds"
+    system = SYSTEM
 
     def __init__(self) -> None:
         self.script = Script(answer=1)
         self._told = Told(self.script)
         self._told.provider.close = lambda: None  # it outlives the memories that use it
         self.provider, self.at = self._told.provider, 0.0
+        self._generate, self.provider.generate = self.provider.generate, self._timed
+
+    def _timed(self, request: Any) -> Any:
+        """The ledger is told CPU-seconds, as they are measured here: on a busy machine a wall clock tells how busy."""
+        begun = time.process_time()
+        generation = self._generate(request)
+        usage, total = generation.usage, time.process_time() - begun
+        first = max(0.0, self.script.first_cpu - begun) or total  # a prime has no first token
+        usage = usage.model_copy(update={"first_token_s": first, "total_s": total})
+        return replace(generation, usage=usage)
 
     def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
         self._told.reply = said.reply
         self.script.begin(self._told.encode(said.reply), judged=False)
         begun = time.process_time()
-        reply = chat.chat(asked, system=SYSTEM, remember=said.kind == "chat", max_tokens=1)
+        reply = chat.chat(asked, remember=said.kind == "chat", max_tokens=1)
         usage = reply.usage
         return {
             "cost": self.script.first_cpu - begun,
@@ -85,7 +103,7 @@ class There:
             raise SystemExit(f"nothing is known of {model}'s prompt cache")
         self._model, self._rules = model, rules
         self.provider = Paid(model, rules)
-        self._system = system_text(self.provider.count)
+        self.system = system_text(self.provider.count)
 
     @property
     def at(self) -> float:
@@ -97,7 +115,7 @@ class There:
 
     def ask(self, chat: Any, asked: dict[str, Any], said: Said) -> dict[str, float]:
         self.provider.reply = said.reply
-        reply = chat.chat(asked, system=self._system, remember=said.kind == "chat")
+        reply = chat.chat(asked, remember=said.kind == "chat")
         usage, prefill = reply.usage, price(chat)
         cost = self.provider.bills.costs[-1] * prefill
         return {"cost": cost, "computed": usage.input_tokens - usage.cached_tokens, "cached": usage.cached_tokens}
@@ -111,13 +129,12 @@ class There:
 
 def price(chat: Any) -> float:
     """Dollars of an uncached prompt token, as the planner has it."""
-    from agentmem import economics
-
     return float(economics.costs(chat._engine).prefill)
 
 
 def opened(folder: Path, host: Any, given: argparse.Namespace) -> Memory:
-    return Memory(folder, model=host.provider, clock=lambda: host.at, **json.loads(given.settings))
+    settings = {"system": host.system} | json.loads(given.settings)
+    return Memory(folder, model=host.provider, clock=lambda: host.at, **settings)
 
 
 def session(memory: Memory, host: Any, one: Talk, turns: Sequence[Said]) -> list[dict[str, float]]:
@@ -152,23 +169,47 @@ def sessions(one: Talk, standing: int, ask: int, chat: int) -> list[list[Said]]:
     return parts
 
 
+def rewritten(
+    folder: Path, host: Any, one: Talk, turns: Sequence[Said], planned: Any, given: Any
+) -> Iterator[dict[str, Any]]:
+    """What is planned next where the core blocks of this plan were rewritten, weighed in the same way."""
+    with tempfile.TemporaryDirectory() as name:
+        shutil.copytree(folder, name, dirs_exist_ok=True)
+        with opened(Path(name), host, given) as memory:
+            for move in planned.moves:
+                if move.kind in HEADS:
+                    run(moving.make(memory._engine, move))
+            again = memory.scope(user=one.name).consolidate(dry_run=True)
+        known = {move.key for move in planned.moves}
+        for move in again.moves:
+            if move.kind in given.kinds and move.kind not in HEADS and move.key not in known:
+                yield weighed(Path(name), host, one, turns, move, given)
+
+
 def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Move, given: Any) -> dict[str, Any]:
     """The next session with this move and without it."""
     rows: dict[str, list[dict[str, float]]] = {}
     note, now = None, host.at
+    turns = turns[:BEHIND] if move.kind == "prime" else turns
     for side in ("without", "with"):
         with tempfile.TemporaryDirectory() as other:
             shutil.copytree(folder, other, dirs_exist_ok=True)
             mine = host.copied()
             mine.at = now
             with opened(Path(other), mine, given) as memory:
+                prices = economics.costs(memory._engine)
                 if side == "with":
                     outcome = run(moving.make(memory._engine, move))
                     note = None if outcome is None else f"{outcome.state} {outcome.note or ''}".strip()
                 rows[side] = session(memory, mine, one, turns)
-    skipped = 1 if move.kind in ("collapse", "shrink") else 0
+    skipped = 1 if move.kind in HEADS else 0
     without, with_ = (sum(row["cost"] for row in rows[side][skipped:]) for side in ("without", "with"))
-    requests = len(turns) - skipped
+    spared = [
+        sum(row[name] for row in rows["without"][skipped:]) - sum(row[name] for row in rows["with"][skipped:])
+        for name in ("computed", "cached")
+    ]
+    priced = spared[0] * prices.prefill + spared[1] * prices.cached
+    requests = 1 if move.kind == "prime" else len(turns) - skipped
     expected = move.saves / move.requests * requests if move.requests else 0.0
     return {
         "kind": move.kind,
@@ -176,6 +217,8 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
         "requests": requests,
         "predicted": expected,
         "measured": without - with_,
+        "priced": priced,
+        "first": rows["without"][0]["cost"] - rows["with"][0]["cost"],
         "without": without,
         "computed": [sum(row["computed"] for row in rows[side][skipped:]) for side in ("without", "with")],
         "tokens": move.tokens,
@@ -202,6 +245,8 @@ def trials(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
                 for move in planned.moves:
                     if move.kind in given.kinds:
                         yield weighed(folder, host, one, parts[number + 1], move, given)
+                if any(move.kind in HEADS for move in planned.moves):
+                    yield from rewritten(folder, host, one, parts[number + 1], planned, given)
 
 
 def main() -> None:
@@ -231,11 +276,18 @@ def main() -> None:
         mine = [row for row in rows if row["kind"] == kind]
         predicted, measured = (sum(row[name] for row in mine) for name in ("predicted", "measured"))
         spread = statistics.stdev(row["measured"] for row in mine) * len(mine) ** 0.5 if len(mine) > 1 else None
-        result[kind] = {"moves": len(mine), "predicted": predicted, "measured": measured, "spread": spread}
+        at_prices = sum(row["priced"] for row in mine)
+        result[kind] = {
+            "moves": len(mine), "predicted": predicted, "measured": measured, "spread": spread, "priced": at_prices,
+        }  # fmt: skip
         ratio = f"{measured / predicted:.2f}" if predicted else "-"
         print(f"{kind}: {len(mine)} moves, predicted {predicted:.4g}, measured {measured:.4g}: {ratio}")
     kept = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {}
-    kept[given.model + (" busy" if given.busy else "")] = {"kinds": result, "rows": rows}
+    kept[given.model + (" busy" if given.busy else "")] = {
+        "arguments": shlex.join(sys.argv[1:]),
+        "kinds": result,
+        "rows": rows,
+    }
     given.json.parent.mkdir(exist_ok=True)
     given.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
 

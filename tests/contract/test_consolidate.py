@@ -274,6 +274,21 @@ def test_the_core_is_rewritten_primed_and_read_by_the_next_chat(local: Memory, c
     assert local.consolidate().moves == ()
 
 
+def test_what_is_found_behind_the_last_round_is_told_and_is_the_next_run_s(
+    local: Memory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(consolidate, "ROUNDS", 1)
+    plan = local.consolidate()
+    assert kinds(plan) == ["collapse"]
+    [move] = plan.left
+    assert move.kind == "prime"
+    assert "left: prime" in str(plan)
+    assert consolidate.due(local._engine)
+    again = local.consolidate()
+    assert (again.moves, again.left) == ((move,), ())
+    assert not consolidate.due(local._engine)
+
+
 def test_what_was_saved_is_measured_and_near_what_was_expected(local: Memory, clock: FakeClock) -> None:
     local.consolidate()
     asked(local, clock, "What is my tent called?", days=2)
@@ -306,6 +321,62 @@ def test_states_that_went_are_primed_again(local: Memory, clock: FakeClock) -> N
     assert "prime" not in kinds(local.consolidate(dry_run=True))
     local.activation.evict()
     assert kinds(local.consolidate()) == ["prime"]
+
+
+@pytest.mark.parametrize("setting", [None, "You are a clerk."])
+def test_what_is_primed_is_what_the_chats_of_the_scope_begin_with(
+    local: Memory, clock: FakeClock, setting: str | None
+) -> None:
+    """A system text that is given with each chat is not that of the settings."""
+    engine = local._engine
+    engine.settings = engine.settings.model_copy(update={"system": setting})
+    said = "You are a friend of the user, and you answer " + "briefly and " * 60 + "warmly."
+    local.consolidate()
+    for _ in range(4):
+        local.scope(user="ana").chat("What is my tent called?", system=said, remember=True, max_tokens=2)
+        clock.advance(600)
+    clock.advance(43_200)
+    local.activation.evict()
+    assert snapshots.snapshot(engine, ANA).head_known
+    plan = local.consolidate()
+    assert kinds(plan) == ["prime"]
+    # As much as was planned, with the history that a next session goes on with.
+    computed = int((plan.outcomes[0].note or "").split()[0])
+    assert computed == pytest.approx(plan.moves[0].tokens, rel=0.15)
+    reply = local.scope(user="ana").chat("What is my tent called?", system=said, remember=True, max_tokens=2)
+    assert reply.facts is not None
+    assert reply.facts.history_tokens > 100
+    assert reply.usage.cached_tokens >= 0.85 * computed
+    head = reply.facts.system_tokens + reply.facts.core_tokens
+    assert head - 64 <= reply.usage.cached_tokens, "another head was primed"
+    # Another process has not seen that text: it primes nothing rather than something else.
+    clock.advance(43_200)
+    local.activation.evict()
+    engine.heads.clear()
+    asked = snapshots.snapshot(engine, ANA)
+    assert asked.unprimed > 0
+    assert not asked.head_known
+    assert kinds(local.consolidate(dry_run=True)) == []
+    engine.settings = engine.settings.model_copy(update={"system": said})  # unless the settings say the same
+    [move] = local.consolidate(dry_run=True).moves
+    assert move.kind == "prime"
+    engine.settings = engine.settings.model_copy(update={"system": None})  # a move that was planned before
+    outcome = run(make(engine, move))
+    assert outcome is not None
+    assert (outcome.state, outcome.note) == ("skipped", "what its chats begin with is not known here")
+
+
+def test_a_head_with_tools_or_without_a_word_of_memory_is_not_primed(local: Memory, clock: FakeClock) -> None:
+    local.consolidate()
+    local.activation.evict()
+    local.scope(user="ana").chat("What is my tent called?", recall=False, max_tokens=2)
+    clock.advance(43_200)
+    local.activation.evict()
+    assert kinds(local.consolidate(dry_run=True)) == []
+    local.scope(user="ana").chat("What is my tent called?", max_tokens=2)
+    clock.advance(43_200)
+    local.activation.evict()
+    assert kinds(local.consolidate(dry_run=True)) == ["prime"]
 
 
 def test_a_chat_under_way_keeps_its_head(local: Memory) -> None:

@@ -108,6 +108,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
         busy=draw(st.sampled_from([False, False, True])),
         requests_day=draw(st.sampled_from([0.0, 2.0, 500.0, 500.0])),
         unprimed=draw(st.sampled_from([0, 512])),
+        head_known=draw(st.sampled_from([True, True, False])),
         owed=tuple(draw(st.sets(st.sampled_from(["v1", "v2"])))),
         unsealed=tuple(draw(st.sets(st.sampled_from(["s1", "s2"])))),
         unread=draw(st.sampled_from([0, 7])),
@@ -199,9 +200,7 @@ def test_a_move_pays_within_the_time_that_its_saving_lasts_or_is_owed(snapshot: 
             assert move.kind in ("retrain", "seal", "extract", "reconcile", "unlearn"), move
 
 
-# The same examples each time: about one run in eight finds a snapshot in which the core takes in what was just taught,
-# and the version is unlearnt for it. That is a move too many, and known.
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, deadline=None)
 @given(snapshot=snapshots())
 def test_made_once_nothing_is_left_to_do_and_nothing_goes_to_and_fro(snapshot: Snapshot) -> None:
     made: set[str] = set()
@@ -296,7 +295,8 @@ def test_only_what_may_and_can_be_learnt_is_learnt(snapshot: Snapshot) -> None:
     if not snapshot.busy:
         assert wrong <= {record for move in of(found, "unlearn") for record in move.records}
     assert snapshot.able.prefix or not of(found, "distil")
-    assert snapshot.able.pages or not of(found, "prime")
+    assert (snapshot.able.pages and snapshot.head_known) or not of(found, "prime")
+    assert snapshot.head_known or not of(found, "distil")
     assert snapshot.able.core or not of(found, "collapse", "shrink")
     assert snapshot.able.writes or not of(found, "extract", "reconcile")
     if snapshot.costs.unit == "dollars":

@@ -236,3 +236,12 @@ def test_a_text_of_any_length_is_read_quickly(part: str) -> None:
 def test_of_a_long_record_the_first_facts_are_learnt() -> None:
     made = corpus(" ".join(f"My code number {i} is {i}00." for i in range(30)))
     assert made.facts == 8
+
+
+def test_what_two_records_answer_alike_and_nothing_else_asks_for_leaves_the_others_learnt() -> None:
+    """Both lose all of their questions; the neighbours are still made from what is left."""
+    made = corpus("Totally agree, Mel.", "I 100% agree, Mel.", "My dog is called Biscuit.")
+    assert set(made.records) == {"r2"}
+    assert {id_ for id_, _ in made.left_out} == {"r0", "r1"}
+    assert made.neighbours
+    assert corpus("Totally agree, Mel.", "I 100% agree, Mel.").records == {}

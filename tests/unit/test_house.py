@@ -36,7 +36,7 @@ ORDER = [
     ["teaching"],
     ["kinds", "chat", "transfer", "histories", "reconciling", "reembedding", "counting"],
     ["recalling"],
-    ["verbatim", "wrapped_marks"],
+    ["verbatim", "wrapped_marks", "heads"],
     ["acting", "extraction", "asked", "asking", "planning", "cores"],
     ["economics"],
     ["flows"],

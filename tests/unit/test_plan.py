@@ -64,6 +64,12 @@ def test_each_place_costs_what_the_formulas_say() -> None:
     )
 
 
+def test_no_request_needs_a_record_twice() -> None:
+    often = group(uses=5000.0)
+    asked = snapshot(groups=(often,))
+    assert places.uses(often, asked) == pytest.approx(places.requests(asked))
+
+
 def test_at_a_host_what_is_kept_for_minutes_is_mostly_written_anew() -> None:
     asked = snapshot(costs=HOSTED, able=Able(pages=True), groups=(group(),))
     found = 1 - math.exp(-places.requests(asked) * 300 / 86_400)
@@ -140,6 +146,21 @@ def test_versions_that_cost_more_than_they_spare_act_no_longer() -> None:
     assert not plan(snapshot(groups=(learnt,))).moves
     [wrong] = plan(snapshot(groups=(dataclasses.replace(learnt, teachable=False),))).moves
     assert (wrong.kind, wrong.saves, wrong.pays_after) == ("unlearn", 0.0, None)
+
+
+def test_nothing_is_taught_or_kept_for_the_sake_of_what_no_longer_holds() -> None:
+    """What is unlearnt in the same plan pays for no version: the next plan would unlearn what was taught beside it."""
+    dear = dataclasses.replace(LOCAL, lora=0.2)  # 3.97 s a day
+    wrong = group("wrong", tokens=200, teachable=False, where=frozenset({"plain", "lora"}), bytes=10)  # 7.7 s a day
+    pupil = group("pupil")  # 1.9 s a day
+    asked = snapshot(groups=(wrong, pupil), costs=dear)
+    assert places.spared(pupil, asked) * places.HYSTERESIS < places.acting(asked) < places.spared(wrong, asked)
+    [move] = plan(asked).moves
+    assert (move.kind, move.records, move.saves) == ("unlearn", ("wrong",), 0.0)
+    beside = dataclasses.replace(pupil, where=wrong.where, bytes=5)
+    [move] = plan(dataclasses.replace(asked, groups=(wrong, beside))).moves
+    assert (move.kind, move.records, move.bytes) == ("unlearn", ("pupil", "wrong"), -15)
+    assert move.saves == pytest.approx(places.acting(asked) - places.spared(beside, asked))
 
 
 def test_a_version_is_trained_again_for_the_records_that_are_left() -> None:

@@ -162,3 +162,40 @@ def test_ten_thousand_records_are_planned_in_two_cpu_seconds(memory: Memory, clo
     plan = memory.consolidate(dry_run=True)
     assert time.process_time() - begun < 2.0
     assert plan.dry_run
+
+
+def test_a_head_that_is_too_short_to_be_kept_says_nothing_of_the_cache(memory: Memory, clock: FakeClock) -> None:
+    """Else no core block would ever pay: it is what makes the head long enough."""
+    seen = snapshots.Seen()
+    row = {"at": clock(), "session": "s", "input": 300, "cached": 0}
+    for turn, cached, counted in (
+        ({"id": "t1", "system": 50}, 0, (0, 0)),
+        ({"id": "t2", "system": 50, "core": 200}, 192, (1, 1)),
+        ({"id": "t3", "system": 50, "core": 200}, 0, (1, 2)),
+    ):
+        seen.note({**row, "cached": cached}, turn, slack=64)
+        assert (seen.warm, seen.findable) == counted
+    memory._engine.provider = ScriptedProvider(capabilities=Capabilities(chat=True, kv="slots", context_tokens=4096))
+    noted(memory, Scope(user="ana", session="s"), system=50)
+    assert snapshots.snapshot(memory._engine, ANA).warm is None
+    noted(memory, Scope(user="ana", session="s"), system=50, core=500)
+    assert snapshots.snapshot(memory._engine, ANA).warm == 1.0
+
+
+def test_what_the_history_shows_anyway_is_needed_by_no_request(memory: Memory, clock: FakeClock) -> None:
+    """A small model is told the best records again, though the history shows them: no other place would spare that."""
+    ana = memory.scope(user="ana")
+    said = ana.chat("I moor my boat in Aveiro.")
+    turn = memory.get(said.records[0])
+    assert turn is not None
+    later = ["f" * 31 + str(number) for number in range(6)]
+    for id_ in later[:4]:  # its history begins with the turn
+        noted(memory, ANA, used=(turn.id,), id=id_, start=turn.id)
+    for id_ in later[4:]:  # and then behind it
+        noted(memory, ANA, (turn.id, 12), id=id_, start="f" * 31)
+    seen = snapshots.ledgered(memory._engine, ANA).owners[ANA]
+    assert seen.uses[turn.id] == 6
+    assert seen.needs(turn) == 2
+    assert seen.trials(turn)[0] == 3  # with the request that said it
+    [group] = [one for one in snapshots.snapshot(memory._engine, ANA).groups if one.key == turn.id]
+    assert group.uses == 2
