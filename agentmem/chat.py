@@ -171,6 +171,7 @@ def chat(
             made.sent,
             made.layout,
             generation.usage,
+            plan=conversation.plan(engine),
             turn=made.turn,
             recalled=made.recalled,
             core=[record.id for record in made.core.records],

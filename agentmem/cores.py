@@ -18,7 +18,7 @@ from . import economics, prompt
 from .activation.layout_state import store, stored
 from .engine import Engine
 from .errors import NotFound
-from .ledger.uses import HAS_TURN, beneath
+from .ledger.uses import NEWEST, beneath
 from .plaintext.drafts import utc_seconds
 from .planner.collapse import Account
 from .types import Record, Scope
@@ -293,8 +293,10 @@ def _scale(past: Sequence[_Past], old: Sequence[Record], tokens: int) -> float:
 def _past(engine: Engine, scope: Scope) -> list[_Past]:
     """The newest turns of this scope, oldest first."""
     where, values = beneath(scope)
+    # The scope's uses are told from an index, and rows are read from the newest on until there are enough.
     rows = engine.database.query(
-        f"SELECT at, turn FROM uses WHERE {where} AND verb = 'chat' AND {HAS_TURN} ORDER BY id DESC LIMIT ?",
+        f"SELECT at, turn FROM uses WHERE id IN (SELECT id FROM uses WHERE {where} AND {NEWEST})"
+        " AND verb = 'chat' AND turn IS NOT NULL ORDER BY id DESC LIMIT ?",
         (*values, TURNS_SEEN),
     )
     found: list[_Past] = []

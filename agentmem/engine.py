@@ -122,7 +122,7 @@ class Engine:
                 rules=self._rules,
             )
             # Caches of this engine, not of the class: they must not keep it, its model and its texts alive.
-            self.count = functools.lru_cache(maxsize=16_384)(self._count)
+            self.count = functools.lru_cache(maxsize=4096)(self._count)
             self.finish_erasures()
             undo.pop_all()
 

@@ -180,6 +180,7 @@ class Plan:
         self._held: int | None = None
         self._history = history_of(state.get("history"))
         self._head = state.get("head")
+        self._folded: tuple[Scope, str, int] | None = None
         self._base = 0
         #: Tokens of a prompt that its verbatim history may take.
         self.window: int = limits["window"]
@@ -267,6 +268,14 @@ class Plan:
             marks = None if self._marks is None else self._marks.state()
             state = {"layouts": self._layouts.state(), "marks": marks, "history": self._history, "head": self._head}
         store(connection, self._model, self._scope, now, state)
+
+    def folded(self, session: Scope, start: str) -> int:
+        """How many turns of the session lie before this one. Counted when the history begins elsewhere, not with each
+        turn: there may be any number of them."""
+        with self._lock:
+            if self._folded is None or self._folded[:2] != (session, start):
+                self._folded = session, start, self._engine.records.count_turns(session, before=start)
+            return self._folded[2]
 
     def returns(self, prompt_: Measured) -> int:
         """Tokens of this request that begin with all that the last one kept of it, as far as bytes tell."""
@@ -405,6 +414,7 @@ def explained(
     layout: Layout | None,
     usage: Usage,
     *,
+    plan: Plan | None,
     turn: Sequence[Message],
     recalled: Sequence[Hit],
     core: Sequence[str],
@@ -426,7 +436,7 @@ def explained(
             core=tuple(core),
             used=tuple(used),
             start=start,
-            folded=0 if start is None else engine.records.count_turns(session, before=start),
+            folded=0 if plan is None or start is None else plan.folded(session, start),
             kept=layout is not None and layout.keep,
             decided=decided,
             unit=costs.unit,

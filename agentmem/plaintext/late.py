@@ -36,8 +36,9 @@ __all__ = ["BUDGET", "MOST_PARTS", "Matches", "TokenStore", "pack", "pack_all", 
 
 log = logging.getLogger("agentmem")
 
-#: Bytes of codes kept in RAM where the caller sets no other limit.
-BUDGET = 256 << 20
+#: Bytes of codes kept in RAM where the caller sets no other limit: those of some ten thousand turns of a chat. More
+#: would grow with the memory; what is not here costs a search of 20,000 records two milliseconds.
+BUDGET = 32 << 20
 #: Passages of one record that take part: a book that is one record must not fill the RAM at each search.
 MOST_PARTS = 1024
 _SMALLEST = 1 << 20  # bytes of a fresh arena

@@ -260,6 +260,8 @@ class Postings:
 
 
 _NONE = np.empty(0, np.int32)
+_ONCE = np.ones(1, np.int32)
+_ONCE.flags.writeable = False
 
 
 def _counted(places: Places) -> tuple[Places, Places]:
@@ -273,5 +275,7 @@ def _grouped(rows: Sequence[tuple[str, int]]) -> Iterable[tuple[str, Places, Pla
     docs = np.array([doc for _, doc in rows], np.int32)
     for at in range(1, len(rows) + 1):
         if at == len(rows) or rows[at][0] != rows[first][0]:
-            yield rows[first][0], *_counted(docs[first:at])
+            # Most words of a turn that comes alone occur once in it.
+            found = (docs[first:at], _ONCE) if at == first + 1 else _counted(docs[first:at])
+            yield rows[first][0], *found
             first = at

@@ -191,8 +191,10 @@ class Records:
     def newest(self, scope: Scope, limit: int = 100, *, at: float | None = None) -> builtins.list[Record]:
         """Up to ``limit`` visible records, the newest arrival first; with ``at`` those that hold then (UTC seconds)."""
         sql, values = joined([visible(scope), *([] if at is None else [valid_at(at)])])
+        # Which they are is told from an index that has all the conditions; only those few are read as rows.
+        newest = f"SELECT seq FROM records WHERE {sql} ORDER BY seq DESC LIMIT ?"
         rows = self._database.query(
-            f"SELECT * FROM records WHERE {sql} ORDER BY seq DESC LIMIT ?", [*values, check_k(limit, "limit")]
+            f"SELECT * FROM records WHERE seq IN ({newest}) ORDER BY seq DESC", [*values, check_k(limit, "limit")]
         )
         return [record_of(row) for row in rows]
 
@@ -238,8 +240,10 @@ class Records:
         own = [*levels(session), since]
         mine = self._database.query(f"SELECT * FROM records WHERE {TURNS} AND seq >= ? ORDER BY seq", own)
         earlier: builtins.list[Any] = []
+        begun = None
         if carried:
             begun = self._database.query(f"SELECT MIN(seq) FROM records WHERE {TURNS}", levels(session))[0][0]
+        if carried and (begun is None or since < begun):  # else nothing lies between, and no session has to be asked
             earlier = self._database.query(
                 "SELECT * FROM records WHERE tenant = ? AND user = ? AND agent = ? AND session != ?"
                 f" AND source = '{TURN}' AND seq >= ? AND seq < ? ORDER BY seq",
@@ -427,7 +431,9 @@ class Records:
         kept = "SELECT 1 FROM changes WHERE change = ?"
         if change and not self._database.query(kept, (change,)):
             last = change = 0
-        new = "(seq > ? OR seq IN (SELECT seq FROM changes WHERE change > ?))" if change else "seq > ? + 0 * ?"
+        # As one set: of an OR SQLite makes a walk through all records.
+        both = "seq IN (SELECT seq FROM records WHERE seq > ? UNION SELECT seq FROM changes WHERE change > ?)"
+        new = both if change else "seq > ? + 0 * ?"
         rows = self._database.query(
             f"SELECT seq, text, name FROM records WHERE {new} AND NOT EXISTS "
             "(SELECT 1 FROM vectors WHERE vectors.space = ? AND vectors.seq = records.seq) ORDER BY seq LIMIT ?",

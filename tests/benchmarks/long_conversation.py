@@ -55,8 +55,9 @@ class StandIn(ScriptedProvider):
             for said in segment.messages
             for word in (said.role, *said.content.split())
         ]
-        same = sum(1 for _ in itertools.takewhile(lambda p: p[0] == p[1], zip(words, self._last, strict=False)))
-        cached = min(same, len(words) - 1) // GRID * GRID
+        # Whole steps are compared, the last first: what a stand-in computes is not what is measured.
+        whole = range((min(len(words) - 1, len(self._last)) // GRID) * GRID, 0, -GRID)
+        cached = next((at for at in whole if words[:at] == self._last[:at]), 0)
         self._last = words
         first = 0.001 * (len(words) - cached) + 0.00005 * cached
         output = len(self.reply.split())

@@ -11,6 +11,7 @@ import pytest
 from agentmem import AsyncMemory, InvalidInput, Memory, NotFound, economics, planning
 from agentmem.errors import Locked
 from agentmem.ledger.record_uses import RecordUses
+from agentmem.provider import Capabilities
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import CacheUse, Hit, Record, Reply, TurnFacts, Usage
 
@@ -52,6 +53,22 @@ def test_uses_are_counted_as_they_happen() -> None:
         later = ana.explain(record.id)
         assert later.cost is not None
         assert later.cost > 0
+
+
+def test_turns_folded_away_are_told_as_the_beginning_of_the_history_moves() -> None:
+    own = Capabilities(chat=True, kv="tensors", context_tokens=1024, exact_tokens=True)
+    with Memory(":memory:", model=ScriptedProvider(capabilities=own), embedder="hash", clock=FakeClock()) as mem:
+        ana = mem.scope(user="ana")
+        told: list[tuple[str | None, int]] = []
+        for number in range(90):
+            facts = ana.chat(f"This is what I say in turn {number}, and it goes on for some more words.").facts
+            assert facts is not None
+            told.append((facts.start, facts.folded))
+            if facts.start is not None:
+                session = ana._conversation.session
+                assert facts.folded == mem._engine.records.count_turns(session, before=facts.start)
+        assert len(set(told)) > 3, "it never moved"
+        assert told[-1][1] > 20
 
 
 def test_what_it_cost_is_reckoned_from_what_was_computed_and_what_was_read() -> None:

@@ -393,6 +393,40 @@ def test_records_without_vectors_are_pending_until_embedded(records: Records, da
     assert len(records.pending(other)) == 2
 
 
+def test_what_every_turn_asks_reads_no_more_of_a_long_chat_than_of_a_short_one(
+    records: Records, database: Database
+) -> None:
+    """Counted in steps of SQLite's machine, which grow with the rows that are walked through."""
+    session = Scope(user="ana", session="s")
+    space = open_space(database, "test", "digest", 4)
+    steps = 0
+
+    def step() -> int:
+        nonlocal steps
+        steps += 1
+        return 0
+
+    def asked(turns: int) -> int:
+        nonlocal steps
+        made = records.insert(drafts([f"turn {n}" for n in range(turns)], scope=session, source="chat"), None)
+        records.embed_rows(records.pending(space, limit=turns), np.eye(turns, 4, dtype=np.float32) + 1, space)
+        assert records.pending(space) == []
+        records.update(made[-2].id, session, text="other words", vectors=np.ones((1, 4), np.float32), space=space)
+        with database.write() as connection:
+            connection.set_progress_handler(step, 1)
+        steps = 0
+        assert records.pending(space) == []
+        assert [turn.id for turn in records.turns_from(session, made[-2].id, carried=True)] == [
+            turn.id for turn in made[-2:]
+        ]
+        with database.write() as connection:
+            connection.set_progress_handler(None, 1)
+        return steps
+
+    short, long = asked(200), asked(3000)
+    assert 0 < long < 1.2 * short, (short, long)
+
+
 def test_validity_is_from_inclusive_to_exclusive_in_utc(records: Records, database: Database) -> None:
     records.insert(drafts("x", scope=ROOT, valid_from="2026-01-01T02:00+02:00", valid_until="2026-01-02"))
     day = dt.datetime(2026, 1, 1, tzinfo=dt.UTC).timestamp()
