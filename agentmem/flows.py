@@ -307,6 +307,7 @@ def context(engine: Engine, scope: Scope, query: str | None = None, *, max_token
 
     As many as are likely to be evidence, none for small talk; a long one is shown by its best passage.
     """
+    from .plaintext.asking import tells
     from .plaintext.fusion import taken
 
     check_k(max_tokens, "max_tokens")
@@ -315,7 +316,7 @@ def context(engine: Engine, scope: Scope, query: str | None = None, *, max_token
         hits = [Hit(record=record, score=0.0) for record in newest]
     else:
         hits = yield from search(engine, scope, query, k=CONTEXT_K)
-        hits = hits[: taken([hit.score for hit in hits])]
+        hits = hits[: taken([hit.score for hit in hits], asking=not tells(query))]
     overhead = engine.count(prompt.quote([]))
     fitting = prompt.fit(map(prompt.shown, hits), max_tokens - overhead, engine.count)
     chosen = {record.id for record in fitting}

@@ -109,7 +109,7 @@ def recalled(
         most, tokens = min(most, UNSURE_K), min(tokens, UNSURE_TOKENS)
     best = {hit.record.id for hit in found[:AGAIN]} & again
     found = [hit for hit in found if hit.record.id not in present - best][:together]
-    worth = taken([hit.score for hit in found])
+    worth = taken([hit.score for hit in found], asking=asking)
     # A question that memory can answer at all gets all that may: leaving out what is less likely than the best costs
     # more answers than tokens (measured: tests/benchmarks/efficiency.py).
     likely = found[: most if asking and worth else min(worth, most)]

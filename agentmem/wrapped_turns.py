@@ -270,7 +270,7 @@ class Recollection:
 
     def _likely(self, query: str, texts: set[str], ready: Ready) -> Flow[list[Hit]]:
         """The records that this turn needs and that the model does not read anyway, within the budget."""
-        from .plaintext.asking import tells
+        from .plaintext.asking import asks, tells
         from .plaintext.fusion import TOGETHER, taken
 
         engine, settings = self.engine, self.engine.settings
@@ -294,7 +294,7 @@ class Recollection:
             without |= known
             ready.held |= known
         found = [hit for hit in found if hit.record.id not in without]
-        likely = found[: min(taken([hit.score for hit in found]), most)]
+        likely = found[: min(taken([hit.score for hit in found], asking=asks(query)), most)]
         fitting = {record.id for record in prompt.fit(map(prompt.shown, likely), tokens, engine.count)}
         return [hit for hit in likely if hit.record.id in fitting]
 

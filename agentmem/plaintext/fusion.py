@@ -158,15 +158,15 @@ def build(numbers: Mapping[str, Any]) -> Fusion:
     return Fusion(**values)
 
 
-def taken(probabilities: Sequence[float], rule: Mapping[str, float] | None = None) -> int:
+def taken(probabilities: Sequence[float], *, asking: bool, rule: Mapping[str, float] | None = None) -> int:
     """How many of the best records a prompt should take, of their probabilities in descending order.
 
     None where the best `TOGETHER` of them aren't expected to hold as much evidence as their tokens are worth (small
-    talk); else those that are likely enough, by themselves and beside the best one. ``rule`` says what is enough, by
-    default the one of fusion.json.
+    talk; less is enough for a turn that surely asks); else those that are likely enough, by themselves and beside the
+    best one. ``rule`` says what is enough, by default the one of fusion.json.
     """
     wanted: Mapping[str, float] = rule or _file()["taken"]
-    if not probabilities or sum(probabilities[:TOGETHER]) < wanted["evidence"]:
+    if not probabilities or sum(probabilities[:TOGETHER]) < wanted["asking" if asking else "evidence"]:
         return 0
     least = max(wanted["least"], wanted["beside_best"] * probabilities[0])
     return sum(probability >= least for probability in probabilities)

@@ -130,8 +130,9 @@ def test_a_prefix_breaks_only_where_something_of_it_went_and_then_once(name: str
         broke += 1
         moved = collapsed(before, now) or folded(before, now)
         assert moved or forgotten_now > forgotten or session_now != session
-    # What is laid out anew stays so: a host's cache has nothing of a layout that changes with every turn.
-    assert grew >= 3 * broke
+    # What is laid out anew stays so: a host's cache has nothing of a layout that changes with every turn. Of eight
+    # turns one forgets something and one begins a session.
+    assert grew >= 2 * broke
 
 
 def _end() -> Any:
