@@ -56,7 +56,7 @@ class Settings(BaseSettings):
     recall_k: int = Field(default=10, ge=0, description="records recalled for a turn at most")
     recall_tokens: int = Field(default=800, ge=0, description="tokens of recalled records in a turn at most")
     search_ram: int = Field(
-        default=32 << 20, ge=0, description="bytes of token vectors that searches keep in this process's RAM"
+        default=16 << 20, ge=0, description="bytes of token vectors that searches keep in this process's RAM"
     )
     core_tokens: int = Field(default=512, ge=0, description="tokens of the core block at most; 0 for none")
     history_tokens: int | None = Field(

@@ -5,6 +5,8 @@ Knows vectors by the record and the passage they are of, and where those records
 
 from __future__ import annotations
 
+import mmap
+import sys
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,7 +22,21 @@ if TYPE_CHECKING:
     Places = npt.NDArray[np.int32]
     Bools = npt.NDArray[np.bool_]
 
-__all__ = ["Exact", "Owners", "best_of", "grouped"]
+__all__ = ["Exact", "Owners", "best_of", "fresh", "grouped"]
+
+
+def fresh(shape: tuple[int, ...], kind: type[np.generic]) -> Any:
+    """An array of zeros in pages of its own: what is not written yet takes no RAM, and all of it goes back to the
+    system with the array. From the heap, each growing array would leave a hole as large as it was before."""
+    size = int(np.prod(shape))
+    if not size:
+        return np.empty(shape, kind)
+    length = size * np.dtype(kind).itemsize
+    if sys.platform == "win32":
+        pages = mmap.mmap(-1, length)
+    else:  # private: a forked child's writes are its own
+        pages = mmap.mmap(-1, length, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    return np.frombuffer(pages, kind, size).reshape(shape)
 
 
 class Owners:
@@ -87,7 +103,7 @@ class Exact:
             room = max(count, 2 * first)
             for name in ("_seq", "_part", "_matrix", "_live"):
                 old = getattr(self, name)
-                new = np.empty((room, *old.shape[1:]), old.dtype)
+                new = fresh((room, *old.shape[1:]), old.dtype.type)
                 new[:first] = old[:first]
                 setattr(self, name, new)
         self._seq[first:count], self._part[first:count] = seq, part

@@ -24,6 +24,8 @@ from agentmem._pure.late import HEADER, MOST_TOKENS, VERSION, row_bytes, tokens_
 from agentmem.database import Database
 from agentmem.errors import Corrupt, InvalidInput, ProviderError
 
+from .exact import fresh
+
 if TYPE_CHECKING:
     import numpy.typing as npt
 
@@ -36,9 +38,9 @@ __all__ = ["BUDGET", "MOST_PARTS", "Matches", "TokenStore", "pack", "pack_all", 
 
 log = logging.getLogger("agentmem")
 
-#: Bytes of codes kept in RAM where the caller sets no other limit: those of some ten thousand turns of a chat. More
+#: Bytes of codes kept in RAM where the caller sets no other limit: those of some four thousand turns of a chat. More
 #: would grow with the memory; what is not here costs a search of 20,000 records two milliseconds.
-BUDGET = 32 << 20
+BUDGET = 16 << 20
 #: Passages of one record that take part: a book that is one record must not fill the RAM at each search.
 MOST_PARTS = 1024
 _SMALLEST = 1 << 20  # bytes of a fresh arena
@@ -284,7 +286,7 @@ class TokenStore:
     def _reserve(self, length: int) -> None:
         if self._used + length > len(self._arena):
             room = max(self._used + length, min(2 * len(self._arena), self._budget), _SMALLEST)
-            arena = np.empty(room, np.uint8)
+            arena = fresh((room,), np.uint8)
             arena[: self._used] = self._arena[: self._used]
             self._arena = arena
 
@@ -308,8 +310,10 @@ class TokenStore:
         old, starts = self._arena, self._starts[passages]
         pieces = [old[start : start + tokens_shape(old, start)[2]] for start in starts.tolist()]
         lengths = np.array([len(piece) for piece in pieces], np.int64)
-        self._arena = np.concatenate(pieces) if pieces else np.empty(0, np.uint8)
-        self._used, self._waste = len(self._arena), 0
+        self._used, self._waste = int(lengths.sum()), 0
+        self._arena = fresh((max(self._used, min(2 * self._used, self._budget)),), np.uint8)
+        if pieces:
+            np.concatenate(pieces, out=self._arena[: self._used])
         self._starts, self._parts, self._firsts = np.cumsum(lengths) - lengths, self._parts[passages], before
 
 

@@ -35,6 +35,7 @@ def _processes() -> Any:
     return processes
 
 
+@pytest.mark.timeout(600 + 20 * KILLS)
 def test_killed_anywhere_nothing_is_lost_nothing_twice_and_it_goes_on(tmp_path: Path) -> None:
     processes = _processes()
     chance = random.Random(7)

@@ -23,6 +23,7 @@ from agentmem.errors import Incompatible, InvalidInput, StoreError
 from agentmem.plaintext import index as module
 from agentmem.plaintext import ivf, shards
 from agentmem.plaintext.catalog import Catalog
+from agentmem.plaintext.exact import fresh
 from agentmem.plaintext.index import VectorIndex, open_space
 from agentmem.plaintext.records import Records, drafts
 from agentmem.types import Record, Scope
@@ -690,3 +691,19 @@ def test_a_forked_child_starts_with_a_free_lock(store: Store) -> None:
             thread.join(20)
             os._exit(0 if done == [5] else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="the system has no fork")
+def test_an_array_that_grows_is_its_process_s_own_and_empty_at_first() -> None:
+    made = fresh((1000, 384), np.float32)
+    assert made.shape == (1000, 384)
+    assert made.dtype == np.float32
+    assert not made.any()
+    made[:] = 1
+    child = os.fork()
+    if child == 0:
+        made[:] = 2
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    assert (made == 1).all()
+    assert fresh((0, 384), np.float32).shape == (0, 384)
