@@ -276,6 +276,7 @@ def _grouped(rows: Sequence[tuple[str, int]]) -> Iterable[tuple[str, Places, Pla
     for at in range(1, len(rows) + 1):
         if at == len(rows) or rows[at][0] != rows[first][0]:
             # Most words of a turn that comes alone occur once in it.
-            found = (docs[first:at], _ONCE) if at == first + 1 else _counted(docs[first:at])
-            yield rows[first][0], *found
+            alone = at == first + 1
+            where, often = (docs[first:at], _ONCE) if alone else _counted(docs[first:at])
+            yield rows[first][0], where, often
             first = at

@@ -49,9 +49,9 @@ class System:
         command = [sys.executable, __file__, "--child", kind, "--data", str(given.data), "--settings", given.settings]
         command += ["--questions", str(given.questions), "--conversations", *map(str, given.conversations)]
         command += [] if given.answer is None else ["--answer", str(given.answer)]
-        one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+        one = dict.fromkeys(["OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"], "1")
         if not kind.startswith("e"):  # torch as it comes keeps this many kernels; importing agentmem keeps fewer
-            one |= dict.fromkeys(("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"), "1024")
+            one |= dict.fromkeys(["ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"], "1024")
         self.kind = kind
         self.rows: dict[tuple[int, int], dict[str, Any]] = {}
         self.rests: list[dict[str, Any]] = []

@@ -62,7 +62,8 @@ class Shelf:
         self.folder, self.options = folder, options
         self.database = Database(folder / "memory.db")
         self.clock = Clock()
-        self.store = PageStore(self.database, folder / "pages", **{"grid": GRID, "clock": self.clock, **options})
+        settings: dict[str, Any] = {"grid": GRID, "clock": self.clock, **options}
+        self.store = PageStore(self.database, folder / "pages", **settings)
         self.view = self.store.view(b"salt")
 
     def seal(self, tokens: list[int] = TOKENS, records: Any = None, first: int = 0, identity: bytes = IDENTITY) -> int:
