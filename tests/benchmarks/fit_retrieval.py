@@ -72,7 +72,7 @@ FOLDS = 4
 RULES = [
     {"evidence": evidence, "asking": asking, "least": least, "beside_best": 0.05}
     for evidence, asking, least in (
-        (0.3, 0.2, 0.02),
+        (0.3, 0.15, 0.02),
         (0.1, 0.1, 0.02),
         (0.2, 0.2, 0.02),
         (0.3, 0.3, 0.02),
