@@ -761,3 +761,15 @@ def test_a_handle_is_closed_for_itself_only(shelf: Shelf) -> None:
     assert isinstance(two, Page)
     assert len(two.data) == PAGE
     assert shelf.read(pages=1) == 1
+
+
+def test_pages_that_nobody_asked_for_leave_ram_when_others_come(shelf: Shelf) -> None:
+    shelf.seal()
+    assert shelf.read() == 4
+    held = shelf.store.bytes_in_ram()
+    assert held
+    shelf.now += 601
+    shelf.seal(1)
+    assert shelf.read(1) == 4
+    assert shelf.store.bytes_in_ram() == held
+    assert shelf.read() == 4, "they are still on disk"
