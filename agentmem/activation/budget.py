@@ -23,6 +23,9 @@ logger = logging.getLogger("agentmem")
 
 #: Of the budget, RAM copies never take more than one part in this many where nothing else is set.
 RAM_PART = 4
+#: Seconds, by the store's clock, after which a copy that no request asked for goes with the next request: pages of idle
+#: conversations and of layouts that were left would stay otherwise, up to the whole budget. Its file stays.
+IDLE_S = 600.0
 
 
 class Budget:
@@ -94,13 +97,17 @@ class Budget:
         return True
 
     def make_way(self, coming: int, *, spare: Collection[bytes] = ()) -> bool:
-        """Drop the least recently used copies, but for those of ``spare``, so that ``coming`` bytes can be mapped
-        within the RAM's budget; whether they can. What others are reading leaves the memory only when they are done.
+        """Drop idle copies, then the least recently used ones, but for those of ``spare``, so that ``coming`` bytes can
+        be mapped within the RAM's budget; whether they can. What others are reading leaves the memory only when they
+        are done.
         """
+        now = self._clock()
+        copies = [copy for copy in self.ram.copies() if copy.key not in spare]
+        self.ram.drop(copy.key for copy in copies if now - copy.used > IDLE_S and not copy.pinned)
         over = self.ram.mapped + coming - self.share
         if over > 0:
             copies = [copy for copy in self.ram.copies() if copy.key not in spare]
-            self.ram.drop(choose([], free=over, now=self._clock(), costs=self.costs, copies=copies).copies)
+            self.ram.drop(choose([], free=over, now=now, costs=self.costs, copies=copies).copies)
         return self.ram.mapped + coming <= self.share
 
     def admit(self, page: Page, *, pinned: bool, used: float, displace: bool = False) -> bool:

@@ -28,9 +28,6 @@ __all__ = ["Residency", "settled"]
 SETTLED_NS = 100_000_000
 #: Seconds after which a mapped copy is checked again at its next use: that goes along with copying and is nearly free.
 RECHECK_S = 600.0
-#: Seconds, by the store's clock, after which a copy that nobody asked for makes way for one that is in use: pages of
-#: idle conversations and of layouts that were left would stay otherwise, up to the whole budget.
-IDLE_S = 600.0
 
 
 def settled(page: Page) -> bool:
@@ -108,9 +105,6 @@ class Residency:
         with self._lock:
             if self._is_here(page):
                 return True
-            since = copy.used - IDLE_S
-            for name in [name for name, (_, old) in self._pages.items() if old.used < since and not old.pinned]:
-                self._take(name)
             if self._held + copy.bytes > limit() or len(self._pages) >= _most_mappings():
                 return False
             mine = page.share()
