@@ -67,9 +67,9 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 #: Kernels that oneDNN and PyTorch's layer above it keep, one per shape of a product, where the environment says
-#: nothing. Their own 1,024 each are never used up: every new length of a text or of a prompt leaves some, 130 MB after
-#: 32 turns of a chat; a pass needs five. Set here: libtorch reads it when it is loaded, and nothing of agentmem loads
-#: it before.
+#: nothing. Their own 1,024 each are never used up: every new length of a text or of a prompt leaves some, more than a
+#: chat's states take (LRU_CACHE_CAPACITY=1024 tests/benchmarks/efficiency.py shows it); a pass needs five. Set here:
+#: libtorch reads it when it is loaded, and nothing of agentmem loads it before.
 _KERNELS = "16"
 for _capacity in ("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "LRU_CACHE_CAPACITY"):
     os.environ.setdefault(_capacity, _KERNELS)

@@ -1,8 +1,7 @@
 """Gives back to the system what a turn's heap freed.
 
 Knows glibc's allocator; elsewhere it does nothing. A prefill frees hundreds of activations among which a few live
-tensors lie, and glibc gives back by itself only what is at the heap's end: after 32 turns of the default model that
-kept 28 MB.
+tensors lie, and glibc gives back by itself only what is at the heap's end.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def gated(asked: Asked, hits: Sequence[tuple[str, int, float]]) -> list[tuple[st
     """What chat takes of these hits."""
     most, budget = TELLS if asked.tells else ASKS
     chosen: list[tuple[str, int]] = []
-    for id_, tokens, _ in hits[: min(taken([p for *_, p in hits[:10]]), most)]:
+    for id_, tokens, _ in hits[: min(taken([p for *_, p in hits[:10]], asking=not asked.tells), most)]:
         if tokens <= budget:
             chosen.append((id_, tokens))
             budget -= tokens

@@ -177,7 +177,8 @@ def test_the_same_training_again_gives_what_is_stored(memory: Memory, taught: li
 def test_a_gate_tries_a_version_beside_all_others_that_act_with_it(
     when: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with learning(), memory_of(tmp_path, lora_shard=1, lora_when=when) as memory:
+    # Undone before `learning` puts the real gate back: in the other order a scripted one would stay for good.
+    with learning(), monkeypatch.context() as patch, memory_of(tmp_path, lora_shard=1, lora_when=when) as memory:
         tried: list[dict[str, Any]] = []
         scripted = gates.gate
 
@@ -185,7 +186,7 @@ def test_a_gate_tries_a_version_beside_all_others_that_act_with_it(
             tried.append(named)
             return scripted(*given, **named)
 
-        monkeypatch.setattr(gates, "gate", spying)
+        patch.setattr(gates, "gate", spying)
         facts = memory.add(list(FACTS[:5]))
         memory.parametric.train()
         assert [(len(one["beside"]), one["others"]) for one in tried] == [(n, n) for n in range(5)]
@@ -197,7 +198,7 @@ def test_a_gate_tries_a_version_beside_all_others_that_act_with_it(
             dog = Example("What is the name of my dog?", "Biscuit", (), (facts[4].id,))
             assert list(acting(dog)) == [0, 1], "the new one, which taught it, and what the index says that it concerns"
             assert list(acting(Example("Hm?", "Biscuit", (), (facts[2].id,)))) == [3], "and who taught it"
-        monkeypatch.setattr("agentmem.teaching.BESIDE", 2)
+        patch.setattr("agentmem.teaching.BESIDE", 2)
         [new] = memory.add(FACTS[5])
         memory.parametric.train(records=[new])
         assert (len(tried[-1]["beside"]), tried[-1]["others"]) == (2, 5)
