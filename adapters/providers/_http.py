@@ -10,6 +10,7 @@ import email.utils
 import json
 import sys
 import time
+import traceback
 import zlib
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
@@ -29,6 +30,7 @@ __all__ = [
     "guard",
     "is_host",
     "is_loopback",
+    "let_go",
     "read_settings",
     "refused",
     "scrub",
@@ -380,4 +382,16 @@ def scrub(error: BaseException | None, secrets: Sequence[str]) -> None:
         for name in ("message", "body", "error"):
             if hasattr(error, name):
                 setattr(error, name, clean(getattr(error, name), secrets))
+        error = error.__cause__ or error.__context__
+
+
+def let_go(error: BaseException | None) -> None:
+    """Clear the finished frames that an SDK's exception and its causes hold.
+
+    Their variables are streams half read. Left to the garbage collector, those could be closed by another thread than
+    that of their event loop, at the moment at which the loop itself closes them, which Python answers with a warning
+    ("async generator already executing").
+    """
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
         error = error.__cause__ or error.__context__

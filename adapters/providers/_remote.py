@@ -24,7 +24,7 @@ from agentmem.errors import AgentMemError, ConfigError, InvalidInput, ProviderEr
 from agentmem.provider import Capabilities, Generation, Request
 from agentmem.tokens import counter_for, request_tokens
 
-from ._http import Clock, Failure, clean, connection_failed, from_status, guard, refused, scrub
+from ._http import Clock, Failure, clean, connection_failed, from_status, guard, let_go, refused, scrub
 from ._single_flight import Flights
 
 if TYPE_CHECKING:
@@ -327,6 +327,7 @@ class Remote(ABC):
         if isinstance(error, AgentMemError):
             raise error
         scrub(error, self._secrets)
+        let_go(error)
         failure = self._failure(error, clock)
         wait = failure.wait_s
         if wait is None:

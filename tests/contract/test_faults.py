@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import datetime as dt
+import gc
+import inspect
 import ipaddress
 import json
 import ssl
@@ -178,6 +180,26 @@ def test_what_never_ends_ends_at_the_deadline(rig: Rig, fault: Fault) -> None:
         assert isinstance(reply, Exception)
         assert seconds < SHORT_S + LATE_S
     assert len(rig.server.requests) - before <= len(replies) * (RETRIES + 1)
+
+
+def test_a_stream_that_fails_leaves_nothing_for_the_garbage_collector(rig: Rig) -> None:
+    """It may run in another thread than the event loop's, and would close there what the loop is closing."""
+    rig.server.behave = next(fault.behave for fault in FAULTS if fault.name == "an error event")
+    gc.collect()
+    gc.disable()
+    try:
+        before = {id(each) for each in _open_generators()}
+        for _ in range(3):
+            assert isinstance(rig.call("astream", rig.patient), Exception)
+        rig.loop.run(asyncio.sleep(0.05))
+        left = [each for each in _open_generators() if id(each) not in before]
+    finally:
+        gc.enable()
+    assert not left
+
+
+def _open_generators() -> list[Any]:
+    return [each for each in gc.get_objects() if inspect.isasyncgen(each) and each.ag_frame is not None]
 
 
 @pytest.mark.parametrize("adapter", ADAPTERS)

@@ -242,9 +242,7 @@ def test_what_has_no_price_is_not_compared(ledger: Ledger, clock: FakeClock, mod
 
 
 @pytest.mark.slow
-def test_a_hundred_thousand_uses_are_summed_in_two_seconds(
-    ledger: Ledger, database: Database, clock: FakeClock
-) -> None:
+def test_a_hundred_thousand_uses_are_summed(ledger: Ledger, database: Database, clock: FakeClock) -> None:
     now = clock()
     written = turn(0, clock).model_dump_json()
     with database.write() as connection:
@@ -268,4 +266,4 @@ def test_a_hundred_thousand_uses_are_summed_in_two_seconds(
     took = time.process_time() - begun
     assert lines[0].uses == 100_000
     assert all([*kinds, *shares, *rest])
-    assert took < 3.0  # about 1.4, of this process alone
+    assert took < 20  # seconds of CPU; about 1.4 here: fails only where a sum grows with the square of the uses

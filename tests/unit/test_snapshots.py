@@ -148,7 +148,7 @@ def test_a_session_is_unsealed_once_it_has_ended(tmp_path: Path, clock: FakeCloc
 
 
 @pytest.mark.slow
-def test_ten_thousand_records_are_planned_in_two_cpu_seconds(memory: Memory, clock: FakeClock) -> None:
+def test_ten_thousand_records_are_planned(memory: Memory, clock: FakeClock) -> None:
     ids: list[str] = []
     for first in range(0, 10_000, 500):
         texts = [f"My thing {number} is called Ob{number}." for number in range(first, first + 500)]
@@ -160,7 +160,7 @@ def test_ten_thousand_records_are_planned_in_two_cpu_seconds(memory: Memory, clo
             noted(memory, Scope(user="ana", session=f"s{number // 20}"), *dict(needed).items())
     begun = time.process_time()
     plan = memory.consolidate(dry_run=True)
-    assert time.process_time() - begun < 2.0
+    assert time.process_time() - begun < 20  # about 1 here: a guard against what grows with the square
     assert plan.dry_run
 
 

@@ -364,7 +364,7 @@ def test_a_million_users_on_three_price_lists() -> None:
     offers = [hosted(m) for m in ("openai:gpt-6.1-sol", "anthropic:claude-sonnet-5-5", "deepseek:deepseek-v4-flash")]
     began = time.process_time()
     made = simulate(Workload.of(users=1_000_000), [*offers, own("here", HERE)])
-    assert time.process_time() - began < 90
+    assert time.process_time() - began < 300  # 20 to 40 here: a guard against what grows with the users
     for offer in (*(offer.name for offer in offers), "here"):
         ours = made.line(offer, OURS)
         assert ours.error < 0.03

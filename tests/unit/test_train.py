@@ -518,7 +518,7 @@ def test_the_small_model_learns_two_facts_and_says_them(tmp_path: Path) -> None:
     corpus = replace(made, neighbours=made.neighbours[:8], anchors=made.anchors[:4])
     trained = train(tensors, corpus, epochs=16, recipe=Recipe(anchors=6))
     assert trained.curve[-1].known == 1.0
-    assert trained.cpu_seconds < 120
+    assert trained.cpu_seconds < 600  # a guard: what it takes is measured by a benchmark
     asked = [encode(tensors, example)[0] for example in made.held_out]
     with steady(tensors.model), applied(tensors.model, trained.lora):
         said = [tensors.tokenizer.decode(answer) for answer in answers(tensors, asked, 12)]
