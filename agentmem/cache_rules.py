@@ -18,7 +18,7 @@ from urllib.parse import urlsplit
 
 from .errors import ConfigError
 
-__all__ = ["CacheRules", "Lifetime", "check_overrides", "overridden", "pattern_of", "rules_for", "vendors"]
+__all__ = ["CacheRules", "Depth", "Lifetime", "check_overrides", "overridden", "pattern_of", "rules_for", "vendors"]
 
 KINDS = ("breakpoints", "automatic", "engine")
 
@@ -40,6 +40,22 @@ class Lifetime:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Depth:
+    """What a token costs on an engine of one's own by how many stand before it, since it attends to all of them.
+
+    Computing one costs ``first`` and ``each`` for each token before it, reading one from the cache ``read``.
+    """
+
+    first: float
+    each: float
+    read: float
+
+    def over(self, unit: float) -> Depth:
+        """The same in units of so much."""
+        return Depth(first=self.first / unit, each=self.each / unit, read=self.read / unit)
+
+
+@dataclass(frozen=True, kw_only=True)
 class CacheRules:
     """The prompt cache of one model. All prices are in units of one uncached input token.
 
@@ -51,7 +67,8 @@ class CacheRules:
     before a mark the host looks for an earlier entry (None: all). ``lifetimes`` are sorted, the shortest first.
     ``renewed`` says that a read starts the lifetime anew. ``diagnoses``: the host says why it missed, if asked;
     ``prewarms``: it fills its cache without an answer. ``per_minute`` is how many requests one routing key can take.
-    ``vendor`` is who sells the tokens, where that is known: the scheme of a model does not always say it.
+    ``vendor`` is who sells the tokens, where that is known: the scheme of a model does not always say it. ``depth`` is
+    measured of an engine of one's own; at a host a token has one price wherever it stands.
     """
 
     kind: str
@@ -71,11 +88,19 @@ class CacheRules:
     seen: str = ""
     source: str = ""
     vendor: str = ""
+    depth: Depth | None = None
 
     @property
     def priced(self) -> bool:
         """False for engines that the user runs: ``read`` and ``write`` then say what computing is spared, not money."""
         return self.kind != "engine"
+
+    def anew(self, tokens: float) -> float:
+        """What writing so many tokens at the head of a prompt costs beyond reading them."""
+        write = self.lifetimes[0].write
+        if self.depth is None:
+            return tokens * (write - self.read)
+        return tokens * (self.depth.first + self.depth.each * tokens / 2 + write - 1.0 - self.depth.read)
 
 
 def rules_for(model: str, overrides: Mapping[str, Mapping[str, Any]] | None = None) -> CacheRules | None:

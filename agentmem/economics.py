@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import datetime as dt
 import math
+import operator
 import statistics
 from typing import TYPE_CHECKING, Any
 
-from .cache_rules import CacheRules, Lifetime
+from .cache_rules import CacheRules, Depth, Lifetime
 from .engine import Engine
 from .ledger.costs import YEAR_S, input_price
 from .ledger.uses import NEWEST as AMONG
@@ -32,8 +33,9 @@ SOON = 4
 #: Uses that a prior weighs as much as, and how many uses make a number a measured one.
 PRIOR_USES, MEASURED_USES = 6.0, 12
 #: Before anything was measured, of a small model on a CPU: seconds that a prompt token takes to compute; in such tokens
-#: what loading a cached one takes, what attending to one takes for each token of an answer, and what keeping one takes.
-TOKEN_S, LOAD, ATTEND, KEEP = 2e-3, 0.01, 3e-4, 0.03
+#: what a request takes beside its tokens, what loading a cached one takes, what attending to one takes for each token
+#: that is computed behind it and for each token of an answer, and what keeping one takes.
+TOKEN_S, REQUEST, LOAD, BEHIND, ATTEND, KEEP = 2e-3, 15.0, 0.01, 3e-4, 3e-4, 0.03
 #: Tokens of an answer, and seconds of one of them, until there were answers.
 ANSWER, ANSWER_TOKEN_S = 64.0, 1e-2
 #: Before anything was trained, in prompt tokens: teaching one record, distilling one token of a head.
@@ -76,6 +78,7 @@ def local_rules(engine: Engine) -> CacheRules | None:
         read=min(1.0, found.cached / found.prefill),
         lifetimes=(Lifetime(name="kept", seconds=math.inf, write=1.0 + found.write / found.prefill),),
         context_tokens=capabilities.context_tokens,
+        depth=None if found.depth is None else found.depth.over(found.prefill),
     )
 
 
@@ -108,6 +111,7 @@ def _measured(engine: Engine, model: str) -> Costs:
         write=found["write"],
         token_bytes=token_bytes,
         minimum=pages,
+        depth=Depth(first=found["first"], each=found["each"], read=found["read"]),
         learn=learn,
         distil=distil,
         lora=lora,
@@ -121,20 +125,33 @@ def _measured(engine: Engine, model: str) -> Costs:
 def regressed(uses: Sequence[tuple[float, ...]]) -> dict[str, float]:
     """Seconds of a prompt token by what became of it; ``uses`` are (input, cached, written, output, first_s, total_s).
 
-    Ridge regression towards the prior, no coefficient below 0: the time to the first token on (computed tokens, cached
-    tokens), the rest on (tokens of the answer, those times the tokens attended to, tokens written to the cache). Each
-    use counts relative to its size, so that one long prompt does not outweigh all short ones.
-    ``prefill`` and ``cached`` hold what attending to the token costs through an answer of the mean length. A time of
-    more than `HELD_UP` times the usual is left out: least squares would follow the one use in a hundred that it is of.
+    Ridge regression towards the prior, no coefficient below 0: the time to the first token on (1, computed tokens,
+    cached tokens, computed ones times those before them), the rest on (tokens of the answer, those times the tokens
+    attended to, tokens written to the cache). Each use counts relative to its size, so that one long prompt does not
+    outweigh all short ones. A time of more than `HELD_UP` times the usual is left out: least squares would follow the
+    one use in a hundred that it is of.
+
+    ``prefill`` and ``cached`` are what one token more costs in a usual use, and hold what attending to it costs through
+    an answer of the mean length; ``first`` is computing one with nothing before it, ``each`` what each token before it
+    adds, ``read`` is ``cached`` without what attending to the token costs those that are computed.
     """
     waits = [((use[0] - use[1], use[1]), use[4]) for use in uses]
     usual = _usual((wait, new + LOAD * cached) for (new, cached), wait in waits)
     # Loading a token takes no longer than computing it, so a slow cache is not taken for a use that was held up.
     waits = [row for row in waits if not usual or row[1] <= HELD_UP * usual * sum(row[0])]
     pace = usual or TOKEN_S  # a server may say no time at all
-    load, attend, keep = LOAD * pace, ATTEND * pace, KEEP * pace
+    load, each, attend, keep = LOAD * pace, BEHIND * pace, ATTEND * pace, KEEP * pace
+    computed = behind = 0.0
     if waits:
         pace, load = _ridge(waits, (pace, load))
+        # Only then the rest: from a prior that is far off all four would share what one of them explains. As a whole
+        # the prior says the usual time.
+        deep = [((1.0, new, cached, new * (cached + new / 2)), wait) for (new, cached), wait in waits]
+        prior = (REQUEST * pace, pace, load, BEHIND * pace)
+        share = statistics.median(wait / sum(map(operator.mul, row, prior)) for row, wait in deep) or 1.0
+        _, pace, load, each = _ridge(deep, tuple(share * part for part in prior))
+        computed = sum(row[1] for row, _ in deep) / len(deep)
+        behind = sum(row[3] for row, _ in deep) / max(computed * len(deep), 1.0)
     rests = [((use[3], use[3] * use[0], use[2]), max(use[5] - use[4], 0.0)) for use in uses]
     usual = _usual((rest, output) for (output, _, _), rest in rests)
     rests = [row for row in rests if not usual or row[1] <= HELD_UP * (usual * row[0][0] + pace * row[0][2])]
@@ -144,7 +161,16 @@ def regressed(uses: Sequence[tuple[float, ...]]) -> dict[str, float]:
     if rests:
         token, attend, keep = _ridge(rests, (token, attend, keep))
     attended = min(attend * answer, pace)
-    return {"prefill": pace + attended, "cached": min(load, pace) + attended, "write": keep, "answer": token}
+    read = min(load, pace) + attended
+    return {
+        "prefill": pace + each * behind + attended,
+        "cached": min(read + each * computed, pace + attended),
+        "write": keep,
+        "answer": token,
+        "first": pace + attended,
+        "each": each,
+        "read": read,
+    }
 
 
 def _usual(rows: Iterable[tuple[float, float]]) -> float:
@@ -239,8 +265,8 @@ def _lora(engine: Engine, model: str, found: dict[str, float]) -> tuple[float, s
         return 0.0, f"prior, {len(rows)} uses so far"
     over = [
         row["total_s"]
-        - found["prefill"] * (row["input"] - row["cached"])
-        - found["cached"] * row["cached"]
+        - (row["input"] - row["cached"]) * (found["first"] + found["each"] * (row["input"] + row["cached"]) / 2)
+        - found["read"] * row["cached"]
         - found["answer"] * row["output"]
         for row in rows
     ]

@@ -426,7 +426,7 @@ def explained(
     cached, start = usage.cached_tokens, None if layout is None else layout.start
     try:
         costs = economics.costs(engine)
-        paid = (usage.input_tokens - cached) * costs.prefill + cached * costs.cached
+        paid = costs.computing(cached, usage.input_tokens) + costs.loading(cached)
         return TurnFacts(
             system_tokens=sent.of("system"),
             core_tokens=sent.of("core"),
@@ -441,7 +441,7 @@ def explained(
             decided=decided,
             unit=costs.unit,
             cost=paid + usage.written_tokens * costs.write,
-            bare=usage.input_tokens * costs.prefill,
+            bare=costs.computing(0, usage.input_tokens),
         )
     except AgentMemError as error:
         _log.warning("what a request was made of could not be told: %s", error)

@@ -169,11 +169,11 @@ def core_of(
         review = seen[1]
     old, new = review.standing, review.chosen
     token = economics.costs(engine).prefill
-    write = rules.lifetimes[0].write - rules.read
     before = cores.account(engine, scope)
-    carry, rebuild = _carried(hits or (), review, rules.read), write * (new.tokens + (0 if cold else layout.behind))
+    carry = _carried(hits or (), review, rules.read)
+    rebuild = rules.anew(new.tokens + (0 if cold else layout.behind))
     if review.same:
-        due, rebuild = stands is None, write * layout.behind
+        due, rebuild = stands is None, rules.anew(layout.behind)
     elif stands is None:
         due = True
     elif cold:

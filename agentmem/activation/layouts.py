@@ -62,7 +62,9 @@ class _Choice:
 class _Prospect:
     """What the coming requests are expected to be like."""
 
-    read: float
+    read: float  # price of a token of the prefix that is cached
+    first: float  # price of one that is computed, with nothing before it
+    each: float  # what each token before it adds to that
     least: float  # the fewest tokens of a prefix that the host keeps
     warm: bool  # the last request's prefix can still be read
     lives: tuple[tuple[float, int], ...]  # per lifetime: price of writing, requests before the cache is cold
@@ -70,6 +72,10 @@ class _Prospect:
     recall: float  # tokens recalled for each if all earlier turns were out of sight
     sizes: tuple[int, ...]  # tokens of the history from each place on, and of none
     everything: int  # tokens of all earlier turns
+
+    def computing(self, start: float, end: float) -> float:
+        """The price of computing the tokens from one position to another."""
+        return (end - start) * (self.first + self.each * (start + end) / 2)
 
     def unseen(self, place: int) -> float:
         """The part of the earlier turns that a history from this place leaves out of sight."""
@@ -232,14 +238,16 @@ class Layouts:
 
     def _prospect(self, coming: Coming) -> _Prospect:
         """What to expect, by the scope's own turns so far."""
-        state, rules = self._state, self._rules
+        state, rules, depth = self._state, self._rules, self._rules.depth
         sizes = [0]
         for place in reversed(state.places):
             sizes.append(sizes[-1] + place.tokens)
         sizes.reverse()
         lives = tuple((life.write, 1 + self._ahead(index, coming.at)) for index, life in enumerate(rules.lifetimes))
         return _Prospect(
-            read=rules.read,
+            read=rules.read if depth is None else depth.read,
+            first=1.0 if depth is None else depth.first,
+            each=0.0 if depth is None else depth.each,
             least=UNREACHED if state.unkept > MOST_UNKEPT else rules.minimum * (1 + MARGIN),
             warm=self._warm(coming, sizes[state.start]),
             lives=lives,
@@ -372,7 +380,8 @@ class Layouts:
         if not cold and place == state.start < len(state.places) and core == state.core:
             held = prefix - state.places[-1].tokens
             cached = held if held >= ahead.least else cached
-        tail = ahead.recall * ahead.unseen(place)
+        recalled = ahead.recall * ahead.unseen(place)
+        tail = ahead.computing(prefix, prefix + recalled)
         later, total = _bills(prefix, cached, ahead, life)
         count = ahead.lives[life][1]
         return _Choice(place, core, life, later + tail, total + tail * count, count)
@@ -387,9 +396,11 @@ class Layouts:
         ends = coming.system + choice.core + ahead.sizes[choice.place] + coming.message
         again = (state.repeated + REPEAT_PRIOR * REPEAT_WEIGHT) / (state.seen + REPEAT_WEIGHT)
         stays = float(count - 1)
-        if ahead.read:  # a long session is folded before the cache is cold
+        # What is kept is read by each request, and attended to by each token that is computed in it.
+        read = ahead.read + ahead.each * (ahead.growth + ahead.recall * ahead.unseen(choice.place))
+        if read:  # a long session is folded before the cache is cold
             tail = max(TAIL_TOKENS, TAIL_TURNS * ahead.growth)
-            stays = min(stays, math.sqrt(2 * write * tail / (ahead.read * ahead.growth)))
+            stays = min(stays, math.sqrt(2 * write * tail / (read * ahead.growth)))
         if ends + tokens < ahead.least:
             return (
                 _bills(ends + tokens, 0, ahead, choice.life)[1]
@@ -397,7 +408,7 @@ class Layouts:
             )
         # On an engine of one's own the turn stands behind what was recalled for it: without it, it is computed again.
         lost = 0.0 if self._rules.priced else coming.message / tokens
-        return write + ahead.read * stays < 1 + again + lost
+        return write - 1 + read * stays < (again + lost) * (ahead.first + ahead.each * ends)
 
 
 def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[float, float]:
@@ -409,10 +420,11 @@ def _bills(prefix: float, cached: float, ahead: _Prospect, life: int) -> tuple[f
     """
     read, growth, (write, count) = ahead.read, ahead.growth, ahead.lives[life]
     short = min(count, math.ceil((ahead.least - prefix) / growth)) if prefix < ahead.least else 0
-    total = short * prefix + growth * short * (short - 1) / 2
+    total = short * ahead.computing(0, prefix + growth * (short - 1) / 2)
     if short == count:
         return total / count, total
-    reached = prefix + growth * short
-    later = read * reached + write * growth
-    first = write * reached if short else read * cached + write * (reached - cached)
+    reached, more = prefix + growth * short, write - 1
+    later = read * reached + more * growth + ahead.computing(reached, reached + growth)
+    cached = 0.0 if short else cached
+    first = read * cached + more * (reached - cached) + ahead.computing(cached, reached)
     return later, total + first + later * (count - short - 1)

@@ -180,8 +180,11 @@ def _rewritten(snapshot: Snapshot) -> Iterator[Move]:
     saves = _worth(chosen, snapshot) - was
     if snapshot.cold:  # all is written anew in any case
         cost = max(0, tokens - standing) * (costs.prefill + costs.write)
-    else:
+    elif costs.depth is None:
         cost = (tokens + snapshot.behind) * max(0.0, costs.prefill + costs.write - places.reading(snapshot))
+    else:
+        anew = tokens + snapshot.behind
+        cost = max(0.0, costs.computing(0, anew) + anew * costs.write - costs.loading(anew))
     holds = places.standing(block, snapshot)
     # Where it costs nothing, a difference that is mere noise is no reason either.
     if not _pays(saves, holds, cost) or saves < (HYSTERESIS - 1) * abs(was):
@@ -198,7 +201,7 @@ def _kept(snapshot: Snapshot) -> Iterator[Move]:
     """States of the head, computed ahead of the next request or given up."""
     costs, core, each = snapshot.costs, snapshot.core, places.requests(snapshot)
     if core and "pages" in core.where:
-        spares = each * core.tokens * max(0.0, costs.prefill - costs.cached)
+        spares = each * max(0.0, costs.computing(0, core.tokens) - costs.loading(core.tokens))
         keeping = places.held(core, snapshot)
         if keeping > 0 and keeping >= HYSTERESIS * spares:
             why = f"keeping its states costs {amount(keeping, costs.unit)} a day, they spare {_told(spares, snapshot)}"
@@ -212,8 +215,8 @@ def _kept(snapshot: Snapshot) -> Iterator[Move]:
         return
     tokens = snapshot.unprimed
     size = tokens * costs.token_bytes
-    cost = tokens * (costs.prefill + costs.write)
-    spared = tokens * max(0.0, costs.prefill - costs.cached)
+    cost = costs.computing(0, tokens) + tokens * costs.write
+    spared = max(0.0, costs.computing(0, tokens) - costs.loading(tokens))
     keeping = size * costs.byte_day
     # The next request would compute and keep the head itself: one computation is spared, the one that is waited for.
     requests = min(each, 1.0)

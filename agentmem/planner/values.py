@@ -11,6 +11,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from ..cache_rules import Depth
 from ..types import Scope, Value
 
 __all__ = [
@@ -79,6 +80,8 @@ class Costs:
     version_bytes: float = 0.0
     #: Fewer tokens are not kept as a prefix.
     minimum: int = 0
+    #: The same by how many tokens stand before one, where that was measured.
+    depth: Depth | None = None
     #: How long a prefix is kept after its last use; infinite for page files.
     lifetime_s: float = float("inf")
     #: Teaching one record to a LoRA version, with its gate; None where the engine can't.
@@ -96,6 +99,16 @@ class Costs:
     #: Positions of a trained prefix for each token that it stands for.
     distilled: float = 1 / 3
     source: dict[str, str] = field(default_factory=dict)
+
+    def computing(self, start: float, end: float) -> float:
+        """Computing a prompt's tokens from one position to another."""
+        if self.depth is None:
+            return (end - start) * self.prefill
+        return (end - start) * (self.depth.first + self.depth.each * (start + end) / 2)
+
+    def loading(self, tokens: float) -> float:
+        """The same tokens from a cache, without what attending to them costs those that are computed behind them."""
+        return tokens * (self.cached if self.depth is None else self.depth.read)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import pytest
 
 from agentmem.activation.layouts import Coming, Layout, Layouts, Turn
 from agentmem.activation.replays import Policy, Recall, fixed, planned, replay
-from agentmem.cache_rules import CacheRules, Lifetime
+from agentmem.cache_rules import CacheRules, Depth, Lifetime
 from agentmem.errors import InvalidInput
 
 DAY = 86400.0
@@ -117,6 +117,46 @@ def test_a_session_is_folded_no_earlier_than_its_rebuild_has_been_carried() -> N
     layouts = told(Layouts(marked()), turns, recalled=250)
     first = next(n for n in range(2, 40) if layouts[n].start != "t0")
     assert 10 <= first <= 22
+
+
+def computed(layouts: Layouts, turns: list[Turn], depth: Depth, recalled: int) -> tuple[float, float]:
+    """What the turns really cost on an engine of one's own, rebuilds with them, where each recalls in proportion to
+    what is out of sight; and the mean tokens of their histories."""
+    total, behind, before, order = 0.0, 0.0, None, [one.id for one in turns]
+    for number, one in enumerate(turns):
+        layout = layouts.choose(coming(one))
+        first = number if layout.start is None else order.index(layout.start)
+        tokens = recalled * first // max(number, 1)
+        known = ((f"r{number}", tokens),) if tokens else ()
+        history = sum(t.message + t.reply for t in turns[first:number])
+        held = one.system + history * (layout.start == before)
+        end = one.system + history + one.message + tokens
+        total += (end - held) * (depth.first + depth.each * (end + held) / 2) + depth.read * held
+        layouts.done(one.model_copy(update={"recalled": known}), layout)
+        before, behind = layout.start or one.id, behind + history
+    return total, behind / len(turns)
+
+
+def test_where_each_computed_token_attends_to_all_before_it_less_history_is_kept() -> None:
+    # A small model: a token behind 2,400 costs twice what it costs with none before it. By one price of reading, that
+    # of loading it, the history would grow to the window.
+    depth = Depth(first=0.4, each=1.7e-4, read=0.005)
+    life = Lifetime(name="kept", seconds=1e12, write=1.01)
+    flat = CacheRules(kind="engine", minimum=64, step=64, read=0.01, lifetimes=(life,), context_tokens=8192)
+    turns = sessions(20, 12, DAY, system=200)
+    bill, behind = computed(Layouts(dataclasses.replace(flat, depth=depth), window=6144), turns, depth, 300)
+    before, more = computed(Layouts(flat, window=6144), turns, depth, 300)
+    assert behind < 0.5 * more
+    assert bill < 0.75 * before
+
+
+def test_writing_a_head_anew_is_the_dearer_the_deeper_it_reaches() -> None:
+    depth = Depth(first=0.5, each=2e-4, read=0.02)
+    rules = dataclasses.replace(automatic(read=0.1), depth=depth)
+    assert automatic(read=0.1).anew(100) == pytest.approx(90)
+    assert rules.anew(100) == pytest.approx(100 * (0.5 + 2e-4 * 50 - 0.02))
+    assert rules.anew(4000) > 2 * 20 * rules.anew(100) * 0.6
+    assert depth.over(2.0) == Depth(first=0.25, each=1e-4, read=0.01)
 
 
 def test_a_prefix_is_filled_to_the_minimum_by_what_was_said_before() -> None:
