@@ -174,11 +174,16 @@ def _planned(
 
 def _facts(taken: Snapshot, move: Move) -> dict[str, float]:
     """What a later look at the savings needs: the saving that is expected of a request, and what a token costs."""
+    costs = taken.costs
+    prefill, cached = costs.prefill, costs.cached
+    if move.kind == "prime":  # of tokens with none before them
+        prefill = costs.computing(0, move.tokens) / max(move.tokens, 1)
+        cached = costs.loading(1)
     return {
         "a request": move.saves / move.requests if move.requests > 0 else 0.0,
-        "prefill": taken.costs.prefill,
-        "cached": taken.costs.cached,
-        "lora": taken.costs.lora,
+        "prefill": prefill,
+        "cached": cached,
+        "lora": costs.lora,
         "core": float(taken.core.tokens if taken.core else 0),
     }
 

@@ -79,7 +79,7 @@ def by_ledger(costs: Costs, *, decode_s: float, cores: float = 1.0, page_tokens:
         raise ConfigError("these costs are in dollars: they are of a host, not of a machine")
     return Machine(
         prefill_s=costs.prefill,
-        cached_s=costs.cached,
+        cached_s=costs.loading(1),  # what attending to it costs computed tokens is in theirs
         write_s=costs.write,
         decode_s=decode_s,
         cores=cores,
