@@ -263,6 +263,7 @@ def main() -> None:
     systems, turns = replay(given, talks)
     result: dict[str, Any] = {
         "conversations": [one.name for one in talks],
+        "numbers": given.conversations,
         "turns": len(turns),
         "answer": given.answer,
         "settings": json.loads(given.settings),
@@ -276,7 +277,8 @@ def main() -> None:
     shown(result)
     answers = "as said" if given.answer is None else str(given.answer)
     kept = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {}
-    kept[f"{len(talks)} conversations, {len(turns)} turns, answers {answers}"] = result
+    spoken = talks[0].name if len(talks) == 1 else f"{len(talks)} conversations"
+    kept[f"{spoken}, {len(turns)} turns, answers {answers}"] = result
     given.json.parent.mkdir(exist_ok=True)
     given.json.write_text(json.dumps(kept, indent=1) + "\n", "utf-8")
     if given.rows:
