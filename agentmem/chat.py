@@ -211,8 +211,9 @@ def _prepared(
     if asks:
         here = {record.id for record in stands or ()} if plan is not None else set()
         if plan is not None and plan.local:
-            # Nobody has to be told again what was said a moment ago.
-            again = (present | here) - (_near(engine, history) if engine.records.has_turns(session) else set())
+            # Nobody has to be told again what was said a moment ago, or stands in the core: there a small model's
+            # answers were as likely, and what is repeated is not spared.
+            again = present - here - (_near(engine, history) if engine.records.has_turns(session) else set())
         hits, concerned, repeated = yield from recalled_for(
             engine, conversation, turn[0].content, present, noted, recall=recall, core=here, again=again
         )

@@ -43,6 +43,8 @@ LEARN, DISTIL = 20_000.0, 300.0
 #: Times the usual time of its tokens that a use may have taken: a machine that slept, swapped or loaded a model in the
 #: meantime says nothing of what a token costs, while prompts of all lengths and a busy processor stay well below it.
 HELD_UP = 10.0
+#: The relative error of a use that is an ordinary one, and how often the fit is made anew by what it showed to be none.
+NOISE, ROUNDS = 0.25, 5
 #: Dollars of an uncached prompt token where no price list names the model: a small hosted model's in late 2026.
 UNPRICED = 2.5e-7
 
@@ -128,8 +130,9 @@ def regressed(uses: Sequence[tuple[float, ...]]) -> dict[str, float]:
     Ridge regression towards the prior, no coefficient below 0: the time to the first token on (1, computed tokens,
     cached tokens, computed ones times those before them), the rest on (tokens of the answer, those times the tokens
     attended to, tokens written to the cache). Each use counts relative to its size, so that one long prompt does not
-    outweigh all short ones. A time of more than `HELD_UP` times the usual is left out: least squares would follow the
-    one use in a hundred that it is of.
+    outweigh all short ones. A time of more than `HELD_UP` times the usual is left out, and one that is further than
+    `NOISE` from what is fitted counts the less: least squares would follow the one use in a hundred that it is of,
+    such as the first of a process.
 
     ``prefill`` and ``cached`` are what one token more costs in a usual use, and hold what attending to it costs through
     an answer of the mean length; ``first`` is computing one with nothing before it, ``each`` what each token before it
@@ -183,8 +186,8 @@ def _usual(rows: Iterable[tuple[float, float]]) -> float:
 def _ridge(rows: Sequence[tuple[tuple[float, ...], float]], prior: tuple[float, ...]) -> tuple[float, ...]:
     """Coefficients of the least relative error, drawn to ``prior`` with the weight of `PRIOR_USES` uses, none below 0.
 
-    Lawson and Hanson's active set (Solving Least Squares Problems, 1974), from the inside: a coefficient that comes out
-    negative is held at a hundredth of its prior and the others are solved again.
+    Errors beyond `NOISE` count by their size, not by its square: Huber's estimate (Annals of Mathematical Statistics
+    35, 1964), by least squares weighted anew from the last fit.
     """
     import numpy as np
 
@@ -194,19 +197,34 @@ def _ridge(rows: Sequence[tuple[tuple[float, ...], float]], prior: tuple[float, 
     # Both sides in units of what the prior says: coefficients are near 1 and noise is relative.
     scale: npt.NDArray[np.float64] = np.maximum(design @ middle, 1e-9)
     design, wanted = design * middle / scale[:, None], wanted / scale
-    free = np.ones(len(prior), bool)
-    found = np.full(len(prior), 0.01)
-    for _ in prior:
+    weights = np.ones(len(rows))
+    for _ in range(ROUNDS):
+        found = _positive(design * weights[:, None], wanted * weights)
+        off = np.abs(wanted / np.maximum(design @ found, 1e-9) - 1)
+        weights = np.sqrt(NOISE / np.maximum(off, NOISE))
+    return tuple(float(value) for value in found * middle)
+
+
+def _positive(design: npt.NDArray[np.float64], wanted: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """Ridge regression towards 1, no coefficient below 0: Lawson and Hanson's active set (Solving Least Squares
+    Problems, 1974), from the inside. A coefficient that comes out negative is held at a hundredth of its prior and the
+    others are solved again."""
+    import numpy as np
+
+    count = design.shape[1]
+    free = np.ones(count, bool)
+    found = np.full(count, 0.01)
+    for _ in range(count):
         part = design[:, free]
         rest = wanted - design[:, ~free] @ found[~free]
-        left = part.T @ part + PRIOR_USES / len(prior) * np.eye(part.shape[1])
-        found[free] = np.linalg.solve(left, part.T @ rest + PRIOR_USES / len(prior))
+        left = part.T @ part + PRIOR_USES / count * np.eye(part.shape[1])
+        found[free] = np.linalg.solve(left, part.T @ rest + PRIOR_USES / count)
         low = free & (found < 0.01)
         if not low.any():
             break
         free &= ~low
         found[low] = 0.01
-    return tuple(float(value) for value in found * middle)
+    return found
 
 
 def _source(uses: int) -> str:

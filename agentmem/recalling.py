@@ -113,10 +113,10 @@ def recalled(
     # A question that memory can answer at all gets all that may: leaving out what is less likely than the best costs
     # more answers than tokens (measured: tests/benchmarks/efficiency.py).
     likely = found[: most if asking and worth else min(worth, most)]
-    known = core - best
-    shown = [prompt.shown(hit) for hit in likely if hit.record.id not in known]
+    # Room of those in the core goes to no others: what the core shows would not be spared, only added to.
+    shown = map(prompt.shown, likely)
     fitting = {record.id for record in prompt.fit(shown, within(engine, tokens, 0.1), engine.count)}
-    return [hit for hit in likely if hit.record.id in fitting or hit.record.id in known], concerned, best & fitting
+    return [hit for hit in likely if hit.record.id in fitting or hit.record.id in core], concerned, best & fitting
 
 
 # ---- the core --------------------------------------------------------------------------------------------------------

@@ -15,8 +15,9 @@ predicted, and the first four are measured; it is planned once a core block was 
 a folder in which that was done. The folder itself goes on without any move, and chat's own
 collapses are held off in all copies, so that the move is all that differs. Costs are CPU-seconds to the first token
 with the local model (answers have one token, so nothing is decoded behind it; the ledger is told CPU-seconds too), and
-what a request is billed at a host, with a system part of 1,500 tokens (efficiency_money.py). ``priced`` are the tokens
-that were spared at the prices that the move was planned with: what it differs from ``measured`` by is the machine's.
+what a request is billed at a host, with a system part of 1,500 tokens (efficiency_money.py). One thread computes, as in
+efficiency.py: threads that wait for each other use CPU-seconds too. ``priced`` are the tokens of both sides at the
+prices that the move was planned with: what it differs from ``measured`` by is the machine's.
 Results: tests/benchmarks/results/planner_prediction.json.
 """
 
@@ -37,6 +38,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from efficiency_money import Paid, busy, system_text  # type: ignore[import-not-found]
 from efficiency_systems import SYSTEM, Script, Told  # type: ignore[import-not-found]
 from efficiency_talk import DATA, Said, Talk, talk  # type: ignore[import-not-found]
@@ -45,7 +47,7 @@ from agentmem import Memory, economics, moving, recalling
 from agentmem import chat as chats
 from agentmem.cache_rules import rules_for
 from agentmem.flow import run
-from agentmem.planner.values import Move
+from agentmem.planner.values import Costs, Move
 
 RESULTS = Path(__file__).parent / "results" / "planner_prediction.json"
 KINDS = ("collapse", "shrink", "prime", "distil", "learn")
@@ -61,6 +63,7 @@ class Here:
     system = SYSTEM
 
     def __init__(self) -> None:
+        torch.set_num_threads(1)
         self.script = Script(answer=1)
         self._told = Told(self.script)
         self._told.provider.close = lambda: None  # it outlives the memories that use it
@@ -186,6 +189,11 @@ def rewritten(
                 yield weighed(Path(name), host, one, turns, move, given)
 
 
+def paid(prices: Costs, row: dict[str, float]) -> float:
+    """A request's tokens at these prices."""
+    return prices.computing(row["cached"], row["cached"] + row["computed"]) + prices.loading(row["cached"])
+
+
 def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Move, given: Any) -> dict[str, Any]:
     """The next session with this move and without it."""
     rows: dict[str, list[dict[str, float]]] = {}
@@ -204,11 +212,7 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
                 rows[side] = session(memory, mine, one, turns)
     skipped = 1 if move.kind in HEADS else 0
     without, with_ = (sum(row["cost"] for row in rows[side][skipped:]) for side in ("without", "with"))
-    spared = [
-        sum(row[name] for row in rows["without"][skipped:]) - sum(row[name] for row in rows["with"][skipped:])
-        for name in ("computed", "cached")
-    ]
-    priced = spared[0] * prices.prefill + spared[1] * prices.cached
+    priced = {side: sum(paid(prices, row) for row in rows[side][skipped:]) for side in rows}
     requests = 1 if move.kind == "prime" else len(turns) - skipped
     expected = move.saves / move.requests * requests if move.requests else 0.0
     return {
@@ -217,7 +221,7 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
         "requests": requests,
         "predicted": expected,
         "measured": without - with_,
-        "priced": priced,
+        "priced": priced["without"] - priced["with"],
         "first": rows["without"][0]["cost"] - rows["with"][0]["cost"],
         "without": without,
         "computed": [sum(row["computed"] for row in rows[side][skipped:]) for side in ("without", "with")],

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from agentmem import Memory, cores, distilling
+from agentmem.flow import run
 from agentmem.provider import Capabilities, Request
-from agentmem.recalling import AGAIN
+from agentmem.recalling import recalled
 from agentmem.testing import FakeClock, ScriptedProvider
 from agentmem.types import Usage
 
@@ -176,7 +177,22 @@ def test_what_turns_need_comes_into_the_core_and_is_not_recalled_again(talk: Cor
         again = [
             line for line in lines.splitlines()[1:-1] if any(line in said.content for s in tail for said in s.messages)
         ]
-        assert len(again) <= AGAIN, "an engine of one's own is told the best few of them again, and no more"
+        assert not again, "what stands in the core is spared"
+
+
+def test_what_the_core_shows_leaves_room_for_nothing_else(talk: Core) -> None:
+    with talk.memory:
+        talk.turn("Hello there.")
+        engine, conversation = talk.memory._engine, talk.chat._conversation
+
+        def found(core: frozenset[str]) -> list[str]:
+            hits, _, _ = run(recalled(engine, conversation, ASKED[0], set(), [], recall=True, core=core))
+            return [hit.record.id for hit in hits]
+
+        bare = found(frozenset())
+        assert talk.ids[0] in bare
+        assert len(bare) > 2
+        assert found(frozenset(bare[:2])) == bare, "what was recalled beside them, and no more"
 
 
 def test_the_core_changes_only_at_a_collapse_and_says_why(talk: Core) -> None:

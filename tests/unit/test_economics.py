@@ -81,6 +81,15 @@ def test_a_use_that_was_held_up_makes_nothing_dearer() -> None:
         assert regressed([*uses, *held]) == pytest.approx(regressed(uses), rel=0.1)
 
 
+def test_the_slow_first_call_of_a_process_hides_no_depth() -> None:
+    for seed in range(5):
+        uses = [use for use in ledger(300, seed, noise=0.1) if use[0] - use[1] > 100][:60]
+        first = (137.0, 0.0, 0.0, 1.0, 6 * _first(137, 0), 7 * _first(137, 0))
+        found, usual = regressed([*uses, first]), regressed(uses)
+        assert found["each"] == pytest.approx(usual["each"], rel=0.15)
+        assert found["first"] == pytest.approx(usual["first"], rel=0.15)
+
+
 def test_a_cache_that_is_slow_to_load_is_measured_and_not_left_out() -> None:
     waits = 30 * PACE + 5970 * PACE / 2
     slow = [(6000.0, 5970.0, 0.0, 10.0, waits, waits + 0.12)] * 60
