@@ -184,6 +184,7 @@ def test_what_the_core_shows_leaves_room_for_nothing_else(talk: Core) -> None:
     with talk.memory:
         talk.turn("Hello there.")
         engine, conversation = talk.memory._engine, talk.chat._conversation
+        engine.settings = engine.settings.model_copy(update={"recall_tokens": 80})
 
         def found(core: frozenset[str]) -> list[str]:
             hits, _, _ = run(recalled(engine, conversation, ASKED[0], set(), [], recall=True, core=core))
