@@ -44,7 +44,7 @@ LEARN, DISTIL = 20_000.0, 300.0
 #: meantime says nothing of what a token costs, while prompts of all lengths and a busy processor stay well below it.
 HELD_UP = 10.0
 #: The relative error of a use that is an ordinary one, and how often the fit is made anew by what it showed to be none.
-NOISE, ROUNDS = 0.25, 5
+NOISE, ROUNDS = 0.25, 4
 #: Dollars of an uncached prompt token where no price list names the model: a small hosted model's in late 2026.
 UNPRICED = 2.5e-7
 
@@ -197,11 +197,11 @@ def _ridge(rows: Sequence[tuple[tuple[float, ...], float]], prior: tuple[float, 
     # Both sides in units of what the prior says: coefficients are near 1 and noise is relative.
     scale: npt.NDArray[np.float64] = np.maximum(design @ middle, 1e-9)
     design, wanted = design * middle / scale[:, None], wanted / scale
-    weights = np.ones(len(rows))
+    found = _positive(design, wanted)
     for _ in range(ROUNDS):
-        found = _positive(design * weights[:, None], wanted * weights)
         off = np.abs(wanted / np.maximum(design @ found, 1e-9) - 1)
         weights = np.sqrt(NOISE / np.maximum(off, NOISE))
+        found = _positive(design * weights[:, None], wanted * weights)
     return tuple(float(value) for value in found * middle)
 
 
