@@ -453,7 +453,7 @@ async def _aclose(thing: Any) -> None:
     """Close a stream or a client, and the generator that a vendor's stream reads from, which its own ``close`` leaves
     suspended: the garbage collector would close that one later, maybe in another thread than its loop's (`let_go`)."""
     await (thing.aclose() if hasattr(thing, "aclose") else thing.close())
-    inner = getattr(thing, "_iterator", None)
+    inner: Any = getattr(thing, "_iterator", None)
     if hasattr(inner, "aclose"):
         await inner.aclose()
 
