@@ -223,7 +223,8 @@ def _prepared(
     core, in_core = block.records, block.ids
     loras = engine.active_loras(conversation.scope, concerned)
     known = in_core | vouched(engine, conversation.scope, loras)
-    in_turn = [hit for hit in hits if hit.record.id not in known or hit.record.id in repeated]
+    in_turn = [hit for hit in hits if hit.record.id not in known]
+    repeated -= known
     recalled = [prompt.shown(hit) for hit in in_turn]
     if plan is not None:  # whether what was recalled stays is known only now
         fresh = [hit for hit in in_turn if hit.record.id not in repeated]

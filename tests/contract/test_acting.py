@@ -26,7 +26,9 @@ OPENING = (256, *(byte - 33 for byte in b"assistant"), 198)
 class Taught:
     """A memory with two versions for Ana: one that learnt her dog and sister, one that learnt her tea."""
 
-    def __init__(self, folder: Path, model: Path, *, activated: tuple[int, ...] = OPENING, **settings: Any) -> None:
+    def __init__(
+        self, folder: Path, model: Path, *, activated: tuple[int, ...] = OPENING, known: float = 0.5, **settings: Any
+    ) -> None:
         self.mem = Memory(
             folder / "memory",
             model=f"local:{model}",
@@ -37,6 +39,7 @@ class Taught:
         self.records = {text: self.ana.add(text)[0] for text in (DOG, SISTER, TEA)}
         self.ana.add(["Maria moved to Berlin.", "I baked bread today."])
         self.engine: Any = self.mem._engine
+        self._known = known
         self.pets = self._learn(1, activated, DOG, SISTER)
         self.teas = self._learn(2, activated, TEA)
         self.engine.registry.activate([self.pets, self.teas], Scope(user="ana"))
@@ -52,6 +55,7 @@ class Taught:
             for layer in range(3)
         }
         identity = provider.tensors().identity.hex()
+        gate = GOOD.model_copy(update={"by_record": {self.records[text].id: self._known for text in texts}})
         records: list[Record] = [self.records[text] for text in texts]
         trained = Trained(
             lora=Lora(2, 4.0, provider.name, weights, {"base": identity, "records": repr(texts)}, activated),
@@ -65,7 +69,7 @@ class Taught:
             base=provider.name,
             records={record.id: record_digest(record.text) for record in records},
         )
-        name: str = self.engine.registry.add(trained, scope=Scope(user="ana"), gate=GOOD).name
+        name: str = self.engine.registry.add(trained, scope=Scope(user="ana"), gate=gate).name
         return name
 
     def ask(self, question: str, handle: ScopedMemory | None = None, **options: Any) -> tuple[str, ...]:
@@ -115,6 +119,35 @@ def test_it_still_acts_where_the_record_was_said_in_this_conversation(taught: Ta
     here.chat("And what do you make of this? " + DOG, max_tokens=2)
     assert taught.ask("What is my dog's name?", here, remember=True) == (taught.pets,)
     assert taught.ask("So what is my dog's name?", here, remember=True) == (taught.pets,)
+
+
+@pytest.mark.parametrize(("known", "spares"), [(1.0, True), (0.5, True), (1.0, False)])
+@pytest.mark.parametrize("said", [False, True])
+def test_what_a_version_surely_answers_is_not_put_before_the_question(
+    tmp_path: Path, model: Path, known: float, spares: bool, said: bool
+) -> None:
+    """Neither recalled nor, where the conversation told it long ago, repeated."""
+    made = Taught(tmp_path, model, known=known, lora_spares=spares, core_tokens=0)
+    here = made.mem.scope(user="ana")
+    if said:
+        made.engine.registry.activate([], Scope(user="ana"))
+        here.chat("What is my dog's name?", max_tokens=2)
+        here.chat("Tell me a story about a town with a mayor, a baker and a train. " * 20, max_tokens=2)
+        made.engine.registry.activate([made.pets, made.teas], Scope(user="ana"))
+    sent: list[Any] = []
+    generate = made.engine.provider.generate
+    made.engine.provider.generate = lambda request: sent.append(request) or generate(request)
+    reply = here.chat("What is my dog's name?", max_tokens=2, remember=False)
+    assert reply.loras == (made.pets,)
+    told, asked = (
+        "".join(
+            said.content for part in sent[-1].segments if (part.name == "history") == past for said in part.messages
+        )
+        for past in (True, False)
+    )
+    assert (DOG in told) == said
+    assert (DOG in asked) == (known < 1.0 or not spares)
+    made.mem.close()
 
 
 def test_beneath_the_scope_it_acts_and_beside_it_never(taught: Taught) -> None:
