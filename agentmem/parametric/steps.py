@@ -295,11 +295,13 @@ class Run:
         """The examples of this step, in an order that is drawn anew for each epoch.
 
         Of those that were known when last seen only every third is looked at, in turn: they would give no gradient.
+        Where that leaves none all are, so that each step has an example.
         """
         steps = math.ceil(len(self.lessons) / self.recipe.batch)
         if not self.queue:
             epoch = len(self.losses) // steps
             seen = [i for i, lesson in enumerate(self.lessons) if i % 3 == epoch % 3 or not self._known(lesson)]
+            seen = seen or list(range(len(self.lessons)))
             self.order.shuffle(seen)
             count = min(steps, len(seen))
             self.queue = [seen[i::count] for i in range(count)]

@@ -295,6 +295,16 @@ def test_a_few_facts_still_take_enough_steps_for_the_rest_to_settle(tensors: Any
     assert len(train(tensors, lessons, epochs=1, recipe=recipe).losses) == 5
 
 
+@pytest.mark.parametrize("count", [1, 2])
+def test_fewer_examples_than_are_passed_over_once_known_are_enough(
+    tensors: Any, lessons: Corpus, monkeypatch: pytest.MonkeyPatch, count: int
+) -> None:
+    """Of what is known every third example is looked at: of two there may be none in an epoch."""
+    monkeypatch.setattr(Run, "_known", lambda run, lesson: lesson.losses is not None)
+    recipe = replace(QUICK, least_steps=9)
+    assert len(train(tensors, replace(lessons, examples=lessons.examples[:count]), epochs=1, recipe=recipe).losses) == 9
+
+
 def test_the_anchors_that_moved_most_are_seen_to_again(tensors: Any, lessons: Corpus) -> None:
     corpus = replace(lessons, neighbours=(), anchors=lessons.anchors[:1])
     run = Run(tensors, corpus, replace(QUICK, anchors=1), seed=0, epochs=6, ram_budget=None)
