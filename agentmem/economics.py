@@ -38,8 +38,9 @@ PRIOR_USES, MEASURED_USES = 6.0, 12
 TOKEN_S, REQUEST, LOAD, BEHIND, ATTEND, KEEP = 2e-3, 15.0, 0.01, 3e-4, 3e-4, 0.03
 #: Tokens of an answer, and seconds of one of them, until there were answers.
 ANSWER, ANSWER_TOKEN_S = 64.0, 1e-2
-#: Before anything was trained, in prompt tokens: teaching one record, distilling one token of a head.
-LEARN, DISTIL = 20_000.0, 300.0
+#: Before anything was trained, in prompt tokens: teaching one record, what a version adds to a request that it acts on,
+#: distilling one token of a head.
+LEARN, LORA, DISTIL = 20_000.0, 6.0, 300.0
 #: Times the usual time of its tokens that a use may have taken: a machine that slept, swapped or loaded a model in the
 #: meantime says nothing of what a token costs, while prompts of all lengths and a busy processor stay well below it.
 HELD_UP = 10.0
@@ -273,14 +274,14 @@ def _gate_fails(engine: Engine) -> tuple[float, str]:
 
 
 def _lora(engine: Engine, model: str, found: dict[str, float]) -> tuple[float, str]:
-    """Seconds that active LoRA versions add to a request beside what its tokens explain."""
+    """Seconds that LoRA versions add to a request that they act on beside what its tokens explain."""
     rows = engine.database.query(
         "SELECT input, cached, output, total_s FROM uses WHERE model = ? AND verb = 'chat' AND loras IS NOT NULL"
         f" AND {AMONG} ORDER BY id DESC LIMIT ?",
         (model, NEWEST),
     )
     if len(rows) < MEASURED_USES:
-        return 0.0, f"prior, {len(rows)} uses so far"
+        return LORA * found["prefill"], f"prior, {len(rows)} uses so far"
     over = [
         row["total_s"]
         - (row["input"] - row["cached"]) * (found["first"] + found["each"] * (row["input"] + row["cached"]) / 2)

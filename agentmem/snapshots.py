@@ -265,6 +265,7 @@ def _able(engine: Engine, scope: Scope) -> Able:
         pages=can.kv != "none" and (settings.page_budget > 0 or not ours) and settings.cache != "off",
         prefix=own and can.trains and engine.prefix_view(scope) is not None,
         lora=own and can.trains and can.loras and settings.lora_spares,
+        always=settings.lora_when == "always",
         writes=own and can.chat and settings.consolidate_writes,
         shard=settings.lora_shard,
     )

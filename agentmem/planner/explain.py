@@ -74,12 +74,15 @@ def explain(group: Group, snapshot: Snapshot) -> Verdict:
     here = costs.get(place, math.inf)
     # What stays put is what the plan leaves: another place must be cheaper by the hysteresis.
     best: State = cheapest if allowed[cheapest] * HYSTERESIS < here or place not in allowed else place
-    each = group.tokens * snapshot.costs.prefill
+    recalling = group.tokens * snapshot.costs.prefill
     counted = rate(group.uses, group.days)
     scale = uses / counted.mean
-    moves_at: dict[State, float | None] = {
-        state: cost / each if each > 0 else None for state, cost in costs.items() if state != "plain"
-    }
+    moves_at: dict[State, float | None] = {}
+    for state, cost in costs.items():
+        if state != "plain":
+            acts = places.answering(group, snapshot) if state == "lora" else 0.0  # grows with the uses
+            each = recalling - acts / uses if uses else recalling
+            moves_at[state] = (cost - acts) / each if each > 0 else None
     return Verdict(
         key=group.key,
         records=group.records,

@@ -17,6 +17,7 @@ __all__ = [
     "HYSTERESIS",
     "STABLE",
     "acting",
+    "answering",
     "daily",
     "days",
     "held",
@@ -106,7 +107,12 @@ def acting(snapshot: Snapshot) -> float:
     """What LoRA versions that act cost a day, however many records they hold."""
     costs, each = snapshot.costs, requests(snapshot)
     sessions = each if snapshot.sessions_day is None else min(each, snapshot.sessions_day)
-    return each * costs.lora + sessions * costs.swap
+    return (each * costs.lora if snapshot.able.always else 0.0) + sessions * costs.swap
+
+
+def answering(group: Group, snapshot: Snapshot) -> float:
+    """What a LoRA version costs a day for acting on the requests that need this group; 0 where it acts on all."""
+    return 0.0 if snapshot.able.always else uses(group, snapshot) * snapshot.costs.lora
 
 
 def daily(group: Group, snapshot: Snapshot) -> dict[State, float]:
@@ -124,7 +130,8 @@ def daily(group: Group, snapshot: Snapshot) -> dict[State, float]:
             )
     if able.lora and costs.learn is not None:
         learnt = sum(len(one.records) for one in snapshot.groups if "lora" in one.where and one.key != group.key)
-        found["lora"] = acting(snapshot) * len(group.records) / (learnt + len(group.records))
+        share = len(group.records) / (learnt + len(group.records))
+        found["lora"] = answering(group, snapshot) + acting(snapshot) * share
     return found
 
 
@@ -151,9 +158,10 @@ def place(group: Group) -> State:
 
 def spared(group: Group, snapshot: Snapshot) -> float:
     """What a LoRA version spares on the group a day: what recalling it costs, or what reading it at the head does if it
-    is in the core that would be chosen and that is cheaper. The core has no room for all that would pay there.
+    is in the core that would be chosen and that is cheaper; less what answering for it costs. The core has no room for
+    all that would pay there.
     """
-    recalled = uses(group, snapshot) * group.tokens * snapshot.costs.prefill
-    if not snapshot.able.core or not snapshot.chosen.issuperset(group.records):
-        return recalled
-    return min(recalled, requests(snapshot) * group.tokens * reading(snapshot))
+    spares = uses(group, snapshot) * group.tokens * snapshot.costs.prefill
+    if snapshot.able.core and snapshot.chosen.issuperset(group.records):
+        spares = min(spares, requests(snapshot) * group.tokens * reading(snapshot))
+    return spares - answering(group, snapshot)

@@ -278,7 +278,7 @@ def _forgotten(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
     """LoRA versions that no longer pay; else what they learnt that no longer holds."""
     learnt = _learnt(snapshot, holds=True)
     costs_day, gains = places.acting(snapshot), _gains(snapshot, pupils)
-    if not learnt or costs_day <= 0 or costs_day < HYSTERESIS * gains:
+    if not learnt or (costs_day <= 0 <= gains) or costs_day < HYSTERESIS * gains:
         yield from _wrong(snapshot)
         return
     spares = sum(places.spared(group, snapshot) for group in learnt)
@@ -324,7 +324,8 @@ def _trained(snapshot: Snapshot, pupils: list[Group], taught: list[Group]) -> It
     costs = snapshot.costs
     acting = bool(_learnt(snapshot, holds=True))
     overhead = places.acting(snapshot)
-    if acting and overhead > 0 and overhead >= HYSTERESIS * _gains(snapshot, pupils):
+    gains = _gains(snapshot, pupils)
+    if acting and not (overhead <= 0 <= gains) and overhead >= HYSTERESIS * gains:
         return  # all of them go
     for shard in _shards(taught, snapshot.able.shard):
         records = _ids(shard)

@@ -88,7 +88,7 @@ class Costs:
     learn: float | None = None
     #: Distilling one token of a head into a trained prefix; None where the engine can't.
     distil: float | None = None
-    #: What active LoRA versions add to one request, and loading one to a session.
+    #: What LoRA versions add to a request that they act on, and loading one to a session.
     lora: float = 0.0
     swap: float = 0.0
     #: What a second that somebody waits for an answer counts, in seconds of which nobody waits. A preference, not
@@ -143,6 +143,8 @@ class Able:
     pages: bool = False
     prefix: bool = False
     lora: bool = False
+    #: LoRA versions act on every request, not only on those that concern what they learnt.
+    always: bool = True
     #: A model that can write records is configured and may be asked.
     writes: bool = False
     #: The most records that one LoRA version is taught.

@@ -5,7 +5,8 @@
 
 A development conversation of LoCoMo is chatted session by session; from the third on each also asks ``--ask`` of the
 ``--standing`` questions about its beginning, drawn anew, among at most ``--chat`` turns: what somebody needs again and
-again. After every
+again. With ``--facts`` it is no recorded conversation: so many invented facts are added, and each session asks about
+them between small talk (what a LoRA version can be taught). After every
 ``--every``-th session the folder is planned (``consolidate(dry_run=True)``); for each move of these kinds the folder is
 copied twice, the move is made in one of the copies, and the next session is chatted in both. Measured: what its
 requests cost without the move less what they cost with it; predicted: the saving of a request that the move was planned
@@ -42,6 +43,8 @@ import torch
 from efficiency_money import Paid, busy, system_text  # type: ignore[import-not-found]
 from efficiency_systems import SYSTEM, Script, Told  # type: ignore[import-not-found]
 from efficiency_talk import DATA, Said, Talk, talk  # type: ignore[import-not-found]
+from invented_facts import Fact, draw  # type: ignore[import-not-found]
+from small_talk import SMALL_TALK  # type: ignore[import-not-found]
 
 from agentmem import Memory, economics, moving, recalling
 from agentmem import chat as chats
@@ -172,6 +175,20 @@ def sessions(one: Talk, standing: int, ask: int, chat: int) -> list[list[Said]]:
     return parts
 
 
+def asked(facts: Sequence[Fact], ask: int, chat: int, count: int) -> list[list[Said]]:
+    """Sessions an hour apart of ``ask`` questions about these facts, between ``chat`` turns of small talk."""
+    chance = random.Random(8)
+    found = []
+    for number in range(count):
+        name, at, turns = f"session_{number + 1}", 1.7e9 + number * 3600.0, []
+        for place, asks in enumerate(chance.sample([True] * ask + [False] * chat, ask + chat)):
+            fact, small = chance.choice(facts), chance.choice(SMALL_TALK)
+            message = fact.natural if asks else small
+            turns.append(Said("later" if asks else "chat", name, at + 30.0 * place, message, fact.value, place == 0))
+        found.append(turns)
+    return found
+
+
 def rewritten(
     folder: Path, host: Any, one: Talk, turns: Sequence[Said], planned: Any, given: Any
 ) -> Iterator[dict[str, Any]]:
@@ -233,11 +250,19 @@ def weighed(folder: Path, host: Any, one: Talk, turns: Sequence[Said], move: Mov
 
 def trials(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     host: Any = Here() if given.model == "local" else There(given.model)
-    one = talk(Path(given.data), given.conversation, given.questions)
-    parts = sessions(busy(one) if given.busy else one, given.standing, given.ask, given.chat)
+    facts = draw(given.facts, 8)
+    if facts:
+        one = Talk("facts", "Ana", "Ben", ())
+        parts = asked(facts, given.ask, given.chat, given.sessions)
+    else:
+        one = talk(Path(given.data), given.conversation, given.questions)
+        parts = sessions(busy(one) if given.busy else one, given.standing, given.ask, given.chat)
     held_off()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
+        host.at = parts[0][0].at
+        with opened(folder, host, given) as memory:
+            memory.scope(user=one.name).add([fact.statement for fact in facts])
         for number, turns in enumerate(parts[: given.sessions]):
             with opened(folder, host, given) as memory:
                 session(memory, host, one, turns)
@@ -259,6 +284,7 @@ def main() -> None:
     parser.add_argument("--data", default=str(DATA))
     parser.add_argument("--conversation", type=int, default=0)
     parser.add_argument("--questions", type=int, default=4)
+    parser.add_argument("--facts", type=int, default=0, help="so many invented facts instead of a conversation")
     parser.add_argument("--sessions", type=int)
     parser.add_argument("--standing", type=int, default=3)
     parser.add_argument("--ask", type=int, default=14)
@@ -269,7 +295,7 @@ def main() -> None:
     parser.add_argument("--settings", default="{}")
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()
-    if not Path(given.data).is_file():
+    if not given.facts and not Path(given.data).is_file():
         raise SystemExit(f"skipped: there is no {given.data}; give --data")
     rows = []
     for row in trials(given):
@@ -287,7 +313,7 @@ def main() -> None:
         ratio = f"{measured / predicted:.2f}" if predicted else "-"
         print(f"{kind}: {len(mine)} moves, predicted {predicted:.4g}, measured {measured:.4g}: {ratio}")
     kept = json.loads(given.json.read_text("utf-8")) if given.json.is_file() else {}
-    kept[given.model + (" busy" if given.busy else "")] = {
+    kept[given.model + (" busy" if given.busy else "") + (" facts" if given.facts else "")] = {
         "arguments": shlex.join(sys.argv[1:]),
         "kinds": result,
         "rows": rows,

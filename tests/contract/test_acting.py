@@ -136,7 +136,12 @@ def test_what_a_version_surely_answers_is_not_put_before_the_question(
         made.engine.registry.activate([made.pets, made.teas], Scope(user="ana"))
     sent: list[Any] = []
     generate = made.engine.provider.generate
-    made.engine.provider.generate = lambda request: sent.append(request) or generate(request)
+
+    def noted(request: Any) -> Any:
+        sent.append(request)
+        return generate(request)
+
+    made.engine.provider.generate = noted
     reply = here.chat("What is my dog's name?", max_tokens=2, remember=False)
     assert reply.loras == (made.pets,)
     told, asked = (

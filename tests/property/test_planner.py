@@ -96,6 +96,7 @@ def snapshots(draw: st.DrawFn) -> Snapshot:
             pages=draw(st.booleans()),
             prefix=draw(st.booleans()),
             lora=draw(st.booleans()),
+            always=draw(st.booleans()),
             writes=draw(st.booleans()),
             shard=draw(st.sampled_from([1, 3, 20])),
         ),
@@ -336,7 +337,9 @@ def test_a_verdict_knows_each_place_and_agrees_with_its_own_numbers(snapshot: Sn
         for state, at in told.moves_at.items():
             if at is not None:  # so many uses a day and recalling costs what the place costs
                 each = group.tokens * snapshot.costs.prefill
-                assert math.isclose(at * each, told.costs[state], rel_tol=1e-9, abs_tol=1e-12)
+                acts = places.answering(group, snapshot) if state == "lora" else 0.0  # of what it costs, by the use
+                there = told.costs[state] + acts * (at / told.uses - 1)
+                assert math.isclose(at * each, there, rel_tol=1e-9, abs_tol=1e-12)
         assert str(told)
 
 

@@ -138,6 +138,29 @@ def test_what_is_recalled_often_and_never_changes_is_learnt() -> None:
     assert not plan(snapshot(groups=(group(),), able=Able(pages=True))).moves
 
 
+def test_a_version_that_acts_where_it_is_needed_costs_nothing_elsewhere() -> None:
+    """The same price of acting on a request: too much on all of them, little on the few that need what was learnt."""
+    dear, seldom = dataclasses.replace(LOCAL, lora=0.06, swap=0.0), group(tokens=150, uses=60.0)
+    asked = snapshot(groups=(seldom,), costs=dear)
+    assert not plan(asked).moves
+    needed = dataclasses.replace(asked, able=Able(pages=True, lora=True, always=False))
+    uses = 60.1 / 31
+    [move] = plan(needed).moves
+    assert move.kind == "learn"
+    assert move.saves == pytest.approx(uses * (150 * 0.004 - 0.06))
+    told = explain(seldom, needed)
+    bringing = 1.5 * 1.2 / told.holds
+    assert told.costs["lora"] == pytest.approx(uses * 0.06 + bringing)
+    assert told.moves_at["lora"] == pytest.approx(bringing / (150 * 0.004 - 0.06))
+    learnt = dataclasses.replace(seldom, where=frozenset({"plain", "lora"}))
+    assert not plan(dataclasses.replace(needed, groups=(learnt,))).moves
+    dearer = dataclasses.replace(dear, lora=0.7)
+    [back] = plan(dataclasses.replace(needed, groups=(learnt,), costs=dearer)).moves
+    assert back.kind == "unlearn"
+    assert back.saves == pytest.approx(uses * (0.7 - 150 * 0.004))
+    assert explain(seldom, dataclasses.replace(needed, costs=dearer)).moves_at["lora"] is None
+
+
 def test_versions_that_cost_more_than_they_spare_act_no_longer() -> None:
     dear = dataclasses.replace(LOCAL, lora=0.2)
     learnt = group(where=frozenset({"plain", "lora"}), bytes=1000)
