@@ -50,6 +50,7 @@ from agentmem import Memory, economics, moving, recalling
 from agentmem import chat as chats
 from agentmem.cache_rules import rules_for
 from agentmem.flow import run
+from agentmem.plaintext.asking import asks
 from agentmem.planner.values import Costs, Move
 
 RESULTS = Path(__file__).parent / "results" / "planner_prediction.json"
@@ -178,13 +179,14 @@ def sessions(one: Talk, standing: int, ask: int, chat: int) -> list[list[Said]]:
 def asked(facts: Sequence[Fact], ask: int, chat: int, count: int) -> list[list[Said]]:
     """Sessions an hour apart of ``ask`` questions about these facts, between ``chat`` turns of small talk."""
     chance = random.Random(8)
+    talks = [small for small in SMALL_TALK if not asks(small)]
     found = []
     for number in range(count):
         name, at, turns = f"session_{number + 1}", 1.7e9 + number * 3600.0, []
-        for place, asks in enumerate(chance.sample([True] * ask + [False] * chat, ask + chat)):
-            fact, small = chance.choice(facts), chance.choice(SMALL_TALK)
-            message = fact.natural if asks else small
-            turns.append(Said("later" if asks else "chat", name, at + 30.0 * place, message, fact.value, place == 0))
+        for place, now in enumerate(chance.sample([True] * ask + [False] * chat, ask + chat)):
+            fact = chance.choice(facts)
+            message, reply = (fact.natural, fact.value) if now else (chance.choice(talks), "All right.")
+            turns.append(Said("later" if now else "chat", name, at + 30.0 * place, message, reply, place == 0))
         found.append(turns)
     return found
 
