@@ -40,7 +40,7 @@ TOKEN_S, REQUEST, LOAD, BEHIND, ATTEND, KEEP = 2e-3, 15.0, 0.01, 3e-4, 3e-4, 0.0
 ANSWER, ANSWER_TOKEN_S = 64.0, 1e-2
 #: Before anything was trained, in prompt tokens: teaching one record, what a version adds to a request that it acts on,
 #: distilling one token of a head.
-LEARN, LORA, DISTIL = 20_000.0, 6.0, 300.0
+LEARN, LORA, DISTIL = 20_000.0, 10.0, 300.0
 #: Times the usual time of its tokens that a use may have taken: a machine that slept, swapped or loaded a model in the
 #: meantime says nothing of what a token costs, while prompts of all lengths and a busy processor stay well below it.
 HELD_UP = 10.0
