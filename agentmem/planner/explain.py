@@ -81,7 +81,7 @@ def explain(group: Group, snapshot: Snapshot) -> Verdict:
     for state, cost in costs.items():
         if state != "plain":
             acts = places.answering(group, snapshot) if state == "lora" else 0.0  # grows with the uses
-            each = recalling - acts / uses if uses else recalling
+            each = recalling - acts / uses
             moves_at[state] = (cost - acts) / each if each > 0 else None
     return Verdict(
         key=group.key,

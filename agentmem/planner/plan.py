@@ -268,20 +268,23 @@ def _learnt(snapshot: Snapshot, *, holds: bool) -> list[Group]:
     return [group for group in snapshot.groups if "lora" in group.where and group.teachable == holds]
 
 
-def _gains(snapshot: Snapshot, pupils: list[Group]) -> float:
-    """What versions spare or would spare a day: those that act, and those worth teaching beside them. What no longer
-    holds is unlearnt in any case: a version that were taught for its sake as well would be next."""
-    return sum(places.spared(group, snapshot) for group in (*_learnt(snapshot, holds=True), *pupils))
+def _pay(snapshot: Snapshot, pupils: list[Group]) -> bool:
+    """Whether versions spare more a day than their acting costs: those that act, and those worth teaching beside them.
+    What no longer holds is unlearnt in any case: a version that were taught for its sake as well would be next."""
+    gains = sum(places.spared(group, snapshot) for group in (*_learnt(snapshot, holds=True), *pupils))
+    overhead = places.acting(snapshot)
+    return overhead <= 0 <= gains or overhead < HYSTERESIS * gains
 
 
 def _forgotten(snapshot: Snapshot, pupils: list[Group]) -> Iterator[Move]:
     """LoRA versions that no longer pay; else what they learnt that no longer holds."""
     learnt = _learnt(snapshot, holds=True)
-    costs_day, gains = places.acting(snapshot), _gains(snapshot, pupils)
-    if not learnt or (costs_day <= 0 <= gains) or costs_day < HYSTERESIS * gains:
+    if not learnt or _pay(snapshot, pupils):
         yield from _wrong(snapshot)
         return
-    spares = sum(places.spared(group, snapshot) for group in learnt)
+    answering = sum(places.answering(group, snapshot) for group in learnt)
+    costs_day = places.acting(snapshot) + answering
+    spares = sum(places.spared(group, snapshot) for group in learnt) + answering
     why = (
         f"versions cost {_told(costs_day, snapshot)}, they spare {amount(spares, snapshot.costs.unit)}"
         f" on {len(learnt)} groups"
@@ -324,8 +327,7 @@ def _trained(snapshot: Snapshot, pupils: list[Group], taught: list[Group]) -> It
     costs = snapshot.costs
     acting = bool(_learnt(snapshot, holds=True))
     overhead = places.acting(snapshot)
-    gains = _gains(snapshot, pupils)
-    if acting and not (overhead <= 0 <= gains) and overhead >= HYSTERESIS * gains:
+    if acting and not _pay(snapshot, pupils):
         return  # all of them go
     for shard in _shards(taught, snapshot.able.shard):
         records = _ids(shard)

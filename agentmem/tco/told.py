@@ -40,7 +40,8 @@ def assumptions(workload: Workload, offers: Sequence[Offer], sample: int, seed: 
         f"newest {SEEN} turns; standing facts that pay there stand in the core block and are not recalled. What moves "
         "cost is spread over the days until an edit is likely, 30 at most.",
         "agentmem + LoRA: facts that the planner has taught are neither recalled nor in the core block (the setting "
-        "lora_spares), and the LoRA answers for them; a training that its gate refuses is paid for.",
+        "lora_spares), and the LoRA answers for them; it is charged to every turn, needed or not. A training that its "
+        "gate refuses is paid for.",
         "Hosts' caches are as cache_rules.toml describes them; no routing misses, no eviction before its time. Writing "
         "memories with a model (extraction) is not in these numbers.",
         f"Bytes: rows of a real database, measured in this run; vectors of {DIMENSION} numbers and token codes for "

@@ -176,7 +176,7 @@ def sessions(one: Talk, standing: int, ask: int, chat: int) -> list[list[Said]]:
     return parts
 
 
-def asked(facts: Sequence[Fact], ask: int, chat: int, count: int) -> list[list[Said]]:
+def about(facts: Sequence[Fact], ask: int, chat: int, count: int) -> list[list[Said]]:
     """Sessions an hour apart of ``ask`` questions about these facts, between ``chat`` turns of small talk."""
     chance = random.Random(8)
     talks = [small for small in SMALL_TALK if not asks(small)]
@@ -255,16 +255,17 @@ def trials(given: argparse.Namespace) -> Iterator[dict[str, Any]]:
     facts = draw(given.facts, 8)
     if facts:
         one = Talk("facts", "Ana", "Ben", ())
-        parts = asked(facts, given.ask, given.chat, given.sessions)
+        parts = about(facts, given.ask, given.chat, given.sessions)
     else:
         one = talk(Path(given.data), given.conversation, given.questions)
         parts = sessions(busy(one) if given.busy else one, given.standing, given.ask, given.chat)
     held_off()
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        host.at = parts[0][0].at
-        with opened(folder, host, given) as memory:
-            memory.scope(user=one.name).add([fact.statement for fact in facts])
+        if facts:
+            host.at = parts[0][0].at
+            with opened(folder, host, given) as memory:
+                memory.scope(user=one.name).add([fact.statement for fact in facts])
         for number, turns in enumerate(parts[: given.sessions]):
             with opened(folder, host, given) as memory:
                 session(memory, host, one, turns)
@@ -297,6 +298,8 @@ def main() -> None:
     parser.add_argument("--settings", default="{}")
     parser.add_argument("--json", type=Path, default=RESULTS)
     given = parser.parse_args()
+    if given.facts and not given.sessions:
+        parser.error("--facts needs --sessions")
     if not given.facts and not Path(given.data).is_file():
         raise SystemExit(f"skipped: there is no {given.data}; give --data")
     rows = []

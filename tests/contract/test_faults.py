@@ -186,8 +186,8 @@ def test_what_never_ends_ends_at_the_deadline(rig: Rig, fault: Fault) -> None:
 def test_a_stream_that_ends_early_leaves_nothing_for_the_garbage_collector(rig: Rig, end: str) -> None:
     """It may run in another thread than the event loop's, and would close there what the loop is closing."""
     left_early = end == "a loop left early"
-    fault = "comments between events" if left_early else end
-    rig.server.behave = next(each.behave for each in FAULTS if each.name == fault)
+    name = "comments between events" if left_early else end
+    rig.server.behave = next(fault.behave for fault in FAULTS if fault.name == name)
     gc.collect()
     gc.disable()
     try:
@@ -196,7 +196,8 @@ def test_a_stream_that_ends_early_leaves_nothing_for_the_garbage_collector(rig: 
             if left_early:
                 assert isinstance(rig.loop.run(_first(rig.patient.astream(REQUEST))), str)
             else:
-                rig.call("astream", rig.patient)
+                reply = rig.call("astream", rig.patient)
+                assert isinstance(reply, Exception) or end == "numbers for texts"  # some adapters make do with it
         rig.loop.run(asyncio.sleep(0.05))
         left = [each for each in _open_generators() if id(each) not in before]
     finally:

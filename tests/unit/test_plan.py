@@ -158,6 +158,9 @@ def test_a_version_that_acts_where_it_is_needed_costs_nothing_elsewhere() -> Non
     [back] = plan(dataclasses.replace(needed, groups=(learnt,), costs=dearer)).moves
     assert back.kind == "unlearn"
     assert back.saves == pytest.approx(uses * (0.7 - 150 * 0.004))
+    assert back.why.startswith("versions cost 1.36 CPU-s a day, they spare 1.16 CPU-s"), (
+        "what acting costs is no saving"
+    )
     assert explain(seldom, dataclasses.replace(needed, costs=dearer)).moves_at["lora"] is None
 
 
